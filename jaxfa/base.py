@@ -1,0 +1,198 @@
+"""The glossary: the symbols, their shapes, and the contract that every rule meets.
+
+Symbols, used everywhere. ``N`` examples, ``n`` units below, ``m`` units above, ``C`` outputs.
+
+=========  ====================  =====================================================
+symbol     shape                 meaning
+=========  ====================  =====================================================
+``x, h``   ``(N, ..., n)``       a layer's input; an activation after its nonlinearity
+``w``      ``(n, m)`` or HWIO    a layer's weights; ``y = op(x, w)`` is linear in each
+``b``      as ``w``, or (n, C)   feedback weights
+``e``      ``(N, ..., C)``       the output error, the loss's gradient in the logits
+``delta``  ``(N, ..., m)``       the error that has arrived at a layer's output
+=========  ====================  =====================================================
+
+A rule is a value, a :class:`Rule`. Its feedback is a small frozen dataclass, registered as a pytree, whose class says
+how an error goes back: a subclass of :class:`LayerFeedback` (layer by layer) or :class:`DirectFeedback` (straight from
+the output). ``None`` in place of a feedback means the plain operation with ordinary autodiff.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Operation = Callable[[jax.Array, jax.Array], jax.Array]
+Initializer = Callable[..., jax.Array]
+
+
+class LayerFeedback:
+    """How an error goes back through one contraction ``y = op(x, w)``.
+
+    Most rules only say which matrix takes the place of ``w`` (:meth:`matrix`); one that has no such matrix, such as a
+    low-rank rule, overrides :meth:`transport`. A rule that learns its feedback from the batch overrides :meth:`signal`.
+    """
+
+    def matrix(self, w: jax.Array) -> jax.Array:
+        """The array of ``w``'s shape through which the error returns."""
+        raise NotImplementedError(f"{type(self).__name__} must define matrix(w), or transport(op, x, w, delta).")
+
+    def transport(self, op: Operation, x: jax.Array, w: jax.Array, delta: jax.Array) -> jax.Array:
+        """The error below the layer, of ``x``'s shape; only the shape and dtype of ``x`` may be used."""
+        b = self.matrix(w).astype(w.dtype)
+        return transpose(lambda x: op(x, b), x, delta)
+
+    def signal(self, x: jax.Array, w: jax.Array, delta: jax.Array, dw: jax.Array) -> Self:
+        """What the batch tells the feedback, in the place of its gradient; zeros for a fixed one.
+
+        Only terms that depend on the batch: cotangents are summed over uses, so that a decay would count once per use.
+        """
+        del x, w, delta, dw
+        return jax.tree.map(jnp.zeros_like, self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FixedFeedback(LayerFeedback):
+    """A matrix in the place of the weights, on which the batch has no effect.
+
+    Attributes:
+      b: feedback weights, of ``w``'s shape.
+    """
+
+    b: jax.Array
+
+    def matrix(self, w: jax.Array) -> jax.Array:
+        del w
+        return self.b
+
+
+class DirectFeedback:
+    """How the output error ``e`` reaches one activation ``h`` directly."""
+
+    # True: one feedback, made for the largest activation, serves every layer.
+    shared: ClassVar[bool] = False
+
+    def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
+        """The error at ``h``, of its shape; only the shape and dtype of ``h`` may be used."""
+        raise NotImplementedError(f"{type(self).__name__} must define deliver(h, e).")
+
+    def signal(self, h: jax.Array, e: jax.Array) -> Self:
+        """What the batch tells the feedback, in the place of its gradient; zeros for a fixed one."""
+        del h, e
+        return jax.tree.map(jnp.zeros_like, self)
+
+
+class Layer(NamedTuple):
+    """One contraction ``y = op(x, w)`` as the forward pass runs it: what a layer-wise ``refine`` may look at."""
+
+    op: Operation
+    x: jax.ShapeDtypeStruct
+    w: jax.Array
+
+
+def keep(forward: Any, feedback: Any, key: jax.Array) -> Any:
+    """The ``refine`` of a rule that has none: the feedback as it is."""
+    del forward, key
+    return feedback
+
+
+class Rule(NamedTuple):
+    """A learning rule.
+
+    Attributes:
+      init: makes one layer's feedback. Layer-wise rules: ``(key, w) -> feedback``. Direct rules: ``(key, h, logits) ->
+        feedback``, from arrays or ``jax.ShapeDtypeStruct``s of one batch. The number of arguments is the family. A
+        feedback of ``None`` leaves the layer to backpropagation.
+      refine: ``(forward, feedback, key) -> feedback`` on the whole tree of feedbacks, before the gradient step.
+        ``forward`` is, for layer-wise rules, a tree of :class:`Layer` shaped like the feedback; for direct rules, the
+        function ``taps -> logits`` of the plain network with ``taps[l]`` added to ``h_l``.
+      transform: the optax transformation of the feedback's signals, or, for a rule whose weights and feedback must
+        learn alike, a function ``tx -> (tx for the parameters, tx for the feedback)``.
+    """
+
+    init: Callable[..., Any]
+    refine: Callable[..., Any] = keep
+    transform: optax.GradientTransformation | Callable[..., Any] = optax.set_to_zero()
+
+
+def is_direct(rule: Rule) -> bool:
+    """Whether the rule is of the direct family: its ``init`` takes ``(key, h, logits)``, not ``(key, w)``."""
+    count = len(inspect.signature(rule.init).parameters)
+    if count not in (2, 3):
+        raise ValueError(f"rule.init must take (key, w) or (key, h, logits), got a function of {count} arguments.")
+    return count == 3
+
+
+def is_feedback(node: Any) -> bool:
+    """Whether a node of a tree is a feedback: the leaf test for trees that hold some."""
+    return isinstance(node, LayerFeedback | DirectFeedback)
+
+
+def backprop() -> Rule:
+    """Backpropagation itself, so that it stands in every table: no feedback, ordinary autodiff.
+
+    Returns:
+      A :class:`Rule`.
+
+    Example:
+      >>> import jax, jaxfa
+      >>> jaxfa.backprop().init(jax.random.key(0), jax.numpy.ones((3, 2))) is None
+      True
+    """
+    return Rule(lambda key, w: None)
+
+
+def transpose(linear: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
+    """The transpose of a linear function of ``x``'s shape, applied to ``y``."""
+    (out,) = jax.linear_transpose(linear, jax.ShapeDtypeStruct(x.shape, x.dtype))(y)
+    return out
+
+
+def shared_axes(h: Any, logits: Any) -> int:
+    """How many leading axes an activation shares with the logits: the batch, and the tokens of a sequence.
+
+    Raises:
+      ValueError: if batched logits share no axis with ``h``.
+    """
+    count = 0
+    for a, b in zip(h.shape[:-1], logits.shape[:-1], strict=False):
+        if a != b:
+            break
+        count += 1
+    if logits.ndim > 1 and count == 0:
+        raise ValueError(
+            f"Direct feedback needs an activation with the logits' batch axis first: expected h of shape "
+            f"({logits.shape[0]}, ..., n) for logits {logits.shape}, got {h.shape}. Tap a layer before the batch "
+            f"axis is merged with others."
+        )
+    return count
+
+
+def direct_matrix(key: jax.Array, distribution: Initializer, h: Any, logits: Any) -> jax.Array:
+    """Draws a matrix from every output to every unit of ``h``; its fan-in is the number of those units.
+
+    Returns:
+      An array of shape ``h.shape[k:] + logits.shape[k:]`` with ``k`` the number of shared leading axes.
+    """
+    k = shared_axes(h, logits)
+    rows, columns = h.shape[k:], logits.shape[k:]
+    flat = distribution(key, (math.prod(rows), math.prod(columns)), h.dtype)
+    return flat.reshape(*rows, *columns)
+
+
+def project(b: jax.Array, h: jax.Array, e: jax.Array) -> jax.Array:
+    """``e B^T`` in the shape of ``h``: contracts the axes of ``e`` that ``h`` does not share."""
+    k = (h.ndim + e.ndim - b.ndim) // 2
+    own = e.ndim - k
+    if h.shape[k:] + e.shape[k:] != b.shape or h.shape[:k] != e.shape[:k]:
+        raise ValueError(
+            f"This feedback of shape {b.shape} is not from an error of shape {e.shape} to an activation of shape "
+            f"{h.shape}. Make it with rule.init(key, h, logits) from one batch of that layer."
+        )
+    return jnp.tensordot(e, b.astype(e.dtype), axes=(tuple(range(k, e.ndim)), tuple(range(b.ndim - own, b.ndim))))

@@ -1,0 +1,181 @@
+"""How well a rule is aligned with the true gradient, and how many directions its signals span."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxfa.base import LayerFeedback
+
+
+class Alignment(NamedTuple):
+    """One layer's pseudo-gradient beside the true one.
+
+    Attributes:
+      angle: degrees between them; 0 is backpropagation, 90 is no information.
+      norm_ratio: the pseudo-gradient's norm over the true one's.
+    """
+
+    angle: jax.Array
+    norm_ratio: jax.Array
+
+
+def angle(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The angle between two arrays of one shape: ``arccos(<a, b> / (|a| |b|))``.
+
+    Args:
+      a: an array.
+      b: an array of the same shape.
+
+    Returns:
+      A scalar, in degrees; NaN if either is zero, where no angle is defined.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa
+      >>> float(jaxfa.diagnostics.angle(jnp.array([1.0, 0.0]), jnp.array([0.0, 2.0])))
+      90.0
+
+    Source: Lillicrap et al., "Random synaptic feedback weights support error backpropagation for deep learning", 2016,
+    https://doi.org/10.1038/ncomms13276
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"angle compares arrays of one shape, got {a.shape} and {b.shape}.")
+    a, b = a.ravel(), b.ravel()
+    # Kahan's form keeps its digits near 0 and 180 degrees, where arccos of a rounded cosine loses half of them.
+    a, b = a / jnp.linalg.norm(a), b / jnp.linalg.norm(b)
+    return jnp.degrees(2 * jnp.arctan2(jnp.linalg.norm(a - b), jnp.linalg.norm(a + b)))
+
+
+def compare(pseudo: Any, true: Any) -> Any:
+    """Angle and norm ratio of two gradients, array by array.
+
+    Args:
+      pseudo: a tree of a rule's pseudo-gradients.
+      true: a tree of the same structure with backpropagation's.
+
+    Returns:
+      The tree with an :class:`Alignment` in place of each array.
+
+    Raises:
+      ValueError: if the structures or shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa
+      >>> float(jaxfa.diagnostics.compare({"w": 3 * jnp.ones(4)}, {"w": jnp.ones(4)})["w"].norm_ratio)
+      3.0
+
+    Source: as :func:`angle`.
+    """
+
+    def one(p: jax.Array, t: jax.Array) -> Alignment:
+        return Alignment(angle(p, t), jnp.linalg.norm(p.ravel()) / jnp.linalg.norm(t.ravel()))
+
+    return jax.tree.map(one, pseudo, true)
+
+
+def weight_angle(w: jax.Array, feedback: LayerFeedback) -> jax.Array:
+    """The angle between a layer's weights and the matrix through which its errors return.
+
+    Args:
+      w: the weights, of the shape that ``rule.init`` was given.
+      feedback: the layer's feedback, of a rule that has a matrix of ``w``'s shape.
+
+    Returns:
+      A scalar, in degrees.
+
+    Raises:
+      ValueError: if the feedback has no matrix of ``w``'s shape, such as a direct or a low-rank one.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa
+      >>> w = jnp.ones((3, 2))
+      >>> float(jaxfa.diagnostics.weight_angle(w, jaxfa.FixedFeedback(2 * w)))
+      0.0
+
+    Source: as :func:`angle`.
+    """
+    if not isinstance(feedback, LayerFeedback):
+        raise ValueError(f"{type(feedback).__name__} has no matrix in the place of the weights {w.shape}.")
+    try:
+        b = feedback.matrix(w)
+    except NotImplementedError as error:
+        raise ValueError(f"{type(feedback).__name__} has no matrix in the place of the weights {w.shape}.") from error
+    return angle(b, w)
+
+
+def entropy_rank(matrix: jax.Array) -> jax.Array:
+    """Effective rank by Roy & Vetterli: ``exp(-sum_i p_i log p_i)``, ``p_i = sigma_i / sum sigma``, ``0 log 0 = 0``.
+
+    Args:
+      matrix: ``(rows, columns)``.
+
+    Returns:
+      A scalar from 1 to the rank; 0 for a zero matrix.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa
+      >>> round(float(jaxfa.diagnostics.entropy_rank(jnp.eye(4))), 3)
+      4.0
+
+    Source: Roy, Vetterli, "The effective rank: A measure of effective dimensionality", 2007,
+    https://ieeexplore.ieee.org/document/7098875
+    """
+    sigma = _singular_values(matrix)
+    total = sigma.sum()
+    p = sigma / jnp.where(total > 0, total, 1)
+    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0))
+    return jnp.where(total > 0, jnp.exp(entropy), 0)
+
+
+def participation_ratio(matrix: jax.Array) -> jax.Array:
+    """Participation ratio of the squared singular values: ``(sum sigma_i^2)^2 / sum sigma_i^4``.
+
+    Args:
+      matrix: ``(rows, columns)``.
+
+    Returns:
+      A scalar from 1 to the rank; 0 for a zero matrix.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa
+      >>> round(float(jaxfa.diagnostics.participation_ratio(jnp.eye(4))), 3)
+      4.0
+
+    Source: Gao et al., "A theory of multineuronal dimensionality, dynamics and measurement", 2017,
+    https://doi.org/10.1101/214262
+    """
+    square = _singular_values(matrix) ** 2
+    return _ratio(square.sum() ** 2, (square**2).sum())
+
+
+def stable_rank(matrix: jax.Array) -> jax.Array:
+    """Stable rank: ``|A|_F^2 / |A|_2^2``.
+
+    Args:
+      matrix: ``(rows, columns)``.
+
+    Returns:
+      A scalar from 1 to the rank; 0 for a zero matrix.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa
+      >>> round(float(jaxfa.diagnostics.stable_rank(jnp.eye(4))), 3)
+      4.0
+
+    Source: Rudelson, Vershynin, "Sampling from large matrices", 2007, https://arxiv.org/abs/math/0503442
+    """
+    square = _singular_values(matrix) ** 2
+    return _ratio(square.sum(), square.max())
+
+
+def _singular_values(matrix: jax.Array) -> jax.Array:
+    if matrix.ndim != 2:
+        raise ValueError(f"A rank is of a matrix (rows, columns), got shape {matrix.shape}; reshape it first.")
+    return jnp.linalg.svd(matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32)), compute_uv=False)
+
+
+def _ratio(above: jax.Array, below: jax.Array) -> jax.Array:
+    return jnp.where(below > 0, above / jnp.where(below > 0, below, 1), 0)

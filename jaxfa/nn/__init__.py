@@ -1,0 +1,1 @@
+"""Puts a rule on a Flax NNX model."""

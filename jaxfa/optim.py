@@ -1,0 +1,48 @@
+"""Optax transformations: one optimizer for the parameters and the feedback."""
+
+from typing import Any
+
+import jax
+import optax
+
+from jaxfa.base import Rule, is_feedback
+
+
+def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTransformation:
+    """One optax transformation for parameters and feedback: ``tx`` for the one, the rule's for the other.
+
+    Nothing in ``tx`` (weight decay, momentum, clipping) touches a feedback, except where the rule asks for it.
+
+    Args:
+      tx: the optimizer of the parameters.
+      rule: the rule that made the feedback.
+
+    Returns:
+      A transformation of any tree that holds both, such as the pair ``(params, feedback)`` or the state that
+      ``nnx.Optimizer`` passes it; a feedback is recognised by its class.
+
+    Raises:
+      TypeError: if ``rule`` is not a :class:`jaxfa.Rule`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxfa, optax
+      >>> rule, params = jaxfa.fa(), {"w": jnp.ones((3, 2))}
+      >>> feedback = {"w": rule.init(jax.random.key(0), params["w"])}
+      >>> tx = jaxfa.optimizer(optax.adamw(1e-3), rule)
+      >>> state = tx.init((params, feedback))
+      >>> signals = jax.tree.map(jnp.ones_like, (params, feedback))
+      >>> updates, state = tx.update(signals, state, (params, feedback))
+      >>> params, feedback = optax.apply_updates((params, feedback), updates)
+
+    Source: Hessel et al., "Optax: composable gradient transformation and optimisation, in JAX!", 2020,
+    https://github.com/google-deepmind/optax
+    """
+    if not isinstance(rule, Rule):
+        raise TypeError(f"jaxfa.optimizer(tx, rule) expects a jaxfa.Rule such as jaxfa.fa(), got {rule!r}.")
+    alike = not isinstance(rule.transform, optax.GradientTransformation)
+    for_params, for_feedback = rule.transform(tx) if alike else (tx, rule.transform)
+    return optax.partition({"params": for_params, "feedback": for_feedback}, _labels)
+
+
+def _labels(tree: Any) -> Any:
+    return jax.tree.map(lambda node: "feedback" if is_feedback(node) else "params", tree, is_leaf=is_feedback)
