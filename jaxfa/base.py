@@ -45,6 +45,11 @@ class LayerFeedback:
     def transport(self, op: Operation, x: jax.Array, w: jax.Array, delta: jax.Array) -> jax.Array:
         """The error below the layer, of ``x``'s shape; only the shape and dtype of ``x`` may be used."""
         b = self.matrix(w).astype(w.dtype)
+        if b.shape != w.shape:
+            raise ValueError(
+                f"{type(self).__name__} has a matrix of shape {b.shape} for weights of shape {w.shape}. Make it with "
+                f"rule.init(key, w) from these weights."
+            )
         return transpose(lambda x: op(x, b), x, delta)
 
     def signal(self, x: jax.Array, w: jax.Array, delta: jax.Array, dw: jax.Array) -> Self:
@@ -150,7 +155,7 @@ def backprop() -> Rule:
 
 def transpose(linear: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
     """The transpose of a linear function of ``x``'s shape, applied to ``y``."""
-    (out,) = jax.linear_transpose(linear, jax.ShapeDtypeStruct(x.shape, x.dtype))(y)
+    (out,) = jax.linear_transpose(linear, x)(y)
     return out
 
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import entr
 
 from jaxfa.base import LayerFeedback
 
@@ -43,9 +44,9 @@ def angle(a: jax.Array, b: jax.Array) -> jax.Array:
     """
     if a.shape != b.shape:
         raise ValueError(f"angle compares arrays of one shape, got {a.shape} and {b.shape}.")
-    a, b = a.ravel(), b.ravel()
+    a, b = _at_least_single(a), _at_least_single(b)
     # Kahan's form keeps its digits near 0 and 180 degrees, where arccos of a rounded cosine loses half of them.
-    a, b = a / jnp.linalg.norm(a), b / jnp.linalg.norm(b)
+    a, b = a / _norm(a), b / _norm(b)
     return jnp.degrees(2 * jnp.arctan2(jnp.linalg.norm(a - b), jnp.linalg.norm(a + b)))
 
 
@@ -71,7 +72,7 @@ def compare(pseudo: Any, true: Any) -> Any:
     """
 
     def one(p: jax.Array, t: jax.Array) -> Alignment:
-        return Alignment(angle(p, t), jnp.linalg.norm(p.ravel()) / jnp.linalg.norm(t.ravel()))
+        return Alignment(angle(p, t), _norm(_at_least_single(p)) / _norm(_at_least_single(t)))
 
     return jax.tree.map(one, pseudo, true)
 
@@ -125,9 +126,8 @@ def entropy_rank(matrix: jax.Array) -> jax.Array:
     """
     sigma = _singular_values(matrix)
     total = sigma.sum()
-    p = sigma / jnp.where(total > 0, total, 1)
-    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0))
-    return jnp.where(total > 0, jnp.exp(entropy), 0)
+    p = sigma / jnp.where(total == 0, 1, total)
+    return jnp.where(total == 0, 0, jnp.exp(entr(p).sum()))
 
 
 def participation_ratio(matrix: jax.Array) -> jax.Array:
@@ -174,8 +174,21 @@ def stable_rank(matrix: jax.Array) -> jax.Array:
 def _singular_values(matrix: jax.Array) -> jax.Array:
     if matrix.ndim != 2:
         raise ValueError(f"A rank is of a matrix (rows, columns), got shape {matrix.shape}; reshape it first.")
-    return jnp.linalg.svd(matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32)), compute_uv=False)
+    sigma = jnp.linalg.svd(_at_least_single(matrix), compute_uv=False)
+    # No rank depends on the scale; at scale one no power of a singular value leaves the range of its dtype.
+    return sigma / jnp.where(sigma[0] == 0, 1, sigma[0])
 
 
 def _ratio(above: jax.Array, below: jax.Array) -> jax.Array:
-    return jnp.where(below > 0, above / jnp.where(below > 0, below, 1), 0)
+    return jnp.where(below == 0, 0, above / jnp.where(below == 0, 1, below))
+
+
+def _at_least_single(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    # The squares of a vanishing gradient vanish in float32 long before the gradient does.
+    largest = jnp.max(jnp.abs(x), initial=0)
+    scale = jnp.where(largest == 0, 1, largest)
+    return scale * jnp.linalg.norm((x / scale).ravel())

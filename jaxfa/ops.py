@@ -64,7 +64,7 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
         if feedback is None:
             return op(x, w)
         _check_family(feedback, LayerFeedback, "with_feedback, linear and conv", "jaxfa.direct(h, wire, feedback)")
-        return forward(x, w, feedback)
+        return forward(*_vary_alike((x, w, feedback)))
 
     return apply
 
@@ -215,7 +215,7 @@ def direct(h: jax.Array, wire: jax.Array, feedback: DirectFeedback | None) -> tu
     if feedback is None:
         return h, wire
     _check_family(feedback, DirectFeedback, "direct", "jaxfa.linear(x, w, feedback)")
-    return lax.stop_gradient(h), _inject(h, wire, feedback)
+    return lax.stop_gradient(h), _inject(*_vary_alike((h, wire, feedback)))
 
 
 @jax.custom_vjp
@@ -251,6 +251,21 @@ def _cotangent(tree: Any, primal: Any, feedback: Any) -> Any:
         return value.astype(like.dtype)
 
     return jax.tree.map(cast, tree, primal)
+
+
+def _vary_alike(arrays: Any) -> Any:
+    """Under ``shard_map``, lets every array vary over the mesh axes that one of them varies over.
+
+    A backward pass of our own must return cotangents that vary as their primals do. Weights and feedback are
+    replicated, errors are not: autodiff sums over the devices where it transposes this cast.
+    """
+
+    def axes(array: jax.Array) -> frozenset[Any]:
+        kind = jax.typeof(array)
+        return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+    union: frozenset[Any] = frozenset().union(*(axes(leaf) for leaf in jax.tree.leaves(arrays)))
+    return jax.tree.map(lambda leaf: lax.pcast(leaf, tuple(sorted(union - axes(leaf), key=repr)), to="varying"), arrays)
 
 
 def _check_family(feedback: Any, family: type, here: str, there: str) -> None:

@@ -53,9 +53,10 @@ def weight_mirror(
         x = noise * jax.random.normal(key, layer.x.shape, layer.x.dtype)
         w = layer.w.astype(x.dtype)
         correlation = _outer(layer, x, layer.op(x, w))
-        # With ones for x and y the same sum counts how often each weight is used: border taps of a kernel less often.
+        # With ones for x and y the same sum counts how often each weight is used: border taps of a kernel less often,
+        # on a map smaller than the kernel some never.
         uses = _outer(layer, jnp.ones_like(x), jnp.ones_like(layer.op(x, w)))
-        estimate = (correlation / (uses * noise**2)).astype(feedback.b.dtype)
+        estimate = (correlation / (jnp.maximum(uses, 1) * noise**2)).astype(feedback.b.dtype)
         return FixedFeedback((1 - decay) * feedback.b + learning_rate * estimate)
 
     def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:
