@@ -41,7 +41,16 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
         raise TypeError(f"jaxfa.optimizer(tx, rule) expects a jaxfa.Rule such as jaxfa.fa(), got {rule!r}.")
     alike = not isinstance(rule.transform, optax.GradientTransformation)
     for_params, for_feedback = rule.transform(tx) if alike else (tx, rule.transform)
-    return optax.partition({"params": for_params, "feedback": for_feedback}, _labels)
+    both = optax.partition({"params": for_params, "feedback": for_feedback}, _labels)
+    return optax.GradientTransformationExtraArgs(lambda tree: both.init(_unboxed(tree)), both.update)
+
+
+def _unboxed(tree: Any) -> Any:
+    # nnx.Optimizer shows `init` Flax's variables, but `update` their values: the state is made for the values.
+    def is_box(node: Any) -> bool:
+        return hasattr(node, "get_value")
+
+    return jax.tree.map(lambda node: node.get_value() if is_box(node) else node, tree, is_leaf=is_box)
 
 
 def _labels(tree: Any) -> Any:

@@ -1,1 +1,16 @@
-"""Puts a rule on a Flax NNX model."""
+"""Puts a rule on a Flax NNX model: the only part of the library that knows Flax.
+
+What stays exact, whatever the rule: biases, norms (BatchNorm included), embeddings and activations pass errors on by
+their own derivatives, and every parameter's gradient is the true one for the error that reaches its layer. The last
+layer's error is the true one. See :func:`attach`.
+"""
+
+from jaxfa.nn.aligned import Aligned as Aligned
+from jaxfa.nn.aligned import alignment as alignment
+from jaxfa.nn.aligned import plain as plain
+from jaxfa.nn.attach import attach as attach
+from jaxfa.nn.coverage import Coverage as Coverage
+from jaxfa.nn.coverage import Row as Row
+from jaxfa.nn.variables import Feedback as Feedback
+
+__all__ = ["Aligned", "Coverage", "Feedback", "Row", "alignment", "attach", "plain"]

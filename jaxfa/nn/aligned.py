@@ -1,0 +1,144 @@
+"""The model that :func:`jaxfa.nn.attach` returns, its plain twin, and how well the two agree."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxfa.base import Rule, is_direct, keep
+from jaxfa.diagnostics import Alignment, compare
+from jaxfa.nn.contraction import Contraction, layer_of, restore, sites_of
+from jaxfa.nn.coverage import Coverage, cover
+from jaxfa.nn.tap import Tap, call_with_wires, remove_tap, taps_of
+from jaxfa.nn.variables import Recorder, abstractly, modules_of
+
+
+class Aligned(nnx.Module):
+    """A model that learns by a rule; :func:`attach` makes it.
+
+    Attributes:
+      model: a copy of the user's model with the rule in it. Parameters and state keep their paths.
+      rule: the rule.
+    """
+
+    def __init__(self, model: nnx.Module, rule: Rule, example: Any, allow: tuple[str, ...]) -> None:
+        self.model = model
+        self.rule = nnx.static(rule)
+        self.example = nnx.static(example)
+        self.allow = allow
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward pass, bit for bit; its gradient is the rule's."""
+        if is_direct(self.rule):
+            return call_with_wires(self.model, plain(self), args, kwargs)
+        return self.model(*args, **kwargs)
+
+    def coverage(self) -> Coverage:
+        """How the error reaches and leaves every weight contraction, as a table; traced, where an example was given."""
+        return cover(self, self.example, self.allow)
+
+    def refine(self, key: jax.Array, *args: Any, **kwargs: Any) -> None:
+        """Runs the rule's own phase on the feedback, in place: the weight mirror's noise; nothing for most rules.
+
+        Args:
+          key: a PRNG key; it is consumed.
+          *args: one batch of inputs, as for the model.
+          **kwargs: likewise.
+        """
+        if self.rule.refine is keep:
+            return
+        parts = _taps_with_feedback(self.model) if is_direct(self.rule) else _contractions(self.model)
+        forward = _shifted_forward(self, args, kwargs) if is_direct(self.rule) else _layers(self, args, kwargs)
+        feedback = {path: part.feedback.get_value() for path, part in parts.items()}
+        for path, value in self.rule.refine(forward, feedback, key).items():
+            parts[path].feedback.set_value(value)
+
+
+def plain(aligned: Aligned) -> Any:
+    """The same network with true gradients and forward mode, for measuring and calibrating.
+
+    Args:
+      aligned: what :func:`attach` returned.
+
+    Returns:
+      A model of the user's own class that shares ``aligned``'s variables: a step on the one is a step on the other.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa.nn
+      >>> from flax import nnx
+      >>> aligned = jaxfa.nn.attach(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jaxfa.fa(), rngs=nnx.Rngs(1))
+      >>> jaxfa.nn.plain(aligned).kernel is aligned.model.kernel
+      True
+
+    Source: Lillicrap et al., "Backpropagation and the brain", 2020, https://doi.org/10.1038/s41583-020-0277-3
+    """
+    model = nnx.clone(aligned.model, variables=False)
+    for _, module in list(modules_of(model)):
+        restore(module)
+        remove_tap(module)
+    return model
+
+
+def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
+    """How well the rule's pseudo-gradient is aligned with the true gradient, for every parameter.
+
+    Args:
+      aligned: what :func:`attach` returned; its state is not changed.
+      loss: ``model -> scalar``, called with a copy of ``aligned`` and of its plain twin.
+
+    Returns:
+      ``{"path/of/kernel": Alignment(angle in degrees, norm_ratio)}``.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa.nn
+      >>> from flax import nnx
+      >>> aligned = jaxfa.nn.attach(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jaxfa.fa(), rngs=nnx.Rngs(1))
+      >>> float(jaxfa.nn.alignment(aligned, lambda model: model(jnp.ones((5, 4))).sum())["kernel"].angle)
+      0.0
+
+    Source: as :func:`jaxfa.diagnostics.angle`.
+    """
+    pseudo = nnx.grad(loss)(nnx.clone(aligned))["model"]
+    true = nnx.grad(loss)(nnx.clone(plain(aligned)))
+    paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(pseudo)]
+    found = compare([leaf[...] for leaf in _values(pseudo)], [leaf[...] for leaf in _values(true)])
+    return dict(zip(paths, found, strict=True))
+
+
+def _values(state: Any) -> list[Any]:
+    return [leaf for _, leaf in nnx.to_flat_state(state)]
+
+
+def _contractions(model: nnx.Module) -> dict[str, Contraction]:
+    found = {module.path: module for _, module in modules_of(model) if isinstance(module, Contraction)}
+    return dict(sorted(found.items()))
+
+
+def _taps_with_feedback(model: nnx.Module) -> dict[str, Tap]:
+    return {path: tap for path, (tap, _) in taps_of(model).items() if tap.feedback is not None}
+
+
+def _layers(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a layer-wise ``refine`` looks at: every contraction with its operation, input shape and weights."""
+    recorder = Recorder()
+    contractions = _contractions(aligned.model)
+    for contraction in contractions.values():
+        contraction.recorder = recorder
+    abstractly(lambda model, *args, **kwargs: model(*args, **kwargs), aligned.model, args, kwargs)
+    for contraction in contractions.values():
+        contraction.recorder = None
+    kernels = {path: module.kernel.get_value() for path, (module, _) in sites_of(plain(aligned)).items()}
+    return {path: layer_of(one, kernels[path], recorder.seen[path]) for path, one in contractions.items()}
+
+
+def _shifted_forward(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a direct ``refine`` looks at: ``taps -> logits`` of the plain network with ``taps[path]`` added to ``h``."""
+    graphdef, state = nnx.split(aligned.model)
+
+    def forward(taps: dict[str, jax.Array]) -> jax.Array:
+        model = nnx.merge(graphdef, state, copy=True)
+        for path, (tap, _) in taps_of(model).items():
+            tap.shift = nnx.Variable(taps[path])
+        return model(*args, **kwargs)
+
+    return forward

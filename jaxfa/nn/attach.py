@@ -1,0 +1,125 @@
+"""Puts a rule on an unmodified NNX model."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxfa.base import Rule, is_direct
+from jaxfa.nn.aligned import Aligned
+from jaxfa.nn.contraction import Contraction, place, sites_of
+from jaxfa.nn.coverage import contracted, refuse_untraced
+from jaxfa.nn.tap import fill_taps, place_tap
+from jaxfa.nn.variables import init_stack, matches, modules_of, structs
+
+
+def attach(
+    model: nnx.Module,
+    rule: Rule,
+    *,
+    rngs: nnx.Rngs,
+    at: str | tuple[str, ...] | None = None,
+    example: Any = None,
+    allow: str | tuple[str, ...] = (),
+) -> Aligned:
+    """Puts a rule on a model that knows nothing of it.
+
+    Layer-wise rules take the place of the backward of every ``nnx.Linear``, ``LinearGeneral``, ``Einsum``, ``Conv``
+    and ``ConvTranspose``, and so of attention's projections and recurrent cells. Direct rules deliver the output error
+    to the outputs of the modules named by ``at``, inside which the backward is exact; without ``at``, to the input of
+    every such layer but the first.
+
+    Args:
+      model: any NNX model; it stays as it is.
+      rule: a :class:`jaxfa.Rule`.
+      rngs: the feedback is drawn from ``rngs.feedback()``.
+      at: globs of module paths, matched segment by segment (``"blocks/*"``): where direct rules tap; for layer-wise
+        rules, the modules in which the layers get the rule.
+      example: one batch of inputs, an array or a tuple of the model's positional arguments (or their shapes). With it
+        the gradient is traced and every contraction accounted for; direct rules need it.
+      allow: globs of layers that may pass errors on by backpropagation.
+
+    Returns:
+      An :class:`Aligned` with a copy of the model.
+
+    Raises:
+      ValueError: if a contraction with weights would stay backpropagation unnoticed, if a glob matches nothing, or if
+        a direct rule has no example.
+      TypeError: if the model or rule is of another type.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxfa.nn
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
+      >>> aligned = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(2), example=jnp.ones((5, 4)))
+      >>> aligned(jnp.ones((5, 4))).shape
+      (5, 3)
+
+    Source: as each rule.
+    """
+    if not isinstance(model, nnx.Module) or not isinstance(rule, Rule):
+        raise TypeError(f"attach(model, rule) expects an nnx.Module and a jaxfa.Rule, got {model!r} and {rule!r}.")
+    at, allow = _globs(at), _globs(allow) or ()
+    args = None if example is None else structs(example if isinstance(example, tuple) else (example,))
+    model = _copy(model)
+    put = _put_direct if is_direct(rule) else _put_layerwise
+    backprop = put(model, rule, rngs, at, args)
+    aligned = Aligned(model, rule, args, (*allow, *backprop))
+    if args is None:
+        refuse_untraced(model, aligned.allow)
+    else:
+        aligned.coverage().refuse()
+    return aligned
+
+
+def _copy(model: nnx.Module) -> Any:
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(lambda a: a.copy(), state))
+
+
+def _globs(patterns: str | tuple[str, ...] | None) -> Any:
+    return (patterns,) if isinstance(patterns, str) else patterns
+
+
+def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> list[str]:
+    """Puts a layer-wise rule on a model; returns the layers that the rule itself leaves to backpropagation."""
+    sites = sites_of(model)
+    _refuse_unmatched(at, list(sites), under=True)
+    first = set() if args is None else {path for path, row in contracted(model, args).items() if row.first}
+    backprop = []
+    for path, (module, site) in sites.items():
+        if path in first or (at is not None and not matches(path, at, under=True)):
+            continue
+        kernel = module.kernel.get_value()
+        stack = kernel.shape[: kernel.ndim - len(site.shape)]
+        feedback = init_stack(rule.init, rngs.feedback(), stack, site.matrix(kernel))
+        if feedback is None:
+            backprop.append(path)
+        else:
+            place(module, Contraction(site, feedback, path))
+    return backprop
+
+
+def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> list[str]:
+    """Taps a model for a direct rule."""
+    if args is None:
+        raise ValueError(
+            "A direct rule needs example=, one batch of inputs: its feedback leads from outputs to layers."
+        )
+    modules = dict(modules_of(model))
+    if at is None:
+        first = {path for path, row in contracted(model, args).items() if row.first}
+        tapped = [path for path in sites_of(model) if path not in first]
+    else:
+        _refuse_unmatched(at, list(modules), under=False)
+        tapped = [path for path in modules if path and matches(path, at)]
+    for path in tapped:
+        place_tap(modules[path], path, at_input=at is None)
+    fill_taps(model, rule, rngs, args)
+    return []
+
+
+def _refuse_unmatched(at: Any, paths: list[str], *, under: bool) -> None:
+    unmatched = [glob for glob in at or () if not any(matches(path, (glob,), under=under) for path in paths)]
+    if unmatched:
+        raise ValueError(f"at={unmatched} matches no module; the paths here are {sorted(filter(None, paths))}.")

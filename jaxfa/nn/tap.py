@@ -1,0 +1,147 @@
+"""Direct rules: a tap on a module's output, or on a layer's input, to which the output error is delivered."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxfa.base import Rule
+from jaxfa.nn.contraction import find_site
+from jaxfa.nn.variables import Feedback, Recorder, abstractly, init_stack, intercept, modules_of, release
+from jaxfa.ops import direct
+
+
+class Wire(nnx.Variable):
+    """One tap's error wire during a forward pass; gone when it ends."""
+
+
+class Tap(nnx.Module):
+    """What a tapped module carries: its feedback and, during a pass, its wire."""
+
+    def __init__(self, path: str, *, at_input: bool) -> None:
+        self.path = path
+        self.at_input = at_input
+        self.feedback = nnx.data(None)
+        self.wire = nnx.data(None)
+        self.shift = nnx.data(None)
+        self.recorder: Recorder | None = None
+
+    @property
+    def scope(self) -> str:
+        """Its path as a name scope, in which a slash would start another."""
+        return self.path.replace("/", ".")
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """Passes ``h`` on unchanged; its error will come from the output."""
+        if not isinstance(h, jax.Array):
+            raise TypeError(f"A direct rule taps modules that return one array; {self.path!r} gave {type(h).__name__}.")
+        if self.recorder is not None:
+            self.recorder.record(self.path, jax.ShapeDtypeStruct(h.shape, h.dtype))
+        if self.shift is not None:
+            return h + self.shift[...]
+        if self.feedback is None:
+            return h
+        if self.wire is None:
+            raise RuntimeError(
+                f"The tap at {self.path!r} has no error wire: call the Aligned model that jaxfa.nn.attach returned, "
+                f"not its .model, or take jaxfa.nn.plain(aligned) for true gradients."
+            )
+        with jax.named_scope(f"tap[{self.scope}]"):
+            h, wire = direct(h, self.wire[...], self.feedback.get_value())
+        self.wire[...] = wire
+        return h
+
+
+def place_tap(module: Any, path: str, *, at_input: bool) -> None:
+    """Taps a module's output, or its input."""
+    module.feedback_tap = nnx.data(Tap(path, at_input=at_input))
+    intercept(module, _tapped_input if at_input else _tapped_output)
+
+
+def remove_tap(module: Any) -> None:
+    """Undoes :func:`place_tap`, where it was done."""
+    if hasattr(module, "feedback_tap"):
+        del module.feedback_tap
+        release(module)
+
+
+def _tapped_input(self: Any, own_call: Any, h: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    return own_call(self, self.feedback_tap(h), *args, **kwargs)
+
+
+def _tapped_output(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    return self.feedback_tap(own_call(self, *args, **kwargs))
+
+
+def taps_of(model: nnx.Module) -> dict[str, tuple[Tap, tuple[int, ...]]]:
+    """The taps of a model by path, each with the shape of the stack that it is in (``()`` for a single module)."""
+    found = {}
+    for _, module in modules_of(model):
+        if hasattr(module, "feedback_tap"):
+            found[module.feedback_tap.path] = (module.feedback_tap, _stack_of(module))
+    return dict(sorted(found.items()))
+
+
+def _stack_of(module: Any) -> tuple[int, ...]:
+    for _, layer in modules_of(module):
+        site = find_site(layer)
+        if site is not None:
+            return layer.kernel.shape[: layer.kernel.ndim - len(site.shape)]
+    return ()
+
+
+def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, args: tuple[Any, ...]) -> None:
+    """Makes every tap's feedback from one abstract forward pass."""
+    taps = taps_of(model)
+    seen, logits = _activations(model, taps, args)
+    keys = {path: rngs.feedback() for path in taps}
+    shared = None
+    for path in sorted(taps, key=lambda path: -seen[path].size):  # a shared feedback is made for the largest
+        tap, stack = taps[path]
+        if shared is None:
+            value = init_stack(lambda key, path=path: rule.init(key, seen[path], logits), keys[path], stack)
+            if value is None:
+                continue
+            tap.feedback = nnx.data(Feedback(value))
+            shared = tap.feedback if value.shared else None
+        else:
+            tap.feedback = nnx.data(shared)
+        if shared is not None and stack:
+            raise ValueError(f"A feedback shared by all layers can't be inside the stack {path!r}; use one per layer.")
+
+
+def _activations(model: nnx.Module, taps: dict[str, Any], args: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
+    recorder = Recorder()
+    for tap, _ in taps.values():
+        tap.recorder = recorder
+    logits = logits_of(model, args, {})
+    for tap, _ in taps.values():
+        tap.recorder = None
+    unused = [path for path in taps if path not in recorder.seen]
+    if unused:
+        raise ValueError(f"The forward pass never called the tapped modules {unused}; name modules that it calls.")
+    return recorder.seen, logits
+
+
+def logits_of(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    """The shape of a model's logits for these inputs."""
+    logits = abstractly(lambda model, *args, **kwargs: model(*args, **kwargs), model, args, kwargs)
+    if not isinstance(logits, jax.ShapeDtypeStruct):
+        raise TypeError(f"A direct rule needs a model that returns its logits, one array; got {logits}.")
+    return logits
+
+
+def call_with_wires(model: nnx.Module, plain: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
+    """Runs a tapped model: gives every tap a wire and adds the wires to the logits."""
+    taps = [(tap, stack) for tap, stack in taps_of(model).values() if tap.feedback is not None]
+    shape = logits_of(plain, args, kwargs)
+    for tap, stack in taps:
+        tap.wire = Wire(jnp.zeros((*stack, *shape.shape), shape.dtype))
+    logits = model(*args, **kwargs)
+    for tap, stack in taps:
+        # The wires hang on the logits side by side instead of one after the other: each one's gradient is e itself,
+        # and nothing has to be handed from block to block through the user's own forward pass.
+        logits = logits + tap.wire[...].sum(tuple(range(len(stack))))
+        tap.wire = None
+    return logits

@@ -1,0 +1,98 @@
+"""What both families need of Flax: the variable that holds feedback, and ways to reach into a model."""
+
+import functools
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+class Feedback(nnx.Variable):
+    """The variable type of all feedback, so that ``nnx.split`` tells it from parameters and state.
+
+    Its value is the rule's feedback, a small dataclass of arrays.
+    """
+
+
+def init_stack(init: Callable[..., Any], key: jax.Array, stack: tuple[int, ...], *args: Any) -> Any:
+    """``init(key, *args)``, or, for layers stacked on leading axes, one for each of them."""
+    for _ in stack:
+        init = jax.vmap(init)
+    return init(jax.random.split(key, stack) if stack else key, *args)
+
+
+class Recorder:
+    """Collects what modules see during one abstract forward pass. Hashable, so that it may be a static attribute."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def record(self, path: str, value: Any) -> None:
+        """Keeps the first thing seen at a path; a module that is used again keeps its first input."""
+        self.seen.setdefault(path, value)
+
+
+def modules_of(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+    """Every module of a model with its path, such as ``("blocks/0/conv1", module)``; a shared one comes once."""
+    for path, module in nnx.iter_modules(model):
+        yield "/".join(map(str, path)), module
+
+
+def matches(path: str, patterns: tuple[str, ...], *, under: bool = False) -> bool:
+    """Whether a path matches one of the globs, segment by segment; with ``under``, it or something above it."""
+    parts = path.split("/")
+    for pattern in patterns:
+        globs = pattern.split("/")
+        fits = len(globs) == len(parts) or (under and len(globs) < len(parts))
+        if fits and all(fnmatchcase(part, glob) for part, glob in zip(parts, globs, strict=False)):
+            return True
+    return False
+
+
+def intercept(module: Any, call: Callable[..., Any]) -> None:
+    """Makes ``module(...)`` run ``call(module, its own __call__, ...)``.
+
+    The module becomes one of a subclass of its class: it keeps its type, attributes, state and paths. Only ever done to
+    modules of our own copy of a model.
+    """
+    cls: Any = type(module)
+    object.__setattr__(module, "__class__", _intercepted(cls, call))
+
+
+def release(module: Any) -> None:
+    """Undoes :func:`intercept`."""
+    if hasattr(type(module), "intercepted_by"):
+        object.__setattr__(module, "__class__", type(module).__base__)
+
+
+@functools.cache
+def _intercepted(cls: type, call: Callable[..., Any]) -> type:
+    # Cached, so that the same model attached twice has the same graph and nothing is traced again.
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        return call(self, cls.__call__, *args, **kwargs)
+
+    body = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__call__": __call__, "intercepted_by": call}
+    return type(cls)(cls.__name__, (cls,), body)
+
+
+def structs(tree: Any) -> Any:
+    """The shapes and dtypes of a tree of arrays."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+def abstractly(call: Callable[..., Any], model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Evaluates ``call(model, *args, **kwargs)`` for its shapes alone, on a copy: no state of the model changes."""
+    graphdef, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+
+    def run(state: Any, arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        merged = [next(given) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
+        args, kwargs = jax.tree.unflatten(structure, merged)
+        return call(nnx.merge(graphdef, state, copy=True), *args, **kwargs)
+
+    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+    return jax.eval_shape(run, structs(state), structs(arrays))
