@@ -1,0 +1,67 @@
+"""The command line: ``python -m experiments list | run NAME [--preset NAME] [options] | report FOLDER``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from experiments import compare, report
+
+EXPERIMENTS = {"compare": compare}
+_COMMANDS = ("list", "run", "report")
+
+
+def main(args: list[str]) -> int:
+    """Runs one command.
+
+    Args:
+      args: the command line, without the program's name.
+
+    Returns:
+      The exit status: 0, or 2 if the command was refused or the run stopped.
+    """
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        _dispatch(args)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        console.print("Error:", style="bold red", end=" ")
+        console.print(str(error), markup=False)
+        return 2
+    return 0
+
+
+def _dispatch(args: list[str]) -> None:
+    match args:
+        case ["list"]:
+            for name, experiment in EXPERIMENTS.items():
+                print(f"{name:<12} {(experiment.__doc__ or '').splitlines()[0]}")
+        case ["run", name, *options] if name in EXPERIMENTS:
+            _run(name, options)
+        case ["run", *names]:
+            given = f"Unknown experiment {names[0]!r}" if names else "No experiment given"
+            raise ValueError(f"{given}; choose one of {', '.join(EXPERIMENTS)}.")
+        case ["report", *options]:
+            print(tyro.cli(report.write, args=options, prog="python -m experiments report"))
+        case ["-h" | "--help"]:
+            print(__doc__)
+        case _:
+            given = f"Unknown command {args[0]!r}" if args else "No command given"
+            raise ValueError(f"{given}; choose one of {', '.join(_COMMANDS)}.")
+
+
+def _run(name: str, options: list[str]) -> None:
+    experiment = EXPERIMENTS[name]
+    parser = argparse.ArgumentParser(prog=f"python -m experiments run {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=experiment.PRESETS, default="cpu")
+    chosen, rest = parser.parse_known_args(options)
+    description = f"{experiment.__doc__}\n--preset {{{','.join(experiment.PRESETS)}}} sets the defaults below."
+    default = experiment.PRESETS[chosen.preset]
+    config = tyro.cli(experiment.Config, default=default, args=rest, prog=parser.prog, description=description)
+    path = experiment.run(config)
+    print(f"Report: {path.resolve()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

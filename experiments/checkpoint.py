@@ -1,0 +1,83 @@
+"""Checkpoints of arrays by orbax: written beside and renamed when complete, so that a kill leaves the last one whole."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+Checkpoints = ocp.CheckpointManager
+
+
+def checkpoints(folder: Path) -> Checkpoints:
+    """A manager of a run's checkpoints, to be used in a ``with`` statement; keeps the last two."""
+    options = ocp.CheckpointManagerOptions(
+        # Not asynchronous: the next step donates the very buffers that a thread would still be writing.
+        max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )  # fmt: skip
+    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+
+
+def save(manager: Checkpoints, epoch: int, state: Any) -> None:
+    """Saves a state.
+
+    Args:
+      manager: from :func:`checkpoints`.
+      epoch: how many epochs have been trained.
+      state: a tree of arrays and PRNG keys.
+    """
+    manager.save(epoch, args=ocp.args.StandardSave(_by_path(state)))
+
+
+def restore(manager: Checkpoints, like: Any) -> tuple[int, Any] | None:
+    """Restores the last checkpoint.
+
+    Args:
+      manager: from :func:`checkpoints`.
+      like: a state of the same structure, shapes and dtypes.
+
+    Returns:
+      The epoch and the state, or None if there is no checkpoint.
+
+    Raises:
+      ValueError: if the checkpoint is damaged or of another network, method or number of seeds.
+    """
+    epoch = manager.latest_step()
+    if epoch is None:
+        return None
+    where, expected = Path(manager.directory) / str(epoch), _by_path(like)
+    try:
+        found = manager.restore(epoch, args=ocp.args.StandardRestore())
+    # Orbax and tensorstore tell of a damaged file by a dozen exception types.
+    except Exception as error:
+        raise ValueError(
+            f"The checkpoint {where} is damaged ({type(error).__name__}). Delete that folder to go on from the one "
+            f"before it, or start again with --fresh."
+        ) from error
+    _check_same(where, found, expected)
+    keys = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key), like)
+    arrays = jax.tree.unflatten(jax.tree.structure(like), [found[path] for path in expected])
+    return epoch, jax.tree.map(lambda is_key, a: jax.random.wrap_key_data(a) if is_key else a, keys, arrays)
+
+
+def _by_path(state: Any) -> dict[str, jax.Array]:
+    """A flat dictionary: its names and shapes tell a checkpoint of another configuration from a damaged one."""
+
+    def raw(leaf: jax.Array) -> jax.Array:
+        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    return {jax.tree_util.keystr(path): raw(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def _check_same(where: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    def shapes(tree: dict[str, Any]) -> dict[str, str]:
+        return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in tree.items()}
+
+    there, here = shapes(found), shapes(expected)
+    for path in {**here, **there}:
+        if there.get(path) != here.get(path):
+            raise ValueError(
+                f"The checkpoint {where} is not of this run: {path} is {there.get(path, 'missing')}, expected "
+                f"{here.get(path, 'no such array')}. Choose another --out, or start again with --fresh."
+            )

@@ -1,0 +1,147 @@
+"""Image data sets as arrays: scikit-learn's digits, which need no file, and cached ``.npz`` files of the others.
+
+A cached file ``FOLDER/NAME.npz`` holds uint8 ``train_images`` and ``test_images`` (N, H, W, C) and integer
+``train_labels`` and ``test_labels`` (N,). The folder is what a flag or ``JAXFA_DATA`` names, else ``./data``. Where a
+file is missing, TFDS makes it, once; offline ``python ../shared/data/unpack.py FOLDER --npz`` makes all four.
+"""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"]
+
+_CLASSES = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+class Dataset(NamedTuple):
+    """A data set for image classification.
+
+    Attributes:
+      train_images: uint8 ``(N, H, W, C)``; NumPy's, or JAX's once on the device.
+      train_labels: int32 ``(N,)``.
+      test_images: uint8 ``(M, H, W, C)``.
+      test_labels: int32 ``(M,)``.
+      classes: how many labels there are.
+      augmented: whether training shifts and mirrors the images: natural ones, not digits.
+    """
+
+    train_images: Any
+    train_labels: Any
+    test_images: Any
+    test_labels: Any
+    classes: int
+    augmented: bool = False
+
+
+def load(name: DatasetName, folder: Path | None = None) -> Dataset:
+    """Loads a data set; prepares its cached file first if that is missing.
+
+    Args:
+      name: one of ``DatasetName``.
+      folder: where the cached files are; by default what ``JAXFA_DATA`` names, else ``./data``.
+
+    Returns:
+      A :class:`Dataset`.
+
+    Raises:
+      ValueError: if the name is unknown or the cached file is damaged.
+      FileNotFoundError: if there is no cached file and no TFDS to make it.
+    """
+    if name not in get_args(DatasetName):
+        raise ValueError(f"Unknown data set {name!r}; choose one of {', '.join(get_args(DatasetName))}.")
+    if name == "digits":
+        return _digits()
+    path = (folder or Path(os.environ.get("JAXFA_DATA", "data"))) / f"{name}.npz"
+    if not path.exists():
+        _prepare(name, path)
+    return _read(name, path)
+
+
+def hold_out(data: Dataset, fraction: float = 0.1) -> Dataset:
+    """The data set with the end of its training images in place of the test images, for every choice that is tuned.
+
+    Args:
+      data: a :class:`Dataset`, which comes shuffled.
+      fraction: how much of the training images to hold out.
+
+    Returns:
+      A :class:`Dataset` that holds no test image.
+    """
+    kept = len(data.train_labels) - round(fraction * len(data.train_labels))
+    return data._replace(
+        train_images=data.train_images[:kept],
+        train_labels=data.train_labels[:kept],
+        test_images=data.train_images[kept:],
+        test_labels=data.train_labels[kept:],
+    )
+
+
+def on_device(data: Dataset) -> Dataset:
+    """The data set with its arrays on the device, once for all trainings."""
+    return data._replace(**{name: jax.device_put(getattr(data, name)) for name in _ARRAYS})
+
+
+def channel_moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and the standard deviation of every channel of uint8 images ``(N, H, W, C)``, each ``(C,)``."""
+    # From the histogram: exact, and without a copy of the images in floating point.
+    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
+    levels = np.arange(256)
+    mean = counts @ levels / counts.sum(1)
+    variance = counts @ levels**2 / counts.sum(1) - mean**2
+    return mean.astype(np.float32), np.sqrt(np.maximum(variance, 1e-12)).astype(np.float32)
+
+
+def _digits() -> Dataset:
+    digits = load_digits()
+    images, labels = digits.images[..., None].astype(np.uint8), digits.target.astype(np.int32)
+    split = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
+    train_images, test_images, train_labels, test_labels = split
+    return Dataset(train_images, train_labels, test_images, test_labels, _CLASSES["digits"])
+
+
+def _read(name: str, path: Path) -> Dataset:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            train_images, train_labels, test_images, test_labels = (file[key] for key in _ARRAYS)
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is not a complete data set ({error}): expected the arrays {', '.join(_ARRAYS)}. Delete the file "
+            f"and prepare it again."
+        ) from error
+    for images, labels in ((train_images, train_labels), (test_images, test_labels)):
+        if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{path} must hold uint8 images (N, H, W, C) and labels (N,), got {images.dtype} {images.shape} and "
+                f"{labels.shape}. Delete the file and prepare it again."
+            )
+    labels = (train_labels.astype(np.int32), test_labels.astype(np.int32))
+    augmented = name.startswith("cifar")
+    return Dataset(train_images, labels[0], test_images, labels[1], _CLASSES[name], augmented)
+
+
+def _prepare(name: str, path: Path) -> None:
+    try:
+        import tensorflow_datasets as tfds  # noqa: PLC0415 (only to prepare: training reads cached arrays)
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"No cached data set at {path}. Where a network is, install TFDS (pip install 'jaxfa[tfds]') and run this "
+            f"again; offline run `python ../shared/data/unpack.py {path.parent} --npz`; or name another folder with "
+            f"--data or JAXFA_DATA; or choose digits, which needs no file."
+        ) from error
+    arrays = {}
+    for split in ("train", "test"):
+        whole = tfds.as_numpy(tfds.load(name, split=split, batch_size=-1))
+        arrays |= {f"{split}_images": whole["image"], f"{split}_labels": whole["label"].astype(np.uint8)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed when complete: a kill half way leaves no half file under the real name.
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, **arrays)
+    partial.replace(path)

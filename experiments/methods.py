@@ -1,0 +1,59 @@
+"""The one place where a method's name becomes a value."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import jaxfa
+
+MethodName = Literal[
+    "bp", "fa", "usf", "brsf", "frsf", "kolen_pollack", "weight_mirror", "dfa", "shared_dfa", "dkp", "drtp"
+]
+
+
+class Method(NamedTuple):
+    """A rule as the tables show it.
+
+    Attributes:
+      title: what to call it.
+      family: what it belongs to, for the report's groups.
+      idea: in a few words, what carries the error back.
+      rule: makes the :class:`jaxfa.Rule`.
+    """
+
+    title: str
+    family: str
+    idea: str
+    rule: Callable[[], jaxfa.Rule]
+
+    @property
+    def direct(self) -> bool:
+        """Whether the rule is of the direct family."""
+        return self.family == DIRECT
+
+
+EXACT, LAYERWISE, DIRECT = "Exact", "Layer by layer", "Straight from the output"
+METHODS: dict[MethodName, Method] = {
+    "bp": Method("Backpropagation", EXACT, "the weights, transposed", jaxfa.backprop),
+    "fa": Method("Feedback alignment", LAYERWISE, "fixed random weights", jaxfa.fa),
+    "usf": Method("uSF", LAYERWISE, "signs of the weights", jaxfa.usf),
+    "brsf": Method("brSF", LAYERWISE, "signs, new random sizes every step", jaxfa.brsf),
+    "frsf": Method("frSF", LAYERWISE, "signs, fixed random sizes", jaxfa.frsf),
+    "kolen_pollack": Method("Kolen-Pollack", LAYERWISE, "learned: same steps, same decay", jaxfa.kolen_pollack),
+    "weight_mirror": Method("Weight mirror", LAYERWISE, "learned from noise", jaxfa.weight_mirror),
+    "dfa": Method("DFA", DIRECT, "fixed random, one per layer", jaxfa.dfa),
+    "shared_dfa": Method("DFA, shared", DIRECT, "one fixed random for all", partial(jaxfa.dfa, shared=True)),
+    "dkp": Method("DKP", DIRECT, "learned: activity times error", jaxfa.dkp),
+    "drtp": Method("DRTP", DIRECT, "the target, no error at all", jaxfa.drtp),
+}
+
+
+def method(name: MethodName) -> Method:
+    """The method of a name.
+
+    Raises:
+      ValueError: if the name is unknown.
+    """
+    if name not in METHODS:
+        raise ValueError(f"Unknown method {name!r}; choose from {', '.join(get_args(MethodName))}.")
+    return METHODS[name]

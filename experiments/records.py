@@ -1,0 +1,145 @@
+"""A run's folder: ``config.json``, ``environment.json``, one line of ``metrics.jsonl`` per epoch, checkpoints.
+
+A folder belongs to one configuration. Files are replaced whole, so that a kill at any moment leaves the old or the new.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False) -> None:
+    """Makes a run's folder, or finds one of the same configuration; notes where and with what it runs.
+
+    Args:
+      folder: the run's folder.
+      config: everything that the results depend on, as JSON values.
+      fresh: whether to delete what is there.
+
+    Raises:
+      ValueError: if the folder holds a run of another configuration, or files that are no run.
+    """
+    if fresh and (folder / "config.json").exists():
+        shutil.rmtree(folder)
+    config = json.loads(json.dumps(config))
+    if (folder / "config.json").exists():
+        _check_same(folder, read_json(folder / "config.json"), config)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files but no config.json, so it is no run's folder: choose another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    starts = read_json(folder / "environment.json") if (folder / "environment.json").exists() else []
+    write_json(folder / "environment.json", [*starts, environment()])
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the versions, the commit and the time."""
+    device = jax.devices()[0]
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "backend": jax.default_backend(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def append(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Adds one line to ``metrics.jsonl`` and sees it to the disk; returns it with None for NaN, which JSON has not."""
+    record = _finite(record)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return record
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run, without a last line that a kill cut short."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def truncate(folder: Path, epoch: int) -> list[dict[str, Any]]:
+    """Drops what a killed run wrote after the checkpoint of ``epoch`` (-1: everything); returns what stays."""
+    records = [record for record in read(folder) if record["epoch"] <= epoch]
+    _replace(folder / "metrics.jsonl", "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    return records
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    _replace(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+      ValueError: if the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete its folder, or run with --fresh.") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if keys:
+        changes = "; ".join(f"{key} was {there.get(key)!r}, is now {here.get(key)!r}" for key in keys)
+        raise ValueError(
+            f"{folder} holds a run of another configuration: {changes}. Choose another --out, or delete that run with "
+            f"--fresh."
+        )
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"

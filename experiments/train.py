@@ -1,0 +1,89 @@
+"""The loop over epochs that every experiment shares: trains, measures, records, checkpoints, resumes."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import Progress
+
+from experiments import checkpoint, records
+from experiments.trainer import State, Trainer
+
+
+def train(
+    trainer: Trainer,
+    epochs: int,
+    *,
+    folder: Path,
+    config: dict[str, Any],
+    save_every: int = 5,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Trains all seeds of a task, going on from the folder's last checkpoint if there is one.
+
+    Args:
+      trainer: the compiled task.
+      epochs: how many epochs in all.
+      folder: the run's folder; see :mod:`experiments.records`.
+      config: everything that the results depend on; a folder of another configuration is refused.
+      save_every: epochs from one checkpoint to the next; the last epoch is always saved.
+      fresh: whether to delete what the folder holds.
+      progress: where to show how far it is.
+
+    Returns:
+      One record per epoch, from 0 (before the first step).
+
+    Raises:
+      ValueError: if the folder or its checkpoint is of another configuration, or damaged.
+      FloatingPointError: if a loss is not finite.
+    """
+    records.open_run(folder, config, fresh=fresh)
+    (folder / "coverage.txt").write_text(f"{trainer.coverage}\n")
+    with checkpoint.checkpoints(folder) as manager:
+        state = trainer.init()
+        done, state = checkpoint.restore(manager, state) or (-1, state)
+        history = records.truncate(folder, done)
+        bar = progress.add_task(folder.name, total=epochs, completed=max(done, 0)) if progress else None
+        for epoch in range(done + 1, epochs + 1):
+            state, record = _epoch(trainer, state, epoch, folder)
+            history.append(records.append(folder, record))
+            if epoch == epochs or epoch % save_every == 0:
+                checkpoint.save(manager, epoch, state)
+            if progress and bar is not None:
+                accuracy = float(np.mean(record["test_accuracy"]))
+                progress.update(bar, completed=epoch, description=f"{folder.name:<14} {accuracy:6.1%}")
+    return history
+
+
+def _epoch(trainer: Trainer, state: State, epoch: int, folder: Path) -> tuple[State, dict[str, Any]]:
+    """Trains for one epoch (none for epoch 0) and measures: the only place where the host waits for the device."""
+    started = time.perf_counter()
+    losses: Any = []
+    if epoch:
+        state, losses = trainer.advance(state, trainer.steps)
+    found, losses = jax.device_get((trainer.evaluate(state), losses))
+    seconds = time.perf_counter() - started
+    losses = np.asarray(losses).reshape(-1, len(trainer.seeds))
+    _stop_unless_finite(trainer, epoch, losses, found["test_loss"], folder)
+    record = {"epoch": epoch, "step": epoch * trainer.steps, "seconds": round(seconds, 3)}
+    record["train_loss"] = losses.mean(0).tolist() if epoch else None
+    return state, record | jax.tree.map(lambda a: a.tolist(), found)
+
+
+def _stop_unless_finite(trainer: Trainer, epoch: int, losses: np.ndarray, test_loss: np.ndarray, folder: Path) -> None:
+    steps, seeds = np.nonzero(~np.isfinite(losses))
+    if len(steps):
+        where = f"the training loss is {losses[steps[0], seeds[0]]} at step {(epoch - 1) * trainer.steps + steps[0] + 1}"
+        seed = trainer.seeds[seeds[0]]
+    elif not np.isfinite(test_loss).all():
+        index = int(np.argmin(np.isfinite(test_loss)))
+        where, seed = f"the test loss is {test_loss[index]}", trainer.seeds[index]
+    else:
+        return
+    raise FloatingPointError(
+        f"{folder}: {where} of epoch {epoch}, seed {seed}. Training has diverged: lower the learning rate. The records "
+        f"and the last checkpoint before it are kept."
+    )
