@@ -1,6 +1,5 @@
 """Lists every weight contraction of a model with how its error travels, read off the traced gradient."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,9 @@ from jaxfa.nn.variables import Feedback, matches, modules_of, structs
 # Their arrays of two axes are no contractions: a lookup table, or scales and offsets stacked by nnx.vmap.
 _NO_CONTRACTION = (nnx.Embed, nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm)
 
+_UNTRACED = "not traced: give example="
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+
 
 class Row(NamedTuple):
     """One contraction with weights.
@@ -26,7 +28,6 @@ class Row(NamedTuple):
       arrives: how the error gets to its output.
       leaves: how the error goes on to what is below.
       feedback: the feedback's class and size, where it has one.
-      violation: what is wrong, if an error travels by backpropagation that nobody allowed; else empty.
     """
 
     layer: str
@@ -34,7 +35,6 @@ class Row(NamedTuple):
     arrives: str
     leaves: str
     feedback: str
-    violation: str = ""
 
 
 class Coverage(NamedTuple):
@@ -42,15 +42,17 @@ class Coverage(NamedTuple):
 
     Attributes:
       rows: a :class:`Row` for each weight contraction, in the order of the forward pass.
+      violations: a sentence for each contraction that would stay backpropagation although nobody allowed it.
     """
 
     rows: tuple[Row, ...]
+    violations: tuple[str, ...]
 
     def refuse(self) -> None:
-        """Raises a ``ValueError`` if an error travels by backpropagation that nobody allowed."""
-        wrong = [row.violation for row in self.rows if row.violation]
-        if wrong:
-            raise ValueError("\n".join(["This model would not learn by the rule alone.", *wrong, "", str(self)]))
+        """Raises a ``ValueError`` if there are violations."""
+        if self.violations:
+            head = "This model would not learn by the rule alone."
+            raise ValueError("\n".join([head, *self.violations, "", str(self)]))
 
     def __str__(self) -> str:
         """The table as text."""
@@ -90,7 +92,7 @@ def trace(model: nnx.Module, args: tuple[Any, ...], *, skip: int = 0) -> Audit:
 def cover(aligned: Any, args: tuple[Any, ...] | None, allow: tuple[str, ...]) -> Coverage:
     """The table of an attached model; without an example, of its layers as they stand, untraced."""
     if args is None:
-        return Coverage(tuple(_untraced(aligned.model, allow)))
+        return _untraced(aligned.model, allow)
     return _Cover(aligned, trace(aligned, args, skip=1), allow).table()
 
 
@@ -103,6 +105,7 @@ class _Cover:
         self.blocks = [tap.path for tap in taps if not tap.at_input]
         self.inputs = [tap.path for tap in taps if tap.at_input]
         self.places = {tap.scope: f"{'input' if tap.at_input else 'output'} of {tap.path}" for tap in taps}
+        self.taps = {tap.scope: tap.path for tap in taps}
         self.feedback = _feedback_of(aligned.model)
         flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Param))
         self.shapes = {"/".join(map(str, path)): leaf.get_value().shape for path, leaf in flat}
@@ -110,12 +113,16 @@ class _Cover:
 
     def table(self) -> Coverage:
         names = dict.fromkeys(name for one in self.result.contractions for name in sorted(one.weights))
-        return Coverage(tuple(self.row(name) for name in names))
+        impure = [self.impure(name) for name in self.result.arrivals]
+        violations = [*map(self.backpropagates, names), *impure]
+        return Coverage(tuple(map(self.row, names)), tuple(filter(None, violations)))
 
     def row(self, name: str) -> Row:
-        arrives, leaves = self.arrives(name), self.leaves(name)
-        feedback = self.feedback.get(_layer(name), "")
-        return Row(_layer(name), self.shapes[name], arrives, leaves, feedback, self.violation(name))
+        way = self.result.arrivals[name]
+        taps = [self.taps[step.name] for step in way if step.kind == "direct"]
+        # A direct feedback stands where it brings an error, a layer's own where it sends one on.
+        feedback = " ".join(self.feedback.get(path, "") for path in taps or [_layer(name)])
+        return Row(_layer(name), self.shapes[name], self.arrives(name), self.leaves(name), feedback)
 
     def block(self, below: str, above: str) -> str | None:
         """The tapped block that holds both parameters, inside which the backward is meant to be exact."""
@@ -146,16 +153,20 @@ class _Cover:
             return "not needed: first"
         return "not needed: input tapped" if _layer(name) in self.inputs else "not needed"
 
-    def violation(self, name: str) -> str:
+    def backpropagates(self, name: str) -> str:
         ways = self.result.arrivals
         victims = [below for below in ways if ("weights", name) in ways[below] and not self.block(below, name)]
-        taps = sorted(self.places[step.name] for step in ways[name] if step.kind == "direct")
-        if victims and not matches(_layer(name), self.allow, under=True):
+        if victims and not matches(name, self.allow, under=True):
+            others = " and others" if len(victims) > 3 else ""
+            mend = "Name what is below it in at=, too" if self.taps else "Make it a Flax layer (without a mask)"
             return (
-                f"- {_layer(name)!r} sends the error on to {', '.join(map(repr, victims[:3]))}"
-                f"{' and others' if len(victims) > 3 else ''} through its own weights, which is backpropagation. Put "
-                f"the rule on it (a Flax layer without mask, or a block named in at=), or allow={_layer(name)!r}."
+                f"- {_layer(name)!r} sends the error on to {', '.join(map(repr, victims[:3]))}{others} through its own "
+                f"weights, which is backpropagation. {mend}, or allow={_layer(name)!r}."
             )
+        return ""
+
+    def impure(self, name: str) -> str:
+        taps = sorted(self.places[step.name] for step in self.result.arrivals[name] if step.kind == "direct")
         if len(taps) > 1:
             return (
                 f"- the error reaches {name!r} through {len(taps)} taps at once ({', '.join(taps[:3])}, ...), as when "
@@ -166,27 +177,29 @@ class _Cover:
 
 def refuse_untraced(model: nnx.Module, allow: tuple[str, ...]) -> None:
     """The check without an example: every array of weights must belong to a layer that has the rule."""
-    Coverage(tuple(_untraced(model, allow))).refuse()
+    _untraced(model, allow).refuse()
 
 
-def _untraced(model: nnx.Module, allow: tuple[str, ...]) -> Iterator[Row]:
+def _untraced(model: nnx.Module, allow: tuple[str, ...]) -> Coverage:
     feedback = _feedback_of(model)
+    rows, violations = [], []
     for path, module in sorted(modules_of(model), key=lambda item: item[0]):
         if isinstance(module, (Contracted, Tap, *_NO_CONTRACTION)):
             continue
-        allowed = matches(path, allow, under=True)
         if find_site(module) is not None:
             shape = module.kernel.get_value().shape
-            has = path in feedback
-            wrong = "" if has or allowed else f"- {path!r} has no feedback. Include it in at=, or allow={path!r}."
-            leaves = "through its feedback" if has else "backpropagation"
-            yield Row(path, shape, "not traced: give example=", leaves, feedback.get(path, ""), wrong)
+            leaves = "through its feedback" if path in feedback else "backpropagation"
+            rows.append(Row(path, shape, _UNTRACED, leaves, feedback.get(path, "")))
+            if path not in feedback and not matches(path, allow, under=True):
+                violations.append(f"- {path!r} has no feedback. Include it in at=, or allow={path!r}.")
             continue
         for name, value in vars(module).items():
-            if isinstance(value, nnx.Param) and value.get_value().ndim > 1 and not allowed:
+            if isinstance(value, nnx.Param) and value.get_value().ndim > 1:
                 own = f"{path}/{name}".lstrip("/")
-                wrong = f"- {own!r} belongs to no layer that jaxfa knows. Give example= to trace it, or allow={own!r}."
-                yield Row(own, value.get_value().shape, "not traced: give example=", "unknown", "", wrong)
+                rows.append(Row(own, value.get_value().shape, _UNTRACED, "unknown", ""))
+                if not matches(own, allow, under=True):
+                    violations.append(f"- {own!r} is in no layer that jaxfa knows. Give example=, or allow={own!r}.")
+    return Coverage(tuple(rows), tuple(violations))
 
 
 def _feedback_of(model: nnx.Module) -> dict[str, str]:
@@ -197,9 +210,10 @@ def _feedback_of(model: nnx.Module) -> dict[str, str]:
 
 def _describe(feedback: Any) -> str:
     leaves = jax.tree.leaves(feedback)
+    shapes = "".join(f" {leaf.shape}" for leaf in leaves if leaf.shape)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    shapes = ", ".join(str(leaf.shape) for leaf in leaves if leaf.shape)
-    return f"{type(feedback).__name__} {shapes} {size / 1024:.1f} KiB"
+    unit, scale = next(unit for unit in _UNITS if size >= unit[1] or unit[1] == 1)
+    return f"{type(feedback).__name__}{shapes} {size / scale:.3g} {unit}"
 
 
 def _segments(path: Any) -> list[str]:
