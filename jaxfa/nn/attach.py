@@ -9,7 +9,7 @@ from jaxfa.base import Rule, is_direct
 from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import contracted, refuse_untraced
-from jaxfa.nn.tap import fill_taps, place_tap
+from jaxfa.nn.tap import Tap, fill_taps, place_tap
 from jaxfa.nn.variables import init_stack, matches, modules_of, structs
 
 
@@ -59,6 +59,8 @@ def attach(
     """
     if not isinstance(model, nnx.Module) or not isinstance(rule, Rule):
         raise TypeError(f"attach(model, rule) expects an nnx.Module and a jaxfa.Rule, got {model!r} and {rule!r}.")
+    if any(isinstance(part, Aligned | Contraction | Tap) for _, part in modules_of(model)):
+        raise ValueError("This model already has a rule; attach the next one to jaxfa.nn.plain(aligned).")
     at, allow = _globs(at), _globs(allow) or ()
     args = None if example is None else structs(example if isinstance(example, tuple) else (example,))
     model = _copy(model)

@@ -121,7 +121,7 @@ class _Cover:
         way = self.result.arrivals[name]
         taps = [self.taps[step.name] for step in way if step.kind == "direct"]
         # A direct feedback stands where it brings an error, a layer's own where it sends one on.
-        feedback = " ".join(self.feedback.get(path, "") for path in taps or [_layer(name)])
+        feedback = " ".join(self.feedback.get(path, "") for path in (taps if self.taps else [_layer(name)]))
         return Row(_layer(name), self.shapes[name], self.arrives(name), self.leaves(name), feedback)
 
     def block(self, below: str, above: str) -> str | None:

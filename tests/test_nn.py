@@ -1,0 +1,377 @@
+"""``jaxfa.nn`` on whole models: which way the error goes, who refuses what, and that nothing else changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxfa
+import jaxfa.nn
+from tests.methods import METHODS
+from tests.networks import MLP, ConvNet, RawWeights, Recurrent, Residual, Scanned, Transformer
+
+BLOCKS = ("stem", "blocks/*")
+TRAINED = (nnx.Param, jaxfa.nn.Feedback)
+
+
+def inputs(*shape):
+    return jax.random.normal(jax.random.key(5), shape)
+
+
+# name: (model, inputs, where direct rules tap)
+MODELS = {
+    "mlp": (MLP, inputs(9, 6), None),
+    "conv, batch norm, dropout": (ConvNet, inputs(9, 8, 8, 3), None),
+    "residual": (Residual, inputs(9, 6), BLOCKS),
+    "scanned": (Scanned, inputs(9, 6), ("stem", "blocks")),
+    "scanned, rematerialised": (lambda rngs: Scanned(rngs, remat=True), inputs(9, 6), ("stem", "blocks")),
+    "transformer": (Transformer, jax.random.randint(jax.random.key(6), (9, 4), 0, 11), ("embed", "block")),
+    "recurrent": (Recurrent, inputs(9, 4, 6), "rnn"),
+}
+
+
+def attach(model, rule, x, at=None, **kwargs):
+    at = at if jaxfa.base.is_direct(rule) else None
+    return jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=x, at=at, **kwargs)
+
+
+def loss(model, x):
+    logits = model(x)
+    labels = jnp.arange(logits[..., 0].size).reshape(logits.shape[:-1]) % logits.shape[-1]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def alignment(aligned, x):
+    return nnx.jit(lambda aligned: jaxfa.nn.alignment(aligned, lambda model: loss(model, x)))(aligned)
+
+
+def trainer(aligned, x, tx=None):
+    """An ``nnx.Optimizer`` and one jitted step with it, in plain NNX style."""
+    optimizer = nnx.Optimizer(aligned, jaxfa.optimizer(tx or optax.adamw(1e-2), aligned.rule), wrt=TRAINED)
+
+    @nnx.jit
+    def step(aligned, optimizer, key):
+        aligned.refine(key, x)
+        value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, TRAINED))(aligned, x)
+        optimizer.update(aligned, grads)
+        return value
+
+    return optimizer, step
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("kolen_pollack", "brsf", "dkp_drawn")], ids=str)
+def test_every_model_trains_by_every_kind_of_rule_through_nnx(name, method):
+    make, x, at = MODELS[name]
+    model = make(nnx.Rngs(0))
+    aligned = attach(model, method.rule, x, at)
+    np.testing.assert_array_equal(nnx.clone(aligned)(x), nnx.clone(model)(x))
+    before = jax.tree.map(jnp.copy, nnx.state(aligned, *TRAINED))
+    optimizer, step = trainer(aligned, x)
+    assert np.isfinite([step(aligned, optimizer, jax.random.key(i)) for i in range(3)]).all()
+    after = nnx.state(aligned, *TRAINED)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_raises(AssertionError, np.testing.assert_array_equal, a, b), before[0], after[0]
+    )
+    for old, new in zip(jax.tree.leaves(before[1]), jax.tree.leaves(after[1]), strict=True):
+        assert not np.array_equal(old, new) or method.name == "brsf"  # whose seed stays and whose step moves
+
+
+def test_the_original_is_left_as_it_was_even_when_the_copy_is_donated():
+    model, x = ConvNet(nnx.Rngs(0)), MODELS["conv, batch norm, dropout"][1]
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model, nnx.Param, nnx.BatchStat)[0]))
+    graphdef, state = nnx.split(attach(model, jaxfa.fa(), x))
+    jax.jit(lambda state: jax.tree.map(lambda a: a, state), donate_argnums=0)(state)
+    del graphdef
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    assert not hasattr(model.conv1, "feedback_tap")
+    assert model.head.dot_general is jax.lax.dot_general
+    model(x)
+
+
+def test_paths_classes_and_parameters_stay_the_users():
+    model = Residual(nnx.Rngs(0))
+    aligned = attach(model, jaxfa.dfa(), inputs(9, 6), BLOCKS)
+    assert isinstance(aligned.model.blocks[0], type(model.blocks[0]))
+    ours, theirs = nnx.state(aligned.model, nnx.Param), nnx.state(model, nnx.Param)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+
+
+def test_feedback_has_a_variable_type_of_its_own():
+    aligned = attach(MLP(nnx.Rngs(0)), jaxfa.fa(), inputs(9, 6))
+    _, params, feedback, rest = nnx.split(aligned, nnx.Param, jaxfa.nn.Feedback, ...)
+    assert len(jax.tree.leaves(params)) == 6
+    assert [leaf.shape for leaf in jax.tree.leaves(feedback)] == [(8, 8), (8, 3)]  # none for the first layer
+    assert not jax.tree.leaves(rest)
+
+
+def test_coverage_tells_how_every_error_travels():
+    rows = attach(Residual(nnx.Rngs(0), 1), jaxfa.dfa(), inputs(9, 6), BLOCKS).coverage().rows
+    assert [row[:4] for row in rows] == [
+        ("stem", (6, 4), "direct, output of stem", "not needed: first"),
+        ("blocks/0/up", (4, 4), "direct, output of blocks/0, then exact inside blocks/0", "not needed"),
+        ("blocks/0/down", (4, 4), "direct, output of blocks/0", "exact inside blocks/0"),
+        ("head", (4, 3), "exact: last", "not needed"),
+    ]
+    table = str(attach(MLP(nnx.Rngs(0)), jaxfa.backprop(), inputs(9, 6)).coverage())
+    assert table.splitlines()[1].split() == ["fc1", "(6,", "8)", "backpropagation", "not", "needed:", "first"]
+    table = str(attach(MLP(nnx.Rngs(0)), jaxfa.dfa(shared=True), inputs(9, 6)).coverage())
+    assert table.count("SharedMatrix (8, 3) 96 B") == 2
+
+
+def test_attention_is_covered_projection_by_projection():
+    rows = attach(Transformer(nnx.Rngs(0)), jaxfa.fa(), MODELS["transformer"][1]).coverage().rows
+    assert {row.layer: row.feedback for row in rows if row.leaves == "through its feedback"} == {
+        "block/attention/query": "FixedFeedback (6, 8) 192 B",
+        "block/attention/key": "FixedFeedback (6, 8) 192 B",
+        "block/attention/value": "FixedFeedback (6, 8) 192 B",
+        "block/attention/out": "FixedFeedback (8, 6) 192 B",
+        "head": "FixedFeedback (6, 11) 264 B",
+    }
+
+
+@pytest.mark.parametrize("cell", [nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell])
+def test_recurrent_cells_are_covered(cell):
+    rows = attach(Recurrent(nnx.Rngs(0), cell), jaxfa.fa(), inputs(9, 4, 6)).coverage().rows
+    ways = {row.leaves for row in rows}
+    assert ways == {"not needed: first", "through its feedback"}
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_weights_that_would_stay_backprop_are_refused_by_name(traced):
+    example = inputs(9, 6) if traced else None
+    with pytest.raises(ValueError, match=r"'w' .*allow='w'"):
+        jaxfa.nn.attach(RawWeights(nnx.Rngs(0)), jaxfa.fa(), rngs=nnx.Rngs(1), example=example)
+    aligned = jaxfa.nn.attach(RawWeights(nnx.Rngs(0)), jaxfa.fa(), rngs=nnx.Rngs(1), example=example, allow="w")
+    assert [row.leaves for row in aligned.coverage().rows if row.layer == "w"] == [
+        "backpropagation" if traced else "unknown"
+    ]
+
+
+def test_a_layer_that_ignores_its_dot_general_is_caught():
+    class Own(nnx.Linear):
+        def __call__(self, x):
+            return x @ self.kernel[...]
+
+    model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), Own(4, 3, rngs=nnx.Rngs(1)))
+    with pytest.raises(ValueError, match="'layers/1' sends the error on to 'layers/0/bias'"):
+        attach(model, jaxfa.fa(), inputs(9, 6))
+
+
+@pytest.mark.parametrize(
+    ("make", "at", "complaint"),
+    [
+        (Residual, None, r"through 2 taps at once.*Name whole blocks"),  # a shortcut passes every tap by
+        (Residual, "blocks/*", r"'blocks/0/up' sends the error on to 'stem/bias', 'stem/kernel'"),
+        (Transformer, ("embed", "block/attention"), r"'block/attention/key' sends the error on to 'block/norm/bias'"),
+        (MLP, "fc1", r"'fc3' sends the error on to 'fc2/bias', 'fc2/kernel'"),
+        (MLP, "layers/*", r"matches no module; the paths here are \['fc1', 'fc2', 'fc3'\]"),
+    ],
+)
+def test_direct_taps_in_wrong_places_are_refused(make, at, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        attach(make(nnx.Rngs(0)), jaxfa.dfa(), MODELS["transformer"][1] if make is Transformer else inputs(9, 6), at)
+
+
+def test_layerwise_rules_only_where_asked_and_the_rest_by_name():
+    model, x = MLP(nnx.Rngs(0)), inputs(9, 6)
+    with pytest.raises(ValueError, match="'fc3' sends the error on"):
+        jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(1), example=x, at="fc2")
+    aligned = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(1), example=x, at="fc2", allow="fc3")
+    found = alignment(aligned, x)
+    assert found["fc2/kernel"].angle < 1e-3
+    assert found["fc1/kernel"].angle > 10
+
+
+def test_other_wrong_use_is_refused():
+    model, x = MLP(nnx.Rngs(0)), inputs(9, 6)
+    with pytest.raises(ValueError, match="needs example="):
+        jaxfa.nn.attach(model, jaxfa.dfa(), rngs=nnx.Rngs(1))
+    with pytest.raises(TypeError, match="expects an nnx"):
+        jaxfa.nn.attach(lambda x: x, jaxfa.fa(), rngs=nnx.Rngs(1))
+    with pytest.raises(TypeError, match=r"a jaxfa\.Rule"):
+        jaxfa.nn.attach(model, "fa", rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="already"):
+        jaxfa.nn.attach(attach(model, jaxfa.fa(), x), jaxfa.fa(), rngs=nnx.Rngs(1), example=x)
+    with pytest.raises(RuntimeError, match="has no error wire"):
+        attach(model, jaxfa.dfa(), x).model(x)
+    unused = nnx.Sequential(MLP(nnx.Rngs(0)))
+    unused.spare = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="never called"):
+        attach(unused, jaxfa.dfa(), x, ("layers/0/*", "spare"))
+    with pytest.raises(ValueError, match="inside the stack"):
+        attach(Scanned(nnx.Rngs(0)), jaxfa.dfa(shared=True), x, ("stem", "blocks"))
+
+
+def test_nothing_is_traced_again_from_step_to_step():
+    x = inputs(9, 8, 8, 3)
+    aligned = attach(ConvNet(nnx.Rngs(0)), jaxfa.dkp(), x)
+    graphdef, params, feedback, rest = nnx.split(aligned, *TRAINED, ...)
+    traces = []
+
+    @jax.jit
+    def step(params, feedback, rest, x):
+        traces.append(1)
+
+        def objective(params, feedback):
+            model = nnx.merge(graphdef, params, feedback, rest, copy=True)
+            return loss(model, x), nnx.state(model, nnx.Not(nnx.Any(*TRAINED)))
+
+        (grads, signals), rest_ = jax.grad(objective, (0, 1), has_aux=True)(params, feedback)
+        down = lambda p, g: jax.tree.map(lambda p, g: p - 0.1 * g, p, g)  # noqa: E731
+        return down(params, grads), down(feedback, signals), rest_
+
+    mean = rest["model"]["norm"]["mean"][...]
+    for _ in range(3):
+        params, feedback, rest = step(params, feedback, rest, x)
+    assert len(traces) == 1
+    assert not np.array_equal(mean, rest["model"]["norm"]["mean"][...])  # BatchNorm's statistics moved
+
+
+def test_seeds_by_vmap_are_the_seeds_one_by_one():
+    x = inputs(9, 6)
+
+    def run(key):
+        aligned = attach_fresh(key, x)
+        return nnx.state(aligned, *TRAINED), nnx.grad(loss, argnums=nnx.DiffState(0, TRAINED))(aligned, x)
+
+    def attach_fresh(key, x):
+        return jaxfa.nn.attach(MLP(nnx.Rngs(key)), jaxfa.dkp(), rngs=nnx.Rngs(jax.random.fold_in(key, 1)), example=x)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    together = jax.jit(jax.vmap(run))(keys)
+    for i, key in enumerate(keys):
+        alone = jax.jit(run)(key)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), together, alone)
+
+
+def test_pseudo_gradients_are_those_of_the_functional_core():
+    x = inputs(9, 6)
+    aligned = attach(MLP(nnx.Rngs(0)), jaxfa.dfa(), x)
+    model = aligned.model
+    feedback = [getattr(model, name).feedback_tap.feedback.get_value() for name in ("fc2", "fc3")]
+    params = [(layer.kernel[...], layer.bias[...]) for layer in (model.fc1, model.fc2, model.fc3)]
+
+    def functional(params):
+        wire, h = jaxfa.error_wire(jnp.zeros((9, 3))), x
+        for (w, b), end in zip(params[:-1], feedback, strict=True):
+            h, wire = jaxfa.direct(nnx.relu(h @ w + b[None]), wire, end)
+        return loss(lambda h: h @ params[-1][0] + params[-1][1][None] + wire, h)
+
+    ours = nnx.grad(loss)(aligned, x)["model"]
+    for name, (dw, db) in zip(("fc1", "fc2", "fc3"), jax.grad(functional)(params), strict=True):
+        np.testing.assert_allclose(ours[name]["kernel"][...], dw, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(ours[name]["bias"][...], db, rtol=1e-5, atol=1e-7)
+
+
+def test_the_shortcut_of_a_tapped_block_leaks_nothing():
+    """What a block learns does not change with the weights above it while the output error is held."""
+    x = inputs(9, 6)
+    aligned = attach(Residual(nnx.Rngs(0)), jaxfa.dfa(), x, BLOCKS)
+    e = inputs(9, 3)
+
+    def signals(aligned):
+        return nnx.grad(lambda model: jnp.sum(model(x) * e))(aligned)["model"]
+
+    before = signals(nnx.clone(aligned))
+    changed = nnx.clone(aligned)
+    changed.model.blocks[1].down.kernel[...] *= -3.0
+    after = signals(changed)
+    jax.tree.map(np.testing.assert_array_equal, before["blocks"][0], after["blocks"][0])
+    jax.tree.map(np.testing.assert_array_equal, before["stem"], after["stem"])
+    true = [nnx.grad(lambda model: jnp.sum(model(x) * e))(jaxfa.nn.plain(a)) for a in (nnx.clone(aligned), changed)]
+    assert not np.array_equal(true[0]["stem"]["kernel"][...], true[1]["stem"]["kernel"][...])  # backpropagation's do
+
+
+def test_what_stays_exact():
+    """The policy: with w as feedback everything is exact, so biases, norms and embeddings pass errors on truly."""
+    tokens = MODELS["transformer"][1]
+    copy = jaxfa.Rule(lambda key, w: jaxfa.FixedFeedback(w))
+    found = alignment(attach(Transformer(nnx.Rngs(0)), copy, tokens), tokens)
+    assert {"embed/embedding", "block/norm/scale", "block/norm/bias", "head/bias"} <= set(found)
+    assert max(one.angle for one in found.values()) < 0.1
+    # With a random one the last layer's kernel and bias alone stay exact.
+    found = alignment(attach(Transformer(nnx.Rngs(0)), jaxfa.fa(), tokens), tokens)
+    assert {path for path, one in found.items() if one.angle < 0.1} == {"head/kernel", "head/bias"}
+
+
+def test_plain_shares_its_variables_and_serves_to_calibrate():
+    x = inputs(9, 6)
+    aligned = attach(Residual(nnx.Rngs(0)), jaxfa.dfa(), x, BLOCKS)
+    twin = jaxfa.nn.plain(aligned)
+    assert type(twin) is Residual
+    assert type(twin.blocks[0]) is type(Residual(nnx.Rngs(0)).blocks[0])
+    optimizer = nnx.Optimizer(twin, optax.sgd(0.1), wrt=nnx.Param)
+    optimizer.update(twin, nnx.grad(loss)(twin, x))
+    assert twin.stem.kernel is aligned.model.stem.kernel
+    np.testing.assert_array_equal(nnx.clone(aligned)(x), nnx.clone(twin)(x))
+
+
+def test_alignment_changes_nothing_and_sees_one_dropout_mask():
+    x = inputs(9, 8, 8, 3)
+    aligned = attach(ConvNet(nnx.Rngs(0)), jaxfa.backprop(), x)
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(aligned, nnx.Param, nnx.BatchStat, nnx.RngCount)[1]))
+    found = alignment(aligned, x)
+    assert max(one.angle for one in found.values()) == 0
+    after = nnx.to_pure_dict(nnx.state(aligned, nnx.Param, nnx.BatchStat, nnx.RngCount)[1])
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_the_mirror_sees_every_layer_of_a_model():
+    x = inputs(9, 8, 8, 3)
+    aligned = attach(ConvNet(nnx.Rngs(0)), jaxfa.weight_mirror(learning_rate=0.05), x)
+    refine = nnx.jit(lambda aligned, key: aligned.refine(key, x))
+    for i in range(150):
+        refine(aligned, jax.random.key(i))
+    for name, attribute in (("conv2", "conv_general_dilated"), ("head", "dot_general")):
+        layer = getattr(aligned.model, name)
+        feedback = getattr(layer, attribute).feedback.get_value()
+        assert jaxfa.diagnostics.weight_angle(layer.kernel[...], feedback) < 25
+
+
+def test_the_mirror_reaches_into_a_stack():
+    x = inputs(9, 6)
+    aligned = attach(Scanned(nnx.Rngs(0)), jaxfa.weight_mirror(learning_rate=0.05), x)
+    refine = nnx.jit(lambda aligned, key: aligned.refine(key, x))
+    for i in range(150):
+        refine(aligned, jax.random.key(i))
+    layer = aligned.model.blocks.down
+    for w, b in zip(layer.kernel[...], layer.dot_general.feedback.get_value().b, strict=True):
+        assert jaxfa.diagnostics.angle(w, b) < 45
+
+
+def test_a_direct_rules_refine_gets_the_plain_network_with_taps():
+    x = inputs(9, 6)
+    seen = {}
+
+    def refine(forward, feedback, key):
+        h = {"fc2": jnp.zeros((9, 8)), "fc3": jnp.zeros((9, 8))}
+        seen["logits"], seen["tangent"] = jax.jvp(forward, (h,), (jax.tree.map(jnp.ones_like, h),))
+        return jax.tree.map(lambda b: b + 1, feedback)
+
+    rule = jaxfa.dfa()._replace(refine=refine)
+    aligned = attach(MLP(nnx.Rngs(0)), rule, x)
+    before = aligned.model.fc2.feedback_tap.feedback.get_value().b
+    aligned.refine(jax.random.key(0), x)
+    np.testing.assert_array_equal(seen["logits"], aligned(x))
+    assert np.abs(seen["tangent"]).max() > 0
+    np.testing.assert_array_equal(aligned.model.fc2.feedback_tap.feedback.get_value().b, before + 1)
+
+
+def test_checkpoint_round_trip_through_orbax(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    x = inputs(9, 6)
+    aligned = attach(Residual(nnx.Rngs(0)), jaxfa.dkp(), x, BLOCKS)
+    optimizer, step = trainer(aligned, x)
+    step(aligned, optimizer, jax.random.key(0))
+    state = nnx.to_pure_dict(nnx.state((aligned, optimizer)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", state)
+        checkpointer.wait_until_finished()
+        blank = jax.tree.map(jnp.zeros_like, state)
+        back = checkpointer.restore(tmp_path / "saved", blank)
+    jax.tree.map(np.testing.assert_array_equal, state, back)
+    assert jax.tree.structure(state) == jax.tree.structure(back)
