@@ -1,0 +1,137 @@
+"""The one table of methods, and a small network that takes any of them.
+
+A new method is a new row: ``tests/test_contract.py`` runs every row through every clause of the contract.
+"""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxfa
+from jaxfa.base import is_direct, is_feedback
+
+SIZES = (7, 6, 5, 3)
+
+
+class Method(NamedTuple):
+    """A row.
+
+    Attributes:
+      name: what the test is called.
+      rule: the rule.
+      fixed: whether training leaves its feedback as it is, bit for bit.
+      exact: whether its gradients are backpropagation's.
+    """
+
+    name: str
+    rule: jaxfa.Rule
+    fixed: bool
+    exact: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+METHODS = (
+    Method("backprop", jaxfa.backprop(), fixed=True, exact=True),
+    Method("fa", jaxfa.fa(), fixed=True),
+    Method("usf", jaxfa.usf(), fixed=True),
+    Method("brsf", jaxfa.brsf(), fixed=False),
+    Method("frsf", jaxfa.frsf(), fixed=True),
+    Method("kolen_pollack", jaxfa.kolen_pollack(), fixed=False),
+    Method("weight_mirror", jaxfa.weight_mirror(learning_rate=0.02), fixed=False),
+    Method("dfa", jaxfa.dfa(), fixed=True),
+    Method("dfa_shared", jaxfa.dfa(shared=True), fixed=True),
+    Method("dkp", jaxfa.dkp(learning_rate=1e-2), fixed=False),
+    Method("drtp", jaxfa.drtp(), fixed=True),
+)
+
+
+def create(rule: jaxfa.Rule, key: jax.Array, sizes: tuple[int, ...] = SIZES, dtype: Any = None) -> tuple[Any, Any]:
+    """Parameters ``[{"w", "b"}, ...]`` and their feedback."""
+    rng = np.random.default_rng(0)
+    dtype = dtype or jnp.zeros(()).dtype
+    params = [
+        {"w": jnp.asarray(rng.normal(size=(n, m)) / np.sqrt(n), dtype), "b": jnp.zeros(m, dtype)}
+        for n, m in itertools.pairwise(sizes)
+    ]
+    return params, create_feedback(rule, key, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def create_feedback(rule: jaxfa.Rule, key: jax.Array, params: Any) -> Any:
+    """Feedback per layer (none below the first), per hidden activation, or one for all of these."""
+    keys = jax.random.split(key, len(params))
+    if not is_direct(rule):
+        return [None, *(rule.init(k, p["w"]) for k, p in zip(keys[1:], params[1:], strict=True))]
+    *hidden, logits = [jax.ShapeDtypeStruct((2, *p["b"].shape), p["b"].dtype) for p in params]
+    feedback = [rule.init(k, h, logits) for k, h in zip(keys[1:], hidden, strict=True)]
+    largest = max(range(len(hidden)), key=lambda i: hidden[i].shape)
+    return feedback[largest] if feedback[0].shared else feedback
+
+
+def forward(params: Any, feedback: Any, x: jax.Array, activation: Any = jnp.tanh, taps: Any = None) -> jax.Array:
+    """The logits; ``feedback=None`` is the plain network, to whose hidden activations ``taps`` are added."""
+    nodes = jax.tree.leaves(feedback, is_leaf=is_feedback)
+    hidden = len(params) - 1
+    layers, ends = [None] * (hidden + 1), [None] * hidden
+    if nodes and isinstance(nodes[0], jaxfa.DirectFeedback):
+        ends = [feedback] * hidden if is_feedback(feedback) else feedback
+    elif nodes:
+        layers = feedback
+    h = x
+    wire = jaxfa.error_wire(jax.ShapeDtypeStruct((*x.shape[:-1], params[-1]["b"].size), x.dtype))
+    for i, (p, layer, end) in enumerate(zip(params[:-1], layers[:-1], ends, strict=True)):
+        h = activation(_affine(h, p, layer))
+        h = h if taps is None else h + taps[i]
+        h, wire = jaxfa.direct(h, wire, end)
+    return _affine(h, params[-1], layers[-1]) + wire
+
+
+def _affine(x: jax.Array, p: Any, feedback: Any) -> jax.Array:
+    y = jaxfa.linear(x, p["w"], feedback)
+    return y + jnp.broadcast_to(p["b"], y.shape)
+
+
+def loss(params: Any, feedback: Any, x: jax.Array, y: jax.Array, activation: Any = jnp.tanh) -> jax.Array:
+    """Mean softmax cross-entropy with class labels ``y``."""
+    logits = forward(params, feedback, x, activation)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+signals = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=4)
+
+
+def refine(rule: jaxfa.Rule, params: Any, feedback: Any, x: jax.Array, key: jax.Array) -> Any:
+    """The rule's own phase before a step, on the plain network."""
+    if is_direct(rule):
+        return rule.refine(lambda taps: forward(params, None, x, taps=taps), feedback, key)
+    inputs = [jax.ShapeDtypeStruct((*x.shape[:-1], p["w"].shape[0]), x.dtype) for p in params[1:]]
+    layers = [jaxfa.Layer(jaxfa.linear, x, p["w"]) for x, p in zip(inputs, params[1:], strict=True)]
+    return rule.refine([None, *layers] if jax.tree.leaves(feedback) else feedback, feedback, key)
+
+
+def train(rule: jaxfa.Rule, tx: optax.GradientTransformation) -> Any:
+    """One training step ``((params, feedback), state, x, y, key) -> ((params, feedback), state)``."""
+    tx = jaxfa.optimizer(tx, rule)
+
+    def step(both: Any, state: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> Any:
+        params, feedback = both
+        both = params, refine(rule, params, feedback, x, key)
+        updates, state = tx.update(signals(*both, x, y), state, both)
+        return optax.apply_updates(both, updates), state
+
+    return tx.init, step
+
+
+def batch(examples: int = 8, dtype: Any = None) -> Any:
+    """Inputs and labels of a task that has something to learn."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(examples, SIZES[0]))
+    y = np.argmax(x @ rng.normal(size=(SIZES[0], SIZES[-1])), axis=-1)
+    return jnp.asarray(x, dtype or jnp.zeros(()).dtype), jnp.asarray(y)

@@ -1,0 +1,232 @@
+"""The contract: every row of the table of methods meets every clause."""
+
+import functools
+import io
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from sklearn.datasets import load_digits
+
+import jaxfa
+from jaxfa.base import is_direct, is_feedback
+from tests.methods import METHODS, SIZES, batch, create, forward, loss, signals, train
+
+every_method = pytest.mark.parametrize("method", METHODS, ids=str)
+KEYS = jax.random.split(jax.random.PRNGKey(7), 3)
+STRONG = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.1), optax.trace(0.5))
+
+
+def assert_same_bits(a, b):
+    chex.assert_trees_all_equal_structs(a, b)
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert left.dtype == right.dtype
+        assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+@every_method
+def test_jit_is_eager_and_the_forward_pass_is_the_plain_one(method, x64):
+    params, feedback = create(method.rule, KEYS[0])
+    x, y = batch()
+    assert_same_bits(forward(params, feedback, x), forward(params, None, x))
+    eager = jax.grad(loss, argnums=(0, 1))(params, feedback, x, y)
+    chex.assert_trees_all_close(signals(params, feedback, x, y), eager, atol=1e-14, rtol=1e-12)
+
+
+def stack(trees):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def nodes_of(feedback):
+    return jax.tree.leaves(feedback, is_leaf=is_feedback)
+
+
+class Training:
+    """A jitted step that counts its traces, shared by the tests of one method."""
+
+    def __init__(self, rule):
+        self.init, self.step = train(rule, STRONG)
+        self.traces = 0
+        self.jitted = jax.jit(self.counted)
+
+    def counted(self, *args):
+        self.traces += 1
+        return self.step(*args)
+
+    def run(self, both, state, keys):
+        for key in keys:
+            both, state = self.jitted(both, state, *batch(), key)
+        return both, state
+
+
+training = functools.cache(Training)
+
+
+@every_method
+def test_a_checkpointed_run_continues_bit_for_bit_and_is_traced_once(method, x64):
+    trained = training(method.rule)
+    both = create(method.rule, KEYS[0])
+    both, state = trained.run(both, trained.init(both), KEYS[:2])
+    file = io.BytesIO()
+    np.savez(file, *jax.tree.leaves((both, state)))
+    file.seek(0)
+    arrays = np.load(file)
+    saved = jax.tree.unflatten(jax.tree.structure((both, state)), [jnp.asarray(arrays[name]) for name in arrays])
+    assert_same_bits(trained.run(*saved, KEYS[2:]), trained.run(both, state, KEYS[2:]))
+    assert trained.traces == 1
+
+
+@every_method
+def test_scan_over_steps_is_a_loop(method, x64):
+    trained = training(method.rule)
+    both = create(method.rule, KEYS[0])
+    carry = both, trained.init(both)
+    scanned = jax.jit(lambda c: lax.scan(lambda c, key: (trained.step(*c, *batch(), key), None), c, KEYS)[0])(carry)
+    chex.assert_trees_all_close(scanned, trained.run(*carry, KEYS), atol=1e-12, rtol=1e-9)
+
+
+@every_method
+def test_after_100_strong_steps_every_weight_has_moved_and_fixed_feedback_has_not(method, x64):
+    trained = training(method.rule)
+    both = create(method.rule, KEYS[0])
+    (params, feedback), _ = trained.run(both, trained.init(both), np.asarray(KEYS)[np.arange(100) % 3])
+    for before, after in zip(jax.tree.leaves(both[0]), jax.tree.leaves(params), strict=True):
+        assert np.all(np.isfinite(after))
+        assert np.linalg.norm((after - before).ravel()) > 0.05
+    if method.fixed:
+        assert_same_bits(feedback, both[1])
+    else:
+        for before, after in zip(nodes_of(both[1]), nodes_of(feedback), strict=True):
+            changes = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, after)
+            assert max(jax.tree.leaves(changes)) > 1e-4
+    assert loss(params, None, *batch()) < 0.8 * loss(both[0], None, *batch())
+
+
+@every_method
+def test_vmap_over_seeds_is_a_loop(method, x64):
+    x, y = batch()
+
+    seeds = [create(method.rule, key) for key in KEYS]
+    seeds = [(jax.tree.map(lambda leaf, i=i: leaf + 0.1 * i, params), b) for i, (params, b) in enumerate(seeds)]
+    loop = [signals(*both, x, y) for both in seeds]
+    stacked = jax.jit(jax.vmap(signals, in_axes=(0, 0, None, None)))(*stack(seeds), x, y)
+    chex.assert_trees_all_close(stacked, stack(loop), atol=1e-14, rtol=1e-12)
+
+
+@every_method
+def test_gradients_of_examples_average_to_the_gradient_of_their_batch(method, x64):
+    params, feedback = create(method.rule, KEYS[0])
+    x, y = batch()
+    each = jax.jit(jax.vmap(signals, in_axes=(None, None, 0, 0)))(params, feedback, x, y)
+    mean = jax.tree.map(lambda leaf: leaf.mean(0), each)
+    chex.assert_trees_all_close(mean, signals(params, feedback, x, y), atol=1e-14, rtol=1e-12)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_gradients_and_signals_keep_the_dtype_and_shape_of_what_they_change(method, dtype, x64):
+    def run(key):
+        params, feedback = create(method.rule, key, dtype=dtype)
+        x, y = batch(dtype=dtype)
+        both = (params, feedback)
+        init, step = train(method.rule, optax.adamw(1e-2))
+        return both, signals(*both, x, y), step(both, init(both), x, y, key)[0]
+
+    both, changes, after = jax.eval_shape(run, KEYS[0])
+    assert {leaf.dtype for leaf in jax.tree.leaves(both[0])} == {jnp.dtype(dtype)}
+    chex.assert_trees_all_equal_shapes_and_dtypes(both, changes, after)
+
+
+@every_method
+def test_bfloat16_gradients_are_near_the_exact_ones(method, x64):
+    params, feedback = create(method.rule, KEYS[0])
+    x, y = batch(examples=64)
+    exact = signals(params, feedback, x, y)[0]
+
+    def narrow(tree):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float64 else leaf, tree)
+
+    rough = signals(narrow(params), narrow(feedback), narrow(x), y)[0]
+    for a, b in zip(jax.tree.leaves(rough), jax.tree.leaves(exact), strict=True):
+        assert jnp.linalg.norm((a - b).ravel()) <= 0.05 * jnp.linalg.norm(b.ravel())
+
+
+@every_method
+def test_the_rule_is_at_work_below_the_last_layer_and_only_there(method, x64):
+    params, feedback = create(method.rule, KEYS[0])
+    x, y = batch()
+    pseudo, true = signals(params, feedback, x, y)[0], signals(params, None, x, y)[0]
+    chex.assert_trees_all_close(pseudo[-1], true[-1], atol=1e-15, rtol=1e-12)
+    for layer, (p, t) in enumerate(zip(pseudo[:-1], true[:-1], strict=True)):
+        for name in p:
+            apart = jnp.linalg.norm(p[name] - t[name]) / jnp.linalg.norm(t[name])
+            assert apart == 0 if method.exact else apart > 0.01, (layer, name)
+
+
+@every_method
+def test_finite_differences_agree_with_backpropagation_alone(method, x64):
+    params, feedback = create(method.rule, KEYS[0])
+    x, y = batch()
+    direction = jax.tree.map(lambda leaf: jax.random.normal(KEYS[2], leaf.shape), params)
+
+    def moved(by):
+        return loss(jax.tree.map(lambda p, d: p + by * d, params, direction), feedback, x, y)
+
+    slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    claimed = optax.tree.vdot(signals(params, feedback, x, y)[0], direction)
+    assert (abs(claimed - slope) < 1e-8) == method.exact
+    assert method.exact or abs(claimed - slope) > 1e-3
+
+
+@every_method
+def test_the_family_of_a_rule_is_that_of_its_feedback(method):
+    _, feedback = create(method.rule, KEYS[0])
+    family = jaxfa.DirectFeedback if is_direct(method.rule) else jaxfa.LayerFeedback
+    nodes = nodes_of(feedback)
+    assert all(isinstance(node, family) for node in nodes)
+    assert bool(nodes) != method.exact
+    again = jax.tree.unflatten(jax.tree.structure(feedback), jax.tree.leaves(feedback))
+    assert type(again) is type(feedback)
+    assert_same_bits(again, create(method.rule, KEYS[0])[1])
+
+
+DIGITS = (64, 16, 16, 10)
+FROZEN = jaxfa.fa(scale=0.0)  # no error comes through: the output layer alone learns
+
+
+@functools.cache
+def train_on_digits(rule):
+    """Training loss and test accuracy after 400 steps."""
+    data = load_digits()
+    images, labels = (data.data / 8 - 1).astype(np.float32), data.target.astype(np.int32)
+    rng = np.random.default_rng(0)
+    train_x, train_y, test_x, test_y = images[:1400], labels[:1400], images[1400:], labels[1400:]
+    init, step = train(rule, optax.adam(3e-3))
+    both = create(rule, KEYS[0], DIGITS)
+
+    step = jax.jit(step)
+    state = init(both)
+    for key in np.asarray(jax.random.split(KEYS[2], 400)):
+        chosen = rng.integers(0, 1400, 64)
+        both, state = step(both, state, train_x[chosen], train_y[chosen], key)
+    params = both[0]
+    accuracy = np.mean(np.argmax(forward(params, None, test_x), -1) == test_y)
+    return float(loss(params, None, train_x, train_y)), float(accuracy)
+
+
+@every_method
+def test_every_rule_learns_digits_and_its_hidden_layers_have_a_part_in_it(method):
+    frozen_loss, frozen_accuracy = train_on_digits(FROZEN)
+    final_loss, accuracy = train_on_digits(method.rule)
+    assert accuracy > 0.75
+    assert accuracy > frozen_accuracy
+    assert final_loss < 0.75 * frozen_loss
+
+
+def test_the_table_names_each_method_once():
+    assert len({method.name for method in METHODS}) == len(METHODS)
+    assert len(SIZES) >= 4  # two hidden layers: in one, feedback alignment and its direct form are the same
