@@ -315,7 +315,7 @@ def test_alignment_changes_nothing_and_sees_one_dropout_mask():
     aligned = attach(ConvNet(nnx.Rngs(0)), jaxfa.backprop(), x)
     before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(aligned, nnx.Param, nnx.BatchStat, nnx.RngCount)[1]))
     found = alignment(aligned, x)
-    assert max(one.angle for one in found.values()) == 0
+    assert max(one.angle for one in found.values()) < 1e-3
     after = nnx.to_pure_dict(nnx.state(aligned, nnx.Param, nnx.BatchStat, nnx.RngCount)[1])
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
