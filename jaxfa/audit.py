@@ -142,7 +142,8 @@ class _Walker:
             return self.loop(eqn, flows, scope)
         if eqn.primitive.name == "cond":
             branches = [self.walk(branch.jaxpr, flows[1:], scope) for branch in eqn.params["branches"]]
-            return [_join([flows[0], *outs]) for outs in zip(*branches, strict=True)]
+            # The predicate is left out: weights that data chose among are weights.
+            return [_join(outs) for outs in zip(*branches, strict=True)]
         for value in eqn.params.values():
             body = value.jaxpr if isinstance(value, ClosedJaxpr) else value
             if isinstance(body, Jaxpr) and len(body.invars) == len(flows):
