@@ -375,3 +375,14 @@ def test_checkpoint_round_trip_through_orbax(tmp_path):
         back = checkpointer.restore(tmp_path / "saved", blank)
     jax.tree.map(np.testing.assert_array_equal, state, back)
     assert jax.tree.structure(state) == jax.tree.structure(back)
+
+
+def test_weight_angles_of_layers_and_of_stacks():
+    x = inputs(9, 6)
+    found = jaxfa.nn.weight_angles(attach(Scanned(nnx.Rngs(0)), jaxfa.fa(), x))
+    assert {path: angle.shape for path, angle in found.items()} == {"blocks/up": (3,), "blocks/down": (3,), "head": ()}
+    exact = attach(Scanned(nnx.Rngs(0)), jaxfa.Rule(lambda key, w: jaxfa.FixedFeedback(w)), x)
+    np.testing.assert_allclose(jaxfa.nn.weight_angles(exact)["blocks/up"], 0, atol=1e-3)
+    signs = jaxfa.nn.weight_angles(attach(MLP(nnx.Rngs(0)), jaxfa.usf(), x))
+    assert all(angle < 60 for angle in signs.values())
+    assert jaxfa.nn.weight_angles(attach(MLP(nnx.Rngs(0)), jaxfa.dfa(), x)) == {}

@@ -8,9 +8,10 @@ layer's error is the true one. See :func:`attach`.
 from jaxfa.nn.aligned import Aligned as Aligned
 from jaxfa.nn.aligned import alignment as alignment
 from jaxfa.nn.aligned import plain as plain
+from jaxfa.nn.aligned import weight_angles as weight_angles
 from jaxfa.nn.attach import attach as attach
 from jaxfa.nn.coverage import Coverage as Coverage
 from jaxfa.nn.coverage import Row as Row
 from jaxfa.nn.variables import Feedback as Feedback
 
-__all__ = ["Aligned", "Coverage", "Feedback", "Row", "alignment", "attach", "plain"]
+__all__ = ["Aligned", "Coverage", "Feedback", "Row", "alignment", "attach", "plain", "weight_angles"]

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from jaxfa.base import Rule, is_direct, keep
-from jaxfa.diagnostics import Alignment, compare
+from jaxfa.diagnostics import Alignment, compare, weight_angle
 from jaxfa.nn.contraction import Contraction, layer_of, restore, sites_of
 from jaxfa.nn.coverage import Coverage, cover
 from jaxfa.nn.tap import Tap, call_with_wires, remove_tap, taps_of
@@ -103,6 +103,37 @@ def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
     paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(pseudo)]
     found = compare([leaf[...] for leaf in _values(pseudo)], [leaf[...] for leaf in _values(true)])
     return dict(zip(paths, found, strict=True))
+
+
+def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
+    """The angle between each layer's weights and the matrix through which its errors return.
+
+    Args:
+      aligned: what :func:`attach` returned with a layer-wise rule.
+
+    Returns:
+      ``{"path/of/layer": degrees}``, for a stack of layers an array of them; empty for direct rules, whose matrices
+      have the shape of no layer's weights.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa.nn
+      >>> from flax import nnx
+      >>> model = nnx.Linear(4, 3, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+      >>> aligned = jaxfa.nn.attach(model, jaxfa.usf(), rngs=nnx.Rngs(1))
+      >>> {path: float(angle) for path, angle in jaxfa.nn.weight_angles(aligned).items()}
+      {'': 0.0}
+
+    Source: as :func:`jaxfa.diagnostics.angle`.
+    """
+    sites = sites_of(plain(aligned))
+    found = {}
+    for path, contraction in _contractions(aligned.model).items():
+        kernel, site = sites[path][0].kernel.get_value(), contraction.site
+        measure = weight_angle
+        for _ in range(kernel.ndim - len(site.shape)):
+            measure = jax.vmap(measure)
+        found[path] = measure(site.matrix(kernel), contraction.feedback.get_value())
+    return found
 
 
 def _values(state: Any) -> list[Any]:
