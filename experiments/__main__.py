@@ -43,7 +43,7 @@ def _dispatch(args: list[str]) -> None:
             given = f"Unknown experiment {names[0]!r}" if names else "No experiment given"
             raise ValueError(f"{given}; choose one of {', '.join(EXPERIMENTS)}.")
         case ["report", *options]:
-            print(tyro.cli(report.write, args=options, prog="python -m experiments report"))
+            tyro.cli(_report, args=options, prog="python -m experiments report")
         case ["-h" | "--help"]:
             print(__doc__)
         case _:
@@ -59,8 +59,12 @@ def _run(name: str, options: list[str]) -> None:
     description = f"{experiment.__doc__}\n--preset {{{','.join(experiment.PRESETS)}}} sets the defaults below."
     default = experiment.PRESETS[chosen.preset]
     config = tyro.cli(experiment.Config, default=default, args=rest, prog=parser.prog, description=description)
-    path = experiment.run(config)
-    print(f"Report: {path.resolve()}")
+    print(f"Report: {experiment.run(config).resolve()}")
+
+
+def _report(folder: tyro.conf.Positional[Path] = Path("runs/compare")) -> None:
+    """Writes report.html from the runs in a folder, and prints where it lies."""
+    print(f"Report: {report.write(folder).resolve()}")
 
 
 if __name__ == "__main__":

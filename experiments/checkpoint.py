@@ -1,13 +1,13 @@
-"""Checkpoints of arrays by orbax: written beside and renamed when complete, so that a kill leaves the last one whole."""
+"""Checkpoints of arrays by orbax: renamed when complete, so that a kill at any moment leaves the last one whole."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-Checkpoints = ocp.CheckpointManager
+Checkpoints: TypeAlias = ocp.CheckpointManager
 
 
 def checkpoints(folder: Path) -> Checkpoints:

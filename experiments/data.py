@@ -109,7 +109,7 @@ def _digits() -> Dataset:
 
 def _read(name: str, path: Path) -> Dataset:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             train_images, train_labels, test_images, test_labels = (file[key] for key in _ARRAYS)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
@@ -136,12 +136,12 @@ def _prepare(name: str, path: Path) -> None:
             f"again; offline run `python ../shared/data/unpack.py {path.parent} --npz`; or name another folder with "
             f"--data or JAXFA_DATA; or choose digits, which needs no file."
         ) from error
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for split in ("train", "test"):
         whole = tfds.as_numpy(tfds.load(name, split=split, batch_size=-1))
         arrays |= {f"{split}_images": whole["image"], f"{split}_labels": whole["label"].astype(np.uint8)}
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed when complete: a kill half way leaves no half file under the real name.
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **arrays)
+    np.savez(partial, allow_pickle=False, **arrays)
     partial.replace(path)

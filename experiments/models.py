@@ -1,6 +1,7 @@
 """Plain NNX networks that know nothing of jaxfa, and for each where direct rules tap it."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -22,7 +23,7 @@ class MLP(nnx.Module):
 
     def __init__(self, shape: Shape, classes: int, hidden: tuple[int, ...] = (256, 256, 256), *, rngs: nnx.Rngs):
         sizes = (shape[0] * shape[1] * shape[2], *hidden)
-        self.layers = nnx.List([nnx.Linear(n, m, rngs=rngs) for n, m in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.layers = nnx.List([nnx.Linear(n, m, rngs=rngs) for n, m in pairwise(sizes)])
         self.head = nnx.Linear(sizes[-1], classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -61,12 +62,7 @@ class ConvNet(nnx.Module):
 
     def __init__(self, shape: Shape, classes: int, *, rngs: nnx.Rngs):
         channels = (shape[2], 16, 32, 64)
-        self.convs = nnx.List(
-            [
-                nnx.Conv(n, m, (3, 3), use_bias=False, rngs=rngs)
-                for n, m in zip(channels[:-1], channels[1:], strict=True)
-            ]
-        )
+        self.convs = nnx.List([nnx.Conv(n, m, (3, 3), use_bias=False, rngs=rngs) for n, m in pairwise(channels)])
         self.norms = nnx.List([nnx.BatchNorm(m, rngs=rngs) for m in channels[1:]])
         self.head = nnx.Linear(64 * (shape[0] // 4) * (shape[1] // 4), classes, rngs=rngs)
 
@@ -119,9 +115,7 @@ class ResNet20(nnx.Module):
     def __init__(self, shape: Shape, classes: int, *, rngs: nnx.Rngs):
         widths = (16, 16, 16, 16, 32, 32, 32, 64, 64, 64)
         self.stem = Stem(shape[2], widths[0], rngs=rngs)
-        self.blocks = nnx.List(
-            [Block(n, m, m // n, rngs=rngs) for n, m in zip(widths[:-1], widths[1:], strict=True)]
-        )
+        self.blocks = nnx.List([Block(n, m, m // n, rngs=rngs) for n, m in pairwise(widths)])
         self.head = nnx.Linear(widths[-1], classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -31,7 +31,8 @@ def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False) -> No
     Raises:
       ValueError: if the folder holds a run of another configuration, or files that are no run.
     """
-    if fresh and (folder / "config.json").exists():
+    # Both files: no folder but a run's is ever deleted.
+    if fresh and (folder / "config.json").exists() and (folder / "environment.json").exists():
         shutil.rmtree(folder)
     config = json.loads(json.dumps(config))
     if (folder / "config.json").exists():
@@ -81,13 +82,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
 def truncate(folder: Path, epoch: int) -> list[dict[str, Any]]:
     """Drops what a killed run wrote after the checkpoint of ``epoch`` (-1: everything); returns what stays."""
     records = [record for record in read(folder) if record["epoch"] <= epoch]
-    _replace(folder / "metrics.jsonl", "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    replace(folder / "metrics.jsonl", "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
     return records
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, whole or not at all."""
-    _replace(path, json.dumps(value, indent=2) + "\n")
+    replace(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -102,7 +103,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged ({error}): delete its folder, or run with --fresh.") from error
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as file:
         file.write(text)

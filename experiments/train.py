@@ -19,7 +19,6 @@ def train(
     folder: Path,
     config: dict[str, Any],
     save_every: int = 5,
-    fresh: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Trains all seeds of a task, going on from the folder's last checkpoint if there is one.
@@ -30,7 +29,6 @@ def train(
       folder: the run's folder; see :mod:`experiments.records`.
       config: everything that the results depend on; a folder of another configuration is refused.
       save_every: epochs from one checkpoint to the next; the last epoch is always saved.
-      fresh: whether to delete what the folder holds.
       progress: where to show how far it is.
 
     Returns:
@@ -40,7 +38,7 @@ def train(
       ValueError: if the folder or its checkpoint is of another configuration, or damaged.
       FloatingPointError: if a loss is not finite.
     """
-    records.open_run(folder, config, fresh=fresh)
+    records.open_run(folder, config)
     (folder / "coverage.txt").write_text(f"{trainer.coverage}\n")
     with checkpoint.checkpoints(folder) as manager:
         state = trainer.init()
@@ -64,19 +62,25 @@ def _epoch(trainer: Trainer, state: State, epoch: int, folder: Path) -> tuple[St
     losses: Any = []
     if epoch:
         state, losses = trainer.advance(state, trainer.steps)
-    found, losses = jax.device_get((trainer.evaluate(state), losses))
+    found = trainer.evaluate(state)
+    losses = np.asarray(jax.device_get(losses)).reshape(-1, len(trainer.seeds))
     seconds = time.perf_counter() - started
-    losses = np.asarray(losses).reshape(-1, len(trainer.seeds))
     _stop_unless_finite(trainer, epoch, losses, found["test_loss"], folder)
-    record = {"epoch": epoch, "step": epoch * trainer.steps, "seconds": round(seconds, 3)}
+    record: dict[str, Any] = {"epoch": epoch, "step": epoch * trainer.steps, "seconds": round(seconds, 3)}
     record["train_loss"] = losses.mean(0).tolist() if epoch else None
-    return state, record | jax.tree.map(lambda a: a.tolist(), found)
+    return state, record | {key: _lists(value) for key, value in found.items()}
+
+
+def _lists(value: Any) -> Any:
+    return {key: _lists(item) for key, item in value.items()} if isinstance(value, dict) else value.tolist()
 
 
 def _stop_unless_finite(trainer: Trainer, epoch: int, losses: np.ndarray, test_loss: np.ndarray, folder: Path) -> None:
     steps, seeds = np.nonzero(~np.isfinite(losses))
     if len(steps):
-        where = f"the training loss is {losses[steps[0], seeds[0]]} at step {(epoch - 1) * trainer.steps + steps[0] + 1}"
+        where = (
+            f"the training loss is {losses[steps[0], seeds[0]]} at step {(epoch - 1) * trainer.steps + steps[0] + 1}"
+        )
         seed = trainer.seeds[seeds[0]]
     elif not np.isfinite(test_loss).all():
         index = int(np.argmin(np.isfinite(test_loss)))

@@ -94,6 +94,7 @@ class Trainer:
         self._test = (jnp.asarray(data.test_images), jnp.asarray(data.test_labels))
         self._graph, example = jax.eval_shape(self._init, jax.random.key(0))
         self.coverage = nnx.merge(self._graph, example.params, example.feedback, example.rest).coverage()
+        self._start = jax.jit(jax.vmap(self._init))
         self._shuffle = jax.jit(jax.vmap(self._order))
         step = jax.vmap(self._update, (0, 0, None))
         self._step = jax.jit(step, donate_argnums=0)
@@ -104,7 +105,7 @@ class Trainer:
     def init(self) -> State:
         """The state before the first step."""
         keys = jnp.stack([jax.random.key(seed) for seed in self.seeds])
-        return jax.jit(jax.vmap(self._init))(keys)[1]
+        return self._start(keys)[1]
 
     def advance(self, state: State, count: int) -> tuple[State, Any]:
         """Trains for ``count`` steps of one epoch, without waiting for them.
@@ -126,23 +127,24 @@ class Trainer:
         return state, losses
 
     def evaluate(self, state: State) -> dict[str, Any]:
-        """Measures a state on the test images, and its alignment on one fixed batch of training images.
+        """Measures a state on the test images, and its alignment on one fixed batch of training images; waits for both.
 
         Returns:
           ``test_accuracy``, ``test_loss`` and, by layer from first to last, ``angle`` and ``norm_ratio``: arrays
-          ``(seeds,)`` that are still being computed.
+          ``(seeds,)``.
         """
         images, labels = self._test
         chunks = [slice(i, i + _CHUNK) for i in range(0, len(labels), _CHUNK)]
         correct, loss = zip(*(self._score(state, images[chunk], labels[chunk]) for chunk in chunks), strict=True)
         probe = (self._train[0][:_PROBE], self._train[1][:_PROBE])
-        aligned = self._align(state, probe)
-        alignment = {row.layer: aligned[f"{row.layer}/kernel"] for row in self.coverage.rows}
+        correct, loss, alignment = jax.device_get((sum(correct), sum(loss), self._align(state, probe)))
+        # After the transfer, which sorts dictionaries: layers stand in the order of the forward pass.
+        kernels = {row.layer: alignment[f"{row.layer}/kernel"] for row in self.coverage.rows}
         return {
-            "test_accuracy": sum(correct) / len(labels),
-            "test_loss": sum(loss) / len(labels),
-            "angle": {path: found.angle for path, found in alignment.items()},
-            "norm_ratio": {path: found.norm_ratio for path, found in alignment.items()},
+            "test_accuracy": correct / len(labels),
+            "test_loss": loss / len(labels),
+            "angle": {layer: found.angle for layer, found in kernels.items()},
+            "norm_ratio": {layer: found.norm_ratio for layer, found in kernels.items()},
         }
 
     def _attach(self, key: jax.Array) -> jaxfa.nn.Aligned:

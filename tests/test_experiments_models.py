@@ -1,0 +1,83 @@
+"""The networks: plain NNX, and fit for every rule."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import jaxfa.nn
+from experiments import models
+from experiments.methods import METHODS, method
+
+SHAPES = {"mlp": (8, 8, 1), "lenet": (28, 28, 1), "convnet": (8, 8, 1), "resnet20": (32, 32, 3)}
+
+
+def make(name):
+    return models.architecture(name, SHAPES[name]).make(SHAPES[name], 10, rngs=nnx.Rngs(0))
+
+
+def test_models_do_not_know_jaxfa():
+    code = inspect.getsource(models)
+    assert "import jaxfa" not in code
+    assert "from jaxfa" not in code
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_logits_and_every_parameter_has_a_gradient(name):
+    def gradient():
+        model, images = make(name), jnp.ones((4, *SHAPES[name]))
+
+        def loss(model):
+            logits = model(images)
+            return logits.sum(), logits
+
+        gradients, logits = nnx.grad(loss, has_aux=True)(model)
+        return nnx.as_pure(gradients), logits
+
+    gradients, logits = jax.eval_shape(gradient)
+    assert logits.shape == (4, 10)
+    assert len(jax.tree.leaves(gradients)) > 4
+
+
+def test_resnet20_has_twenty_layers_and_the_published_size():
+    parameters = jax.eval_shape(lambda: nnx.as_pure(nnx.state(make("resnet20"), nnx.Param)))
+    kernels = [leaf for leaf in jax.tree.leaves(parameters) if leaf.ndim == 4 and leaf.shape[0] == 3]
+    assert len(kernels) + 1 == 20
+    size = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    assert 0.26e6 < size < 0.28e6
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_every_model_takes_both_families(name, rule):
+    found, chosen = models.architecture(name, SHAPES[name]), METHODS[rule]
+
+    def attach():
+        at = found.taps if chosen.direct else None
+        example = jnp.ones((4, *SHAPES[name]))
+        aligned = jaxfa.nn.attach(make(name), chosen.rule(), rngs=nnx.Rngs(1), at=at, example=example)
+        return nnx.as_pure(nnx.state(aligned, jaxfa.nn.Feedback))
+
+    assert jax.tree.leaves(jax.eval_shape(attach))
+
+
+def test_direct_agrees_with_the_rule():
+    for chosen in METHODS.values():
+        arguments = len(inspect.signature(chosen.rule().init).parameters)
+        assert chosen.direct == (arguments == 3)
+
+
+def test_max_pool_is_flax_own():
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+    assert (models.max_pool(x) == nnx.max_pool(x, (2, 2), (2, 2))).all()
+
+
+def test_refusals_name_the_choices():
+    with pytest.raises(ValueError, match=r"lenet needs images of at least 12 x 12 pixels, got 8 x 8.*mlp, convnet"):
+        models.architecture("lenet", (8, 8, 1))
+    with pytest.raises(ValueError, match=r"vgg.*mlp, lenet, convnet, resnet20"):
+        models.architecture("vgg", (32, 32, 3))
+    with pytest.raises(ValueError, match=r"hebb.*bp, fa, usf"):
+        method("hebb")
