@@ -39,7 +39,7 @@ def accuracy(history: Sequence[dict[str, Any]], reference: Sequence[dict[str, An
       An ``<svg>`` element.
     """
     with mpl.rc_context(_STYLE):
-        figure, axes = _panel(0.97, history[-1]["epoch"])
+        figure, axes = _panel(0.17, 0.97, history[-1]["epoch"])
         for records, shade, width in ((reference, GREY, 1.1), (history, color, 1.7)):
             values = 100 * np.array([record["test_accuracy"] for record in records])
             _band(axes, [record["epoch"] for record in records], values, shade, width)
@@ -63,7 +63,7 @@ def angles(history: Sequence[dict[str, Any]], top: float) -> str:
     epochs = [record["epoch"] for record in history]
     shades = [mpl.colors.to_hex(shade) for shade in mpl.colormaps["viridis"](np.linspace(0.05, 0.78, len(layers)))]
     with mpl.rc_context(_STYLE):
-        figure, axes = _panel(0.78, epochs[-1])
+        figure, axes = _panel(0.13, 0.77, epochs[-1])
         axes.axhline(90, color=GREY, linewidth=0.9, linestyle=(0, (3, 3)))
         ends = []
         for layer, shade in zip(layers, shades, strict=True):
@@ -81,9 +81,9 @@ def angles(history: Sequence[dict[str, Any]], top: float) -> str:
         return _svg(figure)
 
 
-def _panel(right: float, epochs: int) -> tuple[Figure, Axes]:
+def _panel(left: float, right: float, epochs: int) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(2.5, 1.55))
-    axes = figure.add_axes((0.14, 0.15, right - 0.14, 0.81))
+    axes = figure.add_axes((left, 0.15, right - left, 0.81))
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="y", color="#eceff1", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -101,7 +101,7 @@ def _band(axes: Axes, epochs: Sequence[int], values: np.ndarray, color: str, wid
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights moved apart just enough that no two are closer than ``gap``, around where they were."""
+    """Heights from 0 moved apart just enough that no two are closer than ``gap``, around where they were."""
     placed = np.array(heights, dtype=float)
     order = np.argsort(placed, kind="stable")
     for _ in range(100):
@@ -110,7 +110,7 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
             if missing > 1e-6:
                 placed[low] -= missing / 2
                 placed[high] += missing / 2
-    return list(placed)
+    return list(placed + max(0.0, -placed.min()))
 
 
 def _svg(figure: Figure) -> str:

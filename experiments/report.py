@@ -139,7 +139,8 @@ def findings(rows: list[Row]) -> list[tuple[str, str]]:
     ratios = {row.method.title: row.step["ratio"] for row in others if row.step}
     if ratios:
         fast, slow = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
-        cost = f"backpropagation's time per step: {fast} is the cheapest. {slow} is the dearest, at {ratios[slow]:.2f} {TIMES}."
+        dearest = f"{slow} is the dearest, at {ratios[slow]:.2f} {TIMES}."
+        cost = f"backpropagation's time per step: {fast} is the cheapest. {dearest}"
         found.append((f"{ratios[fast]:.2f} {TIMES}", cost))
     return found
 
