@@ -1,9 +1,24 @@
 """Every rule on one network and data set: accuracy, alignment with backpropagation, and the cost of a step.
 
-Claim: a rule that carries the error back without the weights' transpose learns, the better the smaller its angle to
-backpropagation.
+Claim: rules that carry the error back without the weights' transpose learn, and differ in how well they align.
 
-Command: ``python -m experiments run compare [--preset paper] [--dataset mnist] [--model lenet] ...``
+Command: ``python -m experiments run compare`` (``--help`` lists the options; ``make demo`` runs just this).
+
+Measured with the preset ``cpu`` (digits, MLP 64-256-256-256-10, 40 epochs, 3 seeds; last-epoch test accuracy, mean +-
+std; angle to backpropagation, mean of the hidden layers), in 2 min 26 s on two cores of a shared machine:
+
+=============  ============  ======  =============  ============  ======
+bp             97.9 +- 0.2   0       weight_mirror  97.8 +- 0.5   26
+fa             97.6 +- 0.6   66      dfa            97.7 +- 0.3   65
+usf            97.9 +- 0.2   25      shared_dfa     97.2 +- 0.5   65
+brsf           97.9 +- 0.2   36      dkp            97.5 +- 0.3   51
+frsf           98.0 +- 0.4   31      drtp           80.3 +- 3.2   91
+kolen_pollack  97.9 +- 0.2   25
+=============  ============  ======  =============  ============  ======
+
+360 test images hardly tell 97.2 from 98.0 % apart: the angles, not the accuracies, rank the rules here. DRTP was
+made for saturating units; under ReLU its signal, which never fades, drives the activations up. The preset ``paper`` has
+not been run.
 """
 
 import dataclasses
@@ -49,7 +64,7 @@ class Config:
     split: Literal["test", "validation"] = "test"
     """What accuracy is of: the test set, or a tenth of the training set held out, for every choice that is tuned."""
     loop: Loop = "auto"
-    """One compiled step per batch or a scan over many; auto chooses by the backend. The results are the same."""
+    """One compiled step per batch or a scan over many; auto chooses by the backend. Both draw the same numbers."""
     save_every: int = 5
     """Epochs from one checkpoint to the next; the last is always saved."""
     out: Path = Path("runs/compare")

@@ -12,7 +12,7 @@ from experiments.methods import DIRECT, EXACT, LAYERWISE, METHODS
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLORS = {EXACT: "#4d5156", LAYERWISE: "#0072b2", DIRECT: "#d55e00"}
 CLOSE = 0.02
-TIMES = "\N{MULTIPLICATION SIGN}"
+TIMES = "\N{NO-BREAK SPACE}\N{MULTIPLICATION SIGN}"
 
 
 class Estimate(NamedTuple):
@@ -139,9 +139,9 @@ def findings(rows: list[Row]) -> list[tuple[str, str]]:
     ratios = {row.method.title: row.step["ratio"] for row in others if row.step}
     if ratios:
         fast, slow = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
-        dearest = f"{slow} is the dearest, at {ratios[slow]:.2f} {TIMES}."
+        dearest = f"{slow} is the dearest, at {ratios[slow]:.2f}{TIMES}."
         cost = f"backpropagation's time per step: {fast} is the cheapest. {dearest}"
-        found.append((f"{ratios[fast]:.2f} {TIMES}", cost))
+        found.append((f"{ratios[fast]:.2f}{TIMES}", cost))
     return found
 
 
