@@ -82,11 +82,10 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(name, killed_in, tmp_p
     assert_same_bits(arrays(whole[1]), arrays(resumed[1]))
 
 
-@pytest.mark.parametrize("name", ["weight_mirror", "dfa"])
-def test_both_shapes_of_the_loop_give_the_same_bits(name):
+def test_both_shapes_of_the_loop_give_the_same_bits():
     results = []
     for loop in ("step", "scan"):
-        compiled = trainer(name, loop=loop)
+        compiled = trainer("weight_mirror", loop=loop)
         state = compiled.init()
         losses = []
         for _ in range(2):
@@ -97,7 +96,7 @@ def test_both_shapes_of_the_loop_give_the_same_bits(name):
 
 
 def test_seeds_side_by_side_train_as_they_do_alone():
-    both, alone = trainer(seeds=(3, 5)), trainer(seeds=(5,))
+    both, alone = trainer(), trainer(seeds=(1,))
     states = [compiled.advance(compiled.init(), 4)[0] for compiled in (both, alone)]
     for path, value in arrays(states[1]).items():
         np.testing.assert_allclose(arrays(states[0])[path][1:], value, rtol=1e-4, atol=1e-6, err_msg=path)
