@@ -229,7 +229,8 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
 def _split(model: jaxfa.nn.Aligned) -> tuple[Any, Any, Any, Any]:
     """A model as its graph and three trees of bare arrays: parameters, feedback, and the rest, such as statistics."""
     graph, *trees = nnx.split(model, nnx.Param, jaxfa.nn.Feedback, ...)
-    return graph, *nnx.as_pure(tuple(trees))
+    params, feedback, rest = map(nnx.to_pure_dict, trees)
+    return graph, params, feedback, rest
 
 
 def _scan(step: Callable[..., Any], state: State, order: jax.Array, train: Any, count: int) -> tuple[State, jax.Array]:

@@ -12,21 +12,23 @@ symbol     shape                 meaning
 ``delta``  ``(N, ..., m)``       the error that has arrived at a layer's output
 =========  ====================  =====================================================
 
-A rule is a value, a :class:`Rule`. Its feedback is a small frozen dataclass, registered as a pytree, whose class says
-how an error goes back: a subclass of :class:`LayerFeedback` (layer by layer) or :class:`DirectFeedback` (straight from
-the output). ``None`` in place of a feedback means the plain operation with ordinary autodiff.
+A rule is a value, a :class:`Rule`. Its feedback is a small frozen dataclass, a pytree by :func:`register`, whose class
+says how an error goes back: a subclass of :class:`LayerFeedback` (layer by layer) or :class:`DirectFeedback` (straight
+from the output). ``None`` in place of a feedback means the plain operation with ordinary autodiff.
 """
 
 import dataclasses
 import inspect
 import math
+import typing
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
+T = TypeVar("T")
 Operation = Callable[[jax.Array, jax.Array], jax.Array]
 Initializer = Callable[..., jax.Array]
 
@@ -61,8 +63,35 @@ class LayerFeedback:
         return jax.tree.map(jnp.zeros_like, self)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def register(cls: type[T]) -> type[T]:
+    """Class decorator: makes a feedback a frozen dataclass and a pytree of its fields.
+
+    Fields with ``metadata={"static": True}`` are part of the tree's structure. This stands in the place of
+    ``jax.tree_util.register_dataclass``, by which (in JAX 0.10) the structures of two classes are equal if their static
+    fields are: a jitted function would then, at times, run the program of one rule on the feedback of another.
+    """
+    made: Any = dataclasses.dataclass(frozen=True)(cls)
+    static = [field.name for field in dataclasses.fields(made) if field.metadata.get("static")]
+    arrays = [field.name for field in dataclasses.fields(made) if field.name not in static]
+
+    def meta(node: T) -> tuple[Any, ...]:
+        return tuple(getattr(node, name) for name in static)
+
+    def flatten(node: T) -> tuple[Any, Any]:
+        return [(jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in arrays], meta(node)
+
+    def flatten_without_keys(node: T) -> tuple[Any, Any]:
+        return [getattr(node, name) for name in arrays], meta(node)
+
+    def unflatten(meta: tuple[Any, ...], leaves: Any) -> T:
+        return made(**dict(zip(static, meta, strict=True)), **dict(zip(arrays, leaves, strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(made, flatten, unflatten, flatten_without_keys)
+    return made
+
+
+@register
 class FixedFeedback(LayerFeedback):
     """A matrix in the place of the weights, on which the batch has no effect.
 

@@ -5,18 +5,16 @@ the one shared matrix is from Launay, Poli, Boniface, Krzakala, "Direct Feedback
 Learning Tasks and Architectures", 2020, https://arxiv.org/abs/2006.12878
 """
 
-import dataclasses
 import math
 from typing import Any, ClassVar
 
 import jax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, Initializer, Rule, direct_matrix, project, shared_axes
+from jaxfa.base import DirectFeedback, Initializer, Rule, direct_matrix, project, register, shared_axes
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class DirectMatrix(DirectFeedback):
     """A fixed matrix from the outputs to one layer.
 
@@ -30,8 +28,7 @@ class DirectMatrix(DirectFeedback):
         return project(self.b, h, e)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class SharedMatrix(DirectFeedback):
     """One matrix for all layers; a layer of ``n`` units takes its first ``n`` rows, divided by ``sqrt(n)``.
 

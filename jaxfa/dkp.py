@@ -4,7 +4,6 @@ Webster, Choi, Ahn, "Learning the Connections in Direct Feedback Alignment", 202
 https://openreview.net/forum?id=zgGmAx9ZcY
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -12,11 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, Initializer, Rule, direct_matrix, project, shared_axes
+from jaxfa.base import DirectFeedback, Initializer, Rule, direct_matrix, project, register, shared_axes
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class DirectKolenPollackFeedback(DirectFeedback):
     """A matrix from the outputs to one layer whose signal is ``h_l^T e``.
 

@@ -4,18 +4,16 @@ Frenkel, Lefebvre, Bol, "Learning Without Feedback: Fixed Random Learning Signal
 Neural Networks", 2021, https://arxiv.org/abs/1909.01311
 """
 
-import dataclasses
 import math
 from typing import Any
 
 import jax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, Initializer, Rule, direct_matrix, project, shared_axes
+from jaxfa.base import DirectFeedback, Initializer, Rule, direct_matrix, project, register, shared_axes
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class TargetProjection(DirectFeedback):
     """A fixed matrix from the classes to one layer, driven by the target instead of the error.
 

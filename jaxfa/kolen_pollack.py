@@ -5,18 +5,16 @@ networks Akrout, Wilson, Humphreys, Lillicrap, Tweed, "Deep Learning without Wei
 https://arxiv.org/abs/1904.05391
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import optax
 from jax.nn import initializers
 
-from jaxfa.base import Initializer, LayerFeedback, Rule
+from jaxfa.base import Initializer, LayerFeedback, Rule, register
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class KolenPollackFeedback(LayerFeedback):
     """A matrix in the place of the weights whose learning signal is the weights' own gradient.
 

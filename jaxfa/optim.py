@@ -41,12 +41,21 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
         raise TypeError(f"jaxfa.optimizer(tx, rule) expects a jaxfa.Rule such as jaxfa.fa(), got {rule!r}.")
     alike = not isinstance(rule.transform, optax.GradientTransformation)
     for_params, for_feedback = rule.transform(tx) if alike else (tx, rule.transform)
-    both = optax.partition({"params": for_params, "feedback": for_feedback}, _labels)
-    return optax.GradientTransformationExtraArgs(lambda tree: both.init(_unboxed(tree)), both.update)
+    both = optax.with_extra_args_support(optax.partition({"params": for_params, "feedback": for_feedback}, _labels))
+
+    def init(tree: Any) -> Any:
+        return both.init(_unboxed(tree))
+
+    def update(updates: Any, state: Any, tree: Any = None, **extra: Any) -> tuple[Any, Any]:
+        found, state = both.update(_unboxed(updates), state, _unboxed(tree), **extra)
+        return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(found)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _unboxed(tree: Any) -> Any:
-    # nnx.Optimizer shows `init` Flax's variables, but `update` their values: the state is made for the values.
+    # Flax's variables are boxes around values. nnx.Optimizer shows them to `init` and not to `update`, nnx.split to
+    # both; the optimizer's state is always made for the values.
     def is_box(node: Any) -> bool:
         return hasattr(node, "get_value")
 

@@ -16,11 +16,10 @@ import optax
 from jax import lax
 from jax.nn import initializers
 
-from jaxfa.base import Initializer, LayerFeedback, Rule
+from jaxfa.base import Initializer, LayerFeedback, Rule, register
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class SignFeedback(LayerFeedback):
     """``b = magnitude sign(w)``.
 
@@ -34,8 +33,7 @@ class SignFeedback(LayerFeedback):
         return self.magnitude.astype(w.dtype) * jnp.sign(w)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register
 class RedrawnSignFeedback(LayerFeedback):
     """``b = |M_t| sign(w)`` with ``M_t`` drawn anew at every step ``t`` from a counter, never stored.
 

@@ -34,7 +34,7 @@ def test_logits_and_every_parameter_has_a_gradient(name):
             return logits.sum(), logits
 
         gradients, logits = nnx.grad(loss, has_aux=True)(model)
-        return nnx.as_pure(gradients), logits
+        return nnx.to_pure_dict(gradients), logits
 
     gradients, logits = jax.eval_shape(gradient)
     assert logits.shape == (4, 10)
@@ -42,7 +42,7 @@ def test_logits_and_every_parameter_has_a_gradient(name):
 
 
 def test_resnet20_has_twenty_layers_and_the_published_size():
-    parameters = jax.eval_shape(lambda: nnx.as_pure(nnx.state(make("resnet20"), nnx.Param)))
+    parameters = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(make("resnet20"), nnx.Param)))
     kernels = [leaf for leaf in jax.tree.leaves(parameters) if leaf.ndim == 4 and leaf.shape[0] == 3]
     assert len(kernels) + 1 == 20
     size = sum(leaf.size for leaf in jax.tree.leaves(parameters))
@@ -58,7 +58,7 @@ def test_every_model_takes_both_families(name, rule):
         at = found.taps if chosen.direct else None
         example = jnp.ones((4, *SHAPES[name]))
         aligned = jaxfa.nn.attach(make(name), chosen.rule(), rngs=nnx.Rngs(1), at=at, example=example)
-        return nnx.as_pure(nnx.state(aligned, jaxfa.nn.Feedback))
+        return nnx.to_pure_dict(nnx.state(aligned, jaxfa.nn.Feedback))
 
     assert jax.tree.leaves(jax.eval_shape(attach))
 

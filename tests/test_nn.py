@@ -386,3 +386,17 @@ def test_weight_angles_of_layers_and_of_stacks():
     signs = jaxfa.nn.weight_angles(attach(MLP(nnx.Rngs(0)), jaxfa.usf(), x))
     assert all(angle < 60 for angle in signs.values())
     assert jaxfa.nn.weight_angles(attach(MLP(nnx.Rngs(0)), jaxfa.dfa(), x)) == {}
+
+
+def test_one_optimizer_for_split_states_and_for_nnx_optimizer():
+    x = inputs(9, 6)
+    aligned = attach(MLP(nnx.Rngs(0)), jaxfa.kolen_pollack(), x)
+    tx = jaxfa.optimizer(optax.adam(1e-2), aligned.rule)
+    graphdef, *both = nnx.split(aligned, *TRAINED)
+    grads = jax.grad(lambda both: loss(nnx.merge(graphdef, *both), x))(both)
+    updates, _ = tx.update(grads, tx.init(both), both)
+    functional = nnx.merge(graphdef, *optax.apply_updates(both, updates))
+    optimizer = nnx.Optimizer(aligned, tx, wrt=TRAINED)
+    optimizer.update(aligned, nnx.grad(loss, argnums=nnx.DiffState(0, TRAINED))(aligned, x))
+    ours, theirs = nnx.state(functional), nnx.state(aligned)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
