@@ -9,6 +9,7 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_disable_most_optimizations", True)  # tiny programs: compiling them is where the time goes
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 
 import chex
 import jax
@@ -225,6 +226,16 @@ def test_every_rule_learns_digits_and_its_hidden_layers_have_a_part_in_it(method
     assert accuracy > 0.75
     assert accuracy > frozen_accuracy
     assert final_loss < 0.75 * frozen_loss
+
+
+def test_no_two_classes_of_feedback_have_equal_structures():
+    # jit and scan look their programs up by structure: were two equal, one rule would at times run as another.
+    nodes = {type(node): node for method in METHODS for node in nodes_of(create(method.rule, KEYS[0])[1])}
+    nodes[jaxfa.DirectMatrix] = jaxfa.DirectMatrix(jnp.ones((5, 3)))
+    structures = [jax.tree.structure(node) for node in nodes.values()]
+    assert len(structures) >= 8
+    for a, b in itertools.combinations(structures, 2):
+        assert a != b
 
 
 def test_the_table_names_each_method_once():
