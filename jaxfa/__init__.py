@@ -7,16 +7,17 @@ from jaxfa.base import Layer as Layer
 from jaxfa.base import LayerFeedback as LayerFeedback
 from jaxfa.base import Rule as Rule
 from jaxfa.base import backprop as backprop
+from jaxfa.base import register as register
 from jaxfa.dfa import DirectMatrix as DirectMatrix
 from jaxfa.dfa import dfa as dfa
 from jaxfa.dkp import dkp as dkp
 from jaxfa.drtp import drtp as drtp
 from jaxfa.fa import fa as fa
 from jaxfa.kolen_pollack import kolen_pollack as kolen_pollack
-from jaxfa.ops import conv as conv
+from jaxfa.layers import conv as conv
+from jaxfa.layers import linear as linear
 from jaxfa.ops import direct as direct
 from jaxfa.ops import error_wire as error_wire
-from jaxfa.ops import linear as linear
 from jaxfa.ops import with_feedback as with_feedback
 from jaxfa.optim import optimizer as optimizer
 from jaxfa.sign_symmetric import brsf as brsf
@@ -28,5 +29,5 @@ __version__ = "0.1.0"
 __all__ = [
     "DirectFeedback", "DirectMatrix", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop", "brsf", "conv",
     "dfa", "diagnostics", "direct", "dkp", "drtp", "error_wire", "fa", "frsf", "kolen_pollack", "linear", "optimizer",
-    "usf", "weight_mirror", "with_feedback",
+    "register", "usf", "weight_mirror", "with_feedback",
 ]  # fmt: skip

@@ -4,6 +4,10 @@ A gradient is a program. Every value in it is labelled with the parameters it wa
 data, and how an error came to it. A contraction of an error with something made of parameters alone is how an error
 passes a layer; inside one of the two primitives of :mod:`jaxfa.ops` that is the rule at work, outside it is
 backpropagation. So what this finds is what the program does, whatever the modules are called.
+
+Its limits: a contraction is JAX's ``dot_general`` or convolution. One that is spelled out as a product and a sum, a
+linear solve or an FFT, and one inside a Pallas kernel, a callback or another opaque primitive, are not seen; nor are
+weights that were multiplied by data or looked up by it (a mixture's experts), which look like activations.
 """
 
 import re
@@ -14,9 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from jaxfa.ops import DIRECT, TRANSPORT
+from jaxfa.ops import DIRECT, FORWARD, LOCAL, TRANSPORT
 
 _CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+# Where an operand only says which entries are meant, the result is data no more than the others are.
+# (Not of a gather: what is looked up in a table is an embedding, an activation.)
+_CHOICES = {"dynamic_slice": slice(0, 1), "select_n": slice(1, None)}
 _TAP = re.compile(r"tap\[(.*?)\]")
 _NONE: frozenset[Any] = frozenset()
 
@@ -25,8 +32,8 @@ class Passage(NamedTuple):
     """One passage of an error through a layer.
 
     Attributes:
-      kind: ``"rule"`` (through a feedback), ``"direct"`` (delivered from the output) or ``"weights"``
-        (backpropagation).
+      kind: ``"output"`` (where every error starts), ``"direct"`` (delivered from there), ``"rule"`` (through a
+        feedback) or ``"weights"`` (backpropagation).
       name: the parameter it passed, or the tap it was delivered to.
     """
 
@@ -34,31 +41,32 @@ class Passage(NamedTuple):
     name: str
 
 
-class Contraction(NamedTuple):
-    """One contraction of the forward pass with weights.
+class Use(NamedTuple):
+    """One contraction of the forward pass with weights; the same weights used again are one use.
 
     Attributes:
       weights: the parameters that its weight operand is made of.
-      operation: the JAX primitive.
       first: whether its input depends on no parameter, so that nothing below it learns.
     """
 
     weights: frozenset[str]
-    operation: str
     first: bool
+
+
+OUTPUT = Passage("output", "")
 
 
 class Audit(NamedTuple):
     """What a gradient program does.
 
     Attributes:
-      contractions: the forward pass's contractions with weights, in order.
+      uses: the forward pass's contractions with weights, in order.
       arrivals: for each parameter, every passage on an error's ways from the output to that parameter's gradient.
-        A delivery starts a new way. Empty: the error came exactly, through no weights.
+        A delivery starts a new way. The output alone: the error came exactly, through no weights.
       passages: every passage in the program.
     """
 
-    contractions: list[Contraction]
+    uses: list[Use]
     arrivals: dict[str, frozenset[Passage]]
     passages: frozenset[Passage]
 
@@ -94,7 +102,7 @@ def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, *, nam
       >>> result = audit(lambda w, rest, x: x @ w[0] @ w[1], [jnp.ones((3, 4)), jnp.ones((4, 2))], (),
       ...                jnp.ones((5, 3)), names=(["first", "last"], ()))
       >>> sorted(result.arrivals["first"])
-      [Passage(kind='weights', name='last')]
+      [Passage(kind='output', name=''), Passage(kind='weights', name='last')]
     """
     floats = jax.eval_shape(lambda *args: _floats(forward(*args)), params, rest, data)
 
@@ -105,11 +113,11 @@ def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, *, nam
     jaxpr = jax.make_jaxpr(program)(params, rest, data, floats)
     flows = [_Flow(frozenset([name]) if name else _NONE) for name in jax.tree.leaves(names)]
     flows += [_Flow(data=True)] * len(jax.tree.leaves(data))
-    flows += [_Flow(data=True, is_error=True)] * len(floats)
+    flows += [_Flow(data=True, is_error=True, way=frozenset([OUTPUT]))] * len(floats)
     walker = _Walker()
     ends = walker.walk(jaxpr.jaxpr, flows, "")
     arrivals = dict(zip(jax.tree.leaves(names[0]), (end.way for end in ends), strict=True))
-    return Audit(list(walker.contractions.values()), arrivals, frozenset(walker.passages))
+    return Audit(list(walker.uses.values()), arrivals, frozenset(walker.passages))
 
 
 def _floats(outputs: Any) -> list[Any]:
@@ -120,7 +128,7 @@ class _Walker:
     """An abstract interpreter of jaxprs over :class:`_Flow`."""
 
     def __init__(self) -> None:
-        self.contractions: dict[int, Contraction] = {}
+        self.uses: dict[frozenset[str], Use] = {}
         self.passages: set[Passage] = set()
 
     def walk(self, jaxpr: Jaxpr, flows: Sequence[_Flow], scope: str) -> list[_Flow]:
@@ -144,6 +152,8 @@ class _Walker:
             branches = [self.walk(branch.jaxpr, flows[1:], scope) for branch in eqn.params["branches"]]
             # The predicate is left out: weights that data chose among are weights.
             return [_join(outs) for outs in zip(*branches, strict=True)]
+        if eqn.primitive.name == "optimization_barrier":
+            return flows
         for value in eqn.params.values():
             body = value.jaxpr if isinstance(value, ClosedJaxpr) else value
             if isinstance(body, Jaxpr) and len(body.invars) == len(flows):
@@ -151,19 +161,33 @@ class _Walker:
         return [self.primitive(eqn, flows, scope)] * len(eqn.outvars)
 
     def primitive(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> _Flow:
-        out = _join(flows)
-        contraction = eqn.primitive.name in _CONTRACTIONS
+        out = _join(flows)._replace(
+            data=any(flow.data for flow in flows[_CHOICES.get(eqn.primitive.name, slice(None))])
+        )
         if DIRECT in scope and out.is_error:
             tap = _TAP.findall(scope)
             return self.passed(out, "direct", frozenset(tap[-1:]) or frozenset(["?"]), way=_NONE)
-        if contraction and out.is_error:
+        if eqn.primitive.name not in _CONTRACTIONS or _is_pointwise(eqn, flows):
+            return out
+        if out.is_error and LOCAL in scope:
+            return out  # a weight gradient, even where the input was a parameter
+        if out.is_error:
             weights = _NONE.union(*(flow.names for flow in flows if flow.is_weight))
             return self.passed(out, "rule" if TRANSPORT in scope else "weights", weights, way=out.way)
-        if contraction and TRANSPORT not in scope and out.data:
-            for w, x in ((flows[1], flows[0]), (flows[0], flows[1])):
-                if w.is_weight and not x.is_weight:
-                    self.contractions[id(eqn)] = Contraction(w.names, eqn.primitive.name, not x.names)
-        return out
+        covered = FORWARD in scope
+        if covered or out.data:
+            left, right, *_ = flows
+            _ = self.use(left, right, covered) or self.use(right, left, covered)
+        # What leaves a layer with feedback is an activation, even if no data went in.
+        return out._replace(data=out.data or covered)
+
+    def use(self, x: _Flow, w: _Flow, covered: bool) -> bool:
+        """Records a contraction whose second operand is the weights; in a layer with feedback the first may be, too."""
+        if not w.is_weight or (x.is_weight and not covered):
+            return False
+        before = self.uses.get(w.names, Use(w.names, first=True))
+        self.uses[w.names] = before._replace(first=before.first and not x.names)
+        return True
 
     def passed(self, out: _Flow, kind: str, names: frozenset[str], way: frozenset[Passage]) -> _Flow:
         passages = frozenset(Passage(kind, name) for name in names)
@@ -189,6 +213,15 @@ class _Walker:
             if grown == carry:
                 return carry
             carry = grown
+
+
+def _is_pointwise(eqn: JaxprEqn, flows: list[_Flow]) -> bool:
+    """Whether a product takes weights entry by entry, as a norm's scale: all their axes are batch axes."""
+    if eqn.primitive.name != "dot_general":
+        return False
+    batch = eqn.params["dimension_numbers"][1]
+    avals: list[Any] = [var.aval for var in eqn.invars]
+    return any(flow.is_weight and len(b) == a.ndim for flow, b, a in zip(flows, batch, avals, strict=True))
 
 
 def _join(flows: Sequence[_Flow]) -> _Flow:

@@ -39,7 +39,7 @@ def dkp(
     distribution: Initializer = initializers.zeros,
     scale: float = 1.0,
 ) -> Rule:
-    """Direct Kolen-Pollack: ``dh_l = e B_l^T`` and ``B_l <- B_l - eta (h_l^T e) - lambda B_l``.
+    """Direct Kolen-Pollack: ``dh_l = e B_l^T`` and ``B_l <- B_l - eta Adam(h_l^T e + lambda B_l)``.
 
     For the last hidden layer the signal is the output weights' own gradient: that ``B`` learns as ``W`` does. With the
     default zero ``B`` the hidden layers stand still at the first step and start as ``B`` grows.

@@ -35,7 +35,9 @@ class TargetProjection(DirectFeedback):
 def drtp(*, distribution: Initializer | None = None, scale: float = 1.0) -> Rule:
     """Direct random target projection: ``dh_l = -y* B_l^T / N`` with the one-hot target ``y*``.
 
-    For classification by softmax or sigmoid cross-entropy with a mean loss: the target is read off the error's sign.
+    For classification by softmax or sigmoid cross-entropy with hard targets (no label smoothing, no mixing of
+    examples) and a mean loss: the target is read off the error's sign. Loss scaling, as in gradient accumulation, does
+    not reach it: ``N`` is the number of examples in the array at hand.
 
     Args:
       distribution: an initializer ``(key, shape, dtype) -> B`` for shape ``(n, C)``; by default uniform on

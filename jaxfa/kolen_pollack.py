@@ -38,11 +38,13 @@ def kolen_pollack(*, weight_decay: float = 1e-3, distribution: Initializer | Non
 
     The difference obeys ``w - b <- (1 - lambda) (w - b)`` whatever the data, under SGD and, when both have the same
     optimizer state, under Adam. So the rule needs both to learn alike: :func:`jaxfa.optimizer` runs the parameters'
-    own transformation on the feedback and decays both. Biases and norms (arrays of fewer than two axes) do not decay.
+    own transformation on the feedback and decays both. Biases and norms (arrays of fewer than two axes, stacked layers
+    counting one more) do not decay. The transformation must act entry by entry, as SGD, momentum and Adam do: one norm
+    for everything, as in ``clip_by_global_norm``, clips the two by different amounts, and the law no longer holds.
 
     Args:
       weight_decay: ``lambda``, per step, not multiplied by the learning rate. The alignment takes about ``1 / lambda``
-        steps.
+        steps. The default is ours: the paper's was tuned per network.
       distribution: an initializer ``(key, shape, dtype) -> b``; Glorot's uniform one by default.
       scale: factor on the drawn ``b``.
 

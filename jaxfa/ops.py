@@ -1,6 +1,6 @@
 """Every custom VJP of the project: feedback layer by layer, and feedback straight from the output."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +9,9 @@ from jax import lax
 
 from jaxfa.base import DirectFeedback, LayerFeedback, Operation, transpose
 
-# The names under which the two kinds of delivery appear in a jaxpr (and in a profile). The audit finds them by these.
+# The names under which these operations appear in a jaxpr, where the audit finds them, and in a profile.
+FORWARD = "jaxfa.forward"
+LOCAL = "jaxfa.local"
 TRANSPORT = "jaxfa.transport"
 DIRECT = "jaxfa.direct"
 
@@ -42,17 +44,22 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
     deep learning", 2016, https://doi.org/10.1038/ncomms13276
     """
 
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        with jax.named_scope(FORWARD):
+            return op(x, w)
+
     @jax.custom_vjp
     def forward(x: jax.Array, w: jax.Array, feedback: LayerFeedback) -> jax.Array:
         del feedback
-        return op(x, w)
+        return run(x, w)
 
     def keep_residuals(x: jax.Array, w: jax.Array, feedback: LayerFeedback) -> tuple[jax.Array, Any]:
-        return op(x, w), (x, w, feedback)
+        return run(x, w), (x, w, feedback)
 
     def backward(residuals: Any, delta: jax.Array) -> Any:
         x, w, feedback = residuals
-        dw = transpose(lambda w: op(x, w), w, delta)
+        with jax.named_scope(LOCAL):
+            dw = transpose(lambda w: op(x, w), w, delta)
         with jax.named_scope(TRANSPORT):
             dx = feedback.transport(op, x, w, delta)
             signal = feedback.signal(x, w, delta, dw)
@@ -64,103 +71,11 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
         if feedback is None:
             return op(x, w)
         _check_family(feedback, LayerFeedback, "with_feedback, linear and conv", "jaxfa.direct(h, wire, feedback)")
+        # Whole numbers, such as pixels, have no gradient; the rule's backward is told of a float that nothing uses.
+        x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(w.dtype)
         return forward(*_vary_alike((x, w, feedback)))
 
     return apply
-
-
-def linear(x: jax.Array, w: jax.Array, feedback: LayerFeedback | None = None) -> jax.Array:
-    """A dense layer's product: ``y = x w``, backward ``dw = x^T delta``, ``dx = delta b^T``.
-
-    Args:
-      x: input, ``(..., n)``.
-      w: weights, ``(n, m)``.
-      feedback: a layer-wise feedback made by ``rule.init(key, w)``; None is ordinary autodiff.
-
-    Returns:
-      ``(..., m)``.
-
-    Raises:
-      ValueError: if the shapes do not fit.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxfa
-      >>> rule, w = jaxfa.fa(), jnp.ones((3, 2))
-      >>> feedback = rule.init(jax.random.key(0), w)
-      >>> jaxfa.linear(jnp.ones((5, 3)), w, feedback).shape
-      (5, 2)
-
-    Source: as :func:`with_feedback`.
-    """
-    if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
-        raise ValueError(f"linear expects x of shape (..., n) and w of shape (n, m), got {x.shape} and {w.shape}.")
-    return _linear(x, w, feedback)
-
-
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
-
-
-_linear = with_feedback(_dot)
-
-
-def conv(
-    x: jax.Array,
-    w: jax.Array,
-    feedback: LayerFeedback | None = None,
-    *,
-    strides: int | Sequence[int] = 1,
-    padding: str | Sequence[tuple[int, int]] = "SAME",
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> jax.Array:
-    """A convolution in one, two or three dimensions, channels last: ``y = x * w``, ``dx`` through the feedback.
-
-    Args:
-      x: input, ``(N, spatial..., n)``, such as NHWC.
-      w: kernel, ``(window..., n / groups, m)``, such as HWIO.
-      feedback: a layer-wise feedback made by ``rule.init(key, w)``; None is ordinary autodiff.
-      strides: step of the window, in pixels, one number or one per dimension.
-      padding: ``"SAME"``, ``"VALID"``, or (low, high) pairs in pixels.
-      dilation: distance between the window's taps, in pixels.
-      groups: into how many groups the channels are split; ``n`` is a depthwise convolution.
-
-    Returns:
-      ``(N, spatial..., m)``.
-
-    Raises:
-      ValueError: if the shapes do not fit.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxfa
-      >>> w = jnp.ones((3, 3, 4, 8))
-      >>> feedback = jaxfa.fa().init(jax.random.key(0), w)
-      >>> jaxfa.conv(jnp.ones((2, 16, 16, 4)), w, feedback, strides=2).shape
-      (2, 8, 8, 8)
-
-    Source: as :func:`with_feedback`.
-    """
-    dims = x.ndim - 2
-    if dims not in (1, 2, 3) or w.ndim != x.ndim or x.shape[-1] != w.shape[-2] * groups or w.shape[-1] % groups:
-        raise ValueError(
-            f"conv expects x of shape (N, spatial..., n), w of shape (window..., n / groups, m) with 1 to 3 spatial "
-            f"dimensions and m divisible by groups, got {x.shape}, {w.shape} and groups={groups}."
-        )
-    spatial = "DHW"[3 - dims :]
-    layout = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-
-    def op(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            x,
-            w,
-            _each(strides, dims),
-            padding if isinstance(padding, str) else tuple(padding),
-            rhs_dilation=_each(dilation, dims),
-            dimension_numbers=layout,
-            feature_group_count=groups,
-        )
-
-    return with_feedback(op)(x, w, feedback)
 
 
 def error_wire(logits: Any) -> jax.Array:
@@ -275,7 +190,3 @@ def _check_family(feedback: Any, family: type, here: str, there: str) -> None:
             f"with rule.init(...), wrap a matrix of your own in jaxfa.FixedFeedback(b) or jaxfa.DirectMatrix(b); a "
             f"feedback of the other family goes to {there}."
         )
-
-
-def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    return (value,) * dims if isinstance(value, int) else tuple(value)

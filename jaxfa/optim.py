@@ -11,7 +11,8 @@ from jaxfa.base import Rule, is_feedback
 def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTransformation:
     """One optax transformation for parameters and feedback: ``tx`` for the one, the rule's for the other.
 
-    Nothing in ``tx`` (weight decay, momentum, clipping) touches a feedback, except where the rule asks for it.
+    Nothing in ``tx`` (weight decay, momentum, clipping) touches a feedback, except where the rule asks for it
+    (Kolen-Pollack).
 
     Args:
       tx: the optimizer of the parameters.
@@ -23,6 +24,7 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
 
     Raises:
       TypeError: if ``rule`` is not a :class:`jaxfa.Rule`.
+      ValueError: by ``init``, if the rule's feedback learns and the tree holds none.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa, optax
@@ -44,10 +46,17 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
     both = optax.with_extra_args_support(optax.partition({"params": for_params, "feedback": for_feedback}, _labels))
 
     def init(tree: Any) -> Any:
-        return both.init(_unboxed(tree))
+        tree = _unboxed(tree)
+        learns = rule.transform is not Rule._field_defaults["transform"]
+        if learns and not any(map(is_feedback, jax.tree.leaves(tree, is_leaf=is_feedback))):
+            raise ValueError(
+                "This rule's feedback learns, but the optimizer was given none. Pass it the pair (params, feedback), "
+                "or make it as nnx.Optimizer(model, tx, wrt=(nnx.Param, jaxfa.nn.Feedback))."
+            )
+        return both.init(tree)
 
-    def update(updates: Any, state: Any, tree: Any = None, **extra: Any) -> tuple[Any, Any]:
-        found, state = both.update(_unboxed(updates), state, _unboxed(tree), **extra)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        found, state = both.update(_unboxed(updates), state, _unboxed(params), **extra)
         return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(found)), state
 
     return optax.GradientTransformationExtraArgs(init, update)

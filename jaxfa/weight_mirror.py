@@ -17,21 +17,19 @@ def weight_mirror(
     *,
     learning_rate: float = 0.1,
     weight_decay: float | None = None,
-    noise: float = 0.1,
     distribution: Initializer | None = None,
     scale: float = 1.0,
 ) -> Rule:
     """Weight mirror: ``b <- (1 - lambda) b + eta <x y^T>`` with noise ``x`` and the layer's answer ``y = op(x, w)``.
 
-    Noise of deviation ``sigma`` gives ``E[x y^T] = sigma^2 w``. The mean is over every use of a weight, so it holds
-    for convolutions too, and ``eta = learning_rate / sigma^2``: one step moves ``b`` by ``learning_rate`` times an
-    unbiased estimate of ``w``. The noise phase is the rule's ``refine`` and sees one layer at a time, without bias or
+    Standard normal noise gives ``E[x y^T] = w`` (any other size would cancel: the layer is linear). The mean is over
+    every use of a weight, so it holds for convolutions too: one step moves ``b`` by ``eta`` times an unbiased estimate
+    of ``w``. The noise phase is the rule's ``refine`` and sees one layer at a time, without bias or
     nonlinearity, as in the paper (its code keeps a sigmoid and rescales ``b`` instead of letting it decay).
 
     Args:
-      learning_rate: how far one noise batch moves ``b``.
+      learning_rate: ``eta``, how far one noise batch moves ``b``. The default is ours.
       weight_decay: ``lambda`` per noise batch; by default ``learning_rate``, so that ``b`` tends to ``w`` itself.
-      noise: ``sigma``, in units of activation. A linear layer's mirror does not depend on it.
       distribution: an initializer ``(key, shape, dtype) -> b``; Glorot's uniform one by default.
       scale: factor on the drawn ``b``.
 
@@ -50,13 +48,13 @@ def weight_mirror(
     decay = learning_rate if weight_decay is None else weight_decay
 
     def reflect(layer: Layer, feedback: FixedFeedback, key: jax.Array) -> FixedFeedback:
-        x = noise * jax.random.normal(key, layer.x.shape, layer.x.dtype)
+        x = jax.random.normal(key, layer.x.shape, layer.x.dtype)
         w = layer.w.astype(x.dtype)
         correlation = _outer(layer, x, layer.op(x, w))
         # With ones for x and y the same sum counts how often each weight is used: border taps of a kernel less often,
         # on a map smaller than the kernel some never.
         uses = _outer(layer, jnp.ones_like(x), jnp.ones_like(layer.op(x, w)))
-        estimate = (correlation / (jnp.maximum(uses, 1) * noise**2)).astype(feedback.b.dtype)
+        estimate = (correlation / jnp.maximum(uses, 1)).astype(feedback.b.dtype)
         return FixedFeedback((1 - decay) * feedback.b + learning_rate * estimate)
 
     def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:

@@ -158,7 +158,7 @@ def mirrored(op, x_shape, w_shape, steps, **settings):
     """Weights and the average over many noise batches of the mirror's estimate of them."""
     w = normal(*w_shape)
     layer = jaxfa.Layer(op, jax.ShapeDtypeStruct(x_shape, w.dtype), w)
-    rule = jaxfa.weight_mirror(learning_rate=1.0, noise=0.3, **settings)
+    rule = jaxfa.weight_mirror(learning_rate=1.0, **settings)
 
     def one(key):
         return rule.refine([layer], [rule.init(KEY, w)], key)[0].b

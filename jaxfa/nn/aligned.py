@@ -7,10 +7,10 @@ from flax import nnx
 
 from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
-from jaxfa.nn.contraction import Contraction, layer_of, restore, sites_of
+from jaxfa.nn.contraction import Contraction, Site, layer_of, restore, sites_of
 from jaxfa.nn.coverage import Coverage, cover
 from jaxfa.nn.tap import Tap, call_with_wires, remove_tap, taps_of
-from jaxfa.nn.variables import Recorder, abstractly, modules_of
+from jaxfa.nn.variables import Recorder, abstractly, modules_of, structs
 
 
 class Aligned(nnx.Module):
@@ -31,11 +31,26 @@ class Aligned(nnx.Module):
         """The model's own forward pass, bit for bit; its gradient is the rule's."""
         if is_direct(self.rule):
             return call_with_wires(self.model, plain(self), args, kwargs)
+        if self.example is None and _is_traced((args, kwargs, nnx.state(self.model))):
+            # Without an example to check it by, every trace checks itself: a gradient is never taken unchecked.
+            self.coverage(*args, **kwargs).refuse()
         return self.model(*args, **kwargs)
 
-    def coverage(self) -> Coverage:
-        """How the error reaches and leaves every weight contraction, as a table; traced, where an example was given."""
-        return cover(self, self.example, self.allow)
+    def coverage(self, *args: Any, **kwargs: Any) -> Coverage:
+        """How the error reaches and leaves every weight contraction, as a table, read off the traced gradient.
+
+        Args:
+          *args: one batch of inputs, as for the model; by default the example that :func:`attach` was given.
+          **kwargs: likewise.
+
+        Raises:
+          ValueError: if there are neither.
+        """
+        if not (args or kwargs or self.example):
+            raise ValueError(
+                "coverage() traces the model: give attach() an example=, or this call one batch of inputs."
+            )
+        return cover(self, structs(args) or self.example or (), structs(kwargs))
 
     def refine(self, key: jax.Array, *args: Any, **kwargs: Any) -> None:
         """Runs the rule's own phase on the feedback, in place: the weight mirror's noise; nothing for most rules.
@@ -49,6 +64,8 @@ class Aligned(nnx.Module):
             return
         parts = _taps_with_feedback(self.model) if is_direct(self.rule) else _contractions(self.model)
         forward = _shifted_forward(self, args, kwargs) if is_direct(self.rule) else _layers(self, args, kwargs)
+        if isinstance(forward, dict):  # a layer that this forward pass does not use has nothing to mirror
+            parts = {path: parts[path] for path in forward}
         feedback = {path: part.feedback.get_value() for path, part in parts.items()}
         for path, value in self.rule.refine(forward, feedback, key).items():
             parts[path].feedback.set_value(value)
@@ -69,8 +86,6 @@ def plain(aligned: Aligned) -> Any:
       >>> aligned = jaxfa.nn.attach(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jaxfa.fa(), rngs=nnx.Rngs(1))
       >>> jaxfa.nn.plain(aligned).kernel is aligned.model.kernel
       True
-
-    Source: Lillicrap et al., "Backpropagation and the brain", 2020, https://doi.org/10.1038/s41583-020-0277-3
     """
     model = nnx.clone(aligned.model, variables=False)
     for _, module in list(modules_of(model)):
@@ -87,7 +102,7 @@ def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
       loss: ``model -> scalar``, called with a copy of ``aligned`` and of its plain twin.
 
     Returns:
-      ``{"path/of/kernel": Alignment(angle in degrees, norm_ratio)}``.
+      ``{"path/of/kernel": Alignment(angle in degrees, norm_ratio)}``; for a stack of layers, arrays of them.
 
     Example:
       >>> import jax.numpy as jnp, jaxfa.nn
@@ -98,11 +113,16 @@ def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
 
     Source: as :func:`jaxfa.diagnostics.angle`.
     """
-    pseudo = nnx.grad(loss)(nnx.clone(aligned))["model"]
-    true = nnx.grad(loss)(nnx.clone(plain(aligned)))
-    paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(pseudo)]
-    found = compare([leaf[...] for leaf in _values(pseudo)], [leaf[...] for leaf in _values(true)])
-    return dict(zip(paths, found, strict=True))
+    pseudo = nnx.to_flat_state(nnx.grad(loss)(nnx.clone(aligned))["model"])
+    true = nnx.to_flat_state(nnx.grad(loss)(nnx.clone(plain(aligned))))
+    depths = {path: _depth(module, site) for path, (module, site) in sites_of(plain(aligned)).items()}
+    found = {}
+    for (path, ours), (_, theirs) in zip(pseudo, true, strict=True):
+        measure = compare
+        for _ in range(depths.get("/".join(map(str, path[:-1])), 0)):
+            measure = jax.vmap(measure)
+        found["/".join(map(str, path))] = measure(ours[...], theirs[...])
+    return found
 
 
 def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
@@ -120,7 +140,7 @@ def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
       >>> from flax import nnx
       >>> model = nnx.Linear(4, 3, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
       >>> aligned = jaxfa.nn.attach(model, jaxfa.usf(), rngs=nnx.Rngs(1))
-      >>> {path: float(angle) for path, angle in jaxfa.nn.weight_angles(aligned).items()}
+      >>> {path: round(float(angle), 3) for path, angle in jaxfa.nn.weight_angles(aligned).items()}
       {'': 0.0}
 
     Source: as :func:`jaxfa.diagnostics.angle`.
@@ -128,16 +148,21 @@ def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
     sites = sites_of(plain(aligned))
     found = {}
     for path, contraction in _contractions(aligned.model).items():
-        kernel, site = sites[path][0].kernel.get_value(), contraction.site
+        module, site = sites[path]
         measure = weight_angle
-        for _ in range(kernel.ndim - len(site.shape)):
+        for _ in range(_depth(module, site)):
             measure = jax.vmap(measure)
-        found[path] = measure(site.matrix(kernel), contraction.feedback.get_value())
+        found[path] = measure(site.matrix(module.kernel.get_value()), contraction.feedback.get_value())
     return found
 
 
-def _values(state: Any) -> list[Any]:
-    return [leaf for _, leaf in nnx.to_flat_state(state)]
+def _depth(module: Any, site: Site) -> int:
+    """How many leading axes of a layer's arrays count the layers of a stack."""
+    return module.kernel.get_value().ndim - len(site.shape)
+
+
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _contractions(model: nnx.Module) -> dict[str, Contraction]:
@@ -159,7 +184,8 @@ def _layers(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for contraction in contractions.values():
         contraction.recorder = None
     kernels = {path: module.kernel.get_value() for path, (module, _) in sites_of(plain(aligned)).items()}
-    return {path: layer_of(one, kernels[path], recorder.seen[path]) for path, one in contractions.items()}
+    seen = {path: one for path, one in contractions.items() if path in recorder.seen}
+    return {path: layer_of(one, kernels[path], recorder.seen[path]) for path, one in seen.items()}
 
 
 def _shifted_forward(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

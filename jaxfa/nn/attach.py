@@ -8,7 +8,7 @@ from flax import nnx
 from jaxfa.base import Rule, is_direct
 from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
-from jaxfa.nn.coverage import contracted, refuse_untraced
+from jaxfa.nn.coverage import uses_of
 from jaxfa.nn.tap import Tap, fill_taps, place_tap
 from jaxfa.nn.variables import init_stack, matches, modules_of, structs
 
@@ -36,7 +36,8 @@ def attach(
       at: globs of module paths, matched segment by segment (``"blocks/*"``): where direct rules tap; for layer-wise
         rules, the modules in which the layers get the rule.
       example: one batch of inputs, an array or a tuple of the model's positional arguments (or their shapes). With it
-        the gradient is traced and every contraction accounted for; direct rules need it.
+        the gradient is traced and every contraction accounted for now; without it, whenever the model is traced.
+        Direct rules need it.
       allow: globs of layers that may pass errors on by backpropagation.
 
     Returns:
@@ -61,15 +62,17 @@ def attach(
         raise TypeError(f"attach(model, rule) expects an nnx.Module and a jaxfa.Rule, got {model!r} and {rule!r}.")
     if any(isinstance(part, Aligned | Contraction | Tap) for _, part in modules_of(model)):
         raise ValueError("This model already has a rule; attach the next one to jaxfa.nn.plain(aligned).")
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"attach needs rngs=nnx.Rngs(seed), from which the feedback is drawn; got {rngs!r}.")
     at, allow = _globs(at), _globs(allow) or ()
+    weights = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
+    _refuse_unmatched("allow", allow, weights, under=True)
     args = None if example is None else structs(example if isinstance(example, tuple) else (example,))
     model = _copy(model)
     put = _put_direct if is_direct(rule) else _put_layerwise
     backprop = put(model, rule, rngs, at, args)
     aligned = Aligned(model, rule, args, (*allow, *backprop))
-    if args is None:
-        refuse_untraced(model, aligned.allow)
-    else:
+    if args is not None:
         aligned.coverage().refuse()
     return aligned
 
@@ -86,14 +89,16 @@ def _globs(patterns: str | tuple[str, ...] | None) -> Any:
 def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> list[str]:
     """Puts a layer-wise rule on a model; returns the layers that the rule itself leaves to backpropagation."""
     sites = sites_of(model)
-    _refuse_unmatched(at, list(sites), under=True)
-    first = set() if args is None else {path for path, row in contracted(model, args).items() if row.first}
+    _refuse_unmatched("at", at, list(sites), under=True)
+    first = set() if args is None else {path for path, use in uses_of(model, args).items() if use.first}
     backprop = []
     for path, (module, site) in sites.items():
         if path in first or (at is not None and not matches(path, at, under=True)):
             continue
         kernel = module.kernel.get_value()
         stack = kernel.shape[: kernel.ndim - len(site.shape)]
+        if kernel.shape[len(stack) :] != site.shape:
+            raise ValueError(f"{path!r} has weights {kernel.shape}, no stack of {site.shape}: stack layers on axis 0.")
         feedback = init_stack(rule.init, rngs.feedback(), stack, site.matrix(kernel))
         if feedback is None:
             backprop.append(path)
@@ -110,10 +115,10 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> l
         )
     modules = dict(modules_of(model))
     if at is None:
-        first = {path for path, row in contracted(model, args).items() if row.first}
+        first = {path for path, use in uses_of(model, args).items() if use.first}
         tapped = [path for path in sites_of(model) if path not in first]
     else:
-        _refuse_unmatched(at, list(modules), under=False)
+        _refuse_unmatched("at", at, list(modules), under=False)
         tapped = [path for path in modules if path and matches(path, at)]
     for path in tapped:
         place_tap(modules[path], path, at_input=at is None)
@@ -121,7 +126,7 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> l
     return []
 
 
-def _refuse_unmatched(at: Any, paths: list[str], *, under: bool) -> None:
-    unmatched = [glob for glob in at or () if not any(matches(path, (glob,), under=under) for path in paths)]
+def _refuse_unmatched(name: str, globs: Any, paths: list[str], *, under: bool) -> None:
+    unmatched = [glob for glob in globs or () if not any(matches(path, (glob,), under=under) for path in paths)]
     if unmatched:
-        raise ValueError(f"at={unmatched} matches no module; the paths here are {sorted(filter(None, paths))}.")
+        raise ValueError(f"{name}={unmatched} matches nothing; the paths here are {sorted(filter(None, paths))}.")

@@ -3,19 +3,16 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.tree_util import DictKey
 
-from jaxfa.audit import Audit, Contraction, audit
-from jaxfa.nn.contraction import Contraction as Contracted
-from jaxfa.nn.contraction import find_site
+from jaxfa.audit import OUTPUT, Audit, Use, audit
+from jaxfa.base import is_direct
+from jaxfa.nn.contraction import Contraction
 from jaxfa.nn.tap import Tap
-from jaxfa.nn.variables import Feedback, matches, modules_of, structs
+from jaxfa.nn.variables import Feedback, matches, modules_of, split_arrays, structs
 
-# Their arrays of two axes are no contractions: a lookup table, or scales and offsets stacked by nnx.vmap.
-_NO_CONTRACTION = (nnx.Embed, nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm)
-
-_UNTRACED = "not traced: give example="
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
@@ -63,63 +60,66 @@ class Coverage(NamedTuple):
         return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def contracted(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, Contraction]:
+def uses_of(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, Use]:
     """The weight contractions of a model's forward pass, by the path of the layer that owns the weights."""
-    found = trace(model, args).contractions
-    return {_layer(name): contraction for contraction in found for name in sorted(contraction.weights)}
+    return {_layer(name): use for use in trace(model, args, {}).uses for name in sorted(use.weights)}
 
 
-def trace(model: nnx.Module, args: tuple[Any, ...], *, skip: int = 0) -> Audit:
+def trace(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, skip: int = 0) -> Audit:
     """Audits a model's gradient. The first ``skip`` segments of every path are left out of its names."""
     graphdef, params, feedback, rest = nnx.split(model, nnx.Param, Feedback, ...)
     params, states = structs(params), structs((feedback, rest))
+    arrays, rebuild = split_arrays((args, kwargs))
 
-    def forward(params: Any, states: Any, args: Any) -> Any:
-        return nnx.merge(graphdef, params, *states, copy=True)(*args)
+    def forward(params: Any, states: Any, arrays: Any) -> Any:
+        args, kwargs = rebuild(arrays)
+        return nnx.merge(graphdef, params, *states, copy=True)(*args, **kwargs)
 
-    def own(path: Any, _: Any) -> str:
-        return "/".join(_segments(path)[skip:])
+    def own(path: Any, leaf: Any) -> str:
+        return "/".join(_segments(path)[skip:]) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
 
     def replaced(path: Any, _: Any) -> str:
         *owner, holder, _ = _segments(path)[skip:]
         return "" if holder == "feedback_tap" else "/".join([*owner, "kernel"])
 
+    # State is named, too: weights that are frozen in a variable of another type carry errors all the same.
     names_of = jax.tree_util.tree_map_with_path
-    names = (names_of(replaced, states[0]), jax.tree.map(lambda _: "", states[1]))
-    return audit(forward, params, states, args, names=(names_of(own, params), names))
+    names = (names_of(own, params), (names_of(replaced, states[0]), names_of(own, states[1])))
+    return audit(forward, params, states, structs(arrays), names=names)
 
 
-def cover(aligned: Any, args: tuple[Any, ...] | None, allow: tuple[str, ...]) -> Coverage:
-    """The table of an attached model; without an example, of its layers as they stand, untraced."""
-    if args is None:
-        return _untraced(aligned.model, allow)
-    return _Cover(aligned, trace(aligned, args, skip=1), allow).table()
+def cover(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coverage:
+    """The table of an attached model for these inputs."""
+    # Layer-wise rules are in the model itself; a direct one needs the wires that the root lays.
+    model, skip = (aligned, 1) if is_direct(aligned.rule) else (aligned.model, 0)
+    return _Cover(aligned, trace(model, args, kwargs, skip=skip)).table()
 
 
 class _Cover:
     """Turns an audit into rows."""
 
-    def __init__(self, aligned: Any, result: Audit, allow: tuple[str, ...]) -> None:
-        self.result, self.allow = result, allow
+    def __init__(self, aligned: Any, result: Audit) -> None:
+        self.result, self.allow = result, aligned.allow
         taps = [tap for _, tap in modules_of(aligned.model) if isinstance(tap, Tap)]
         self.blocks = [tap.path for tap in taps if not tap.at_input]
         self.inputs = [tap.path for tap in taps if tap.at_input]
         self.places = {tap.scope: f"{'input' if tap.at_input else 'output'} of {tap.path}" for tap in taps}
         self.taps = {tap.scope: tap.path for tap in taps}
         self.feedback = _feedback_of(aligned.model)
-        flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Param))
-        self.shapes = {"/".join(map(str, path)): leaf.get_value().shape for path, leaf in flat}
-        self.first = {name for one in result.contractions if one.first for name in one.weights}
+        flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Not(Feedback)))
+        self.shapes = {"/".join(map(str, path)): jnp.shape(leaf.get_value()) for path, leaf in flat}
+        self.first = {name for use in result.uses if use.first for name in use.weights}
 
     def table(self) -> Coverage:
-        names = dict.fromkeys(name for one in self.result.contractions for name in sorted(one.weights))
+        names = dict.fromkeys(name for use in self.result.uses for name in sorted(use.weights))
+        carriers = names | dict.fromkeys(sorted(step.name for step in self.result.passages if step.kind == "weights"))
         impure = [self.impure(name) for name in self.result.arrivals]
-        violations = [*map(self.backpropagates, names), *impure]
+        violations = [*map(self.backpropagates, carriers), *impure]
         return Coverage(tuple(map(self.row, names)), tuple(filter(None, violations)))
 
     def row(self, name: str) -> Row:
-        way = self.result.arrivals[name]
-        taps = [self.taps[step.name] for step in way if step.kind == "direct"]
+        way = self.result.arrivals.get(name, frozenset())
+        taps = [self.taps[step.name] for step in way if step.name in self.taps and step.kind == "direct"]
         # A direct feedback stands where it brings an error, a layer's own where it sends one on.
         feedback = " ".join(self.feedback.get(path, "") for path in (taps if self.taps else [_layer(name)]))
         return Row(_layer(name), self.shapes[name], self.arrives(name), self.leaves(name), feedback)
@@ -128,83 +128,65 @@ class _Cover:
         """The tapped block that holds both parameters, inside which the backward is meant to be exact."""
         return next((path for path in self.blocks if _inside(below, path) and _inside(above, path)), None)
 
+    def starts(self, name: str) -> list[str]:
+        """Where a parameter's error sets out: from the output, or from taps."""
+        way = self.result.arrivals.get(name, frozenset())
+        taps = (f"direct, {self.places.get(step.name, 'by the model itself')}" for step in way if step.kind == "direct")
+        return (["the output"] if OUTPUT in way else []) + sorted(taps)
+
     def arrives(self, name: str) -> str:
-        way = self.result.arrivals[name]
-        taps = sorted(step.name for step in way if step.kind == "direct")
+        way, starts = self.result.arrivals.get(name, frozenset()), self.starts(name)
         own = [step.name for step in way if step.kind == "weights"]
-        if not way:
-            return "exact: last"
-        text = f"direct, {' and '.join(self.places[tap] for tap in taps)}" if taps else "through feedback"
-        if not taps and len(own) == len(way):
-            return "backpropagation"
+        kinds = {step.kind for step in way} - {"weights"}
+        if kinds <= {"output"}:
+            return "none: does not learn" if not starts else "backpropagation" if own else "exact: last"
+        text = "through feedback" if "rule" in kinds else " and ".join(starts)
         if not own:
             return text
         block = self.block(name, own[0])
         return f"{text}, then exact inside {block}" if block else f"{text}, then backpropagation"
 
     def leaves(self, name: str) -> str:
+        if name in self.first:
+            return "not needed: first"
         kinds = {step.kind for step in self.result.passages if step.name == name}
         if kinds == {"rule"}:
             return "through its feedback"
         if "weights" in kinds:
             block = self.block(name, name)
-            return f"exact inside {block}" if block else "backpropagation"
-        if name in self.first:
-            return "not needed: first"
+            return f"exact inside {block}" if block else f"backpropagation{', allowed' if self.allows(name) else ''}"
         return "not needed: input tapped" if _layer(name) in self.inputs else "not needed"
+
+    def allows(self, name: str) -> bool:
+        return matches(name, self.allow, under=True)
 
     def backpropagates(self, name: str) -> str:
         ways = self.result.arrivals
         victims = [below for below in ways if ("weights", name) in ways[below] and not self.block(below, name)]
-        if victims and not matches(name, self.allow, under=True):
-            others = " and others" if len(victims) > 3 else ""
-            mend = "Name what is below it in at=, too" if self.taps else "Make it a Flax layer (without a mask)"
-            return (
-                f"- {_layer(name)!r} sends the error on to {', '.join(map(repr, victims[:3]))}{others} through its own "
-                f"weights, which is backpropagation. {mend}, or allow={_layer(name)!r}."
-            )
-        return ""
+        victims = [below for below in victims if _layer(below) != _layer(name)]
+        if not victims or self.allows(name):
+            return ""
+        others = " and others" if len(victims) > 3 else ""
+        mend = "Name what is below it in at=, too" if self.taps else "Make it a layer that attach() takes, unmasked"
+        return (
+            f"- {_layer(name)!r} sends the error on to {', '.join(map(repr, victims[:3]))}{others} through its own "
+            f"weights, which is backpropagation. {mend}, or allow={_layer(name)!r}."
+        )
 
     def impure(self, name: str) -> str:
-        taps = sorted(self.places[step.name] for step in self.result.arrivals[name] if step.kind == "direct")
-        if len(taps) > 1:
-            return (
-                f"- the error reaches {name!r} through {len(taps)} taps at once ({', '.join(taps[:3])}, ...), as when "
-                f"a shortcut passes a tap by. Name whole blocks with at=, shortcut included."
-            )
-        return ""
-
-
-def refuse_untraced(model: nnx.Module, allow: tuple[str, ...]) -> None:
-    """The check without an example: every array of weights must belong to a layer that has the rule."""
-    _untraced(model, allow).refuse()
-
-
-def _untraced(model: nnx.Module, allow: tuple[str, ...]) -> Coverage:
-    feedback = _feedback_of(model)
-    rows, violations = [], []
-    for path, module in sorted(modules_of(model), key=lambda item: item[0]):
-        if isinstance(module, (Contracted, Tap, *_NO_CONTRACTION)):
-            continue
-        if find_site(module) is not None:
-            shape = module.kernel.get_value().shape
-            leaves = "through its feedback" if path in feedback else "backpropagation"
-            rows.append(Row(path, shape, _UNTRACED, leaves, feedback.get(path, "")))
-            if path not in feedback and not matches(path, allow, under=True):
-                violations.append(f"- {path!r} has no feedback. Include it in at=, or allow={path!r}.")
-            continue
-        for name, value in vars(module).items():
-            if isinstance(value, nnx.Param) and value.get_value().ndim > 1:
-                own = f"{path}/{name}".lstrip("/")
-                rows.append(Row(own, value.get_value().shape, _UNTRACED, "unknown", ""))
-                if not matches(own, allow, under=True):
-                    violations.append(f"- {own!r} is in no layer that jaxfa knows. Give example=, or allow={own!r}.")
-    return Coverage(tuple(rows), tuple(violations))
+        starts = self.starts(name)
+        if len(starts) < 2 or self.allows(name):
+            return ""
+        return (
+            f"- the error reaches {name!r} on {len(starts)} ways at once (from {', '.join(starts[:3])}), as when a "
+            f"shortcut passes a tap by or a layer is used twice. Name whole blocks with at=, shortcut included, or "
+            f"allow={_layer(name)!r}."
+        )
 
 
 def _feedback_of(model: nnx.Module) -> dict[str, str]:
     """The feedback of each layer or tap, in words."""
-    parts = {module.path: module for _, module in modules_of(model) if isinstance(module, Contracted | Tap)}
+    parts = {module.path: module for _, module in modules_of(model) if isinstance(module, Contraction | Tap)}
     return {path: _describe(part.feedback.get_value()) for path, part in parts.items() if part.feedback is not None}
 
 
@@ -221,7 +203,7 @@ def _segments(path: Any) -> list[str]:
 
 
 def _layer(name: str) -> str:
-    return name.rpartition("/")[0] or name
+    return name.removesuffix("/kernel")
 
 
 def _inside(name: str, block: str) -> bool:

@@ -129,19 +129,26 @@ def logits_of(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     logits = abstractly(lambda model, *args, **kwargs: model(*args, **kwargs), model, args, kwargs)
     if not isinstance(logits, jax.ShapeDtypeStruct):
         raise TypeError(f"A direct rule needs a model that returns its logits, one array; got {logits}.")
+    if logits.ndim < 2:
+        raise ValueError(f"A direct rule needs logits (N, ..., C), got {logits.shape}; keep the last axis of size 1.")
     return logits
 
 
 def call_with_wires(model: nnx.Module, plain: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
     """Runs a tapped model: gives every tap a wire and adds the wires to the logits."""
-    taps = [(tap, stack) for tap, stack in taps_of(model).values() if tap.feedback is not None]
     shape = logits_of(plain, args, kwargs)
+    # The wires are laid in a copy that shares the variables: the user's modules may be of an outer trace, which no
+    # attribute can be set in, and a pass that fails midway leaves nothing behind.
+    wired = nnx.clone(model, variables=False)
+    taps = [(tap, stack) for tap, stack in taps_of(wired).values() if tap.feedback is not None]
     for tap, stack in taps:
         tap.wire = Wire(jnp.zeros((*stack, *shape.shape), shape.dtype))
-    logits = model(*args, **kwargs)
+    logits = wired(*args, **kwargs)
     for tap, stack in taps:
         # The wires hang on the logits side by side instead of one after the other: each one's gradient is e itself,
         # and nothing has to be handed from block to block through the user's own forward pass.
         logits = logits + tap.wire[...].sum(tuple(range(len(stack))))
-        tap.wire = None
+    sown = nnx.state(wired, nnx.Intermediate)
+    if sown:
+        nnx.update(model, sown)
     return logits

@@ -78,21 +78,32 @@ def _intercepted(cls: type, call: Callable[..., Any]) -> type:
 
 
 def structs(tree: Any) -> Any:
-    """The shapes and dtypes of a tree of arrays."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+    """The shapes and dtypes of a tree's arrays; what is no array, such as a flag, stays."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if _is_array(leaf) else leaf, tree)
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The arrays of a tree, and the function that puts others in their places."""
+    leaves, structure = jax.tree.flatten(tree)
+
+    def rebuild(arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        return jax.tree.unflatten(structure, [next(given) if _is_array(leaf) else leaf for leaf in leaves])
+
+    return [leaf for leaf in leaves if _is_array(leaf)], rebuild
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def abstractly(call: Callable[..., Any], model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluates ``call(model, *args, **kwargs)`` for its shapes alone, on a copy: no state of the model changes."""
     graphdef, state = nnx.split(model)
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    arrays, rebuild = split_arrays((args, kwargs))
 
     def run(state: Any, arrays: list[Any]) -> Any:
-        given = iter(arrays)
-        merged = [next(given) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
-        args, kwargs = jax.tree.unflatten(structure, merged)
+        args, kwargs = rebuild(arrays)
         return call(nnx.merge(graphdef, state, copy=True), *args, **kwargs)
 
-    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
     return jax.eval_shape(run, structs(state), structs(arrays))
