@@ -176,15 +176,12 @@ def _taps_with_feedback(model: nnx.Module) -> dict[str, Tap]:
 
 def _layers(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a layer-wise ``refine`` looks at: every contraction with its operation, input shape and weights."""
-    recorder = Recorder()
-    contractions = _contractions(aligned.model)
-    for contraction in contractions.values():
+    recorder, probe = Recorder(), nnx.clone(aligned.model, variables=False)
+    for contraction in _contractions(probe).values():
         contraction.recorder = recorder
-    abstractly(lambda model, *args, **kwargs: model(*args, **kwargs), aligned.model, args, kwargs)
-    for contraction in contractions.values():
-        contraction.recorder = None
+    abstractly(lambda model, *args, **kwargs: model(*args, **kwargs), probe, args, kwargs)
     kernels = {path: module.kernel.get_value() for path, (module, _) in sites_of(plain(aligned)).items()}
-    seen = {path: one for path, one in contractions.items() if path in recorder.seen}
+    seen = {path: one for path, one in _contractions(aligned.model).items() if path in recorder.seen}
     return {path: layer_of(one, kernels[path], recorder.seen[path]) for path, one in seen.items()}
 
 
