@@ -61,7 +61,7 @@ def _epoch(trainer: Trainer, state: State, epoch: int, folder: Path) -> tuple[St
     started = time.perf_counter()
     losses: Any = []
     if epoch:
-        state, losses = trainer.advance(state, trainer.steps)
+        state, losses = trainer.advance(state, trainer.shuffle(state), trainer.steps)
     found = trainer.evaluate(state)
     losses = np.asarray(jax.device_get(losses)).reshape(-1, len(trainer.seeds))
     seconds = time.perf_counter() - started

@@ -108,17 +108,21 @@ class Trainer:
         keys = jnp.stack([jax.random.key(seed) for seed in self.seeds])
         return self._start(keys)[1]
 
-    def advance(self, state: State, count: int) -> tuple[State, Any]:
+    def shuffle(self, state: State) -> jax.Array:
+        """The order of the training examples in a state's epoch, ``(seeds, steps, batch)``."""
+        return self._shuffle(state)
+
+    def advance(self, state: State, order: jax.Array, count: int) -> tuple[State, Any]:
         """Trains for ``count`` steps of one epoch, without waiting for them.
 
         Args:
           state: the state, which is consumed.
+          order: the epoch's, from :meth:`shuffle`.
           count: how many steps; an epoch has ``self.steps``.
 
         Returns:
           The state and the losses, ``(count, seeds)``, as an array or as a list of its rows.
         """
-        order = self._shuffle(state)
         if self.scans:
             return self._scan(state, order, self._train, count)
         losses = []

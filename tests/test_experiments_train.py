@@ -89,7 +89,7 @@ def test_both_shapes_of_the_loop_give_the_same_bits():
         state = compiled.init()
         losses = []
         for _ in range(2):
-            state, loss = compiled.advance(state, compiled.steps)
+            state, loss = compiled.advance(state, compiled.shuffle(state), compiled.steps)
             losses.append(np.asarray(loss))
         results.append(arrays(state) | {"losses": np.array(losses)})
     assert_same_bits(*results)
@@ -97,7 +97,8 @@ def test_both_shapes_of_the_loop_give_the_same_bits():
 
 def test_seeds_side_by_side_train_as_they_do_alone():
     both, alone = trainer(), trainer(seeds=(1,))
-    states = [compiled.advance(compiled.init(), 4)[0] for compiled in (both, alone)]
+    states = [compiled.init() for compiled in (both, alone)]
+    states = [c.advance(s, c.shuffle(s), 4)[0] for c, s in zip((both, alone), states, strict=True)]
     for path, value in arrays(states[1]).items():
         np.testing.assert_allclose(arrays(states[0])[path][1:], value, rtol=1e-4, atol=1e-6, err_msg=path)
 
@@ -107,8 +108,8 @@ def test_the_order_of_the_data_is_new_every_epoch_and_visits_each_example_once()
     state = compiled.init()
     orders = []
     for _ in range(2):
-        orders.append(np.asarray(compiled._shuffle(state)))
-        state, _ = compiled.advance(state, compiled.steps)
+        orders.append(np.asarray(compiled.shuffle(state)))
+        state, _ = compiled.advance(state, compiled.shuffle(state), compiled.steps)
     for order in orders:
         np.testing.assert_array_equal(np.sort(order.reshape(2, -1)), np.tile(np.arange(64), (2, 1)))
     assert (orders[0] != orders[1]).any()
