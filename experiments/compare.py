@@ -20,9 +20,9 @@ kolen_pollack  97.9 +- 0.2   25
 made for saturating units; under ReLU its signal, which never fades, drives the activations up.
 
 Measured with ``--dataset mnist --epochs 5 --batch 128`` (the same network, rates as for digits, not tuned; 3 seeds,
-last epoch, 4 min on the same machine): bp 97.6 +- 0.1, weight_mirror 97.6 +- 0.0, usf 97.5 +- 0.1, brsf 97.4 +- 0.2, frsf
-97.2 +- 0.2, kolen_pollack 96.8 +- 0.2, dkp 96.1 +- 0.7, shared_dfa 95.3 +- 0.2, dfa 94.6 +- 0.5, fa 93.0 +- 2.3, drtp
-65.8 +- 1.4. The preset ``paper`` has not been run.
+last epoch, 4 min on the same machine): bp 97.6 +- 0.1, weight_mirror 97.6 +- 0.0, usf 97.5 +- 0.1, brsf 97.4 +- 0.2,
+frsf 97.2 +- 0.2, kolen_pollack 96.8 +- 0.2, dkp 96.1 +- 0.7, shared_dfa 95.3 +- 0.2, dfa 94.6 +- 0.5, fa 93.0 +- 2.3,
+drtp 65.8 +- 1.4. The preset ``paper`` has not been run.
 """
 
 import dataclasses

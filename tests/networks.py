@@ -1,7 +1,12 @@
-"""Plain NNX models for the tests of ``jaxfa.nn``; none of them knows jaxfa."""
+"""Plain NNX models for the tests of ``jaxfa.nn``, none of which knows jaxfa, and what those tests do with them."""
 
+import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
+
+import jaxfa
+import jaxfa.nn
 
 
 class MLP(nnx.Module):
@@ -125,3 +130,38 @@ class RawWeights(nnx.Module):
 
     def __call__(self, x):
         return self.fc2(nnx.relu(nnx.relu(self.fc1(x)) @ self.w[...]))
+
+
+BLOCKS = ("stem", "blocks/*")
+TRAINED = (nnx.Param, jaxfa.nn.Feedback)
+
+
+def inputs(*shape):
+    return jax.random.normal(jax.random.key(5), shape)
+
+
+# name: (model, inputs, where direct rules tap)
+MODELS = {
+    "mlp": (MLP, inputs(9, 6), None),
+    "conv, batch norm, dropout": (ConvNet, inputs(9, 8, 8, 3), None),
+    "residual": (Residual, inputs(9, 6), BLOCKS),
+    "scanned": (Scanned, inputs(9, 6), ("stem", "blocks")),
+    "scanned, rematerialised": (lambda rngs: Scanned(rngs, remat=True), inputs(9, 6), ("stem", "blocks")),
+    "transformer": (Transformer, jax.random.randint(jax.random.key(6), (9, 4), 0, 11), ("embed", "block")),
+    "recurrent": (Recurrent, inputs(9, 4, 6), "rnn"),
+}
+
+
+def attach(model, rule, x, at=None, **kwargs):
+    at = at if jaxfa.base.is_direct(rule) else None
+    return jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=x, at=at, **kwargs)
+
+
+def loss(model, x):
+    logits = model(x)
+    labels = jnp.arange(logits[..., 0].size).reshape(logits.shape[:-1]) % logits.shape[-1]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def alignment(aligned, x):
+    return nnx.jit(lambda aligned: jaxfa.nn.alignment(aligned, lambda model: loss(model, x)))(aligned)

@@ -1,0 +1,186 @@
+"""Which way the error goes in whole models, as ``coverage()`` tells it, and who refuses what."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxfa
+import jaxfa.nn
+from tests.networks import (
+    BLOCKS,
+    MLP,
+    MODELS,
+    RawWeights,
+    Recurrent,
+    Residual,
+    Scanned,
+    Transformer,
+    alignment,
+    attach,
+    inputs,
+    loss,
+)
+
+
+def test_coverage_tells_how_every_error_travels():
+    rows = attach(Residual(nnx.Rngs(0), 1), jaxfa.dfa(), inputs(9, 6), BLOCKS).coverage().rows
+    assert [row[:4] for row in rows] == [
+        ("stem", (6, 4), "direct, output of stem", "not needed: first"),
+        ("blocks/0/up", (4, 4), "direct, output of blocks/0, then exact inside blocks/0", "not needed"),
+        ("blocks/0/down", (4, 4), "direct, output of blocks/0", "exact inside blocks/0"),
+        ("head", (4, 3), "exact: last", "not needed"),
+    ]
+    table = str(attach(MLP(nnx.Rngs(0)), jaxfa.backprop(), inputs(9, 6)).coverage())
+    assert table.splitlines()[1].split() == ["fc1", "(6,", "8)", "backpropagation", "not", "needed:", "first"]
+    table = str(attach(MLP(nnx.Rngs(0)), jaxfa.dfa(shared=True), inputs(9, 6)).coverage())
+    assert table.count("SharedMatrix (8, 3) 96 B") == 2
+
+
+def test_attention_is_covered_projection_by_projection():
+    rows = attach(Transformer(nnx.Rngs(0)), jaxfa.fa(), MODELS["transformer"][1]).coverage().rows
+    assert {row.layer: row.feedback for row in rows if row.leaves == "through its feedback"} == {
+        "block/attention/query": "FixedFeedback (6, 8) 192 B",
+        "block/attention/key": "FixedFeedback (6, 8) 192 B",
+        "block/attention/value": "FixedFeedback (6, 8) 192 B",
+        "block/attention/out": "FixedFeedback (8, 6) 192 B",
+        "head": "FixedFeedback (6, 11) 264 B",
+    }
+
+
+@pytest.mark.parametrize("cell", [nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell])
+def test_recurrent_cells_are_covered(cell):
+    rows = attach(Recurrent(nnx.Rngs(0), cell), jaxfa.fa(), inputs(9, 4, 6)).coverage().rows
+    ways = {row.leaves for row in rows}
+    assert ways == {"not needed: first", "through its feedback"}
+
+
+def test_weights_that_would_stay_backprop_are_refused_by_name():
+    x = inputs(9, 6)
+    with pytest.raises(ValueError, match=r"'w' .*allow='w'"):
+        attach(RawWeights(nnx.Rngs(0)), jaxfa.fa(), x)
+    rows = attach(RawWeights(nnx.Rngs(0)), jaxfa.fa(), x, allow="w").coverage().rows
+    assert {row.layer: row.leaves for row in rows}["w"] == "backpropagation, allowed"
+
+
+def test_without_an_example_no_gradient_is_taken_unchecked():
+    x = inputs(9, 6)
+    unchecked = attach(RawWeights(nnx.Rngs(0)), jaxfa.fa(), None)
+    unchecked(x)
+    for gradient in (nnx.grad(loss), nnx.jit(nnx.grad(loss))):
+        with pytest.raises(ValueError, match=r"'w' .*allow='w'"):
+            gradient(unchecked, x)
+    with pytest.raises(ValueError, match=r"give attach\(\) an example="):
+        unchecked.coverage()
+    aligned = attach(MLP(nnx.Rngs(0)), jaxfa.fa(), None)
+    nnx.grad(loss)(aligned, x)
+    assert [row.leaves for row in aligned.coverage(x).rows] == ["not needed: first", *["through its feedback"] * 2]
+
+
+def test_frozen_weights_of_another_variable_type_and_tied_heads_are_refused():
+    class Frozen(nnx.Variable):
+        pass
+
+    class Between(RawWeights):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.w = Frozen(jnp.ones((4, 4)))
+
+    class Tied(Transformer):
+        def __call__(self, tokens):
+            return self.embed.attend(self.block(self.embed(tokens)))
+
+    with pytest.raises(ValueError, match="'w' sends the error on to 'fc1/bias'"):
+        attach(Between(nnx.Rngs(0)), jaxfa.fa(), inputs(9, 6))
+    with pytest.raises(ValueError, match="'embed/embedding' sends the error on"):
+        attach(Tied(nnx.Rngs(0)), jaxfa.fa(), MODELS["transformer"][1])
+
+
+def test_a_learned_query_is_an_activation():
+    class Pooled(nnx.Module):
+        def __init__(self, rngs):
+            self.below = nnx.Linear(6, 6, rngs=rngs)
+            self.probe = nnx.Param(jnp.ones((1, 1, 6)))
+            self.attention = nnx.MultiHeadAttention(2, 6, decode=False, rngs=rngs)
+
+        def __call__(self, x):
+            return self.attention(jnp.broadcast_to(self.probe[...], (9, 1, 6)), jnp.tanh(self.below(x)))[:, 0]
+
+    rows = attach(Pooled(nnx.Rngs(0)), jaxfa.fa(), inputs(9, 4, 6)).coverage().rows
+    assert {row.layer for row in rows} == {"below", *(f"attention/{name}" for name in ("query", "key", "value", "out"))}
+
+
+def test_flags_in_the_example_and_closures_over_a_direct_model():
+    class Flagged(MLP):
+        def __call__(self, x, double):
+            return super().__call__(2 * x if double else x)
+
+    x = inputs(9, 6)
+    aligned = jaxfa.nn.attach(Flagged(nnx.Rngs(0)), jaxfa.dfa(), rngs=nnx.Rngs(1), example=(x, True))
+    y = aligned(x, True)
+    np.testing.assert_allclose(jax.jit(lambda x: aligned(x, True))(x), y, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(lambda x: aligned(x[None], True)[0])(x), y, rtol=1e-5)
+    jax.grad(lambda x: aligned(x, True).sum())(x)
+
+
+def test_a_layer_that_ignores_its_dot_general_is_caught():
+    class Own(nnx.Linear):
+        def __call__(self, x):
+            return x @ self.kernel[...]
+
+    model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), Own(4, 3, rngs=nnx.Rngs(1)))
+    with pytest.raises(ValueError, match="'layers/1' sends the error on to 'layers/0/bias'"):
+        attach(model, jaxfa.fa(), inputs(9, 6))
+
+
+@pytest.mark.parametrize(
+    ("make", "at", "complaint"),
+    [
+        (Residual, None, r"ways at once .*Name whole blocks"),  # a shortcut passes every tap by
+        (Residual, "blocks/*", r"'blocks/0/up' sends the error on to 'stem/bias', 'stem/kernel'"),
+        (Transformer, ("embed", "block/attention"), r"'block/attention/key' sends the error on to 'block/norm/bias'"),
+        (MLP, "fc1", r"'fc3' sends the error on to 'fc2/bias', 'fc2/kernel'"),
+        (MLP, "layers/*", r"matches nothing; the paths here are \['fc1', 'fc2', 'fc3'\]"),
+    ],
+)
+def test_direct_taps_in_wrong_places_are_refused(make, at, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        attach(make(nnx.Rngs(0)), jaxfa.dfa(), MODELS["transformer"][1] if make is Transformer else inputs(9, 6), at)
+
+
+def test_layerwise_rules_only_where_asked_and_the_rest_by_name():
+    model, x = MLP(nnx.Rngs(0)), inputs(9, 6)
+    with pytest.raises(ValueError, match="'fc3' sends the error on"):
+        jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(1), example=x, at="fc2")
+    aligned = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(1), example=x, at="fc2", allow="fc3")
+    found = alignment(aligned, x)
+    assert found["fc2/kernel"].angle < 1e-3
+    assert found["fc1/kernel"].angle > 10
+
+
+def test_other_wrong_use_is_refused():
+    model, x = MLP(nnx.Rngs(0)), inputs(9, 6)
+    with pytest.raises(ValueError, match="needs example="):
+        jaxfa.nn.attach(model, jaxfa.dfa(), rngs=nnx.Rngs(1))
+    with pytest.raises(TypeError, match="expects an nnx"):
+        jaxfa.nn.attach(lambda x: x, jaxfa.fa(), rngs=nnx.Rngs(1))
+    with pytest.raises(TypeError, match=r"a jaxfa\.Rule"):
+        jaxfa.nn.attach(model, "fa", rngs=nnx.Rngs(1))
+    with pytest.raises(TypeError, match=r"nnx\.Rngs\(seed\)"):
+        jaxfa.nn.attach(model, jaxfa.fa(), rngs=0)
+    with pytest.raises(ValueError, match="matches nothing"):
+        attach(model, jaxfa.fa(), x, allow="no/such")
+    with pytest.raises(ValueError, match="was given none"):
+        nnx.Optimizer(attach(model, jaxfa.dkp(), x), jaxfa.optimizer(optax.sgd(0.1), jaxfa.dkp()), wrt=nnx.Param)
+    with pytest.raises(ValueError, match="already"):
+        jaxfa.nn.attach(attach(model, jaxfa.fa(), x), jaxfa.fa(), rngs=nnx.Rngs(1), example=x)
+    with pytest.raises(RuntimeError, match="has no error wire"):
+        attach(model, jaxfa.dfa(), x).model(x)
+    unused = nnx.Sequential(MLP(nnx.Rngs(0)))
+    unused.spare = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="never called"):
+        attach(unused, jaxfa.dfa(), x, ("layers/0/*", "spare"))
+    with pytest.raises(ValueError, match="inside the stack"):
+        attach(Scanned(nnx.Rngs(0)), jaxfa.dfa(shared=True), x, ("stem", "blocks"))
