@@ -9,22 +9,15 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from experiments import compare, data, models, records, report, timing
+from experiments import checkpoint, compare, data, models, records, report, timing
 from experiments.__main__ import main
 from experiments.data import Dataset
 from experiments.methods import METHODS
 from experiments.models import MLP, Architecture
-
-
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -41,7 +34,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(models.MODELS, "mlp", Architecture(make, 1))
 
 
-def test_every_method_two_steps_and_the_report(tiny, quick_compilation, tmp_path, monkeypatch):
+def test_every_method_two_steps_and_the_report(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "_ROUNDS", 3)
     monkeypatch.setattr(timing, "_ROUND_SECONDS", 0.001)
     config = compare.Config(epochs=1, batch=16, seeds=2, out=tmp_path / "run")
@@ -121,7 +114,8 @@ def test_unknown_choices_are_refused_with_the_valid_ones(args, messages, capsys)
 
 def test_presets_are_configurations_that_fit():
     for config in compare.PRESETS.values():
-        models.architecture(config.model, (32, 32, 3) if config.dataset.startswith("cifar") else (8, 8, 1))
+        shape = (32, 32, 3) if config.dataset.startswith("cifar") else (8, 8, 1)
+        assert models.architecture(config.model, shape) is models.MODELS[config.model]
 
 
 def test_list_names_every_experiment(capsys):
@@ -130,7 +124,7 @@ def test_list_names_every_experiment(capsys):
 
 
 def command(folder: Path) -> list[str]:
-    options = ["--methods", "bp", "--seeds", "1", "--epochs", "25", "--save-every", "1", "--out", str(folder)]
+    options = ["--methods", "dkp", "--seeds", "1", "--epochs", "25", "--save-every", "1", "--out", str(folder)]
     return [sys.executable, "-m", "experiments", "run", "compare", *options]
 
 
@@ -139,7 +133,7 @@ def test_killed_at_a_random_moment_and_resumed_has_the_same_bits(tmp_path):
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     # It saves after every epoch, so that most kills fall into a save.
     run = subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    lines = tmp_path / "killed" / "bp" / "metrics.jsonl"
+    lines = tmp_path / "killed" / "dkp" / "metrics.jsonl"
     while not (lines.exists() and lines.read_text().count("\n") > 2):
         assert run.poll() is None
         time.sleep(0.01)
@@ -147,19 +141,29 @@ def test_killed_at_a_random_moment_and_resumed_has_the_same_bits(tmp_path):
     time.sleep(delay)
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
-    done = len(records.read(tmp_path / "killed" / "bp"))
+    done = len(records.read(tmp_path / "killed" / "dkp"))
     assert done < 26, "the run ended before the kill"
     subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True)
 
     whole, killed = (
-        [{**record, "seconds": 0} for record in records.read(tmp_path / name / "bp")] for name in ("whole", "killed")
+        [{**record, "seconds": 0} for record in records.read(tmp_path / name / "dkp")] for name in ("whole", "killed")
     )
+    assert killed == whole, f"killed after {done} records and {delay} s"
+    whole, killed = (_arrays(tmp_path / name / "dkp") for name in ("whole", "killed"))
+    assert any("feedback" in name for name in whole)
     assert killed == whole, f"killed after {done} records and {delay} s"
     _truncated_arrays_are_refused(tmp_path / "killed")
 
 
+def _arrays(folder: Path) -> dict[str, bytes]:
+    """Every array of the last checkpoint: parameters, feedback, optimizer, keys, step."""
+    with checkpoint.checkpoints(folder) as manager:
+        found = manager.restore(25, args=ocp.args.StandardRestore())
+    return {name: np.asarray(array).tobytes() for name, array in found.items()}
+
+
 def _truncated_arrays_are_refused(folder: Path) -> None:
-    for path in (folder / "bp" / "checkpoints" / "25").rglob("d/*"):
+    for path in (folder / "dkp" / "checkpoints" / "25").rglob("d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     refused = subprocess.run(command(folder), check=False, capture_output=True, text=True)
     assert refused.returncode == 2

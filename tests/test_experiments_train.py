@@ -28,7 +28,10 @@ def tiny(classes=4):
 @functools.cache  # a trainer holds no state, only compiled functions
 def trainer(name="fa", *, seeds=(0, 1), width=6, loop="step", rate=1e-2, loss=cross_entropy):
     data = tiny()
-    make = lambda rngs: MLP((4, 4, 1), 4, (width, width), rngs=rngs)  # noqa: E731
+
+    def make(rngs):
+        return MLP((4, 4, 1), 4, (width, width), rngs=rngs)
+
     task = Task(make, METHODS[name].rule(), optax.adam(rate), data, 16, loss=loss)
     return Trainer(task, seeds, loop)
 

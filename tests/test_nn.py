@@ -102,8 +102,8 @@ def test_nothing_is_traced_again_from_step_to_step():
             return loss(model, x), nnx.state(model, nnx.Not(nnx.Any(*TRAINED)))
 
         (grads, signals), rest_ = jax.grad(objective, (0, 1), has_aux=True)(params, feedback)
-        down = lambda p, g: jax.tree.map(lambda p, g: p - 0.1 * g, p, g)  # noqa: E731
-        return down(params, grads), down(feedback, signals), rest_
+        params, feedback = jax.tree.map(lambda p, g: p - 0.1 * g, (params, feedback), (grads, signals))
+        return params, feedback, rest_
 
     mean = rest["model"]["norm"]["mean"][...]
     for _ in range(3):

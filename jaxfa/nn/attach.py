@@ -58,12 +58,7 @@ def attach(
 
     Source: as each rule.
     """
-    if not isinstance(model, nnx.Module) or not isinstance(rule, Rule):
-        raise TypeError(f"attach(model, rule) expects an nnx.Module and a jaxfa.Rule, got {model!r} and {rule!r}.")
-    if any(isinstance(part, Aligned | Contraction | Tap) for _, part in modules_of(model)):
-        raise ValueError("This model already has a rule; attach the next one to jaxfa.nn.plain(aligned).")
-    if not isinstance(rngs, nnx.Rngs):
-        raise TypeError(f"attach needs rngs=nnx.Rngs(seed), from which the feedback is drawn; got {rngs!r}.")
+    _check(model, rule, rngs)
     at, allow = _globs(at), _globs(allow) or ()
     weights = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
     _refuse_unmatched("allow", allow, weights, under=True)
@@ -75,6 +70,15 @@ def attach(
     if args is not None:
         aligned.coverage().refuse()
     return aligned
+
+
+def _check(model: Any, rule: Any, rngs: Any) -> None:
+    if not isinstance(model, nnx.Module) or not isinstance(rule, Rule):
+        raise TypeError(f"attach(model, rule) expects an nnx.Module and a jaxfa.Rule, got {model!r} and {rule!r}.")
+    if any(isinstance(part, Aligned | Contraction | Tap) for _, part in modules_of(model)):
+        raise ValueError("This model already has a rule; attach the next one to jaxfa.nn.plain(aligned).")
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"attach needs rngs=nnx.Rngs(seed), from which the feedback is drawn; got {rngs!r}.")
 
 
 def _copy(model: nnx.Module) -> Any:

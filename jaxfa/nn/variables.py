@@ -70,10 +70,10 @@ def release(module: Any) -> None:
 @functools.cache
 def _intercepted(cls: type, call: Callable[..., Any]) -> type:
     # Cached, so that the same model attached twice has the same graph and nothing is traced again.
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         return call(self, cls.__call__, *args, **kwargs)
 
-    body = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__call__": __call__, "intercepted_by": call}
+    body = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__call__": run, "intercepted_by": call}
     return type(cls)(cls.__name__, (cls,), body)
 
 
