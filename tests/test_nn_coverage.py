@@ -174,6 +174,10 @@ def test_other_wrong_use_is_refused():
         attach(model, jaxfa.fa(), x, allow="no/such")
     with pytest.raises(ValueError, match="was given none"):
         nnx.Optimizer(attach(model, jaxfa.dkp(), x), jaxfa.optimizer(optax.sgd(0.1), jaxfa.dkp()), wrt=nnx.Param)
+    stacked = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+    stacked.kernel = nnx.Param(jnp.ones((4, 3, 8)))
+    with pytest.raises(ValueError, match="stack layers on axis 0"):
+        attach(stacked, jaxfa.fa(), None)
     with pytest.raises(ValueError, match="already"):
         jaxfa.nn.attach(attach(model, jaxfa.fa(), x), jaxfa.fa(), rngs=nnx.Rngs(1), example=x)
     with pytest.raises(RuntimeError, match="has no error wire"):

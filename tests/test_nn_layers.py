@@ -21,6 +21,13 @@ class Pair(nnx.Module):
         return self.layer(jnp.tanh(self.below(x)))
 
 
+class OwnDot:
+    """A product that a user puts in place of JAX's."""
+
+    def __call__(self, *args, **kwargs):
+        return jax.lax.dot_general(*args, **kwargs)
+
+
 def conv(dims, **kwargs):
     return lambda rngs: nnx.Conv(4, 8, (3,) * dims, rngs=rngs, **kwargs)
 
@@ -37,6 +44,7 @@ LAYERS = {
     "general": (lambda rngs: nnx.LinearGeneral(4, (2, 3), rngs=rngs), (3, 4)),
     "general, two axes": (lambda rngs: nnx.LinearGeneral((5, 4), (2, 3), axis=(-2, -1), rngs=rngs), (3, 5, 4)),
     "general, batch axis": (lambda rngs: nnx.LinearGeneral(4, 2, batch_axis={0: 3}, rngs=rngs), (3, 5, 4)),
+    "general, own class": (lambda rngs: nnx.LinearGeneral(4, 8, dot_general_cls=OwnDot, rngs=rngs), (3, 4)),
     "einsum": (lambda rngs: nnx.Einsum("nta,hab->nthb", (8, 4, 2), (8, 2), rngs=rngs), (3, 5, 4)),
     "einsum, outputs first": (lambda rngs: nnx.Einsum("na,ba->nb", (2, 4), rngs=rngs), (3, 4)),
     "einsum, batch axis": (lambda rngs: nnx.Einsum("nha,hab->nhb", (5, 4, 2), rngs=rngs), (3, 5, 4)),

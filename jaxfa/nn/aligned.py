@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
-from jaxfa.nn.contraction import Contraction, Site, layer_of, restore, sites_of
+from jaxfa.nn.contraction import Contraction, layer_of, restore, sites_of
 from jaxfa.nn.coverage import Coverage, cover
 from jaxfa.nn.tap import Tap, call_with_wires, remove_tap, taps_of
 from jaxfa.nn.variables import Recorder, abstractly, modules_of, structs
@@ -115,11 +115,12 @@ def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
     """
     pseudo = nnx.to_flat_state(nnx.grad(loss)(nnx.clone(aligned))["model"])
     true = nnx.to_flat_state(nnx.grad(loss)(nnx.clone(plain(aligned))))
-    depths = {path: _depth(module, site) for path, (module, site) in sites_of(plain(aligned)).items()}
+    sites = sites_of(plain(aligned)).items()
+    stacks = {path: site.stack(module.kernel.get_value()) for path, (module, site) in sites}
     found = {}
     for (path, ours), (_, theirs) in zip(pseudo, true, strict=True):
         measure = compare
-        for _ in range(depths.get("/".join(map(str, path[:-1])), 0)):
+        for _ in stacks.get("/".join(map(str, path[:-1])), ()):
             measure = jax.vmap(measure)
         found["/".join(map(str, path))] = measure(ours[...], theirs[...])
     return found
@@ -148,17 +149,12 @@ def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
     sites = sites_of(plain(aligned))
     found = {}
     for path, contraction in _contractions(aligned.model).items():
-        module, site = sites[path]
+        kernel, site = sites[path][0].kernel.get_value(), contraction.site
         measure = weight_angle
-        for _ in range(_depth(module, site)):
+        for _ in site.stack(kernel):
             measure = jax.vmap(measure)
-        found[path] = measure(site.matrix(module.kernel.get_value()), contraction.feedback.get_value())
+        found[path] = measure(site.matrix(kernel), contraction.feedback.get_value())
     return found
-
-
-def _depth(module: Any, site: Site) -> int:
-    """How many leading axes of a layer's arrays count the layers of a stack."""
-    return module.kernel.get_value().ndim - len(site.shape)
 
 
 def _is_traced(tree: Any) -> bool:

@@ -100,10 +100,7 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -
         if path in first or (at is not None and not matches(path, at, under=True)):
             continue
         kernel = module.kernel.get_value()
-        stack = kernel.shape[: kernel.ndim - len(site.shape)]
-        if kernel.shape[len(stack) :] != site.shape:
-            raise ValueError(f"{path!r} has weights {kernel.shape}, no stack of {site.shape}: stack layers on axis 0.")
-        feedback = init_stack(rule.init, rngs.feedback(), stack, site.matrix(kernel))
+        feedback = init_stack(rule.init, rngs.feedback(), site.stack(kernel), site.matrix(kernel))
         if feedback is None:
             backprop.append(path)
         else:

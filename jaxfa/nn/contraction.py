@@ -41,12 +41,19 @@ class Site(NamedTuple):
     shape: tuple[int, ...]
     view: View | None = None
 
+    def stack(self, kernel: jax.Array) -> tuple[int, ...]:
+        """The leading axes of a kernel that count the layers of a stack; ``()`` for a single layer."""
+        leading = kernel.ndim - len(self.shape)
+        if kernel.shape[leading:] != self.shape:
+            raise ValueError(f"Weights {kernel.shape} are no stack of {self.shape}: stack layers on axis 0.")
+        return kernel.shape[:leading]
+
     def matrix(self, kernel: jax.Array) -> jax.Array:
         """The kernel, or each of a stack's, as rules see it."""
         if self.view is None:
             return kernel
         to_matrix: Callable[[jax.Array], jax.Array] = self.view.to_matrix
-        for _ in range(kernel.ndim - len(self.shape)):
+        for _ in self.stack(kernel):
             to_matrix = jax.vmap(to_matrix)
         return to_matrix(kernel)
 
@@ -140,6 +147,8 @@ def place(module: Any, contraction: Contraction) -> None:
     """Puts a contraction where the layer will call it."""
     if isinstance(module, nnx.ConvTranspose):
         intercept(module, _contracted_conv_transpose)
+    if isinstance(module, nnx.LinearGeneral):
+        module.dot_general_cls = None  # it would be preferred; the site's operation is already made by it
     setattr(module, contraction.site.attribute, nnx.data(contraction))
 
 
@@ -157,8 +166,8 @@ def restore(module: Any) -> None:
 def layer_of(contraction: Contraction, kernel: jax.Array, recorded: tuple[Any, Any]) -> Layer:
     """The :class:`jaxfa.Layer` of a contraction, from what its forward pass recorded; a stack's is vectorised."""
     op, x = recorded
-    depth = kernel.ndim - len(contraction.site.shape)
-    for _ in range(depth):
+    stack = contraction.site.stack(kernel)
+    for _ in stack:
         op = jax.vmap(op)
-    x = jax.ShapeDtypeStruct((*kernel.shape[:depth], *x.shape), x.dtype)
+    x = jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype)
     return Layer(op, x, contraction.site.matrix(kernel))

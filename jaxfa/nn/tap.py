@@ -87,7 +87,7 @@ def _stack_of(module: Any) -> tuple[int, ...]:
     for _, layer in modules_of(module):
         site = find_site(layer)
         if site is not None:
-            return layer.kernel.shape[: layer.kernel.ndim - len(site.shape)]
+            return site.stack(layer.kernel.get_value())
     return ()
 
 
