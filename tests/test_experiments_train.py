@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from experiments import checkpoint, records
 from experiments.data import Dataset
@@ -25,12 +26,23 @@ def tiny(classes=4):
     return Dataset(images[:64], labels[:64], images[64:], labels[64:], classes)
 
 
+class Normed(nnx.Module):
+    """The tiny MLP behind batch normalisation, whose statistics a checkpoint must hold, too."""
+
+    def __init__(self, width, rngs):
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.mlp = MLP((4, 4, 1), 4, (width, width), rngs=rngs)
+
+    def __call__(self, x):
+        return self.mlp(self.norm(x.reshape(len(x), -1)).reshape(x.shape))
+
+
 @functools.cache  # a trainer holds no state, only compiled functions
-def trainer(name="fa", *, seeds=(0, 1), width=6, loop="step", rate=1e-2, loss=cross_entropy):
+def trainer(name="fa", *, seeds=(0, 1), width=6, loop="step", rate=1e-2, loss=cross_entropy, normed=False):
     data = tiny()
 
     def make(rngs):
-        return MLP((4, 4, 1), 4, (width, width), rngs=rngs)
+        return Normed(width, rngs) if normed else MLP((4, 4, 1), 4, (width, width), rngs=rngs)
 
     task = Task(make, METHODS[name].rule(), optax.adam(rate), data, 16, loss=loss)
     return Trainer(task, seeds, loop)
@@ -58,7 +70,7 @@ def metrics(folder):
 
 @pytest.mark.parametrize(("name", "killed_in"), [("kolen_pollack", "training"), ("brsf", "saving")])
 def test_resumed_run_has_the_bits_of_an_uninterrupted_one(name, killed_in, tmp_path, monkeypatch):
-    compiled = trainer(name)
+    compiled = trainer(name, normed=True)
     train(compiled, 6, folder=tmp_path / "whole", config={}, save_every=2)
 
     def save(manager, epoch, state):
@@ -83,6 +95,7 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(name, killed_in, tmp_p
     whole, resumed = saved(tmp_path / "whole", compiled), saved(tmp_path / "killed", compiled)
     assert whole[0] == resumed[0] == 6
     assert_same_bits(arrays(whole[1]), arrays(resumed[1]))
+    assert np.abs(whole[1].rest["model"]["norm"]["mean"]).max() > 0
 
 
 def test_both_shapes_of_the_loop_give_the_same_bits():
