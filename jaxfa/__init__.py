@@ -11,11 +11,14 @@ from jaxfa.base import register as register
 from jaxfa.dfa import DirectMatrix as DirectMatrix
 from jaxfa.dfa import dfa as dfa
 from jaxfa.dkp import dkp as dkp
+from jaxfa.dldfa import dldfa as dldfa
 from jaxfa.drtp import drtp as drtp
 from jaxfa.fa import fa as fa
 from jaxfa.kolen_pollack import kolen_pollack as kolen_pollack
 from jaxfa.layers import conv as conv
 from jaxfa.layers import linear as linear
+from jaxfa.ldfa import ldfa as ldfa
+from jaxfa.ldfa import normative_ldfa as normative_ldfa
 from jaxfa.ops import direct as direct
 from jaxfa.ops import error_wire as error_wire
 from jaxfa.ops import with_feedback as with_feedback
@@ -28,6 +31,6 @@ from jaxfa.weight_mirror import weight_mirror as weight_mirror
 __version__ = "0.1.0"
 __all__ = [
     "DirectFeedback", "DirectMatrix", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop", "brsf", "conv",
-    "dfa", "diagnostics", "direct", "dkp", "drtp", "error_wire", "fa", "frsf", "kolen_pollack", "linear", "optimizer",
-    "register", "usf", "weight_mirror", "with_feedback",
+    "dfa", "diagnostics", "direct", "dkp", "dldfa", "drtp", "error_wire", "fa", "frsf", "kolen_pollack", "ldfa",
+    "linear", "normative_ldfa", "optimizer", "register", "usf", "weight_mirror", "with_feedback",
 ]  # fmt: skip

@@ -18,8 +18,8 @@ from the output). ``None`` in place of a feedback means the plain operation with
 """
 
 import dataclasses
+import functools
 import inspect
-import math
 import typing
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -166,6 +166,7 @@ class Rule(NamedTuple):
     init: Callable[..., Any]
     refine: Callable[..., Any] = keep
     transform: optax.GradientTransformation | Callable[..., Any] = optax.set_to_zero()
+    source: str | None = None
 
 
 def is_direct(rule: Rule) -> bool:
@@ -177,6 +178,17 @@ def is_direct(rule: Rule) -> bool:
     if count not in (2, 3):
         raise ValueError(f"rule.init must take (key, w) or (key, h, logits), got a function of {count} arguments.")
     return count == 3
+
+
+def init_at(rule: Rule, path: str) -> Callable[..., Any]:
+    """The rule's ``init`` for the layer of a path, which most do not ask for."""
+    named = "path" in inspect.signature(rule.init).parameters
+    return functools.partial(rule.init, path=path) if named else rule.init
+
+
+def is_layer(node: Any) -> bool:
+    """Whether a node of a tree is a :class:`Layer`: the leaf test for what a layer-wise ``refine`` looks at."""
+    return isinstance(node, Layer)
 
 
 def is_feedback(node: Any) -> bool:
@@ -202,49 +214,3 @@ def transpose(linear: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax.Arr
     """The transpose of a linear function of ``x``'s shape, applied to ``y``."""
     (out,) = jax.linear_transpose(linear, x)(y)
     return out
-
-
-def shared_axes(h: Any, logits: Any) -> int:
-    """How many leading axes an activation shares with the logits: the batch, and the tokens of a sequence.
-
-    Raises:
-      ValueError: if batched logits share no axis with ``h``.
-    """
-    count = 0
-    for a, b in zip(h.shape[:-1], logits.shape[:-1], strict=False):
-        if a != b:
-            break
-        count += 1
-    if logits.ndim > 1 and count == 0:
-        raise ValueError(
-            f"Direct feedback needs an activation with the logits' batch axis first: expected h of shape "
-            f"({logits.shape[0]}, ..., n) for logits {logits.shape}, got {h.shape}. Tap a layer before the batch "
-            f"axis is merged with others."
-        )
-    return count
-
-
-def direct_matrix(key: jax.Array, distribution: Initializer, h: Any, logits: Any) -> jax.Array:
-    """Draws a matrix from every output to every unit of ``h``; its fan-in is the number of those units.
-
-    Returns:
-      An array of shape ``h.shape[k:] + logits.shape[k:]`` with ``k`` the number of shared leading axes.
-    """
-    k = shared_axes(h, logits)
-    rows, columns = h.shape[k:], logits.shape[k:]
-    # Never below single precision: in bfloat16 the small steps of a learned feedback would round to nothing.
-    dtype = jnp.promote_types(h.dtype, jnp.float32)
-    flat = distribution(key, (math.prod(rows), math.prod(columns)), dtype)
-    return flat.reshape(*rows, *columns)
-
-
-def project(b: jax.Array, h: jax.Array, e: jax.Array) -> jax.Array:
-    """``e B^T`` in the shape of ``h``: contracts the axes of ``e`` that ``h`` does not share."""
-    k = (h.ndim + e.ndim - b.ndim) // 2
-    own = e.ndim - k
-    if h.shape[k:] + e.shape[k:] != b.shape or h.shape[:k] != e.shape[:k]:
-        raise ValueError(
-            f"This feedback of shape {b.shape} is not from an error of shape {e.shape} to an activation of shape "
-            f"{h.shape}. Make it with rule.init(key, h, logits) from one batch of that layer."
-        )
-    return jnp.tensordot(e, b.astype(e.dtype), axes=(tuple(range(k, e.ndim)), tuple(range(b.ndim - own, b.ndim))))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, Initializer, Rule, direct_matrix, project, register, shared_axes
+from jaxfa.base import DirectFeedback, Initializer, Rule, register
+from jaxfa.projection import direct_matrix, project, shared_axes
 
 
 @register

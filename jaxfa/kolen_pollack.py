@@ -5,13 +5,12 @@ networks Akrout, Wilson, Humphreys, Lillicrap, Tweed, "Deep Learning without Wei
 https://arxiv.org/abs/1904.05391
 """
 
-from typing import Any
-
 import jax
 import optax
 from jax.nn import initializers
 
 from jaxfa.base import Initializer, LayerFeedback, Rule, register
+from jaxfa.optim import decayed
 
 
 @register
@@ -67,11 +66,6 @@ def kolen_pollack(*, weight_decay: float = 1e-3, distribution: Initializer | Non
     draw = distribution or initializers.glorot_uniform()
 
     def alike(tx: optax.GradientTransformation) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-        decayed = optax.chain(tx, optax.add_decayed_weights(-weight_decay, mask=_is_matrix))
-        return decayed, decayed
+        return (decayed(tx, weight_decay),) * 2
 
     return Rule(lambda key, w: KolenPollackFeedback(scale * draw(key, w.shape, w.dtype)), transform=alike)
-
-
-def _is_matrix(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

@@ -62,6 +62,15 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def decayed(tx: optax.GradientTransformation, weight_decay: float) -> optax.GradientTransformation:
+    """``tx`` followed by ``w <- (1 - lambda) w``, not multiplied by the learning rate, for whatever has two axes."""
+    return optax.chain(tx, optax.add_decayed_weights(-weight_decay, mask=_is_matrix))
+
+
+def _is_matrix(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
 def _unboxed(tree: Any) -> Any:
     # Flax's variables are boxes around values. nnx.Optimizer shows them to `init` and not to `update`, nnx.split to
     # both; the optimizer's state is always made for the values.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from jaxfa.base import FixedFeedback, Initializer, Layer, Rule, transpose
+from jaxfa.base import FixedFeedback, Initializer, Layer, Rule, is_layer, transpose
 
 
 def weight_mirror(
@@ -58,8 +58,8 @@ def weight_mirror(
         return FixedFeedback((1 - decay) * feedback.b + learning_rate * estimate)
 
     def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:
-        keys = iter(jax.random.split(key, len(jax.tree.leaves(forward, is_leaf=_is_layer))))
-        return jax.tree.map(lambda layer, b: reflect(layer, b, next(keys)), forward, feedback, is_leaf=_is_layer)
+        keys = iter(jax.random.split(key, len(jax.tree.leaves(forward, is_leaf=is_layer))))
+        return jax.tree.map(lambda layer, b: reflect(layer, b, next(keys)), forward, feedback, is_leaf=is_layer)
 
     return Rule(lambda key, w: FixedFeedback(scale * draw(key, w.shape, w.dtype)), refine)
 
@@ -67,7 +67,3 @@ def weight_mirror(
 def _outer(layer: Layer, x: jax.Array, y: jax.Array) -> jax.Array:
     """``x y^T`` summed over every use of each weight, in the weights' shape."""
     return transpose(lambda w: layer.op(x, w), layer.w.astype(x.dtype), y)
-
-
-def _is_layer(node: Any) -> bool:
-    return isinstance(node, Layer)

@@ -5,12 +5,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxfa.base import Rule, is_direct
+from jaxfa.base import Rule, init_at, is_direct
 from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import uses_of
 from jaxfa.nn.tap import Tap, fill_taps, place_tap
-from jaxfa.nn.variables import init_stack, matches, modules_of, structs
+from jaxfa.nn.variables import init_stack, modules_of, structs
+from jaxfa.paths import matches
 
 
 def attach(
@@ -100,7 +101,7 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -
         if path in first or (at is not None and not matches(path, at, under=True)):
             continue
         kernel = module.kernel.get_value()
-        feedback = init_stack(rule.init, rngs.feedback(), site.stack(kernel), site.matrix(kernel))
+        feedback = init_stack(init_at(rule, path), rngs.feedback(), site.stack(kernel), site.matrix(kernel))
         if feedback is None:
             backprop.append(path)
         else:

@@ -11,7 +11,8 @@ from jaxfa.audit import OUTPUT, Audit, Use, audit
 from jaxfa.base import is_direct
 from jaxfa.nn.contraction import Contraction
 from jaxfa.nn.tap import Tap
-from jaxfa.nn.variables import Feedback, matches, modules_of, split_arrays, structs
+from jaxfa.nn.variables import Feedback, modules_of, split_arrays, structs
+from jaxfa.paths import matches
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxfa.base import Rule
+from jaxfa.base import Rule, init_at
 from jaxfa.nn.contraction import find_site
 from jaxfa.nn.variables import Feedback, Recorder, abstractly, init_stack, intercept, modules_of, release
 from jaxfa.ops import direct
@@ -100,7 +100,7 @@ def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, args: tuple[Any, ..
     for path in sorted(taps, key=lambda path: -seen[path].size):  # a shared feedback is made for the largest
         tap, stack = taps[path]
         if shared is None:
-            value = init_stack(lambda key, path=path: rule.init(key, seen[path], logits), keys[path], stack)
+            value = init_stack(lambda key, path=path: init_at(rule, path)(key, seen[path], logits), keys[path], stack)
             if value is None:
                 continue
             tap.feedback = nnx.data(Feedback(value))

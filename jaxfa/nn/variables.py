@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
@@ -38,17 +37,6 @@ def modules_of(model: nnx.Module) -> Iterator[tuple[str, Any]]:
     """Every module of a model with its path, such as ``("blocks/0/conv1", module)``; a shared one comes once."""
     for path, module in nnx.iter_modules(model):
         yield "/".join(map(str, path)), module
-
-
-def matches(path: str, patterns: tuple[str, ...], *, under: bool = False) -> bool:
-    """Whether a path matches one of the globs, segment by segment; with ``under``, it or something above it."""
-    parts = path.split("/")
-    for pattern in patterns:
-        globs = pattern.split("/")
-        fits = len(globs) == len(parts) or (under and len(globs) < len(parts))
-        if fits and all(fnmatchcase(part, glob) for part, glob in zip(parts, globs, strict=False)):
-            return True
-    return False
 
 
 def intercept(module: Any, call: Callable[..., Any]) -> None:

@@ -1,0 +1,209 @@
+"""Low-dimensional feedback: ``B = P Q``, so that an error of ``m`` numbers goes back as ``r`` of them.
+
+Hanut, Kadmon, "Training Large Neural Networks With Low-Dimensional Error Feedback", 2025,
+https://arxiv.org/abs/2502.20580, whose ``Q P`` acts on column vectors. Rows are examples here: ``dx = (delta p) q^T``.
+"""
+
+from dataclasses import field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+
+from jaxfa.base import Initializer, Layer, LayerFeedback, Operation, Rule, is_layer, register, transpose
+from jaxfa.lowrank import Rank, check_outputs_last, check_rank, factors_learn, oja, orthonormal, rank_at
+from jaxfa.paths import matches
+
+
+@register
+class LowRank(LayerFeedback):
+    """A fixed matrix of rank ``r`` in the place of the weights, kept and used as its two factors.
+
+    Attributes:
+      p: from the error, ``(m, r)``.
+      q: to the input, as ``w`` with ``r`` outputs: ``(n, r)``, for a convolution HWIr.
+    """
+
+    p: jax.Array
+    q: jax.Array
+
+    def matrix(self, w: jax.Array) -> jax.Array:
+        """The product that no backward pass forms; to compare it with the weights."""
+        return jnp.tensordot(self.q, self.p.astype(w.dtype), (-1, -1))
+
+    def transport(self, op: Operation, x: jax.Array, w: jax.Array, delta: jax.Array) -> jax.Array:
+        check_outputs_last(op, x, w, self.q, delta)
+        thin = jnp.tensordot(delta, self.p.astype(delta.dtype), 1)
+        # A convolution's p is a 1x1 projection of the channels, and q keeps the window, the stride and the padding.
+        return transpose(lambda x: op(x, self.q.astype(w.dtype)), x, thin)
+
+
+@register
+class LearnedLowRank(LowRank):
+    """The same with factors that learn from what passes: ``p`` by Oja's rule, ``q`` by Hebb's.
+
+    Attributes:
+      learn_p: whether ``p`` learns.
+      learn_q: whether ``q`` learns.
+      labels: whether ``p`` learns from the labels in the place of the error.
+    """
+
+    learn_p: bool = field(default=True, metadata={"static": True})
+    learn_q: bool = field(default=True, metadata={"static": True})
+    labels: bool = field(default=False, metadata={"static": True})
+
+    def signal(self, x: jax.Array, w: jax.Array, delta: jax.Array, dw: jax.Array) -> "LearnedLowRank":
+        # softmax - onehot is negative at the label alone.
+        target = (delta < 0) if self.labels else delta
+        dp = -oja(self.p, target) if self.learn_p else jnp.zeros_like(self.p)
+        # Hebb's x^T (delta p) is dw p, since op is linear in w: no second pass over the batch.
+        dq = jnp.tensordot(dw, self.p.astype(dw.dtype), 1) if self.learn_q else jnp.zeros_like(self.q)
+        return replace(self, p=dp, q=dq)
+
+
+@register
+class TransportedLowRank(LowRank):
+    """The same with factors that ``refine`` fits to the weights themselves: weight transport, under its own name."""
+
+
+def ldfa(
+    rank: Rank,
+    *,
+    learn_p: bool = True,
+    learn_q: bool = True,
+    labels: str | None = None,
+    learning_rate: float = 0.1,
+    weight_decay: float = 1e-3,
+    distribution: Initializer | None = None,
+    scale: float = 1.0,
+) -> Rule:
+    """Low-dimensional feedback, layer by layer: ``dx = (delta P^T) Q^T``, never more than ``r`` numbers wide.
+
+    Oja's rule turns the projection to the error's principal subspace, ``dP = eta P C (1 - P^T P)``; Hebb's rule makes
+    ``Q`` follow the weights, ``dQ = u P^T - lambda Q`` beside ``dW = u - lambda W`` with the same step ``u``, so that
+    under SGD with a ``P`` that stands still ``Q - W^T P^T`` shrinks by ``1 - lambda`` a step. Together they tend to
+    backpropagation with the error projected on its own ``r`` principal directions. Four variants:
+
+    - Hebbian, the default: ``P`` and ``Q`` learn;
+    - local: ``learn_q=False``, ``Q`` stays random;
+    - ``learn_p=False``: ``Q`` follows the weights behind a random projection;
+    - fixed: ``learn_p=False, learn_q=False``, feedback alignment of low rank, which gets stuck.
+
+    ``C`` is the batch's centred covariance divided by its trace. So the signal has no scale, and ``P`` converges under
+    plain SGD for every ``learning_rate`` below 1, the stability bound being ``eta * lambda_max(C) < 1``. A batch is
+    needed: one example has no covariance, and under ``vmap`` over examples (not seeds) this raises. The paper's code
+    divides by the largest unit's deviation, sums over the batch and leaves the step's size to Adam.
+
+    ``P`` starts as a random orthonormal projection and ``Q`` as ``B P^T`` with a random ``B`` like feedback
+    alignment's, so that training starts as feedback alignment through ``r`` dimensions of the error.
+
+    Args:
+      rank: ``r``; a whole number, a fraction of each layer's outputs in (0, 1] (``1.0`` is all of them, ``1`` is
+        one), or either of these by globs of layer paths, such as ``{"head": 10, "*": 0.25}``, of which the first that
+        matches counts. Never more than a layer's inputs or outputs.
+      learn_p: whether ``P`` learns.
+      learn_q: whether ``Q`` learns. The rule then decays the weights, too.
+      labels: a glob of the layers whose ``P`` learns from the labels in the place of the error: the last one, as in
+        the paper's code. It takes them from the signs of softmax cross-entropy's error, so they must be hard.
+      learning_rate: ``eta`` of ``P``; ours.
+      weight_decay: ``lambda`` of ``Q`` and the weights, per step, not multiplied by a learning rate.
+      distribution: an initializer ``(key, shape, dtype) -> B`` for the shape of ``w``; Glorot's uniform by default.
+      scale: factor on the drawn ``B``.
+
+    Returns:
+      A layer-wise :class:`jaxfa.Rule`.
+
+    Raises:
+      ValueError: if the rank is none, or ``weight_decay`` is not in [0, 1).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxfa
+      >>> feedback = jaxfa.ldfa(4).init(jax.random.key(0), jnp.ones((3, 3, 16, 32)))
+      >>> feedback.p.shape, feedback.q.shape
+      ((32, 4), (3, 3, 16, 4))
+
+    Source: Hanut, Kadmon, "Training Large Neural Networks With Low-Dimensional Error Feedback", 2025,
+    https://arxiv.org/abs/2502.20580
+    """
+    check_rank(rank)
+    draw = distribution or initializers.glorot_uniform()
+
+    def init(key: jax.Array, w: jax.Array, *, path: str = "") -> LowRank:
+        p_key, q_key = jax.random.split(key)
+        n, m = w.size // w.shape[-1], w.shape[-1]
+        p = orthonormal(p_key, (m, rank_at(rank, path, n, m)), w.dtype)
+        q = jnp.tensordot(scale * draw(q_key, w.shape, w.dtype), p.astype(w.dtype), 1)
+        if not (learn_p or learn_q):
+            return LowRank(p, q)
+        return LearnedLowRank(p, q, learn_p, learn_q, labels is not None and matches(path, (labels,)))
+
+    return Rule(init, transform=factors_learn(learn_p, learn_q, learning_rate, weight_decay))
+
+
+def normative_ldfa(rank: Rank, *, learning_rate: float = 1.0) -> Rule:
+    """Low-dimensional feedback whose factors are fitted to the weights: ``min ||Q P - W^T||_F^2``. Weight transport.
+
+    This is what the paper's vision transformers were trained with; it shows what rank ``r`` can do at best, not what a
+    local rule finds. Before each step ``refine`` moves each factor down the gradient of half that distance, the other
+    held, each step divided by the other's Gram matrix: ``Q <- Q - eta (Q P - W^T) P^T (P P^T)^-1``. So a rate from 0
+    to 1 never increases the distance, whatever the weights' size; 1 is alternating least squares. The factors start
+    from the weights' singular value decomposition, which solves the problem; ``W^T`` has no error left in them where
+    ``r`` is its rank.
+
+    Args:
+      rank: as for :func:`ldfa`.
+      learning_rate: ``eta``. The paper's code runs Adam and factorises anew twice an epoch.
+
+    Returns:
+      A layer-wise :class:`jaxfa.Rule` whose ``refine`` must run to follow the weights.
+
+    Raises:
+      ValueError: if the rank is none, or ``learning_rate`` is not in (0, 1].
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxfa
+      >>> rule, w = jaxfa.normative_ldfa(2), jnp.eye(4, 3)
+      >>> feedback = rule.init(jax.random.key(0), w)
+      >>> bool(jnp.allclose(feedback.matrix(w).sum(), 2))
+      True
+
+    Source: as :func:`ldfa`; the preconditioned step is from Tong, Ma, Chi, "Accelerating Ill-Conditioned Low-Rank
+    Matrix Estimation via Scaled Gradient Descent", 2021, https://arxiv.org/abs/2005.08898
+    """
+    check_rank(rank)
+    if not 0.0 < learning_rate <= 1.0:
+        raise ValueError(f"normative_ldfa needs a learning_rate in (0, 1], got {learning_rate}.")
+
+    def init(key: jax.Array, w: jax.Array, *, path: str = "") -> TransportedLowRank:
+        del key
+        n, m = w.size // w.shape[-1], w.shape[-1]
+        r = rank_at(rank, path, n, m)
+        wide = jnp.promote_types(w.dtype, jnp.float32)
+        u, s, vt = jnp.linalg.svd(w.reshape(n, m).astype(wide), full_matrices=False)
+        root = jnp.sqrt(s[:r])
+        q = (u[:, :r] * jnp.expand_dims(root, 0)).reshape(*w.shape[:-1], r)
+        return TransportedLowRank(vt[:r].T * jnp.expand_dims(root, 0), q)
+
+    def fit(layer: Layer, feedback: TransportedLowRank) -> TransportedLowRank:
+        p, stack = feedback.p, feedback.p.shape[:-2]  # layers stacked by nnx.vmap are fitted side by side
+        w = layer.w.reshape(*stack, -1, layer.w.shape[-1]).astype(p.dtype)
+        q = feedback.q.reshape(*stack, -1, p.shape[-1])
+        q = (1 - learning_rate) * q + learning_rate * _divided(w @ p, p)
+        p = (1 - learning_rate) * p + learning_rate * _divided(w.mT @ q, q)
+        return TransportedLowRank(p, q.reshape(feedback.q.shape))
+
+    def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:
+        del key
+        return jax.tree.map(fit, forward, feedback, is_leaf=is_layer)
+
+    return Rule(init, refine)
+
+
+def _divided(a: jax.Array, factor: jax.Array) -> jax.Array:
+    """``a (F^T F)^-1``, with a ridge below rounding for factors that have lost rank."""
+    gram = factor.mT @ factor
+    r = gram.shape[-1]
+    trace = jnp.trace(gram, axis1=-2, axis2=-1)
+    ridge = jnp.finfo(gram.dtype).eps * trace + jnp.finfo(gram.dtype).tiny
+    return jnp.linalg.solve(gram + ridge[..., None, None] * jnp.eye(r, dtype=gram.dtype), a.mT).mT

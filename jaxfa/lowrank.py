@@ -1,0 +1,118 @@
+"""What the low-dimensional rules share: ranks, projections, and Oja's rule for many outputs at once."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxfa.base import Operation, is_feedback
+from jaxfa.optim import decayed
+from jaxfa.paths import matches
+
+Rank = int | float | Mapping[str, int | float]
+
+
+def check_rank(rank: Rank) -> None:
+    """Refuses what is no rank."""
+    for value in rank.values() if isinstance(rank, Mapping) else [rank]:
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not (whole or (isinstance(value, float) and 0.0 < value <= 1.0)):
+            raise ValueError(
+                f"A rank is a whole number from 1, a fraction of a layer's outputs in (0, 1], or a dictionary of these "
+                f"by globs of layer paths; got {value!r}."
+            )
+
+
+def rank_at(rank: Rank, path: str, n: int, m: int) -> int:
+    """The rank of one layer of ``n`` inputs and ``m`` outputs."""
+    if isinstance(rank, Mapping):
+        found = [value for pattern, value in rank.items() if pattern == "*" or matches(path, (pattern,), under=True)]
+        if not found:
+            raise ValueError(f"No rank is given for the layer {path!r}: add it, or '*' for all others, to {rank!r}.")
+        rank = found[0]
+    return min(rank if isinstance(rank, int) else max(1, round(rank * m)), n, m)
+
+
+def orthonormal(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    """A random projection ``(m, r)`` with orthonormal columns.
+
+    Never below single precision: in bfloat16 the small steps of a learned projection would round to nothing.
+    """
+    return jnp.linalg.qr(jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32)))[0]
+
+
+def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
+    """Oja's subspace rule: ``(C p - p p^T C p) / tr C`` with the errors' centred covariance ``C``.
+
+    Its fixed points are bases of principal subspaces, of which the top one is stable. ``C`` is never formed: ``N`` rows
+    cost ``4 N m r`` operations, half of which the transport of the same error shares.
+
+    Args:
+      p: the projection, ``(m, r)``.
+      errors: ``(N, ..., m)``; all but the last axis count examples.
+
+    Returns:
+      The step, ``(m, r)``; zero if the errors do not vary.
+
+    Raises:
+      ValueError: if there is one error alone, which has no covariance.
+    """
+    errors = errors.reshape(-1, errors.shape[-1]).astype(p.dtype)
+    rows = errors.shape[0]
+    if rows < 2:
+        raise ValueError(
+            "Oja's rule needs the covariance of a batch of errors, and got one error alone. Give the layer a batch; "
+            "vmap over seeds or layers, not over examples; or choose learn_p=False."
+        )
+    total = jnp.sum((errors - errors.mean(0, keepdims=True)) ** 2) / rows
+    thin = errors @ p
+    thin = thin - thin.mean(0, keepdims=True)
+    # With thin centred, the errors' own mean drops out of the product.
+    step = (errors.T @ thin - p @ (thin.T @ thin)) / rows
+    return jnp.where(total > 0, step / jnp.where(total > 0, total, 1), 0)
+
+
+def check_outputs_last(op: Operation, x: jax.Array, w: jax.Array, q: jax.Array, delta: jax.Array) -> None:
+    """Refuses an operation whose weights do not count its outputs on their last axis, and the result on its last.
+
+    Only then is ``op(x, q)`` with ``r`` outputs the same operation. One output more tells it apart even for a square.
+    """
+    wider = jax.ShapeDtypeStruct((*w.shape[:-1], w.shape[-1] + 1), w.dtype)
+    try:
+        fits = jax.eval_shape(op, jax.ShapeDtypeStruct(x.shape, x.dtype), wider).shape == (
+            *delta.shape[:-1],
+            delta.shape[-1] + 1,
+        )
+    except (TypeError, ValueError):
+        fits = False
+    if not fits or q.shape[:-1] != w.shape[:-1]:
+        raise ValueError(
+            f"A low-rank feedback needs weights (n, m) or (window..., n, m) whose last axis counts the outputs, as the "
+            f"result's last axis does, and factors made for them by rule.init(key, w); got weights {w.shape}, an "
+            f"error {delta.shape} and q {q.shape}. Convolutions in groups need a feedback for each group: "
+            f"jaxfa.nn.attach makes them."
+        )
+
+
+def factors_learn(learn_p: bool, learn_q: bool, learning_rate: float, weight_decay: float) -> Any:
+    """The transformation of both factors: plain steps of Oja's rule for ``p``; ``q`` learns as the weights do."""
+    if not 0.0 <= weight_decay < 1.0:
+        raise ValueError(f"weight_decay must be in [0, 1), got {weight_decay}.")
+    for_p = optax.sgd(learning_rate) if learn_p else optax.set_to_zero()
+    if not learn_q:
+        return optax.partition({"p": for_p, "q": optax.set_to_zero()}, _labels) if learn_p else optax.set_to_zero()
+
+    def alike(tx: optax.GradientTransformation) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+        both = decayed(tx, weight_decay)
+        return both, optax.partition({"p": for_p, "q": both}, _labels)
+
+    return alike
+
+
+def _labels(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda node: replace(node, p="p", q="q") if is_feedback(node) else node, tree, is_leaf=is_feedback
+    )

@@ -1,0 +1,14 @@
+"""Globs of layer paths, such as ``"blocks/*/conv1"``."""
+
+from fnmatch import fnmatchcase
+
+
+def matches(path: str, patterns: tuple[str, ...], *, under: bool = False) -> bool:
+    """Whether a path matches one of the globs, segment by segment; with ``under``, it or something above it."""
+    parts = path.split("/")
+    for pattern in patterns:
+        globs = pattern.split("/")
+        fits = len(globs) == len(parts) or (under and len(globs) < len(parts))
+        if fits and all(fnmatchcase(part, glob) for part, glob in zip(parts, globs, strict=False)):
+            return True
+    return False

@@ -1,0 +1,55 @@
+"""What direct rules share: matrices from the outputs to the units of one layer."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxfa.base import Initializer
+
+
+def shared_axes(h: Any, logits: Any) -> int:
+    """How many leading axes an activation shares with the logits: the batch, and the tokens of a sequence.
+
+    Raises:
+      ValueError: if batched logits share no axis with ``h``.
+    """
+    count = 0
+    for a, b in zip(h.shape[:-1], logits.shape[:-1], strict=False):
+        if a != b:
+            break
+        count += 1
+    if logits.ndim > 1 and count == 0:
+        raise ValueError(
+            f"Direct feedback needs an activation with the logits' batch axis first: expected h of shape "
+            f"({logits.shape[0]}, ..., n) for logits {logits.shape}, got {h.shape}. Tap a layer before the batch "
+            f"axis is merged with others."
+        )
+    return count
+
+
+def direct_matrix(key: jax.Array, distribution: Initializer, h: Any, logits: Any) -> jax.Array:
+    """Draws a matrix from every output to every unit of ``h``; its fan-in is the number of those units.
+
+    Returns:
+      An array of shape ``h.shape[k:] + logits.shape[k:]`` with ``k`` the number of shared leading axes.
+    """
+    k = shared_axes(h, logits)
+    rows, columns = h.shape[k:], logits.shape[k:]
+    # Never below single precision: in bfloat16 the small steps of a learned feedback would round to nothing.
+    dtype = jnp.promote_types(h.dtype, jnp.float32)
+    flat = distribution(key, (math.prod(rows), math.prod(columns)), dtype)
+    return flat.reshape(*rows, *columns)
+
+
+def project(b: jax.Array, h: jax.Array, e: jax.Array) -> jax.Array:
+    """``e B^T`` in the shape of ``h``: contracts the axes of ``e`` that ``h`` does not share."""
+    k = (h.ndim + e.ndim - b.ndim) // 2
+    own = e.ndim - k
+    if h.shape[k:] + e.shape[k:] != b.shape or h.shape[:k] != e.shape[:k]:
+        raise ValueError(
+            f"This feedback of shape {b.shape} is not from an error of shape {e.shape} to an activation of shape "
+            f"{h.shape}. Make it with rule.init(key, h, logits) from one batch of that layer."
+        )
+    return jnp.tensordot(e, b.astype(e.dtype), axes=(tuple(range(k, e.ndim)), tuple(range(b.ndim - own, b.ndim))))
