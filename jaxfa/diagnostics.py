@@ -1,5 +1,6 @@
-"""How well a rule is aligned with the true gradient, and how many directions its signals span."""
+"""How well a rule is aligned with the true gradient, and how many directions its signals span, what a step costs."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -169,6 +170,40 @@ def stable_rank(matrix: jax.Array) -> jax.Array:
     """
     square = _singular_values(matrix) ** 2
     return _ratio(square.sum(), square.max())
+
+
+def flops(function: Callable[..., Any], *args: Any) -> float:
+    """Floating-point operations of one call, counted by XLA on the compiled program: ``2 a b c`` for a matrix product.
+
+    Counted after the compiler has dropped what is unused and merged what is computed twice. A convolution counts the
+    taps that meet the image, not its padding, and as if computed directly, however the backend does it. Pointwise
+    arithmetic and reductions count one per element. Not counted: exponentials and their like; what is handed to a
+    library, such as decompositions, and on accelerators whatever XLA does not model. The body of a loop counts once,
+    however often it runs, and of a branch the dearest arm: unroll what has to be counted. The backward pass is the
+    difference ``flops(jax.value_and_grad(loss), w) - flops(loss, w)``.
+
+    Args:
+      function: a function that can be compiled.
+      *args: its arguments: trees of arrays or of ``jax.ShapeDtypeStruct``s, of which only shapes and dtypes matter.
+
+    Returns:
+      How many operations; 0.0 for a program without arithmetic.
+
+    Raises:
+      ValueError: if the backend does not count.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxfa
+      >>> x, w = jax.ShapeDtypeStruct((5, 4), jnp.float32), jax.ShapeDtypeStruct((4, 3), jnp.float32)
+      >>> jaxfa.diagnostics.flops(jnp.matmul, x, w)
+      120.0
+
+    Source: JAX's documentation, "Ahead-of-time lowering and compilation", https://docs.jax.dev/en/latest/aot.html
+    """
+    analysis = jax.jit(function).lower(*args).compile().cost_analysis()
+    if analysis is None:
+        raise ValueError(f"The backend {jax.default_backend()!r} does not count operations. Count on a CPU.")
+    return float(analysis.get("flops", 0.0))
 
 
 def _singular_values(matrix: jax.Array) -> jax.Array:

@@ -98,3 +98,69 @@ def test_ranks_of_extreme_matrices():
         np.testing.assert_allclose(rank(jnp.eye(5)), 5, rtol=1e-5)
         np.testing.assert_allclose(rank(jnp.outer(jnp.arange(1.0, 5), jnp.ones(3))), 1, atol=1e-4)
         np.testing.assert_allclose(rank(jnp.eye(4, dtype=jnp.bfloat16)), 4, rtol=1e-5)
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def convolve(x, w, strides=(1, 1), padding="VALID"):
+    return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def test_flops_of_products_and_convolutions_are_exact():
+    assert diagnostics.flops(jnp.matmul, shape(6, 128), shape(128, 32)) == 2 * 6 * 128 * 32
+    assert diagnostics.flops(jnp.matmul, shape(5, 8, 9), shape(5, 9, 7)) == 2 * 5 * 8 * 9 * 7
+    image, kernel = shape(2, 9, 9, 3), shape(3, 3, 3, 8)
+    assert diagnostics.flops(convolve, image, kernel) == 2 * 2 * 7 * 7 * 27 * 8
+    assert diagnostics.flops(lambda x, w: convolve(x, w, (2, 2)), image, kernel) == 2 * 2 * 4 * 4 * 27 * 8
+    # Of 9 * 9 places times 3 * 3 taps, (3 * 9 - 2) ** 2 meet the image.
+    assert diagnostics.flops(lambda x, w: convolve(x, w, padding="SAME"), image, kernel) == 2 * 2 * 25**2 * 3 * 8
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_flops_of_both_halves_of_a_convolutions_backward_are_the_forwards(strides):
+    image, kernel = shape(2, 9, 9, 3), shape(3, 3, 3, 8)
+    forward = diagnostics.flops(lambda x, w: convolve(x, w, strides), image, kernel)
+    for argument, primal in enumerate((image, kernel)):
+
+        def half(x, w, delta, argument=argument, primal=primal):
+            linear = (lambda x: convolve(x, w, strides)) if argument == 0 else (lambda w: convolve(x, w, strides))
+            return jax.linear_transpose(linear, primal)(delta)
+
+        delta = jax.eval_shape(lambda x, w: convolve(x, w, strides), image, kernel)
+        assert diagnostics.flops(half, image, kernel, delta) == forward
+
+
+def test_flops_are_of_the_compiled_program():
+    product = 2 * 16**3
+    square = shape(16, 16)
+    assert diagnostics.flops(lambda x: (x @ x, x)[1], square) == 0  # unused
+    assert diagnostics.flops(lambda x: (x @ x) + (x @ x), square) == product + 16 * 16  # computed twice
+    assert diagnostics.flops(jnp.exp, square) == 0
+
+
+def test_flops_of_the_backward_are_the_difference():
+    w, x = shape(16, 8), shape(5, 16)
+
+    def loss(w, x):
+        return jnp.tanh(x @ w).sum()
+
+    backward = diagnostics.flops(jax.value_and_grad(loss), w, x) - diagnostics.flops(loss, w, x)
+    product = 2 * 5 * 16 * 8
+    assert product <= backward <= product + 5 * 5 * 8
+
+
+def test_flops_count_a_loops_body_once_and_no_decomposition():
+    square, product = shape(16, 16), 2 * 16**3
+
+    def looped(x):
+        return jax.lax.scan(lambda x, _: (x @ x, None), x, length=10)[0]
+
+    def branched(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x @ x @ x, x)
+
+    assert product <= diagnostics.flops(looped, square) < 1.01 * product
+    assert 2 * product <= diagnostics.flops(branched, square) < 2.01 * product
+    assert diagnostics.flops(jnp.linalg.svd, square) < product
+    assert diagnostics.flops(jnp.linalg.qr, square) < product
