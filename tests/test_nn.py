@@ -207,10 +207,10 @@ def test_the_mirror_sees_every_layer_of_a_model():
     refine = nnx.jit(lambda aligned, key: aligned.refine(key, x))
     for i in range(150):
         refine(aligned, jax.random.key(i))
-    for name, attribute in (("conv2", "conv_general_dilated"), ("head", "dot_general")):
-        layer = getattr(aligned.model, name)
-        feedback = getattr(layer, attribute).feedback.get_value()
-        assert jaxfa.diagnostics.weight_angle(layer.kernel[...], feedback) < 25
+    found = jaxfa.nn.weight_angles(aligned)
+    assert found.keys() == {"conv2", "head"}
+    assert found["conv2"].shape == (2,)  # a convolution in two groups: a feedback, and an angle, for each
+    assert all(np.all(angle < 25) for angle in found.values())
 
 
 def test_the_mirror_reaches_into_a_stack():

@@ -3,11 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import jaxfa
 import jaxfa.nn
+from jaxfa.ldfa import LowRank
+from jaxfa.nn.contraction import sites_of
+from tests.networks import TRAINED
 
 
 class Pair(nnx.Module):
@@ -47,6 +51,9 @@ LAYERS = {
     "general, own class": (lambda rngs: nnx.LinearGeneral(4, 8, dot_general_cls=OwnDot, rngs=rngs), (3, 4)),
     "einsum": (lambda rngs: nnx.Einsum("nta,hab->nthb", (8, 4, 2), (8, 2), rngs=rngs), (3, 5, 4)),
     "einsum, outputs first": (lambda rngs: nnx.Einsum("na,ba->nb", (2, 4), rngs=rngs), (3, 4)),
+    "einsum, outputs apart": (lambda rngs: nnx.Einsum("nta,hab->nhtb", (8, 4, 2), rngs=rngs), (3, 5, 4)),
+    "einsum, ellipsis": (lambda rngs: nnx.Einsum("...a,ab->...b", (4, 2), rngs=rngs), (3, 5, 4)),
+    "einsum, batch axis moved": (lambda rngs: nnx.Einsum("nh...a,hab->nb...h", (5, 4, 2), rngs=rngs), (3, 5, 2, 4)),
     "einsum, batch axis": (lambda rngs: nnx.Einsum("nha,hab->nhb", (5, 4, 2), rngs=rngs), (3, 5, 4)),
     "conv 1-D, causal": (conv(1, padding="CAUSAL"), (3, 7, 4)),
     "conv 2-D": (conv(2), (3, 6, 6, 4)),
@@ -106,6 +113,52 @@ def test_error_goes_through_the_feedback_and_nothing_else(case):
     np.testing.assert_allclose(*kernel, rtol=2e-5, atol=2e-5)
     below = ours["below"]["kernel"][...], -2 * true["below"]["kernel"][...]
     np.testing.assert_allclose(*below, rtol=2e-4, atol=2e-4)
+
+
+def thin_and_wide():
+    """Two rules with the same matrix ``q p^T`` of rank 2: one keeps the factors, the other the product."""
+
+    def factors(key, w):
+        sides = (w.shape[-1:], w.shape[:-1])
+        p, q = (jax.random.normal(k, shape) for k, shape in zip(jax.random.split(key), sides, strict=True))
+        p, q = (jnp.stack([a, a**2 - 1], -1) for a in (p, q))
+        return LowRank(p, q)
+
+    return jaxfa.Rule(factors), jaxfa.Rule(lambda key, w: jaxfa.FixedFeedback(factors(key, w).matrix(w)))
+
+
+def test_a_thin_feedback_sends_back_what_its_product_does(case):
+    model, x = case
+    thin, wide = (
+        gradient(jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(3), example=x), x)["model"] for rule in thin_and_wide()
+    )
+    tolerance = 0.02 if getattr(model.layer, "dtype", None) == jnp.bfloat16 else 1e-5
+    for a, b in zip(jax.tree.leaves(thin), jax.tree.leaves(wide), strict=True):
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+    assert np.linalg.norm(thin["below"]["kernel"][...]) > 0.1
+
+
+def test_low_rank_feedback_follows_the_weights_of_every_layer(case):
+    model, x = case
+    rule = jaxfa.ldfa(2, learning_rate=0.0, weight_decay=0.1)
+    aligned = jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(3), example=x)
+    optimizer = nnx.Optimizer(aligned, jaxfa.optimizer(optax.sgd(0.01), rule), wrt=TRAINED)
+    module, site = sites_of(jaxfa.nn.plain(aligned))["layer"]
+    feedback = next(m for _, m in nnx.iter_modules(aligned) if getattr(m, "path", "") == "layer").feedback
+
+    def gap():
+        factors = feedback.get_value()
+        target = np.einsum("b...m,bmr->b...r", *lead(site, site.matrices(module.kernel[...]), factors.p))
+        return np.linalg.norm(target - factors.q.reshape(target.shape))
+
+    before = gap()
+    gradients = nnx.grad(lambda m: jnp.sum(m(x) ** 2), argnums=nnx.DiffState(0, TRAINED))(aligned)
+    optimizer.update(aligned, gradients)
+    np.testing.assert_allclose(gap() / before, 0.9, rtol=1e-5)
+
+
+def lead(site, kernel, p):
+    return (kernel, p) if site.view.batch else (kernel[None], p[None])
 
 
 def test_coverage_lists_both_layers(case):

@@ -151,9 +151,9 @@ def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
     for path, contraction in _contractions(aligned.model).items():
         kernel, site = sites[path][0].kernel.get_value(), contraction.site
         measure = weight_angle
-        for _ in site.stack(kernel):
+        for _ in site.layers(kernel):
             measure = jax.vmap(measure)
-        found[path] = measure(site.matrix(kernel), contraction.feedback.get_value())
+        found[path] = measure(site.matrices(kernel), contraction.feedback.get_value())
     return found
 
 

@@ -101,7 +101,7 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -
         if path in first or (at is not None and not matches(path, at, under=True)):
             continue
         kernel = module.kernel.get_value()
-        feedback = init_stack(init_at(rule, path), rngs.feedback(), site.stack(kernel), site.matrix(kernel))
+        feedback = init_stack(init_at(rule, path), rngs.feedback(), site.layers(kernel), site.matrices(kernel))
         if feedback is None:
             backprop.append(path)
         else:

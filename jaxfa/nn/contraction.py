@@ -1,7 +1,6 @@
 """Layer-wise rules: where a Flax layer contracts its input with weights, and what takes that place."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,22 +11,8 @@ from jax import lax
 
 from jaxfa.base import Layer, LayerFeedback
 from jaxfa.nn.variables import Feedback, Recorder, intercept, modules_of, release
+from jaxfa.nn.views import Call, Groups, Matrices, Whole, of_einsum
 from jaxfa.ops import with_feedback
-
-
-class View(NamedTuple):
-    """A kernel of many axes as the matrix ``(inputs, outputs)`` that rules are written for."""
-
-    permutation: tuple[int, ...]
-    permuted: tuple[int, ...]
-    matrix: tuple[int, int]
-
-    def to_matrix(self, kernel: jax.Array) -> jax.Array:
-        return kernel.transpose(self.permutation).reshape(self.matrix)
-
-    def to_kernel(self, matrix: jax.Array) -> jax.Array:
-        inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
-        return matrix.reshape(self.permuted).transpose(inverse)
 
 
 class Site(NamedTuple):
@@ -39,7 +24,7 @@ class Site(NamedTuple):
     attribute: str
     operation: Callable[..., jax.Array]
     shape: tuple[int, ...]
-    view: View | None = None
+    view: Whole | Groups | Matrices
 
     def stack(self, kernel: jax.Array) -> tuple[int, ...]:
         """The leading axes of a kernel that count the layers of a stack; ``()`` for a single layer."""
@@ -48,33 +33,40 @@ class Site(NamedTuple):
             raise ValueError(f"Weights {kernel.shape} are no stack of {self.shape}: stack layers on axis 0.")
         return kernel.shape[:leading]
 
-    def matrix(self, kernel: jax.Array) -> jax.Array:
+    def layers(self, kernel: jax.Array) -> tuple[int, ...]:
+        """The axes of :meth:`matrices` before a rule's: the stack's, then the groups' or the batch's."""
+        return self.matrices(kernel).shape[: len(self.stack(kernel)) + self.view.batch]
+
+    def matrices(self, kernel: jax.Array) -> jax.Array:
         """The kernel, or each of a stack's, as rules see it."""
-        if self.view is None:
-            return kernel
-        to_matrix: Callable[[jax.Array], jax.Array] = self.view.to_matrix
+        matrices: Callable[[jax.Array], jax.Array] = self.view.matrices
         for _ in self.stack(kernel):
-            to_matrix = jax.vmap(to_matrix)
-        return to_matrix(kernel)
+            matrices = jax.vmap(matrices)
+        return matrices(kernel)
 
 
 def find_site(module: Any) -> Site | None:
     """The site of a layer that a rule can be put on; None for any other module."""
     match module:
         case nnx.Linear():
-            return Site("dot_general", module.dot_general, (module.in_features, module.out_features))
+            return Site("dot_general", module.dot_general, (module.in_features, module.out_features), Whole((0, 1)))
         case nnx.LinearGeneral():
             made = module.dot_general_cls() if module.dot_general_cls is not None else module.dot_general
-            batch, inputs = tuple(module.batch_axis.values()), (*module.in_features, *module.out_features)
-            matrix = (math.prod(module.in_features), math.prod(module.out_features))
-            view = None if batch else View(tuple(range(len(inputs))), inputs, matrix)
-            return Site("dot_general", made or lax.dot_general, (*batch, *inputs), view)
+            batch = tuple(module.batch_axis.values())
+            shape = (*batch, *module.in_features, *module.out_features)
+            view = Matrices(tuple(range(len(shape))), shape, len(batch), len(module.out_features))
+            return Site("dot_general", made or lax.dot_general, shape, view)
         case nnx.Einsum():
-            return Site("einsum_op", module.einsum_op, tuple(module.kernel_shape), _einsum_view(module))
+            shape = tuple(module.kernel_shape)
+            return Site("einsum_op", module.einsum_op, shape, of_einsum(module.einsum_str, shape))
         case nnx.Conv() if module.mask is None:
-            return Site("conv_general_dilated", module.conv_general_dilated, tuple(module.kernel_shape))
+            shape, groups = tuple(module.kernel_shape), module.feature_group_count
+            seen = Groups(groups) if groups > 1 else Whole(tuple(range(len(shape))))
+            return Site("conv_general_dilated", module.conv_general_dilated, shape, seen)
         case nnx.ConvTranspose() if module.mask is None:
-            return Site("conv_transpose", _bare_conv_transpose(module), tuple(module.kernel_shape))
+            *window, n, m = range(len(module.kernel_shape))
+            order = (*window, m, n) if module.transpose_kernel else (*window, n, m)
+            return Site("conv_transpose", _bare_conv_transpose(module), tuple(module.kernel_shape), Whole(order))
     return None
 
 
@@ -82,21 +74,6 @@ def sites_of(model: nnx.Module) -> dict[str, tuple[Any, Site]]:
     """The layers of a model that a rule can be put on, by path, each with its site."""
     sites = {path: (module, find_site(module)) for path, module in modules_of(model)}
     return {path: (module, site) for path, (module, site) in sorted(sites.items()) if site is not None}
-
-
-def _einsum_view(module: nnx.Einsum) -> View | None:
-    shape = tuple(module.kernel_shape)
-    operands, _, result = (module.einsum_str or ",").partition("->")
-    lhs, kernel = operands.split(",")
-    if len(kernel) != len(shape) or "." in kernel:
-        return None  # subscripts given at the call, or an ellipsis: the axes are not known here
-    inputs = [i for i, axis in enumerate(kernel) if axis not in result]
-    outputs = [i for i, axis in enumerate(kernel) if axis in result]
-    if any(kernel[i] in lhs for i in outputs):
-        return None  # a batch axis: one matrix per index, which is no single matrix
-    permuted = tuple(shape[i] for i in inputs + outputs)
-    matrix = (math.prod(shape[i] for i in inputs), math.prod(shape[i] for i in outputs))
-    return View((*inputs, *outputs), permuted, matrix)
 
 
 def _bare_conv_transpose(module: nnx.ConvTranspose) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -124,14 +101,15 @@ class Contraction(nnx.Module):
         """Runs the layer's own operation on ``(x, kernel, ...)``, an einsum's on ``(subscripts, x, kernel, ...)``."""
         lead = int(isinstance(args[0], str))
         before, (x, kernel), after = args[:lead], args[lead : lead + 2], args[lead + 2 :]
-        view, operation = self.site.view, self.site.operation
-
-        def op(x: jax.Array, w: jax.Array) -> jax.Array:
-            return operation(*before, x, w if view is None else view.to_kernel(w), *after, **kwargs)
-
+        call = Call(self.site.operation, before, after, kwargs)
+        bound = self.site.view.bind(call, x)
+        inputs, run = bound.split(x), with_feedback(bound.op)
+        for _ in range(self.site.view.batch):
+            run = jax.vmap(run)
         if self.recorder is not None:
-            self.recorder.record(self.path, (op, jax.ShapeDtypeStruct(x.shape, x.dtype)))
-        return with_feedback(op)(x, kernel if view is None else view.to_matrix(kernel), self.feedback.get_value())
+            one = jax.ShapeDtypeStruct(inputs.shape[self.site.view.batch :], inputs.dtype)
+            self.recorder.record(self.path, (bound.op, one))
+        return bound.join(run(inputs, self.site.view.matrices(kernel), self.feedback.get_value()))
 
 
 def _contracted_conv_transpose(self: Any, own_call: Any, inputs: jax.Array) -> jax.Array:
@@ -166,8 +144,8 @@ def restore(module: Any) -> None:
 def layer_of(contraction: Contraction, kernel: jax.Array, recorded: tuple[Any, Any]) -> Layer:
     """The :class:`jaxfa.Layer` of a contraction, from what its forward pass recorded; a stack's is vectorised."""
     op, x = recorded
-    stack = contraction.site.stack(kernel)
-    for _ in stack:
+    layers = contraction.site.layers(kernel)
+    for _ in layers:
         op = jax.vmap(op)
-    x = jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype)
-    return Layer(op, x, contraction.site.matrix(kernel))
+    x = jax.ShapeDtypeStruct((*layers, *x.shape), x.dtype)
+    return Layer(op, x, contraction.site.matrices(kernel))
