@@ -18,19 +18,31 @@ class MLP(nnx.Module):
       shape: an image's ``(H, W, C)``.
       classes: number of outputs.
       hidden: the widths of the hidden layers.
+      normalised: whether batch normalisation stands before every ReLU.
       rngs: keys for the weights.
     """
 
-    def __init__(self, shape: Shape, classes: int, hidden: tuple[int, ...] = (256, 256, 256), *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        shape: Shape,
+        classes: int,
+        hidden: tuple[int, ...] = (256, 256, 256),
+        *,
+        normalised: bool = False,
+        rngs: nnx.Rngs,
+    ):
         sizes = (shape[0] * shape[1] * shape[2], *hidden)
         self.layers = nnx.List([nnx.Linear(n, m, rngs=rngs) for n, m in pairwise(sizes)])
+        # Statistics forget at PyTorch's default rate, which short trainings need.
+        self.norms = nnx.List([nnx.BatchNorm(m, momentum=0.9, rngs=rngs) for m in hidden] if normalised else [])
         self.head = nnx.Linear(sizes[-1], classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Images ``(N, H, W, C)`` to logits ``(N, classes)``."""
         x = x.reshape(x.shape[0], -1)
-        for layer in self.layers:
-            x = nnx.relu(layer(x))
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            x = nnx.relu(self.norms[i](x) if self.norms else x)
         return self.head(x)
 
 

@@ -18,6 +18,7 @@ from jax import lax
 
 import jaxfa
 import jaxfa.nn
+from experiments.augment import crop_and_flip
 from experiments.data import Dataset, channel_moments
 
 Loop = Literal["auto", "step", "scan"]
@@ -43,7 +44,9 @@ class Task(NamedTuple):
       data: a :class:`Dataset`.
       batch: examples per step.
       at: where the rule goes, as for :func:`jaxfa.nn.attach`.
+      allow: the layers that may stay with backpropagation, likewise.
       loss: ``(logits, labels) -> scalar``.
+      augment: ``(key, images) -> images``, for natural images alone: those of a data set that says so.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
@@ -52,7 +55,9 @@ class Task(NamedTuple):
     data: Dataset
     batch: int
     at: tuple[str, ...] | None = None
+    allow: tuple[str, ...] = ()
     loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy
+    augment: Callable[[jax.Array, jax.Array], jax.Array] = crop_and_flip
 
 
 class State(NamedTuple):
@@ -156,7 +161,8 @@ class Trainer:
         model = self.task.make(nnx.Rngs(jax.random.fold_in(key, _MODEL)))
         example = jax.ShapeDtypeStruct((self.task.batch, *self.task.data.train_images.shape[1:]), jnp.float32)
         rngs = nnx.Rngs(jax.random.fold_in(key, _FEEDBACK))
-        return jaxfa.nn.attach(model, self.task.rule, rngs=rngs, at=self.task.at, example=example)
+        task = self.task
+        return jaxfa.nn.attach(model, task.rule, rngs=rngs, at=task.at, allow=task.allow, example=example)
 
     def _optimizer(self) -> optax.GradientTransformation:
         return jaxfa.optimizer(self.task.optimizer, self.task.rule)
@@ -180,7 +186,7 @@ class Trainer:
         batch = order[state.step % self.steps]
         images, labels = train[0][batch], train[1][batch]
         if self.task.data.augmented:
-            images = augment(jax.random.fold_in(jax.random.fold_in(state.key, _AUGMENT), state.step), images)
+            images = self.task.augment(jax.random.fold_in(jax.random.fold_in(state.key, _AUGMENT), state.step), images)
         x = self._inputs(images)
         model = nnx.merge(self._graph, state.params, state.feedback, state.rest)
         model.train()
@@ -209,25 +215,6 @@ class Trainer:
         model.train()
         x = self._inputs(probe[0])
         return jaxfa.nn.alignment(model, lambda model: self.task.loss(model(x), probe[1]))
-
-
-def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Shifts each image by up to four pixels, black coming in, and mirrors half of them.
-
-    Args:
-      key: a PRNG key; it is consumed.
-      images: ``(N, H, W, C)``.
-
-    Returns:
-      Images of the same shape and dtype.
-    """
-    shift_key, flip_key = jax.random.split(key)
-    count = images.shape[0]
-    padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
-    shifts = jax.random.randint(shift_key, (count, 2), 0, 9)
-    cropped = jax.vmap(lambda image, s: lax.dynamic_slice(image, (s[0], s[1], 0), images.shape[1:]))(padded, shifts)
-    mirrored = jax.random.bernoulli(flip_key, shape=(count, 1, 1, 1))
-    return jnp.where(mirrored, cropped[:, :, ::-1], cropped)
 
 
 def _split(model: jaxfa.nn.Aligned) -> tuple[Any, Any, Any, Any]:

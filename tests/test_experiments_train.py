@@ -12,11 +12,12 @@ import pytest
 from flax import nnx
 
 from experiments import checkpoint, records
+from experiments.augment import crop_and_flip
 from experiments.data import Dataset
 from experiments.methods import METHODS
 from experiments.models import MLP
 from experiments.train import train
-from experiments.trainer import Task, Trainer, augment, cross_entropy
+from experiments.trainer import Task, Trainer, cross_entropy
 
 
 def tiny(classes=4):
@@ -206,10 +207,10 @@ def test_batch_larger_than_the_data_is_refused():
 
 def test_augmentation_shifts_and_mirrors_and_is_a_function_of_its_key():
     images = jnp.arange(1, 1 + 64 * 36, dtype=jnp.int32).reshape(64, 6, 6, 1)
-    out = augment(jax.random.key(0), images)
+    out = crop_and_flip(jax.random.key(0), images)
     assert out.shape == images.shape
     assert out.dtype == images.dtype
-    np.testing.assert_array_equal(out, augment(jax.random.key(0), images))
+    np.testing.assert_array_equal(out, crop_and_flip(jax.random.key(0), images))
     for before, after in zip(np.asarray(images), np.asarray(out), strict=True):
         assert set(after[after > 0]) <= set(before.ravel())
     steps = np.asarray(out)[:, :, 1:] - np.asarray(out)[:, :, :-1]
