@@ -54,8 +54,8 @@ def dldfa(
     source: str | None = None,
     learn_p: bool = True,
     learn_q: bool = True,
-    learning_rate: float = 0.1,
-    weight_decay: float = 1e-3,
+    learning_rate: float = 0.01,
+    weight_decay: float = 1e-4,
     distribution: Initializer | None = None,
     scale: float = 1.0,
 ) -> Rule:

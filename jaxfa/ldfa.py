@@ -73,8 +73,8 @@ def ldfa(
     learn_p: bool = True,
     learn_q: bool = True,
     labels: str | None = None,
-    learning_rate: float = 0.1,
-    weight_decay: float = 1e-3,
+    learning_rate: float = 0.01,
+    weight_decay: float = 1e-4,
     distribution: Initializer | None = None,
     scale: float = 1.0,
 ) -> Rule:

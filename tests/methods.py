@@ -26,12 +26,14 @@ class Method(NamedTuple):
       rule: the rule.
       fixed: whether training leaves its feedback as it is, bit for bit.
       exact: whether its gradients are backpropagation's.
+      batch: whether its signal is a statistic of the batch, which single examples have not.
     """
 
     name: str
     rule: jaxfa.Rule
     fixed: bool
     exact: bool = False
+    batch: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -49,6 +51,10 @@ METHODS = (
     Method("dfa_shared", jaxfa.dfa(shared=True), fixed=True),
     Method("dkp", jaxfa.dkp(learning_rate=1e-2), fixed=False),
     Method("drtp", jaxfa.drtp(), fixed=True),
+    Method("ldfa", jaxfa.ldfa(8), fixed=False, batch=True),
+    Method("ldfa_fixed", jaxfa.ldfa(4, learn_p=False, learn_q=False), fixed=True),
+    Method("normative_ldfa", jaxfa.normative_ldfa(2), fixed=False),
+    Method("dldfa", jaxfa.dldfa(8), fixed=False, batch=True),
 )
 
 

@@ -122,6 +122,10 @@ def test_vmap_over_seeds_is_a_loop(method, x64):
 def test_gradients_of_examples_average_to_the_gradient_of_their_batch(method, x64):
     params, feedback = create(method.rule, KEYS[0])
     x, y = batch()
+    if method.batch:
+        with pytest.raises(ValueError, match="one error alone"):
+            jax.vmap(signals, in_axes=(None, None, 0, 0))(params, feedback, x, y)
+        return
     each = jax.jit(jax.vmap(signals, in_axes=(None, None, 0, 0)))(params, feedback, x, y)
     mean = jax.tree.map(lambda leaf: leaf.mean(0), each)
     chex.assert_trees_all_close(mean, signals(params, feedback, x, y), atol=1e-14, rtol=1e-12)

@@ -187,8 +187,9 @@ def _shifted_forward(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, 
 
     def forward(taps: dict[str, jax.Array]) -> jax.Array:
         model = nnx.merge(graphdef, state, copy=True)
-        for path, (tap, _) in taps_of(model).items():
-            tap.shift = nnx.Variable(taps[path])
+        found = taps_of(model)
+        for path, value in taps.items():
+            found[path][0].shift = nnx.Variable(value)
         return model(*args, **kwargs)
 
     return forward

@@ -115,17 +115,25 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> l
         raise ValueError(
             "A direct rule needs example=, one batch of inputs: its feedback leads from outputs to layers."
         )
-    modules = dict(modules_of(model))
+    modules, uses = dict(modules_of(model)), uses_of(model, args)
     if at is None:
-        first = {path for path, use in uses_of(model, args).items() if use.first}
-        tapped = [path for path in sites_of(model) if path not in first]
+        tapped = [path for path in sites_of(model) if path not in uses or not uses[path].first]
     else:
         _refuse_unmatched("at", at, list(modules), under=False)
         tapped = [path for path in modules if path and matches(path, at)]
+    if rule.source is not None and rule.source not in tapped:
+        _refuse_unmatched("source", (rule.source,), list(modules) if at else tapped, under=False)
+        tapped.append(rule.source)
     for path in tapped:
         place_tap(modules[path], path, at_input=at is None)
     fill_taps(model, rule, rngs, args)
-    return []
+    return [] if rule.source is None else _above(rule.source, list(uses), at_input=at is None)
+
+
+def _above(source: str, order: list[str], *, at_input: bool) -> list[str]:
+    """The layers through whose weights the error comes to a rule's source."""
+    inside = [i for i, path in enumerate(order) if matches(path, (source,), under=True)]
+    return order[max(inside, default=-1) + (not at_input) :]
 
 
 def _refuse_unmatched(name: str, globs: Any, paths: list[str], *, under: bool) -> None:

@@ -17,13 +17,15 @@ class Wire(nnx.Variable):
 
 
 class Tap(nnx.Module):
-    """What a tapped module carries: its feedback and, during a pass, its wire."""
+    """What a tapped module carries: its feedback and, during a pass, its wire; at a rule's source, all the wires."""
 
     def __init__(self, path: str, *, at_input: bool) -> None:
         self.path = path
         self.at_input = at_input
         self.feedback = nnx.data(None)
         self.wire = nnx.data(None)
+        self.ending = nnx.data(None)
+        self.is_source = False
         self.shift = nnx.data(None)
         self.recorder: Recorder | None = None
 
@@ -38,8 +40,11 @@ class Tap(nnx.Module):
             raise TypeError(f"A direct rule taps modules that return one array; {self.path!r} gave {type(h).__name__}.")
         if self.recorder is not None:
             self.recorder.record(self.path, jax.ShapeDtypeStruct(h.shape, h.dtype))
+            return h
         if self.shift is not None:
             return h + self.shift[...]
+        if self.ending is not None:
+            return _with_wires(h, self.ending)
         if self.feedback is None:
             return h
         if self.wire is None:
@@ -92,9 +97,16 @@ def _stack_of(module: Any) -> tuple[int, ...]:
 
 
 def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, args: tuple[Any, ...]) -> None:
-    """Makes every tap's feedback from one abstract forward pass."""
-    taps = taps_of(model)
-    seen, logits = _activations(model, taps, args)
+    """Makes every tap's feedback from one abstract forward pass; taps from the rule's source on are undone."""
+    seen = record_taps(model, args, {})
+    logits = logits_of(model, args, {})
+    unused = [path for path in taps_of(model) if path not in seen]
+    if unused:
+        raise ValueError(f"The forward pass never called the tapped modules {unused}; name modules that it calls.")
+    if rule.source is not None:
+        logits = seen[rule.source]
+        _end_at(model, rule.source, list(seen))
+    taps = {path: found for path, found in taps_of(model).items() if not found[0].is_source}
     keys = {path: rngs.feedback() for path in taps}
     shared = None
     for path in sorted(taps, key=lambda path: -seen[path].size):  # a shared feedback is made for the largest
@@ -111,17 +123,27 @@ def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, args: tuple[Any, ..
             raise ValueError(f"A feedback shared by all layers can't be inside the stack {path!r}; use one per layer.")
 
 
-def _activations(model: nnx.Module, taps: dict[str, Any], args: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
-    recorder = Recorder()
-    for tap, _ in taps.values():
+def record_taps(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The shape of the activation at every tap, in the order of the forward pass."""
+    recorder, probe = Recorder(), nnx.clone(model, variables=False)
+    for tap, _ in taps_of(probe).values():
         tap.recorder = recorder
-    logits = logits_of(model, args, {})
-    for tap, _ in taps.values():
-        tap.recorder = None
-    unused = [path for path in taps if path not in recorder.seen]
-    if unused:
-        raise ValueError(f"The forward pass never called the tapped modules {unused}; name modules that it calls.")
-    return recorder.seen, logits
+    abstractly(lambda model, *args, **kwargs: model(*args, **kwargs), probe, args, kwargs)
+    return recorder.seen
+
+
+def _end_at(model: nnx.Module, source: str, order: list[str]) -> None:
+    """Lets the wires end at the source; what is above it learns by backpropagation and needs no tap."""
+    above = order[order.index(source) + 1 :]
+    if order[0] == source:
+        raise ValueError(f"No tapped module comes before the source {source!r}: {order} is the forward pass's order.")
+    for _, module in list(modules_of(model)):
+        if hasattr(module, "feedback_tap") and module.feedback_tap.path in above:
+            remove_tap(module)
+    tap, stack = taps_of(model)[source]
+    if stack:
+        raise ValueError(f"The source {source!r} is inside a stack of layers; name a module outside of it.")
+    tap.is_source = True
 
 
 def logits_of(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.ShapeDtypeStruct:
@@ -135,20 +157,29 @@ def logits_of(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def call_with_wires(model: nnx.Module, plain: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
-    """Runs a tapped model: gives every tap a wire and adds the wires to the logits."""
-    shape = logits_of(plain, args, kwargs)
+    """Runs a tapped model: gives every tap a wire and adds the wires to the logits, or to the rule's source."""
     # The wires are laid in a copy that shares the variables: the user's modules may be of an outer trace, which no
     # attribute can be set in, and a pass that fails midway leaves nothing behind.
     wired = nnx.clone(model, variables=False)
-    taps = [(tap, stack) for tap, stack in taps_of(wired).values() if tap.feedback is not None]
-    for tap, stack in taps:
-        tap.wire = Wire(jnp.zeros((*stack, *shape.shape), shape.dtype))
+    taps = {path: found for path, found in taps_of(wired).items() if found[0].feedback is not None}
+    source = next((tap for tap, _ in taps_of(wired).values() if tap.is_source), None)
+    end = logits_of(plain, args, kwargs) if source is None else record_taps(model, args, kwargs)[source.path]
+    for tap, stack in taps.values():
+        tap.wire = Wire(jnp.zeros((*stack, *end.shape), end.dtype))
+    wires = [tap.wire for tap, _ in taps.values()]
+    if source is not None:
+        source.ending = nnx.List(wires)
     logits = wired(*args, **kwargs)
-    for tap, stack in taps:
-        # The wires hang on the logits side by side instead of one after the other: each one's gradient is e itself,
-        # and nothing has to be handed from block to block through the user's own forward pass.
-        logits = logits + tap.wire[...].sum(tuple(range(len(stack))))
+    logits = _with_wires(logits, wires) if source is None else logits
     sown = nnx.state(wired, nnx.Intermediate)
     if sown:
         nnx.update(model, sown)
     return logits
+
+
+def _with_wires(h: jax.Array, wires: Any) -> jax.Array:
+    # They end side by side instead of one after the other: each one's gradient is e itself, and nothing has to be
+    # handed from block to block through the user's own forward pass.
+    for wire in wires:
+        h = h + wire[...].sum(tuple(range(wire.ndim - h.ndim)))
+    return h

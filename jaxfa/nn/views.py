@@ -77,7 +77,7 @@ class Groups(NamedTuple):
         def join(y: jax.Array) -> jax.Array:
             return jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], -1)
 
-        return Bound(lambda x, w: one(x, w), split, join)
+        return Bound(one.__call__, split, join)
 
 
 class Matrices(NamedTuple):
