@@ -56,7 +56,9 @@ def test_behind_a_fixed_p_q_follows_the_weights_at_the_rate_of_the_decay(family,
 
 
 def other_decay(rule):
-    return rule._replace(transform=lambda tx: (rule.transform(tx)[0], jaxfa.ldfa(2, learn_p=False).transform(tx)[1]))
+    return rule._replace(
+        transform=lambda tx: (rule.transform(tx)[0], jaxfa.ldfa(2, learn_p=False, weight_decay=0.03).transform(tx)[1])
+    )
 
 
 def wrong_sign(rule):
@@ -77,7 +79,7 @@ def wrong_sign(rule):
     ids=["other_decay", "wrong_sign", "moving_p", "adamw"],
 )
 def test_that_law_needs_one_decay_one_sign_a_fixed_p_and_linear_steps(family, change, tx, learn_p, x64):
-    assert min(missed(change(family(2, learn_p=learn_p, weight_decay=0.02)), tx)) > 0.01
+    assert min(missed(change(family(2, learn_p=learn_p, weight_decay=0.02, learning_rate=0.5)), tx)) > 0.01
 
 
 def test_under_adam_the_law_holds_where_p_only_picks_units(x64):
