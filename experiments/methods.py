@@ -7,7 +7,19 @@ from typing import Literal, NamedTuple, get_args
 import jaxfa
 
 MethodName = Literal[
-    "bp", "fa", "usf", "brsf", "frsf", "kolen_pollack", "weight_mirror", "dfa", "shared_dfa", "dkp", "drtp"
+    "bp",
+    "fa",
+    "usf",
+    "brsf",
+    "frsf",
+    "kolen_pollack",
+    "weight_mirror",
+    "dfa",
+    "shared_dfa",
+    "dkp",
+    "drtp",
+    "ldfa",
+    "dldfa",
 ]
 
 
@@ -41,9 +53,11 @@ METHODS: dict[MethodName, Method] = {
     "frsf": Method("frSF", LAYERWISE, "signs, fixed random sizes", jaxfa.frsf),
     "kolen_pollack": Method("Kolen-Pollack", LAYERWISE, "learned: same steps, same decay", jaxfa.kolen_pollack),
     "weight_mirror": Method("Weight mirror", LAYERWISE, "learned from noise", jaxfa.weight_mirror),
+    "ldfa": Method("LDFA, rank 16", LAYERWISE, "learned, 16 numbers wide", partial(jaxfa.ldfa, 16)),
     "dfa": Method("DFA", DIRECT, "fixed random, one per layer", jaxfa.dfa),
     "shared_dfa": Method("DFA, shared", DIRECT, "one fixed random for all", partial(jaxfa.dfa, shared=True)),
     "dkp": Method("DKP", DIRECT, "learned: activity times error", jaxfa.dkp),
+    "dldfa": Method("dLDFA, rank 8", DIRECT, "learned, 8 numbers wide", partial(jaxfa.dldfa, 8)),
     "drtp": Method("DRTP", DIRECT, "the target, no error at all", jaxfa.drtp),
 }
 

@@ -8,6 +8,7 @@ symbol     shape                 meaning
 ``x, h``   ``(N, ..., n)``       a layer's input; an activation after its nonlinearity
 ``w``      ``(n, m)`` or HWIO    a layer's weights; ``y = op(x, w)`` is linear in each
 ``b``      as ``w``, or (n, C)   feedback weights
+``q, p``   ``(n, r), (m, r)``    the thin factors of a low-rank ``b = q p^T``
 ``e``      ``(N, ..., C)``       the output error, the loss's gradient in the logits
 ``delta``  ``(N, ..., m)``       the error that has arrived at a layer's output
 =========  ====================  =====================================================

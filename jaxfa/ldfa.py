@@ -93,7 +93,9 @@ def ldfa(
     ``C`` is the batch's centred covariance divided by its trace. So the signal has no scale, and ``P`` converges under
     plain SGD for every ``learning_rate`` below 1, the stability bound being ``eta * lambda_max(C) < 1``. A batch is
     needed: one example has no covariance, and under ``vmap`` over examples (not seeds) this raises. The paper's code
-    divides by the largest unit's deviation, sums over the batch and leaves the step's size to Adam.
+    divides by the largest unit's deviation, sums over the batch and leaves the step's size to Adam. Signals add up over
+    uses: a recurrent layer's over time, those of ``shard_map``'s devices, each with its own covariance; there ``eta``
+    is smaller by their number. Arrays sharded under ``jit`` are one batch.
 
     ``P`` starts as a random orthonormal projection and ``Q`` as ``B P^T`` with a random ``B`` like feedback
     alignment's, so that training starts as feedback alignment through ``r`` dimensions of the error.

@@ -23,7 +23,7 @@ EXPECTED = {
     "fa": 2 * sum(FORWARD) + sum(FORWARD[1:]),
     "dfa": 2 * sum(FORWARD) + sum(DELIVERED),
 }
-RULES = {"backprop": jaxfa.backprop(), "fa": jaxfa.fa(), "dfa": jaxfa.dfa()}
+RULES = {"backprop": jaxfa.backprop(), "fa": jaxfa.fa(), "dfa": jaxfa.dfa(), "ldfa": jaxfa.ldfa(5)}
 
 
 def program(name, steps=None):
@@ -83,3 +83,19 @@ def test_the_compiled_program_skips_what_direct_feedback_skips(steps):
     assert skipped > 0.15 * EXPECTED["backprop"]
     assert abs(flops["backprop"] - flops["dfa"] - skipped) < 0.01 * EXPECTED["backprop"]
     assert abs(flops["backprop"] - flops["fa"]) < 0.01 * EXPECTED["backprop"]
+
+
+def test_a_low_rank_error_costs_what_its_thin_products_cost():
+    r = 5
+    function, args = program("ldfa")
+    results = [shapes[-1] for shapes in contractions(jax.make_jaxpr(function)(*args).jaxpr)]
+    thin = 0
+    for n, m in LAYERS[1:]:
+        assert (m, m) not in results  # no covariance
+        assert results.count((n, m)) + results.count((m, n)) == 1  # the weights' gradient, and no product of factors
+        transport, oja, hebb = 2 * N * r * (m + n), 2 * N * r * (m + r) + 2 * m * r * r, 2 * n * m * r
+        thin += transport + oja + hebb
+    # The program projects the error twice, for the transport and for Oja's rule; the compiler does so once.
+    expected = 2 * sum(FORWARD) + thin
+    found = jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+    assert abs(found - expected) < 0.05 * expected

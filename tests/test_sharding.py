@@ -66,9 +66,10 @@ def test_shards_hold_different_data(mesh, x64):
     assert jnp.linalg.norm(whole[0]["w"] - half[0]["w"]) > 0.1 * jnp.linalg.norm(whole[0]["w"])
 
 
-@pytest.mark.parametrize("name", ["kolen_pollack", "dfa"])
-def test_the_compiler_shards_a_jitted_gradient(name, mesh, x64):
-    both, data = create(RULES[name], jax.random.PRNGKey(0)), batch()
+@pytest.mark.parametrize("rule", [jaxfa.kolen_pollack(), jaxfa.dfa(), jaxfa.ldfa(3)], ids=["kp", "dfa", "ldfa"])
+def test_the_compiler_shards_a_jitted_gradient(rule, mesh, x64):
+    # Oja's covariance, too, is that of the whole batch.
+    both, data = create(rule, jax.random.PRNGKey(0)), batch()
     expected = signals(*both, *data)
     split = jax.device_put(data, NamedSharding(mesh, P("data")))
     got = signals(*jax.device_put(both, NamedSharding(mesh, P())), *split)
