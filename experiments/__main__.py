@@ -7,9 +7,15 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from experiments import compare, report
+from experiments import compare, ldfa_rank_mlp, ldfa_subsets, ldfa_vgg, ldfa_vit, report, sweep_report
 
-EXPERIMENTS = {"compare": compare}
+EXPERIMENTS = {
+    "compare": compare,
+    "ldfa_rank_mlp": ldfa_rank_mlp,
+    "ldfa_subsets": ldfa_subsets,
+    "ldfa_vgg": ldfa_vgg,
+    "ldfa_vit": ldfa_vit,
+}
 _COMMANDS = ("list", "run", "report")
 
 
@@ -36,7 +42,7 @@ def _dispatch(args: list[str]) -> None:
     match args:
         case ["list"]:
             for name, experiment in EXPERIMENTS.items():
-                print(f"{name:<12} {(experiment.__doc__ or '').splitlines()[0]}")
+                print(f"{name:<14} {(experiment.__doc__ or '').splitlines()[0]}")
         case ["run", name, *options] if name in EXPERIMENTS:
             _run(name, options)
         case ["run", *names]:
@@ -64,7 +70,8 @@ def _run(name: str, options: list[str]) -> None:
 
 def _report(folder: tyro.conf.Positional[Path] = Path("runs/compare")) -> None:
     """Writes report.html from the runs in a folder, and prints where it lies."""
-    print(f"Report: {report.write(folder).resolve()}")
+    page = sweep_report if (folder / "sweep.json").exists() else report
+    print(f"Report: {page.write(folder).resolve()}")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ def crop_flip_and_cutout(key: jax.Array, images: jax.Array, *, size: int) -> jax
     """
     crop_key, centre_key = jax.random.split(key)
     count, height, width, _ = images.shape
-    corner = jax.random.randint(centre_key, (count, 2), 0, jnp.array([height, width])) - size // 2
-    rows, columns = (jnp.arange(n) - corner[:, i, None] for i, n in enumerate((height, width)))
+    row_key, column_key = jax.random.split(centre_key)
+    rows = jnp.arange(height)[None] - jax.random.randint(row_key, (count, 1), 0, height) + size // 2
+    columns = jnp.arange(width)[None] - jax.random.randint(column_key, (count, 1), 0, width) + size // 2
     hidden = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
     # The mean colour is nearly zero once the images are normalised, which is what the original paints.
     colour = images.mean((0, 1, 2), keepdims=True).astype(images.dtype)
@@ -62,10 +63,10 @@ def flip_and_rotate(key: jax.Array, images: jax.Array, *, degrees: float) -> jax
     flip_key, angle_key = jax.random.split(key)
     count, height, width, _ = images.shape
     angles = jnp.deg2rad(jax.random.uniform(angle_key, (count, 1, 1), minval=-degrees, maxval=degrees))
-    middle = jnp.array([height - 1, width - 1]) / 2
-    y, x = jnp.meshgrid(jnp.arange(height) - middle[0], jnp.arange(width) - middle[1], indexing="ij")
-    rows = jnp.round(jnp.cos(angles) * y - jnp.sin(angles) * x + middle[0]).astype(int)
-    columns = jnp.round(jnp.sin(angles) * y + jnp.cos(angles) * x + middle[1]).astype(int)
+    middle, centre = (height - 1) / 2, (width - 1) / 2
+    y, x = jnp.arange(height)[None, :, None] - middle, jnp.arange(width)[None, None, :] - centre
+    rows = jnp.round(jnp.cos(angles) * y - jnp.sin(angles) * x + middle).astype(int)
+    columns = jnp.round(jnp.sin(angles) * y + jnp.cos(angles) * x + centre).astype(int)
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     # Indices beyond the end would be clamped, and negative ones wrap: all of those places are black.
     turned = jax.vmap(lambda image, r, c: image[r, c])(images, rows, columns)

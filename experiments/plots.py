@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -79,6 +79,84 @@ def angles(history: Sequence[dict[str, Any]], top: float) -> str:
         for i, height in zip(shown, heights, strict=True):
             axes.text(1.03, height, layers[i], transform=beside, color=shades[i], va="center", size=7.6)
         return _svg(figure)
+
+
+class Line(NamedTuple):
+    """A line of a sweep.
+
+    Attributes:
+      label: beside its end.
+      color: of the line.
+      points: ``(x, y, deviation)`` each, by increasing ``x``.
+      published: whether it is not ours: hollow marks, a thin line and no label.
+    """
+
+    label: str
+    color: str
+    points: Sequence[tuple[Any, float, float]]
+    published: bool = False
+
+
+class Level(NamedTuple):
+    """A horizontal line: a reference, which has no ``x``."""
+
+    label: str
+    color: str
+    y: float
+    published: bool = False
+
+
+def sweep(lines: Sequence[Line], levels: Sequence[Level], *, axis: str, unit: str, wide: bool) -> str:
+    """Something measured against what a sweep varies, on a logarithmic axis.
+
+    Args:
+      lines: ours and the published ones.
+      levels: the references.
+      axis: what ``x`` counts.
+      unit: of what is measured.
+      wide: whether it takes a page's width and labels its lines.
+
+    Returns:
+      An ``<svg>`` element.
+    """
+    ticks = sorted({x for line in lines for x, _, _ in line.points})
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 3.1) if wide else (3.7, 2.1))
+        axes = figure.add_axes((0.06, 0.14, 0.7, 0.83) if wide else (0.12, 0.2, 0.85, 0.76))
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(axis="y", color="#eceff1", linewidth=0.7)
+        for level in levels:
+            axes.axhline(level.y, color=level.color, linewidth=0.9 if level.published else 1.3, **_dash(level))
+        for line in lines:
+            x, y, deviations = zip(*line.points, strict=True)
+            hollow = {"mfc": "white", "linewidth": 0.8} if line.published else {"linewidth": 1.6, "elinewidth": 1}
+            bars = None if line.published else deviations
+            axes.errorbar(x, y, bars, marker="o", ms=4, color=line.color, mec=line.color, **hollow, **_dash(line))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(mpl.ticker.FixedLocator(ticks))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(6))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}{unit}")
+        axes.set_xlabel(axis)
+        if wide:
+            _label_ends(axes, lines, levels)
+        return _svg(figure)
+
+
+def _dash(mark: Line | Level) -> dict[str, Any]:
+    return {"linestyle": (0, (2, 2)) if mark.published else "-", "zorder": 2 if mark.published else 3}
+
+
+def _label_ends(axes: Axes, lines: Sequence[Line], levels: Sequence[Level]) -> None:
+    ends = [(line.points[-1][1], line) for line in lines] + [(level.y, level) for level in levels]
+    # A group's own level stands beside its line, in its colour.
+    named = {mark.label for _, mark in ends if isinstance(mark, Line) and not mark.published}
+    shown = [(y, m) for y, m in ends if not m.published and (isinstance(m, Line) or m.label not in named)]
+    low, high = axes.get_ylim()
+    heights = _spread([y - low for y, _ in shown], gap=0.065 * (high - low))
+    for height, (_, mark) in zip(heights, shown, strict=True):
+        beside = axes.get_yaxis_transform()
+        axes.text(1.015, low + height, mark.label, transform=beside, color=mark.color, va="center")
 
 
 def _panel(left: float, right: float, epochs: int) -> tuple[Figure, Axes]:

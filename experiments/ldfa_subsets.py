@@ -1,0 +1,94 @@
+"""LDFA on the first n classes of CIFAR-100: is it the number of classes that says which rank suffices?
+
+Claim (Hanut and Kadmon 2025): with 50, 75 and 100 classes, accuracy levels off at about rank 50, 75 and 100. They give
+it as a figure; we have no numbers of theirs.
+
+Command: ``python -m experiments run ldfa_subsets`` (``--preset paper`` for the published set-up).
+
+The network and the rule are those of ``ldfa_rank_mlp``, all layers' feedback being of low rank; images turn by 5
+degrees.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import jaxfa
+from experiments import data, ldfa_rank_mlp, sweep
+
+DEGREES = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(sweep.Config):
+    """The classes, the ranks, and for how long."""
+
+    classes: tuple[int, ...] = (50, 75, 100)
+    """Numbers of classes, a line of the figure each."""
+    ranks: tuple[int, ...] = (5, 10, 25, 50, 75, 100)
+    """Ranks of the feedback."""
+    width: int = 512
+    """Units of a hidden layer."""
+    feedback_rate: float = 0.1
+    """Of P."""
+    out: Path = Path("runs/ldfa_subsets")
+    """The folder of the results."""
+
+    arms = ("ranks", "classes")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.classes or not all(1 < n <= 100 for n in self.classes):
+            raise ValueError(f"classes must be numbers from 2 to 100, got {self.classes}.")
+
+
+PRESETS = {
+    "cpu": Config(
+        classes=(10, 50), ranks=(2, 5, 10, 50), width=256, epochs=10, images=5000, batch=128, learning_rate=1e-3
+    ),
+    "paper": Config(epochs=100, batch=32, learning_rate=6e-4, seeds=5, out=Path("runs/ldfa_subsets-paper")),
+}
+PAGE = sweep.Page(
+    "Does the number of classes set the rank?",
+    "Low-dimensional feedback in a fully connected network on the first n classes of CIFAR-100. The paper: accuracy "
+    "levels off at a rank of about n.",
+    "none: the paper gives a figure alone",
+)
+
+
+def run(config: Config) -> Path:
+    """Trains every arm and writes the report.
+
+    Args:
+      config: a :class:`Config`.
+
+    Returns:
+      The path of the report.
+    """
+    return sweep.run(config, PAGE, list(_arms(config)))
+
+
+def first_classes(dataset: data.Dataset, count: int) -> data.Dataset:
+    """The part of a data set with the labels below ``count``, in the same order."""
+    train, test = (np.flatnonzero(labels < count) for labels in (dataset.train_labels, dataset.test_labels))
+    return dataset._replace(
+        train_images=dataset.train_images[train],
+        train_labels=dataset.train_labels[train],
+        test_images=dataset.test_images[test],
+        test_labels=dataset.test_labels[test],
+        classes=count,
+    )
+
+
+def _arms(config: Config) -> Iterator[sweep.Arm]:
+    whole = data.load("cifar100", config.data)
+    for count in config.classes:
+        dataset = sweep.prepare(config, first_classes(whole, count))
+        bp = ldfa_rank_mlp.task(config, dataset, width=config.width, degrees=DEGREES)
+        group, reference = f"{count} classes", f"bp-{count}"
+        yield sweep.Arm(reference, group, None, bp, reference=reference)
+        for rank in config.ranks:
+            rule = jaxfa.ldfa(rank, labels="head", learning_rate=config.feedback_rate, weight_decay=0.0)
+            yield sweep.Arm(f"{count}-{rank}", group, rank, bp._replace(rule=rule), reference=reference)

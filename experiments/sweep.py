@@ -1,0 +1,179 @@
+"""Sweeps: trains named arms that differ in one quantity, such as a rank, times them, and shows ours beside published.
+
+An experiment makes its arms and calls :func:`run`; a sweep that was killed goes on where it was.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from experiments import data, records, sweep_report, timing
+from experiments.train import train
+from experiments.trainer import Loop, Task, Trainer
+
+
+class Arm(NamedTuple):
+    """One training of a sweep.
+
+    Attributes:
+      name: of its folder; no other arm has it.
+      group: the line of the figure that it lies on.
+      x: where on that line; None for a reference, drawn as a level.
+      task: what is trained.
+      published: the published accuracy in percent; None if there is none.
+      reference: the name of the arm that it is compared with; by default the first arm.
+      axis: what ``x`` counts; arms of another axis get a figure of their own.
+    """
+
+    name: str
+    group: str
+    x: float | None
+    task: Task
+    published: float | None = None
+    reference: str | None = None
+    axis: str = "rank"
+
+
+class Page(NamedTuple):
+    """What the report says before any number.
+
+    Attributes:
+      title: a heading.
+      claim: what the paper says that the sweep will show.
+      published: whose the published numbers are, and how they were taken.
+    """
+
+    title: str
+    claim: str
+    published: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every sweep can be told; experiments add their own."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    images: int | None = None
+    """How many of the training images; by default all."""
+    test_images: int | None = None
+    """How many of the test images; by default all."""
+    batch: int = 64
+    """Examples per step."""
+    learning_rate: float = 1e-3
+    """Of Adam, before it decays."""
+    seeds: int = 3
+    """How many trainings of each arm, side by side."""
+    seed: int = 0
+    """The first seed; the others follow it."""
+    split: Literal["test", "validation"] = "test"
+    """What accuracy is of: the test set, or a tenth of the training set held out, for every choice that is tuned."""
+    loop: Loop = "auto"
+    """One compiled step per batch or a scan over many; auto chooses by the backend. Both draw the same numbers."""
+    save_every: int = 10
+    """Epochs from one checkpoint to the next; the last is always saved."""
+    out: Path = Path("runs/sweep")
+    """The folder of the results; a killed run goes on from its last checkpoint there."""
+    data: Path | None = None
+    """The folder of the cached data sets; by default what JAXFA_DATA names, else ./data."""
+    fresh: bool = False
+    """Whether to delete the results that are there."""
+
+    arms: ClassVar[tuple[str, ...]] = ("ranks",)
+    """The fields that choose arms: more of them may join the results that are there."""
+
+    def __post_init__(self) -> None:
+        for field in ("epochs", "batch", "seeds", "save_every", "images", "test_images"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field} must be at least 1, got {value}.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
+
+
+def prepare(config: Config, dataset: data.Dataset) -> data.Dataset:
+    """The part of a data set that a configuration asks for, on the device."""
+    if config.split == "validation":
+        dataset = data.hold_out(dataset)
+    return data.on_device(
+        dataset._replace(
+            train_images=dataset.train_images[: config.images],
+            train_labels=dataset.train_labels[: config.images],
+            test_images=dataset.test_images[: config.test_images],
+            test_labels=dataset.test_labels[: config.test_images],
+        )
+    )
+
+
+def run(config: Config, page: Page, arms: Sequence[Arm]) -> Path:
+    """Trains every arm, times its steps, writes the report.
+
+    Args:
+      config: the experiment's configuration.
+      page: what the report says.
+      arms: the first is the reference of all that name no other; a reference comes before those that name it.
+
+    Returns:
+      The path of the report.
+
+    Raises:
+      ValueError: if two arms have one name, or the folder holds another run.
+      FloatingPointError: if a training diverges.
+    """
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Every arm needs a name of its own, got {names}.")
+    identity = _identity(config)
+    records.open_run(config.out, identity, fresh=config.fresh)
+    described = [{key: value for key, value in arm._asdict().items() if key != "task"} for arm in arms]
+    for arm in described:
+        arm["reference"] = arm["reference"] or names[0]
+    records.write_json(config.out / "sweep.json", page._asdict() | {"arms": described})
+    _train(config, identity, arms)
+    Console().print(_table(sweep_report.read_rows(config.out)))
+    return sweep_report.write(config.out)
+
+
+def _train(config: Config, identity: dict[str, Any], arms: Sequence[Arm]) -> None:
+    seeds = range(config.seed, config.seed + config.seeds)
+    references = {arm.reference or arms[0].name for arm in arms}
+    kept: dict[str, Trainer] = {}
+    with _progress() as progress:
+        for arm in arms:
+            trainer = Trainer(arm.task, seeds, config.loop)
+            folder = config.out / arm.name
+            found = identity | {"arm": arm.name}
+            train(trainer, config.epochs, folder=folder, config=found, save_every=config.save_every, progress=progress)
+            reference = arm.reference or arms[0].name
+            # Only references stay: a compiled arm and its states can be large.
+            kept |= {arm.name: trainer} if arm.name in references else {}
+            pair = {reference: kept[reference], arm.name: trainer}
+            timing.measure(pair, folder / "timing.json", reference=reference)
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """What the results depend on: the configuration without where it runs and which other arms run beside."""
+    ignored = ("loop", "save_every", "out", "data", "fresh", *config.arms)
+    fields = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
+    return {"experiment": type(config).__module__.rpartition(".")[2]} | fields
+
+
+def _table(rows: Sequence[sweep_report.Row]) -> Table:
+    table = Table("arm", "last epoch", "best epoch", "gap", "published", "gap", "angle", "step")
+    for row in rows:
+        gaps = ["" if gap is None else f"{gap:+.1f}" for gap in (row.gap, row.published_gap)]
+        published = "" if row.published is None else f"{row.published:.1f}"
+        step = f"{row.step['ratio']:.2f} x" if row.step else ""
+        found = (row.name, str(row.last), str(row.best), gaps[0], published, gaps[1], f"{row.angle.mean:.0f}°", step)
+        table.add_row(*found)
+    return table
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
+    return Progress(*columns, TimeElapsedColumn())
