@@ -82,7 +82,7 @@ class Config(sweep.Config):
     """Units of a hidden layer."""
     narrow: int = 64
     """Units of a hidden layer in the narrow network."""
-    feedback_rate: float = 0.1
+    feedback_rate: float = 0.5
     """Of P."""
     out: Path = Path("runs/ldfa_rank_mlp")
     """The folder of the results."""
@@ -91,7 +91,9 @@ class Config(sweep.Config):
 
 
 PRESETS = {
-    "cpu": Config(ranks=(1, 4, 10), width=256, epochs=10, images=10_000, batch=128, learning_rate=1e-3, seeds=3),
+    "cpu": Config(
+        ranks=(1, 4, 10), width=128, narrow=10, epochs=8, images=8000, batch=128, learning_rate=1e-3, seeds=3
+    ),
     "paper": Config(epochs=160, batch=32, learning_rate=6e-4, seeds=5, out=Path("runs/ldfa_rank_mlp-paper")),
 }
 PAGE = sweep.Page(
@@ -161,4 +163,4 @@ def _rule(config: Config, name: GroupName, rank: int) -> jaxfa.Rule:
         return jaxfa.dldfa(rank, source="head", learning_rate=config.feedback_rate, weight_decay=0.0)
     if name == "fixed":
         return jaxfa.ldfa(rank, learn_p=False, learn_q=False)
-    return jaxfa.ldfa(rank, labels="head", learning_rate=config.feedback_rate, weight_decay=0.0)
+    return jaxfa.ldfa(rank, learning_rate=config.feedback_rate, weight_decay=0.0)

@@ -31,7 +31,7 @@ class Config(sweep.Config):
     """Ranks of the feedback."""
     width: int = 512
     """Units of a hidden layer."""
-    feedback_rate: float = 0.1
+    feedback_rate: float = 0.5
     """Of P."""
     out: Path = Path("runs/ldfa_subsets")
     """The folder of the results."""
@@ -46,7 +46,7 @@ class Config(sweep.Config):
 
 PRESETS = {
     "cpu": Config(
-        classes=(10, 50), ranks=(2, 5, 10, 50), width=256, epochs=10, images=5000, batch=128, learning_rate=1e-3
+        classes=(10, 50), ranks=(2, 5, 10, 50), width=128, epochs=8, images=5000, batch=128, learning_rate=1e-3
     ),
     "paper": Config(epochs=100, batch=32, learning_rate=6e-4, seeds=5, out=Path("runs/ldfa_subsets-paper")),
 }
@@ -90,5 +90,5 @@ def _arms(config: Config) -> Iterator[sweep.Arm]:
         group, reference = f"{count} classes", f"bp-{count}"
         yield sweep.Arm(reference, group, None, bp, reference=reference)
         for rank in config.ranks:
-            rule = jaxfa.ldfa(rank, labels="head", learning_rate=config.feedback_rate, weight_decay=0.0)
+            rule = jaxfa.ldfa(rank, learning_rate=config.feedback_rate, weight_decay=0.0)
             yield sweep.Arm(f"{count}-{rank}", group, rank, bp._replace(rule=rule), reference=reference)

@@ -39,7 +39,7 @@ class Config(sweep.Config):
     """Ranks as fractions of each layer's width."""
     widths: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of each pair of convolutions."""
-    feedback_rate: float = 0.1
+    feedback_rate: float = 0.5
     """Of P."""
     out: Path = Path("runs/ldfa_vgg")
     """The folder of the results."""

@@ -48,7 +48,7 @@ class Config(sweep.Config):
     """Rate of every dropout, that of whole branches included."""
     warmup: int = 10
     """Epochs in which the learning rate rises."""
-    feedback_rate: float = 0.1
+    feedback_rate: float = 0.5
     """Of P under the Hebbian rule."""
     out: Path = Path("runs/ldfa_vit")
     """The folder of the results."""

@@ -130,7 +130,7 @@ def findings(rows: Sequence[Row]) -> list[tuple[str, str]]:
         gaps = [row for row in members if row.published_gap is not None]
         theirs = next((row.x for row in gaps if (row.published_gap or 0) >= -CLOSE), None)
         text = f"is the least {members[0].axis} at which “{group}” comes within {CLOSE:g} point of its reference"
-        said = f"; published: {'none' if theirs is None else f'{theirs:g}'}." if gaps else "."
+        said = f"; published: {'none of these' if theirs is None else f'{theirs:g}'}." if gaps else "."
         found.append(("none" if ours is None else f"{ours:g}", text + said))
     return found
 
