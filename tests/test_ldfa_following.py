@@ -45,11 +45,14 @@ def missed(rule, tx, steps=40, decay=0.02):
     return found
 
 
-@pytest.mark.parametrize("family", [jaxfa.ldfa, jaxfa.dldfa])
 @pytest.mark.parametrize(
-    "tx",
-    [optax.sgd(0.1), optax.sgd(0.1, momentum=0.5), optax.sgd(optax.cosine_decay_schedule(0.2, 40), nesterov=True)],
-    ids=["sgd", "momentum", "schedule"],
+    ("family", "tx"),
+    [
+        (jaxfa.ldfa, optax.sgd(0.1)),
+        (jaxfa.ldfa, optax.sgd(optax.cosine_decay_schedule(0.2, 40), momentum=0.5, nesterov=True)),
+        (jaxfa.dldfa, optax.sgd(0.1, momentum=0.5)),
+    ],
+    ids=["sgd", "nesterov_schedule", "direct_momentum"],
 )
 def test_behind_a_fixed_p_q_follows_the_weights_at_the_rate_of_the_decay(family, tx, x64):
     assert max(missed(family(2, learn_p=False, weight_decay=0.02), tx)) < 1e-12
@@ -67,16 +70,16 @@ def wrong_sign(rule):
     )
 
 
-@pytest.mark.parametrize("family", [jaxfa.ldfa, jaxfa.dldfa])
 @pytest.mark.parametrize(
-    ("change", "tx", "learn_p"),
+    ("family", "change", "tx", "learn_p"),
     [
-        (other_decay, optax.sgd(0.1), False),
-        (wrong_sign, optax.sgd(0.1), False),
-        (lambda rule: rule, optax.sgd(0.1), True),
-        (lambda rule: rule, optax.adamw(1e-2), False),
+        (jaxfa.ldfa, other_decay, optax.sgd(0.1), False),
+        (jaxfa.ldfa, wrong_sign, optax.sgd(0.1), False),
+        (jaxfa.ldfa, lambda rule: rule, optax.sgd(0.1), True),
+        (jaxfa.ldfa, lambda rule: rule, optax.adamw(1e-2), False),
+        (jaxfa.dldfa, wrong_sign, optax.sgd(0.1), False),
     ],
-    ids=["other_decay", "wrong_sign", "moving_p", "adamw"],
+    ids=["other_decay", "wrong_sign", "moving_p", "adamw", "direct_wrong_sign"],
 )
 def test_that_law_needs_one_decay_one_sign_a_fixed_p_and_linear_steps(family, change, tx, learn_p, x64):
     assert min(missed(change(family(2, learn_p=learn_p, weight_decay=0.02, learning_rate=0.5)), tx)) > 0.01
@@ -90,8 +93,8 @@ def test_under_adam_the_law_holds_where_p_only_picks_units(x64):
         made = rule.init(key, w)
         return replace(made, p=jnp.eye(w.shape[-1])[:, ::-2][:, :2] - 0.1)
 
-    for tx, decay in ((optax.adam(1e-2), 0.02), (optax.adamw(1e-2, weight_decay=0.3), 0.023)):
-        assert max(missed(rule._replace(init=picking), tx, decay=decay)) < 1e-12
+    tx = optax.adamw(1e-2, weight_decay=0.3)
+    assert max(missed(rule._replace(init=picking), tx, decay=0.023)) < 1e-12
 
 
 @pytest.mark.parametrize(
