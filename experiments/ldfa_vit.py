@@ -38,6 +38,8 @@ class Config(sweep.Config):
     """Ranks of the feedback."""
     rules: tuple[RuleName, ...] = ("hebbian", "normative")
     """How the factors learn: from activity and error, or from the weights."""
+    patch: int = 4
+    """Side of a patch in pixels."""
     width: int = 384
     """Features of a token."""
     depth: int = 8
@@ -59,8 +61,9 @@ class Config(sweep.Config):
 PRESETS = {
     "cpu": Config(
         ranks=(3, 10, 32),
+        patch=8,
         width=64,
-        depth=3,
+        depth=2,
         heads=4,
         dropout=0.0,
         warmup=1,
@@ -121,6 +124,7 @@ def _task(config: Config, dataset: data.Dataset) -> Task:
         return ViT(
             shape,
             classes,
+            patch=config.patch,
             width=config.width,
             depth=config.depth,
             heads=config.heads,
