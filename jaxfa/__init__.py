@@ -14,6 +14,8 @@ from jaxfa.dkp import dkp as dkp
 from jaxfa.dldfa import dldfa as dldfa
 from jaxfa.drtp import drtp as drtp
 from jaxfa.fa import fa as fa
+from jaxfa.grape import fdfa as fdfa
+from jaxfa.grape import grape as grape
 from jaxfa.kolen_pollack import kolen_pollack as kolen_pollack
 from jaxfa.layers import conv as conv
 from jaxfa.layers import linear as linear
@@ -31,6 +33,7 @@ from jaxfa.weight_mirror import weight_mirror as weight_mirror
 __version__ = "0.1.0"
 __all__ = [
     "DirectFeedback", "DirectMatrix", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop", "brsf", "conv",
-    "dfa", "diagnostics", "direct", "dkp", "dldfa", "drtp", "error_wire", "fa", "frsf", "kolen_pollack", "ldfa",
-    "linear", "normative_ldfa", "optimizer", "register", "usf", "weight_mirror", "with_feedback",
+    "dfa", "diagnostics", "direct", "dkp", "dldfa", "drtp", "error_wire", "fa", "fdfa", "frsf", "grape",
+    "kolen_pollack", "ldfa", "linear", "normative_ldfa", "optimizer", "register", "usf", "weight_mirror",
+    "with_feedback",
 ]  # fmt: skip

@@ -88,14 +88,18 @@ def ldfa(
     - Hebbian, the default: ``P`` and ``Q`` learn;
     - local: ``learn_q=False``, ``Q`` stays random;
     - ``learn_p=False``: ``Q`` follows the weights behind a random projection;
-    - fixed: ``learn_p=False, learn_q=False``, feedback alignment of low rank, which gets stuck.
+    - fixed: ``learn_p=False, learn_q=False``, feedback alignment of low rank, which gets stuck where ``r`` is below the
+      dimension of the task.
 
-    ``C`` is the batch's centred covariance divided by its trace. So the signal has no scale, and ``P`` converges under
-    plain SGD for every ``learning_rate`` below 1, the stability bound being ``eta * lambda_max(C) < 1``. A batch is
-    needed: one example has no covariance, and under ``vmap`` over examples (not seeds) this raises. The paper's code
-    divides by the largest unit's deviation, sums over the batch and leaves the step's size to Adam. Signals add up over
-    uses: a recurrent layer's over time, those of ``shard_map``'s devices, each with its own covariance; there ``eta``
-    is smaller by their number. Arrays sharded under ``jit`` are one batch.
+    ``C`` is the batch's centred covariance divided by its trace. So the signal has no scale, and ``P`` converges
+    under plain SGD for every ``learning_rate`` below 1, the stability bound being ``eta * lambda_max(C) < 1``. That
+    is of ``P`` alone: ``Q`` follows within about ``1 / lambda`` steps, and where ``r`` is small, a ``P`` that turns
+    much faster leaves it behind. Under Adam ``Q``'s law holds only roughly: Adam's step of ``dW P^T`` is not its
+    step of ``dW`` times ``P^T``. A batch is needed: one example has no covariance, and under ``vmap`` over examples
+    (not seeds) this raises. The paper's code divides by the largest unit's deviation, sums over the batch and
+    leaves the step's size to Adam. Signals add up over uses: a recurrent layer's over time, those of
+    ``shard_map``'s devices, each with its own covariance; there ``eta`` is smaller by their number. Arrays sharded
+    under ``jit`` are one batch.
 
     ``P`` starts as a random orthonormal projection and ``Q`` as ``B P^T`` with a random ``B`` like feedback
     alignment's, so that training starts as feedback alignment through ``r`` dimensions of the error.
@@ -107,8 +111,9 @@ def ldfa(
       learn_p: whether ``P`` learns.
       learn_q: whether ``Q`` learns. The rule then decays the weights, too.
       labels: a glob of the layers whose ``P`` learns from the labels in the place of the error: the last one, as in
-        the paper's code. It takes them from the signs of softmax cross-entropy's error, so they must be hard.
-      learning_rate: ``eta`` of ``P``; ours.
+        the paper's code. It takes them from the signs of softmax cross-entropy's error, so they must be hard; an
+        example that is learned to the last bit, whose error is zero, counts as one without a label.
+      learning_rate: ``eta`` of ``P``; ours, by validation.
       weight_decay: ``lambda`` of ``Q`` and the weights, per step, not multiplied by a learning rate.
       distribution: an initializer ``(key, shape, dtype) -> B`` for the shape of ``w``; Glorot's uniform by default.
       scale: factor on the drawn ``B``.
@@ -183,16 +188,16 @@ def normative_ldfa(rank: Rank, *, learning_rate: float = 1.0) -> Rule:
         r = rank_at(rank, path, n, m)
         wide = jnp.promote_types(w.dtype, jnp.float32)
         u, s, vt = jnp.linalg.svd(w.reshape(n, m).astype(wide), full_matrices=False)
-        root = jnp.sqrt(s[:r])
-        q = (u[:, :r] * jnp.expand_dims(root, 0)).reshape(*w.shape[:-1], r)
-        return TransportedLowRank(vt[:r].T * jnp.expand_dims(root, 0), q)
+        # All of the size is in q: from p = q = 0, as for weights of zero, no gradient leads anywhere.
+        q = (u[:, :r] * jnp.expand_dims(s[:r], 0)).reshape(*w.shape[:-1], r)
+        return TransportedLowRank(vt[:r].T, q)
 
     def fit(layer: Layer, feedback: TransportedLowRank) -> TransportedLowRank:
         p, stack = feedback.p, feedback.p.shape[:-2]  # layers stacked by nnx.vmap are fitted side by side
         w = layer.w.reshape(*stack, -1, layer.w.shape[-1]).astype(p.dtype)
         q = feedback.q.reshape(*stack, -1, p.shape[-1])
-        q = (1 - learning_rate) * q + learning_rate * _divided(w @ p, p)
-        p = (1 - learning_rate) * p + learning_rate * _divided(w.mT @ q, q)
+        q = q - learning_rate * _divided(q @ (p.mT @ p) - w @ p, p)
+        p = p - learning_rate * _divided(p @ (q.mT @ q) - w.mT @ q, q)
         return TransportedLowRank(p, q.reshape(feedback.q.shape))
 
     def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:
@@ -205,7 +210,7 @@ def normative_ldfa(rank: Rank, *, learning_rate: float = 1.0) -> Rule:
 def _divided(a: jax.Array, factor: jax.Array) -> jax.Array:
     """``a (F^T F)^-1``, with a ridge below rounding for factors that have lost rank."""
     gram = factor.mT @ factor
-    r = gram.shape[-1]
     trace = jnp.trace(gram, axis1=-2, axis2=-1)
     ridge = jnp.finfo(gram.dtype).eps * trace + jnp.finfo(gram.dtype).tiny
-    return jnp.linalg.solve(gram + ridge[..., None, None] * jnp.eye(r, dtype=gram.dtype), a.mT).mT
+    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    return jnp.linalg.solve(gram + ridge[..., None, None] * identity, a.mT).mT

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfa.base import Operation, is_feedback
+from jaxfa.base import Operation, Rule, is_feedback
 from jaxfa.optim import decayed
 from jaxfa.paths import matches
 
@@ -67,11 +67,15 @@ def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
             "Oja's rule needs the covariance of a batch of errors, and got one error alone. Give the layer a batch; "
             "vmap over seeds or layers, not over examples; or choose learn_p=False."
         )
-    total = jnp.sum((errors - errors.mean(0, keepdims=True)) ** 2) / rows
+    # Divided by their size, errors of any scale are squared without under- or overflow.
+    peak = jnp.max(jnp.abs(errors))
+    peak = jnp.where(peak > 0, peak, 1)
+    centred = (errors - errors.mean(0, keepdims=True)) / peak
+    # The product with p is the one that carries the error back, which the compiler then makes only once.
     thin = errors @ p
-    thin = thin - thin.mean(0, keepdims=True)
-    # With thin centred, the errors' own mean drops out of the product.
-    step = (errors.T @ thin - p @ (thin.T @ thin)) / rows
+    thin = (thin - thin.mean(0, keepdims=True)) / peak
+    total = jnp.sum(centred**2)
+    step = centred.T @ thin - p @ (thin.T @ thin)
     return jnp.where(total > 0, step / jnp.where(total > 0, total, 1), 0)
 
 
@@ -103,7 +107,8 @@ def factors_learn(learn_p: bool, learn_q: bool, learning_rate: float, weight_dec
         raise ValueError(f"weight_decay must be in [0, 1), got {weight_decay}.")
     for_p = optax.sgd(learning_rate) if learn_p else optax.set_to_zero()
     if not learn_q:
-        return optax.partition({"p": for_p, "q": optax.set_to_zero()}, _labels) if learn_p else optax.set_to_zero()
+        fixed = Rule._field_defaults["transform"]
+        return optax.partition({"p": for_p, "q": optax.set_to_zero()}, _labels) if learn_p else fixed
 
     def alike(tx: optax.GradientTransformation) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
         both = decayed(tx, weight_decay)

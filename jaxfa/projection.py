@@ -43,7 +43,7 @@ def direct_matrix(key: jax.Array, distribution: Initializer, h: Any, logits: Any
     return flat.reshape(*rows, *columns)
 
 
-def project(b: jax.Array, h: jax.Array, e: jax.Array) -> jax.Array:
+def project(b: jax.Array, h: Any, e: jax.Array) -> jax.Array:
     """``e B^T`` in the shape of ``h``: contracts the axes of ``e`` that ``h`` does not share."""
     k = (h.ndim + e.ndim - b.ndim) // 2
     own = e.ndim - k

@@ -206,7 +206,6 @@ def test_seeds_side_by_side_are_seeds_one_by_one(x64):
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, atol=1e-13), together, alone)
 
 
-@pytest.mark.xfail(reason="the optimizer takes every transform but the default's own object for learning", strict=True)
 def test_a_fixed_rule_needs_no_feedback_to_make_its_optimizer():
     for rule in (jaxfa.ldfa(2, **FIXED), jaxfa.dldfa(2, **FIXED), jaxfa.normative_ldfa(2)):
         jaxfa.optimizer(optax.sgd(0.1), rule).init({"w": jnp.ones((3, 2))})

@@ -42,7 +42,7 @@ class Tap(nnx.Module):
             self.recorder.record(self.path, jax.ShapeDtypeStruct(h.shape, h.dtype))
             return h
         if self.shift is not None:
-            return h + self.shift[...]
+            return h + self.shift[...].astype(h.dtype)
         if self.ending is not None:
             return _with_wires(h, self.ending)
         if self.feedback is None:

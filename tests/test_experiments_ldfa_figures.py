@@ -1,0 +1,179 @@
+"""LDFA's figures: modes of a linear teacher, receptive fields, operations. Small, and against what is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxfa
+from experiments import data, ldfa_cost, ldfa_linear, ldfa_retina, operations, receptive_fields, timing
+from experiments.data import Dataset
+from experiments.models import MLP
+from experiments.trainer import Task
+from experiments.vgg import VGG
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Colour images of 8x8 pixels in the place of CIFAR-10."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (160, 8, 8, 3), dtype=np.uint8), rng.integers(0, 3, 160).astype(np.int32)
+    mock = Dataset(images[:128], labels[:128], images[128:], labels[128:], 3, augmented=True)
+    monkeypatch.setattr(data, "load", lambda name, folder: mock)
+    return mock
+
+
+def has_report(page, *words):
+    text = page.read_text()
+    assert (page.parent / "figure.png").stat().st_size > 1000
+    assert text.count("<svg") == 1
+    assert all(word in text for word in words)
+
+
+def test_linear_runs_and_reports(tmp_path, monkeypatch):
+    learned = "P and Q learned"
+    monkeypatch.setattr(ldfa_linear, "VARIANTS", {learned: ldfa_linear.VARIANTS[learned]})
+    config = ldfa_linear.Config(iterations=3, seeds=2, ranks=(1,), out=tmp_path / "run")
+    has_report(ldfa_linear.run(config), "backpropagation", learned, "the leading mode alone")
+    with pytest.raises(ValueError, match="another configuration: seeds was 2, is now 1"):
+        ldfa_linear.run(ldfa_linear.Config(iterations=3, seeds=1, ranks=(1,), out=tmp_path / "run"))
+
+
+def test_linear_students_learn_as_the_theory_says():
+    config = ldfa_linear.Config(iterations=3000, seeds=2, feedback_rate=0.01)
+    found = {
+        name: ldfa_linear.overlaps(config, ldfa_linear.rule(config, rank, name))[:, -1]
+        for rank, name in [(64, "P and Q learned"), (2, "P and Q fixed")]
+    }
+    backprop = ldfa_linear.overlaps(config, jaxfa.backprop())[:, -1]
+    np.testing.assert_allclose(backprop, 1, atol=0.01)
+    np.testing.assert_allclose(found["P and Q learned"], 1, atol=0.02)
+    assert found["P and Q fixed"].max() < 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"ranks": (65,)}, r"from 1 to 64, got \(65,\)"),
+        ({"strengths": (1.0, 0.0)}, "positive numbers"),
+    ],
+)
+def test_linear_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        ldfa_linear.Config(**options)
+
+
+def patterns():
+    y, x = np.mgrid[-8:9, -8:9]
+    distance = x**2 + y**2
+    surround = np.exp(-distance / 4) - 0.25 * np.exp(-distance / 16)
+    edge = x * np.exp(-distance / 8)
+    grating = np.cos(0.8 * (x + y)) * np.exp(-distance / 30)
+    return np.stack([surround, edge, grating, np.roll(surround, (2, 1), (0, 1)), np.zeros_like(surround)])
+
+
+def test_orientation_and_symmetry_of_known_fields():
+    selectivity = receptive_fields.orientation_selectivity(patterns())
+    symmetry = receptive_fields.radial_symmetry(patterns())
+    assert selectivity[[0, 3]].max() < 0.01
+    assert selectivity[1] == pytest.approx(0.5, abs=0.1)  # of a derivative, cos^2 of the angle
+    assert selectivity[2] > 0.8
+    assert symmetry[[0, 3]].min() > 0.95
+    assert symmetry[1] < 0.01
+    assert symmetry[2] < 0.6
+    assert np.isnan([selectivity[4], symmetry[4]]).all()
+    turned = receptive_fields.orientation_selectivity(3 * patterns().swapaxes(1, 2))
+    np.testing.assert_allclose(turned, selectivity, atol=1e-9)
+
+
+def test_the_receptive_field_of_a_convolution_is_its_kernel():
+    conv = nnx.Conv(1, 2, (5, 5), rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+    fields = receptive_fields.receptive_fields(conv, images, 5)
+    np.testing.assert_allclose(fields, jnp.moveaxis(conv.kernel[...][:, :, 0], -1, 0), rtol=1e-5)
+    wide = receptive_fields.receptive_fields(conv, images, 9)
+    np.testing.assert_allclose(wide[:, 2:7, 2:7], fields, rtol=1e-5)
+    assert float(abs(wide).sum()) == pytest.approx(float(abs(fields).sum()), rel=1e-5)
+
+
+def test_retina_runs_goes_on_and_reports(tiny, tmp_path):
+    sizes = {"retina": (3, 4), "cortex": (4,), "hidden": 8, "window": 3, "halvings": 1}
+    config = ldfa_retina.Config(ranks=(2,), **sizes, epochs=1, batch=64, seeds=1, out=tmp_path / "run")
+    page = ldfa_retina.run(config)
+    has_report(page, "untrained", "backpropagation", "rank 2", "4 of 4")
+    coverage = (tmp_path / "run" / "rank-2-seed-0" / "coverage.txt").read_text()
+    (only,) = (line for line in coverage.splitlines() if "LearnedLowRank" in line)
+    assert only.startswith("cortex/0")
+    before = page.read_text()
+    assert ldfa_retina.run(config).read_text() == before
+
+
+def test_grey_is_the_mean_brightness(tiny):
+    config = ldfa_retina.Config(halvings=1, images=100, test_images=None)
+    grey = ldfa_retina.grey(tiny, config)
+    assert grey.train_images.shape == (100, 4, 4, 1)
+    assert grey.test_images.shape == (32, 4, 4, 1)
+    expected = (tiny.train_images[0, :2, :2] @ [0.299, 0.587, 0.114]).mean()
+    assert abs(float(grey.train_images[0, 0, 0, 0]) - expected) <= 0.51
+    assert not grey.augmented
+
+
+def network(name, dataset, rule=None, **options):
+    shape = dataset.train_images.shape[1:]
+    make = {
+        "mlp": lambda rngs: MLP(shape, 3, (32, 32, 32), rngs=rngs),
+        "vgg": lambda rngs: VGG(shape, 3, widths=(8, 16), rngs=rngs),
+    }[name]
+    return Task(make, rule or jaxfa.backprop(), optax.sgd(0.1), dataset, 128, **options)
+
+
+@pytest.mark.parametrize("learn", [(True, True), (False, True), (True, False), (False, False)])
+def test_counted_operations_are_those_of_the_theory(tiny, learn):
+    products = operations.dense(128, (192, 32, 32, 32, 3))
+    assert operations.theory(products, None) == 2 * 128 * (192 * 32 + 2 * 2 * 32 * 32 + 2 * 32 * 3)
+    rule = jaxfa.ldfa(0.25, learn_p=learn[0], learn_q=learn[1])
+    found = operations.count(network("mlp", tiny, rule))
+    expected = operations.theory(products, 0.25, learn_p=learn[0], learn_q=learn[1])
+    assert 0 < found.backward - expected < 0.12 * expected  # what is pointwise, and terms in r^2
+    assert found.forward == pytest.approx(2 * 128 * (192 * 32 + 2 * 32 * 32 + 32 * 3), rel=0.05)
+    assert found.step == found.forward + found.backward + found.update
+
+
+def test_convolutions_cost_what_the_theory_says(tiny):
+    products = operations.vgg(128, 8, (8, 16), 3)
+    assert [one.feedback for one in products] == [None, True, True, True, False, False]
+    chosen = network("vgg", tiny, jaxfa.ldfa(0.25), at=("convs/*",), allow=("classifier", "head"))
+    ratio = operations.count(chosen).backward / operations.count(network("vgg", tiny)).backward
+    expected = operations.theory(products, 0.25) / operations.theory(products, None)
+    assert ratio == pytest.approx(expected, rel=0.15)
+    assert operations.theory(products, 0.0) < 0.75 * operations.theory(products, None)
+
+
+def test_cost_runs_and_reports(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "_ROUNDS", 2)
+    monkeypatch.setattr(timing, "_ROUND_SECONDS", 0.001)
+    sizes = {"networks": ("mlp",), "fractions": (0.5,), "ranks": (2,), "width": 8}
+    config = ldfa_cost.Config(**sizes, target=0.01, epochs=1, seeds=2, out=tmp_path / "run")
+    has_report(ldfa_cost.run(config), "mlp", "rank-2", "floor")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fractions": (0.0,)}, r"fractions must be in \(0, 1\]"),
+        ({"target": 42.0}, "target must be an accuracy between 0 and 1, got 42"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+    ],
+)
+def test_cost_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        ldfa_cost.Config(**options)
+
+
+def test_steps_to_a_target_that_is_never_reached_are_no_number(tiny, tmp_path):
+    config = ldfa_cost.Config(ranks=(), width=8, target=0.999, epochs=1, seeds=1, out=tmp_path)
+    found = ldfa_cost.reach(config, tiny, {})
+    assert found["bp"]["operations"] == [None]

@@ -1,0 +1,233 @@
+"""GrAPE and FDFA: one pass estimates every layer's Jacobian without bias and with theory's variance; ``B`` follows."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxfa
+from jaxfa.grape import JacobianFeedback, _estimates
+
+KEY = jax.random.PRNGKey(3)
+SIZES = (6, 7, 5, 4)
+
+
+def dense(taps, x, weights):
+    """A ReLU network whose hidden activations are shifted by ``taps``."""
+    *hidden, last = weights
+    h = x
+    for w, tap in zip(hidden, taps, strict=True):
+        h = jax.nn.relu(h @ w) + tap
+    return h @ last
+
+
+def conv(taps, x, weights):
+    """Two convolutions, the second strided, a mean over space, a linear layer."""
+    first, second, last = weights
+    h = jax.nn.relu(jaxfa.conv(x, first)) + taps[0]
+    h = jax.nn.relu(jaxfa.conv(h, second, strides=2)) + taps[1]
+    return h.mean((1, 2)) @ last
+
+
+def network(name):
+    """``taps -> logits`` on one batch, and its feedback, all zero."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape) / math.sqrt(math.prod(shape[:-1])))  # noqa: E731
+    if name == "dense":
+        x, weights = normal(9, SIZES[0]) * 5, [normal(n, m) for n, m in itertools.pairwise(SIZES)]
+        own = [(n,) for n in SIZES[1:-1]]
+        run = dense
+    else:
+        x, weights = normal(9, 4, 4, 2) * 10, [normal(3, 3, 2, 3), normal(3, 3, 3, 4), normal(4, 3)]
+        own = [(4, 4, 3), (2, 2, 4)]
+        run = conv
+    classes = weights[-1].shape[-1]
+    nodes = [JacobianFeedback(jnp.zeros((*shape, classes)), None, shape) for shape in own]
+    return (lambda taps: run(taps, x, weights)), nodes
+
+
+def jacobians(forward, nodes):
+    """The mean over examples of ``(d logits / d h)^T``, by reverse mode."""
+    zeros = [jnp.zeros((9, *node.own)) for node in nodes]
+    full = jax.jacrev(forward)(zeros)  # (example, output, example, own...)
+    return [np.moveaxis(np.einsum("bob...->o...", np.asarray(j)), 0, -1) / 9 for j in full]
+
+
+def samples(forward, nodes, count, separate=False):
+    one = jax.jit(lambda key: _estimates(forward, nodes, key, separate))
+    return [np.asarray(found) for found in lax.map(one, jax.random.split(KEY, count), batch_size=500)]
+
+
+@pytest.mark.parametrize("name", ["dense", "conv"])
+def test_one_pass_is_unbiased_for_every_layer_and_its_error_falls_as_the_root_of_the_samples(name, x64):
+    forward, nodes = network(name)
+    found = samples(forward, nodes, 16000)
+    for estimates, true in zip(found, jacobians(forward, nodes), strict=True):
+        errors = [
+            np.sqrt(np.mean(np.sum(np.square(estimates.reshape(-1, count, true.size).mean(1) - true.ravel()), -1)))
+            for count in (10, 160)
+        ]
+        np.testing.assert_allclose(errors[0] / errors[1], 4, rtol=0.1)
+        assert np.linalg.norm(estimates.mean(0) - true) < 0.12 * np.linalg.norm(true)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_variance_is_that_of_theory(separate, x64):
+    # E |J^ - J|^2 = mean_b [(n_l + 1) |J_l|^2 + n_l sum_others |J_m|^2] / N, each example having Jacobians of its own.
+    forward, nodes = network("dense")
+    zeros = [jnp.zeros((9, *node.own)) for node in nodes]
+    squares = [np.square(np.einsum("bobi->boi", np.asarray(j))).sum((1, 2)).mean() for j in jax.jacrev(forward)(zeros)]
+    found = samples(forward, nodes, 16000, separate)
+    for layer, (estimates, true) in enumerate(zip(found, jacobians(forward, nodes), strict=True)):
+        n, others = true.shape[0], 0 if separate else sum(squares) - squares[layer]
+        expected = ((n + 1) * squares[layer] + n * others) / 9
+        np.testing.assert_allclose(np.mean(np.sum(np.square(estimates - true), (1, 2))), expected, rtol=0.03)
+
+
+def test_one_perturbation_for_the_whole_batch_would_not_average(x64):
+    # The control: the same estimator with p shared by the examples has the variance of one example, not of nine.
+    forward, nodes = network("dense")
+    true = jacobians(forward, nodes)
+
+    def shared(key):
+        drawn = [jax.random.normal(k, node.own) for k, node in zip(jax.random.split(key), nodes, strict=True)]
+        tangents = [jnp.stack([p] * 9) for p in drawn]
+        _, y = jax.jvp(forward, ([jnp.zeros_like(t) for t in tangents],), (tangents,))
+        return [jnp.einsum("bi,bo->io", t, y) / 9 for t in tangents]
+
+    worse = lax.map(jax.jit(shared), jax.random.split(KEY, 4000), batch_size=500)
+    good = samples(forward, nodes, 4000)
+    for a, b, j in zip(map(np.asarray, worse), good, true, strict=True):
+        assert np.mean(np.square(a - j)) > 4 * np.mean(np.square(b - j))
+
+
+def test_a_tile_estimates_the_mean_over_its_pixels_with_less_variance(x64):
+    forward, nodes = network("conv")
+    true = jacobians(forward, nodes)
+    tiled = [JacobianFeedback(jnp.zeros((1, 1, *node.b.shape[2:])), None, node.own) for node in nodes]
+    halves = [JacobianFeedback(jnp.zeros((2, 2, *nodes[0].b.shape[2:])), None, nodes[0].own), nodes[1]]
+    variances = []
+    for kind in (nodes, halves, tiled):
+        found = samples(forward, kind, 8000)
+        for node, estimates, j in zip(kind, found, true, strict=True):
+            grid = node.b.shape[:2]
+            blocks = j.reshape(grid[0], j.shape[0] // grid[0], grid[1], -1, *j.shape[2:])
+            expected = blocks.mean((1, 3))
+            assert np.linalg.norm(estimates.mean(0) - expected) < 0.15 * np.linalg.norm(expected)
+        variances.append(np.mean(np.var(found[0], 0)))
+    assert variances[0] > 4 * variances[1] > 4 * variances[2]
+
+
+def test_tokens_get_their_own_blocks_of_the_jacobian(x64):
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+    mix = jnp.asarray([[1.0, 0.5], [0.0, 2.0]])  # token 1 also hears of token 0
+    node = JacobianFeedback(jnp.zeros((5, 3)), None, (5,))
+    found = samples(lambda taps: jnp.einsum("bti,io,ts->bso", taps[0] + jnp.zeros((4, 2, 5)), w, mix), [node], 8000)
+    np.testing.assert_allclose(found[0].mean(0), w * 1.5, atol=0.1)  # the mean of the diagonal blocks, 1 and 2
+
+
+@pytest.mark.parametrize("norm_axis", [0, 1])
+@pytest.mark.parametrize("name", ["dense", "conv"])
+def test_a_step_is_the_gradient_of_the_cosines_with_that_estimate(name, norm_axis, x64):
+    forward, nodes = network(name)
+    nodes = [replace(node, b=jax.random.normal(KEY, node.b.shape)) for node in nodes]
+    after, normed = (
+        jaxfa.grape(learning_rate=0.3, norm_axis=norm_axis, column_norm=norm, epsilon=0.0).refine(forward, nodes, KEY)
+        for norm in (False, True)
+    )
+    for node, estimate, *moved in zip(nodes, _estimates(forward, nodes, KEY, False), after, normed, strict=True):
+        arrays = (node.b, estimate, *(one.b for one in moved))
+        b, j, free, unit = (np.asarray(array).reshape(-1, array.shape[-1]) for array in arrays)
+
+        def distance(b, j=j):
+            sizes = jnp.linalg.norm(b, axis=norm_axis) * jnp.linalg.norm(j, axis=norm_axis)
+            return jnp.sum(1 - jnp.sum(b * j, norm_axis) / sizes)
+
+        np.testing.assert_allclose(free, b - 0.3 * jax.grad(distance)(b), rtol=1e-9)
+        np.testing.assert_allclose(unit, free / np.linalg.norm(free, axis=norm_axis, keepdims=True), rtol=1e-9)
+
+
+def test_the_cosine_of_one_sample_is_within_the_papers_bounds(x64):
+    n = 12
+    j = jnp.asarray(np.random.default_rng(0).normal(size=(n, 5)) * np.array([3.0, 1, 1, 0.3, 0.1]))
+    node = JacobianFeedback(jnp.zeros((n, 5)), None, (n,))
+    found = samples(lambda taps: (jnp.zeros((1, n)) + taps[0]) @ j, [node], 20000)[0]
+    cosine = np.sum(found * np.asarray(j), (1, 2)) / (np.linalg.norm(found, axis=(1, 2)) * np.linalg.norm(j))
+    lower = math.sqrt(2 / (math.pi * n)) * np.linalg.norm(j, 2) / np.linalg.norm(j)
+    assert lower <= cosine.mean() <= 1 / math.sqrt(n)
+
+
+def test_a_running_mean_is_one(x64):
+    forward, nodes = network("dense")
+    rule = jaxfa.grape(averaging=0.75)
+    start = [replace(node, b=jnp.ones_like(node.b), mean=jnp.ones_like(node.b)) for node in nodes]
+    after = rule.refine(forward, start, KEY)
+    for node, estimate in zip(after, _estimates(forward, nodes, KEY, False), strict=True):
+        np.testing.assert_allclose(node.mean, 0.75 + 0.25 * estimate, rtol=1e-12)
+    plain = [replace(node, mean=None) for node in start]
+    assert not np.allclose(after[0].b, jaxfa.grape().refine(forward, plain, KEY)[0].b)
+
+
+def test_fdfa_is_the_running_mean_itself(x64):
+    forward, nodes = network("conv")
+    after = jaxfa.fdfa(learning_rate=0.25).refine(forward, [replace(n, b=jnp.ones_like(n.b)) for n in nodes], KEY)
+    for node, estimate in zip(after, _estimates(forward, nodes, KEY, False), strict=True):
+        np.testing.assert_allclose(node.b, 0.75 + 0.25 * estimate, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [jaxfa.grape(averaging=0.97, learning_rate=0.1), jaxfa.fdfa(learning_rate=0.01)])
+@pytest.mark.parametrize("name", ["dense", "conv"])
+def test_on_a_fixed_network_it_finds_the_jacobian(rule, name, x64):
+    forward, nodes = network(name)
+    shapes = [jax.ShapeDtypeStruct((9, *node.own), jnp.float64) for node in nodes]
+    logits = jax.ShapeDtypeStruct((9, nodes[0].b.shape[-1]), jnp.float64)
+    start = [rule.init(KEY, h, logits) for h in shapes]
+    step = lambda feedback, key: (rule.refine(forward, feedback, key), None)  # noqa: E731
+    found, _ = jax.jit(lambda keys: lax.scan(step, start, keys))(jax.random.split(KEY, 600))
+    for node, before, j in zip(found, start, jacobians(forward, nodes), strict=True):
+        columns = [np.asarray(array).reshape(-1, array.shape[-1]) for array in (node.b, before.b, j)]
+        cosine = lambda b, j: np.mean(np.sum(b * j, 0) / (np.linalg.norm(b, axis=0) * np.linalg.norm(j, axis=0)))  # noqa: E731
+        assert cosine(columns[0], columns[2]) > 0.8
+        assert not np.any(before.b) or cosine(columns[1], columns[2]) < 0.6
+
+
+@pytest.mark.parametrize("tile", [1, 2, None])
+def test_every_pixel_of_a_tile_gets_the_same_and_the_layers_columns_have_norm_one(tile, x64):
+    h, e = jnp.ones((5, 4, 4, 3)), jax.random.normal(KEY, (5, 6))
+    feedback = jaxfa.grape(tile=tile).init(KEY, h, e)
+    grid = 1 if tile is None else 4 // tile
+    assert feedback.b.shape == (grid, grid, 3, 6)
+    dh = np.asarray(feedback.deliver(h, e))
+    b = np.asarray(feedback.b)
+    for y, x in itertools.product(range(4), range(4)):
+        np.testing.assert_allclose(dh[:, y, x], e @ b[y * grid // 4, x * grid // 4].T, rtol=1e-12)
+    ones = np.stack([np.ravel(feedback.deliver(h[:1], row[None])) for row in jnp.eye(6)])
+    np.testing.assert_allclose(np.linalg.norm(ones, axis=1), 1, rtol=1e-12)
+
+
+def test_the_jacobian_as_feedback_is_backpropagation(x64):
+    rng = np.random.default_rng(0)
+    x, w, last = (jnp.asarray(rng.normal(size=shape)) for shape in ((9, 6), (6, 7), (7, 4)))
+
+    def loss(w, feedback):
+        h, wire = jaxfa.direct(jnp.tanh(x @ w), jnp.zeros((9, 4)), feedback)
+        return jnp.sum(jnp.sin(h @ last + wire))
+
+    feedback = JacobianFeedback(last, None, (7,))
+    np.testing.assert_allclose(jax.grad(loss)(w, feedback), jax.grad(loss)(w, None), rtol=1e-10)
+
+
+def test_options_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="norm_axis"):
+        jaxfa.grape(norm_axis=2)
+    with pytest.raises(ValueError, match=r"averaging must be in \[0, 1\)"):
+        jaxfa.grape(averaging=1.0)
+    with pytest.raises(ValueError, match="tile"):
+        jaxfa.fdfa(tile=0)
+    with pytest.raises(ValueError, match="do not divide"):
+        jaxfa.grape(tile=3).init(KEY, jnp.ones((2, 4, 4, 3)), jnp.ones((2, 5)))
