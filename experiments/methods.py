@@ -20,6 +20,7 @@ MethodName = Literal[
     "drtp",
     "ldfa",
     "dldfa",
+    "grape",
 ]
 
 
@@ -58,6 +59,7 @@ METHODS: dict[MethodName, Method] = {
     "shared_dfa": Method("DFA, shared", DIRECT, "one fixed random for all", partial(jaxfa.dfa, shared=True)),
     "dkp": Method("DKP", DIRECT, "learned: activity times error", jaxfa.dkp),
     "dldfa": Method("dLDFA, rank 8", DIRECT, "learned, 8 numbers wide", partial(jaxfa.dldfa, 8)),
+    "grape": Method("GrAPE", DIRECT, "learned from forward-mode derivatives", jaxfa.grape),
     "drtp": Method("DRTP", DIRECT, "the target, no error at all", jaxfa.drtp),
 }
 

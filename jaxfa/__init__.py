@@ -24,6 +24,7 @@ from jaxfa.ldfa import normative_ldfa as normative_ldfa
 from jaxfa.ops import direct as direct
 from jaxfa.ops import error_wire as error_wire
 from jaxfa.ops import with_feedback as with_feedback
+from jaxfa.optim import calibrate as calibrate
 from jaxfa.optim import optimizer as optimizer
 from jaxfa.sign_symmetric import brsf as brsf
 from jaxfa.sign_symmetric import frsf as frsf
@@ -32,8 +33,8 @@ from jaxfa.weight_mirror import weight_mirror as weight_mirror
 
 __version__ = "0.1.0"
 __all__ = [
-    "DirectFeedback", "DirectMatrix", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop", "brsf", "conv",
-    "dfa", "diagnostics", "direct", "dkp", "dldfa", "drtp", "error_wire", "fa", "fdfa", "frsf", "grape",
-    "kolen_pollack", "ldfa", "linear", "normative_ldfa", "optimizer", "register", "usf", "weight_mirror",
+    "DirectFeedback", "DirectMatrix", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop", "brsf",
+    "calibrate", "conv", "dfa", "diagnostics", "direct", "dkp", "dldfa", "drtp", "error_wire", "fa", "fdfa", "frsf",
+    "grape", "kolen_pollack", "ldfa", "linear", "normative_ldfa", "optimizer", "register", "usf", "weight_mirror",
     "with_feedback",
 ]  # fmt: skip

@@ -1,9 +1,12 @@
-"""Optax transformations: one optimizer for the parameters and the feedback."""
+"""Optax transformations: one optimizer for the parameters and the feedback; sparse calibration."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import lax
 
 from jaxfa.base import Rule, is_feedback
 
@@ -60,6 +63,109 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
         return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(found)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class CalibrationState(NamedTuple):
+    """The state of :func:`calibrate`.
+
+    Attributes:
+      step: updates so far.
+      calibrations: how many of them took the true gradient.
+      inner: the optimizer's own state.
+    """
+
+    step: jax.Array
+    calibrations: jax.Array
+    inner: Any
+
+
+def calibrate(
+    tx: optax.GradientTransformation, *, every: int, below: float | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Sparse calibration: at every ``every``-th update the parameters step by the true gradient; feedback stands still.
+
+    It composes with any rule. With ``below`` the true gradient is measured then, too, but used only where the cosine
+    between it and the rule's has fallen under that value. The control to run beside it is the same number of steps of
+    backpropagation alone, with no rule: what GrAPE's and DFA's gain on deep networks must be compared with.
+
+    Args:
+      tx: what :func:`optimizer` made.
+      every: updates from one calibration to the next; the paper's ``T`` epochs are ``T`` times the steps of one.
+      below: the cosine under which to calibrate; None calibrates always.
+
+    Returns:
+      A transformation whose ``update`` takes one argument more, ``true_gradient``: a function of no arguments that
+      returns the parameters' true gradient on this batch, run at these steps only. Its leaves, in order, stand for the
+      parameters among the updates': ``jax.grad(loss)(params, None)``, or ``nnx.grad(loss)(jaxfa.nn.plain(model))``.
+
+    Raises:
+      ValueError: if ``every`` is below 1.
+      TypeError: by ``init``, if ``tx`` was not made by :func:`optimizer`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxfa, optax
+      >>> rule, w = jaxfa.fa(), jnp.ones((3, 2))
+      >>> tx = jaxfa.calibrate(jaxfa.optimizer(optax.sgd(1.0), rule), every=2)
+      >>> both = w, rule.init(jax.random.key(0), w)
+      >>> state, pseudo = tx.init(both), jax.tree.map(jnp.zeros_like, both)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(pseudo, state, both, true_gradient=lambda: w)
+      >>> float(updates[0][0, 0]), int(state.calibrations)
+      (-1.0, 1)
+
+    Source: Caillon, Fagnou, Delattre, Allauzen, "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees",
+    2026, https://openreview.net/forum?id=kasbbmwk3s; calibrating on measured alignment answers a question it leaves.
+    """
+    if every < 1:
+        raise ValueError(f"calibrate needs every >= 1 updates from one calibration to the next, got {every}.")
+    tx = optax.with_extra_args_support(tx)
+
+    def init(tree: Any) -> CalibrationState:
+        inner = tx.init(tree)
+        if getattr(inner, "inner_states", {}).keys() != {"params", "feedback"}:
+            raise TypeError("calibrate(tx) expects what jaxfa.optimizer(tx, rule) made; wrap that, not what it wraps.")
+        return CalibrationState(jnp.zeros((), int), jnp.zeros((), int), inner)
+
+    def update(
+        updates: Any, state: CalibrationState, params: Any = None, *, true_gradient: Callable[[], Any], **extra: Any
+    ) -> tuple[Any, CalibrationState]:
+        leaves, structure = jax.tree.flatten(updates)
+        fixed = [label == "feedback" for label in jax.tree.leaves(_labels_of_leaves(_unboxed(updates)))]
+        pseudo = [leaf for leaf, is_fixed in zip(leaves, fixed, strict=True) if not is_fixed]
+
+        def measure() -> tuple[list[jax.Array], jax.Array]:
+            true = _like(jax.tree.leaves(true_gradient()), pseudo)
+            return true, jnp.asarray(True) if below is None else _cosine(pseudo, true) < below
+
+        due = (state.step + 1) % every == 0
+        true, now = lax.cond(due, measure, lambda: (pseudo, jnp.asarray(False)))
+        chosen = iter(jnp.where(now, t, p) for t, p in zip(true, pseudo, strict=True))
+        merged = [leaf if is_fixed else next(chosen) for leaf, is_fixed in zip(leaves, fixed, strict=True)]
+        found, inner = tx.update(jax.tree.unflatten(structure, merged), state.inner, params, **extra)
+        still = (jnp.where(now, 0, u) if f else u for u, f in zip(jax.tree.leaves(found), fixed, strict=True))
+        before, after = (s.inner_states["feedback"] for s in (state.inner, inner))
+        kept = jax.tree.map(lambda old, new: jnp.where(now, old, new), before, after)
+        inner = inner._replace(inner_states={**inner.inner_states, "feedback": kept})
+        return jax.tree.unflatten(structure, still), CalibrationState(state.step + 1, state.calibrations + now, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _like(true: list[jax.Array], pseudo: list[jax.Array]) -> list[jax.Array]:
+    shapes = [[leaf.shape for leaf in leaves] for leaves in (true, pseudo)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"true_gradient() must return the parameters' gradients: expected {shapes[1]}, got {shapes[0]}."
+        )
+    return [t.astype(p.dtype) for t, p in zip(true, pseudo, strict=True)]
+
+
+def _cosine(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+    return optax.tree.vdot(a, b) / (optax.tree.norm(a) * optax.tree.norm(b))
+
+
+def _labels_of_leaves(tree: Any) -> Any:
+    return jax.tree.map(lambda label, node: jax.tree.map(lambda _: label, node), _labels(tree), tree)
 
 
 def decayed(tx: optax.GradientTransformation, weight_decay: float) -> optax.GradientTransformation:

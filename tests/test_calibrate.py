@@ -1,0 +1,128 @@
+"""Calibration: now and then a step of true backpropagation, which the feedback does not notice."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import lax
+
+import jaxfa
+import jaxfa.nn
+from tests.methods import METHODS, batch, create, loss, refine, signals
+from tests.networks import MLP, TRAINED, attach, inputs
+from tests.networks import loss as nnx_loss
+
+KEY = jax.random.PRNGKey(0)
+RULES = [method for method in METHODS if method.name in ("dfa", "kolen_pollack", "dkp", "grape", "ldfa")]
+
+
+def true(params):
+    return jax.grad(loss)(params, None, *batch())
+
+
+def step(tx, rule, both, state, key):
+    """One step on the batch, as a user would write it."""
+    params, feedback = both
+    both = params, refine(rule, params, feedback, batch()[0], key)
+    updates, state = tx.update(signals(*both, *batch()), state, both, true_gradient=lambda: true(params))
+    return optax.apply_updates(both, updates), state
+
+
+@pytest.mark.parametrize("method", RULES, ids=str)
+def test_it_is_a_step_of_backpropagation_that_leaves_the_feedback_alone(method, x64):
+    adam = optax.adamw(1e-2)
+    plain = jaxfa.optimizer(adam, method.rule)
+    params, feedback = create(method.rule, KEY)
+    # Weights' own optimizer with Kolen-Pollack's decay is the rule's: what follows compares with that.
+    for_params = method.rule.transform(adam)[0] if callable(method.rule.transform) else adam
+    tx = jaxfa.calibrate(plain, every=1)
+    state = tx.init((params, feedback))
+
+    @jax.jit
+    def calibrated(*both):
+        return tx.update(signals(*both, *batch()), state, both, true_gradient=lambda: true(both[0]))
+
+    updates, after = calibrated(params, feedback)
+    expected = jax.jit(lambda p: for_params.update(true(p), for_params.init(p), p)[0])(params)
+    jax.tree.map(np.testing.assert_array_equal, updates[0], expected)
+    jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), updates[1])
+    before = state.inner.inner_states["feedback"]
+    jax.tree.map(np.testing.assert_array_equal, after.inner.inner_states["feedback"], before)
+    assert after.calibrations == after.step == 1
+
+
+@pytest.mark.parametrize("method", RULES, ids=str)
+def test_between_calibrations_it_is_the_rule_and_they_come_on_time(method, x64):
+    rule, sgd = method.rule, optax.sgd(0.1)
+    tx, usual = jaxfa.calibrate(jaxfa.optimizer(sgd, rule), every=3), jaxfa.optimizer(sgd, rule)
+    both = create(rule, KEY)
+    keys = jax.random.split(KEY, 7)
+
+    def scanned(both):
+        def run(carry, key):
+            carry = step(tx, rule, *carry, key)
+            return carry, carry
+
+        return lax.scan(run, (both, tx.init(both)), keys)[1]
+
+    track, states = jax.jit(scanned)(both)
+    np.testing.assert_array_equal(states.calibrations, [0, 0, 1, 1, 1, 2, 2])
+    ours = jax.tree.map(lambda leaf: leaf[1], track)  # the second step is the rule's
+    state = usual.init(both)
+    for key in keys[:2]:
+        moved = both[0], refine(rule, *both, batch()[0], key)
+        updates, state = usual.update(signals(*moved, *batch()), state, moved)
+        both = optax.apply_updates(moved, updates)
+    chex.assert_trees_all_close(ours, both, atol=1e-13, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("sign", "calibrated"), [(1.0, False), (-1.0, True)])
+def test_on_an_event_it_calibrates_where_the_cosine_is_low(sign, calibrated):
+    rule, w = jaxfa.kolen_pollack(), jnp.ones((3, 2))
+    both = w, rule.init(KEY, w)
+    tx = jaxfa.calibrate(jaxfa.optimizer(optax.sgd(1.0), rule), every=1, below=0.5)
+    pseudo = jax.tree.map(lambda leaf: sign * jnp.ones_like(leaf), both)
+    updates, state = tx.update(pseudo, tx.init(both), both, true_gradient=lambda: 2 * w)
+    assert int(state.calibrations) == calibrated
+    decay = 1e-3
+    np.testing.assert_allclose(updates[0], -(2.0 if calibrated else sign) * w - decay, rtol=1e-5)
+    assert (np.asarray(updates[1].b) == 0).all() == calibrated
+
+
+def test_a_flax_model_calibrates_by_its_plain_twin():
+    rule, x = jaxfa.dfa(), inputs(9, 6)
+    aligned = attach(MLP(nnx.Rngs(0)), rule, x)
+    tx = jaxfa.calibrate(jaxfa.optimizer(optax.sgd(0.1), rule), every=2)
+    optimizer = nnx.Optimizer(aligned, tx, wrt=TRAINED)
+
+    @nnx.jit
+    def train(aligned, optimizer):
+        found = nnx.grad(nnx_loss, argnums=nnx.DiffState(0, TRAINED))(aligned, x)
+        graph, state = nnx.split(jaxfa.nn.plain(aligned))
+        exact = lambda: nnx.grad(nnx_loss)(nnx.merge(graph, state, copy=True), x)  # noqa: E731
+        optimizer.update(aligned, found, true_gradient=exact)
+
+    train(aligned, optimizer)
+    model = nnx.clone(jaxfa.nn.plain(aligned))
+    before = nnx.state(model)
+    gradient = nnx.grad(nnx_loss)(model, x)
+    train(aligned, optimizer)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, before, gradient)
+    after = nnx.state(jaxfa.nn.plain(aligned))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), after, expected)
+
+
+def test_wrong_use_is_refused():
+    w = jnp.ones((3, 2))
+    both = w, jaxfa.fa().init(KEY, w)
+    tx = jaxfa.optimizer(optax.sgd(1.0), jaxfa.fa())
+    with pytest.raises(ValueError, match="every >= 1"):
+        jaxfa.calibrate(tx, every=0)
+    with pytest.raises(TypeError, match=r"expects what jaxfa.optimizer"):
+        jaxfa.calibrate(optax.sgd(1.0), every=1).init(both)
+    ours = jaxfa.calibrate(tx, every=1)
+    with pytest.raises(ValueError, match=r"expected \[\(3, 2\)\], got \[\(2, 3\)\]"):
+        ours.update(both, ours.init(both), both, true_gradient=lambda: w.T)
