@@ -7,9 +7,10 @@ Command: ``python -m experiments run ldfa_rank_mlp`` (``--preset paper`` for the
 
 ``B1``, ``B2`` and ``B3`` carry the error to the first, second and third hidden layer, past the weights of the next one:
 each alone is of low rank, all other errors return by backpropagation. Then all three, and the direct rule, whose error
-is taken at the last hidden layer. Four differences from the paper's code: errors are not clamped to [-1, 1]; ``P``
-learns by plain steps, not by Adam; ``P`` starts orthonormal and ``Q`` as its product with random weights; images are
-normalised by the moments of the training images used. ``Q`` shares the weights' Adam and L2 penalty, as there.
+is taken at the last hidden layer. Five differences from the paper's code: errors are not clamped to [-1, 1]; ``P``
+learns by plain steps, not by Adam; the last layer's ``P`` learns from the error, as in the paper's equation, not from
+the labels; ``P`` starts orthonormal and ``Q`` as its product with random weights; images are normalised by the moments
+of the training images used. ``Q`` shares the weights' Adam and L2 penalty, as there.
 """
 
 import dataclasses
@@ -42,6 +43,10 @@ class Group(NamedTuple):
     published: dict[int, float]
 
 
+# The rate of P, chosen by accuracy on the validation split (width 256, 8000 images, 6 epochs, batch 128; all layers of
+# rank 10, or 4): .01 39.6 (32.1), .1 41.0 (36.5), .3 43.0 (35.6), .5 44.0 (35.6); bp 46.7. Learning the last layer's P
+# from the labels gave 39.2 (33.2) at .1. Three seeds, two for .3, standard deviations up to 1.6.
+FEEDBACK_RATE = 0.5
 DEGREES = 10.0
 PUBLISHED = {"bp": 62.76, "narrow": 58.1}
 GROUPS: dict[GroupName, Group] = {
@@ -82,7 +87,7 @@ class Config(sweep.Config):
     """Units of a hidden layer."""
     narrow: int = 64
     """Units of a hidden layer in the narrow network."""
-    feedback_rate: float = 0.5
+    feedback_rate: float = FEEDBACK_RATE
     """Of P."""
     out: Path = Path("runs/ldfa_rank_mlp")
     """The folder of the results."""

@@ -31,8 +31,8 @@ class Config(sweep.Config):
     """Ranks of the feedback."""
     width: int = 512
     """Units of a hidden layer."""
-    feedback_rate: float = 0.5
-    """Of P."""
+    feedback_rate: float = ldfa_rank_mlp.FEEDBACK_RATE
+    """Of P; as for ldfa_rank_mlp, not tuned here."""
     out: Path = Path("runs/ldfa_subsets")
     """The folder of the results."""
 

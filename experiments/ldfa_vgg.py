@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import jaxfa
-from experiments import data, sweep
+from experiments import data, ldfa_rank_mlp, sweep
 from experiments.augment import crop_flip_and_cutout
 from experiments.optimizers import adam
 from experiments.trainer import Task
@@ -39,8 +39,8 @@ class Config(sweep.Config):
     """Ranks as fractions of each layer's width."""
     widths: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of each pair of convolutions."""
-    feedback_rate: float = 0.5
-    """Of P."""
+    feedback_rate: float = ldfa_rank_mlp.FEEDBACK_RATE
+    """Of P; as for ldfa_rank_mlp, not tuned here."""
     out: Path = Path("runs/ldfa_vgg")
     """The folder of the results."""
 

@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 import jaxfa
-from experiments import data, sweep
+from experiments import data, ldfa_rank_mlp, sweep
 from experiments.trainer import Task
 from experiments.vit import ViT
 
@@ -50,8 +50,8 @@ class Config(sweep.Config):
     """Rate of every dropout, that of whole branches included."""
     warmup: int = 10
     """Epochs in which the learning rate rises."""
-    feedback_rate: float = 0.5
-    """Of P under the Hebbian rule."""
+    feedback_rate: float = ldfa_rank_mlp.FEEDBACK_RATE
+    """Of P under the Hebbian rule; as for ldfa_rank_mlp, not tuned here."""
     out: Path = Path("runs/ldfa_vit")
     """The folder of the results."""
 
