@@ -108,7 +108,7 @@ def run(config: Config) -> Path:
     for rank in config.ranks:
         for name in VARIANTS:
             found[rank, name] = overlaps(config, rule(config, rank, name))
-    steps = config.iterations // np.shape(found[0, BACKPROP])[1] * np.arange(1, np.shape(found[0, BACKPROP])[1] + 1)
+    steps = _interval(config) * np.arange(1, config.iterations // _interval(config) + 1)
     results = {f"{rank} {name}": values.tolist() for (rank, name), values in found.items()}
     records.write_json(config.out / "results.json", {"steps": steps.tolist(), "overlaps": results})
     rows = table(config, steps, found)
@@ -173,12 +173,16 @@ def _train(config: Config, rule: jaxfa.Rule, key: jax.Array) -> jax.Array:
         return (optax.apply_updates(learned, updates), optimizer), None
 
     def record(state: Any, _: None) -> tuple[Any, jax.Array]:
-        state, _ = lax.scan(step, state, length=config.iterations // points)
+        state, _ = lax.scan(step, state, length=_interval(config))
         first, second = state[0][0]
         return state, jnp.sum(v * (first @ second @ u), 0) / strengths
 
-    points = min(POINTS, config.iterations)
-    return lax.scan(record, (learned, tx.init(learned)), length=points)[1]
+    return lax.scan(record, (learned, tx.init(learned)), length=config.iterations // _interval(config))[1]
+
+
+def _interval(config: Config) -> int:
+    """Iterations from one point of the figure to the next."""
+    return max(1, config.iterations // POINTS)
 
 
 def table(config: Config, steps: np.ndarray, found: dict[tuple[int, str], np.ndarray]) -> list[list[str]]:

@@ -1,0 +1,205 @@
+"""What low-dimensional feedback saves: operations of the backward pass, time of a step, operations to an accuracy.
+
+Claim (Hanut and Kadmon 2025): up to 20 % less computation; operations to a given accuracy against the rank make a U.
+
+Command: ``python -m experiments run ldfa_cost``
+
+Operations are XLA's count on the compiled step (:func:`jaxfa.diagnostics.flops`): forward, backward with the signals of
+``P`` and ``Q``, update. Two networks at the published sizes: a fully connected one, and a VGG-like one whose classifier
+keeps backpropagation. No rule can go below the floor, the weights' gradients alone: half of backpropagation's
+backward where every layer sends an error, more in a network whose first layer, which sends none, is the widest.
+
+To an accuracy: operations per step times steps to the first epoch at whose end the test accuracy reaches one target,
+the same for every rank. The published count lets each run aim at 0.9 of its own final accuracy, which favours ranks
+that end low.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from flax import nnx
+from rich.progress import Progress
+
+import jaxfa
+from experiments import cost_report, data, operations, records, timing
+from experiments.models import MLP
+from experiments.optimizers import adam
+from experiments.train import train
+from experiments.trainer import Task, Trainer
+from experiments.vgg import VGG
+
+NetworkName = Literal["mlp", "vgg"]
+BATCHES: dict[NetworkName, int] = {"mlp": 128, "vgg": 64}
+LEARNED = {
+    "P and Q learned": (True, True),
+    "Q learned": (False, True),
+    "P learned": (True, False),
+    "both fixed": (False, False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The ranks, and what to reach."""
+
+    networks: tuple[NetworkName, ...] = ("mlp", "vgg")
+    """The networks whose steps are counted and timed."""
+    fractions: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125, 0.0625)
+    """Ranks as fractions of each layer's outputs."""
+    ranks: tuple[int, ...] = (2, 4, 10, 32, 64, 128)
+    """Ranks at which the fully connected network is trained."""
+    target: float = 0.42
+    """The test accuracy to reach, from 0 to 1."""
+    images: int | None = 10_000
+    """How many of the training images; None is all."""
+    test_images: int | None = 5_000
+    """How many of the test images; None is all."""
+    epochs: int = 10
+    """Passes over the training images at most."""
+    width: int = 512
+    """Units of a hidden layer of the fully connected network."""
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    """Channels of the convolutions, in pairs."""
+    learning_rate: float = 6e-4
+    """Of Adam, which multiplies it with 0.975 each epoch."""
+    seeds: int = 2
+    """How many trainings at each rank, side by side."""
+    seed: int = 0
+    """The first seed; the others follow it."""
+    out: Path = Path("runs/ldfa_cost")
+    """The folder of the results; a killed run goes on from its last checkpoint there."""
+    data: Path | None = None
+    """The folder of the cached data sets; by default what JAXFA_DATA names, else ./data."""
+    fresh: bool = False
+    """Whether to delete the results that are there."""
+
+    def __post_init__(self) -> None:
+        if not self.fractions or min(self.fractions) <= 0 or max(self.fractions) > 1:
+            raise ValueError(f"fractions must be in (0, 1], got {self.fractions}.")
+        if not 0 < self.target < 1:
+            raise ValueError(f"target must be an accuracy between 0 and 1, got {self.target}.")
+        for field in ("images", "test_images", "epochs", "width", "seeds"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+
+
+PRESETS = {
+    "cpu": Config(),
+    "paper": Config(target=0.58, images=None, test_images=None, epochs=160, seeds=5, out=Path("runs/ldfa_cost-paper")),
+}
+
+
+def run(config: Config) -> Path:
+    """Counts, times and trains; writes the figure and the tables.
+
+    Args:
+      config: a :class:`Config`.
+
+    Returns:
+      The path of the report.
+
+    Raises:
+      ValueError: if the folder holds another configuration's results.
+      FileNotFoundError: if CIFAR-10 is not there.
+      FloatingPointError: if a training diverges.
+    """
+    whole = data.load("cifar10", config.data)
+    dataset = data.on_device(
+        whole._replace(
+            train_images=whole.train_images[: config.images],
+            train_labels=whole.train_labels[: config.images],
+            test_images=whole.test_images[: config.test_images],
+            test_labels=whole.test_labels[: config.test_images],
+        )
+    )
+    ignored = ("networks", "ranks", "out", "data", "fresh", "target")
+    given = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
+    identity = {"experiment": "ldfa_cost"} | given
+    records.open_run(config.out, identity, fresh=config.fresh)
+    steps: dict[str, Any] = {name: step_costs(config, name, dataset) for name in config.networks}
+    curve = reach(config, dataset, identity)
+    records.write_json(config.out / "results.json", {"steps": steps, "reach": curve})
+    return cost_report.write(config.out, steps, curve, config.target)
+
+
+def task(config: Config, name: NetworkName, dataset: data.Dataset, rule: jaxfa.Rule | None) -> Task:
+    """The training of one network by one rule; None is backpropagation."""
+    shape, classes, batch = dataset.train_images.shape[1:], dataset.classes, BATCHES[name]
+    makers: dict[NetworkName, Callable[[nnx.Rngs], nnx.Module]] = {
+        "mlp": lambda rngs: MLP(shape, classes, (config.width,) * 3, normalised=True, rngs=rngs),
+        "vgg": lambda rngs: VGG(shape, classes, widths=config.widths, rngs=rngs),
+    }
+    steps = len(dataset.train_labels) // batch
+    convolutions = name == "vgg" and rule is not None
+    return Task(
+        make=makers[name],
+        rule=rule or jaxfa.backprop(),
+        optimizer=adam(config.learning_rate, weight_decay=4e-4, decay=0.975, steps=steps),
+        data=dataset,
+        batch=batch,
+        at=("convs/*",) if convolutions else None,
+        allow=("classifier", "head") if convolutions else (),
+    )
+
+
+def step_costs(config: Config, name: NetworkName, dataset: data.Dataset) -> dict[str, Any]:
+    """One network's operations and times, as multiples of backpropagation's."""
+    products = {
+        "mlp": operations.dense(BATCHES["mlp"], (dataset.train_images[0].size, *[config.width] * 3, dataset.classes)),
+        "vgg": operations.vgg(BATCHES["vgg"], dataset.train_images.shape[1], config.widths, dataset.classes),
+    }[name]
+    reference = operations.count(task(config, name, dataset, None))
+    whole = operations.theory(products, None)
+    lines: dict[str, Any] = {
+        "floor": operations.theory(products, 0.0) / whole,
+        "backward": {},
+        "theory": {},
+        "step": [],
+    }
+    trainers = {"bp": Trainer(task(config, name, dataset, None), [config.seed])}
+    for label, (learn_p, learn_q) in LEARNED.items():
+        lines["backward"][label], lines["theory"][label] = [], []
+        for fraction in config.fractions:
+            chosen = task(config, name, dataset, rule(fraction, learn_p, learn_q))
+            found = operations.count(chosen)
+            lines["backward"][label].append(found.backward / reference.backward)
+            by_theory = operations.theory(products, fraction, learn_p=learn_p, learn_q=learn_q)
+            lines["theory"][label].append(by_theory / whole)
+            if learn_p and learn_q:
+                lines["step"].append(found.step / reference.step)
+                trainers[str(fraction)] = Trainer(chosen, [config.seed])
+    times = timing.measure(trainers, config.out / f"timing-{name}.json", reference="bp")["steps"]
+    return lines | {"fractions": config.fractions, "time": times, "reference": reference._asdict()}
+
+
+def rule(rank: float, learn_p: bool = True, learn_q: bool = True) -> jaxfa.Rule:
+    """Low-rank feedback whose decay is the optimizer's L2 penalty, for Q as for the weights."""
+    return jaxfa.ldfa(rank, learn_p=learn_p, learn_q=learn_q, weight_decay=0.0)
+
+
+def reach(config: Config, dataset: data.Dataset, identity: dict[str, Any]) -> dict[str, Any]:
+    """Operations to the target accuracy by backpropagation and at every rank, one number or NaN per seed."""
+    found: dict[str, Any] = {}
+    seeds = range(config.seed, config.seed + config.seeds)
+    with Progress() as progress:
+        for rank in (None, *config.ranks):
+            name = "bp" if rank is None else f"rank-{rank}"
+            chosen = task(config, "mlp", dataset, None if rank is None else rule(rank))
+            trainer = Trainer(chosen, seeds)
+            own = identity | {"rank": rank}
+            history = train(trainer, config.epochs, folder=config.out / name, config=own, progress=progress)
+            steps = np.array([record["step"] for record in history[1:]], float)
+            accuracy = np.array([record["test_accuracy"] for record in history[1:]])
+            reached = accuracy >= config.target
+            first = [float(steps[i.argmax()]) if i.any() else None for i in reached.T]
+            cost = operations.count(chosen).step
+            found[name] = {
+                "rank": rank,
+                "steps": first,
+                "operations": [None if step is None else cost * step for step in first],
+                "accuracy": accuracy[-1].tolist(),
+            }
+    return found

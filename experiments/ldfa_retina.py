@@ -1,0 +1,219 @@
+"""Receptive fields of a model retina: oriented with full feedback, centre and surround with feedback of low rank.
+
+Claim (Hanut and Kadmon 2025, after Lindsey et al. 2019): the fewer dimensions the error has that reaches the retina,
+the less its receptive fields prefer an orientation, until they are centre and surround.
+
+Command: ``python -m experiments run ldfa_retina``
+
+The network sees grey CIFAR-10: convolutions that are the retina, convolutions that are the visual cortex, and two fully
+connected layers. One layer alone has low-rank feedback with learned ``P`` and ``Q``: the first of the cortex, which
+sends the error to the retina; all others learn by backpropagation. The preset ``cpu`` halves images and widths.
+
+A receptive field is the mean gradient over test images, in the image, of the middle unit of a retinal output channel
+before its ReLU. Two numbers describe it, see :mod:`experiments.receptive_fields`: its orientation selectivity, 0 if it
+prefers none and 1 for a grating, and its radial symmetry, 1 for centre and surround and less for an edge. Both are also
+shown before training, since chance makes oriented fields, too.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import jaxfa
+from experiments import checkpoint, data, figures, receptive_fields, records
+from experiments.optimizers import adam
+from experiments.receptive_fields import Result
+from experiments.retina import Retina
+from experiments.train import train
+from experiments.trainer import State, Task, Trainer
+
+PROBES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The network, the ranks, and for how long."""
+
+    ranks: tuple[int, ...] = (16, 4, 2, 1)
+    """Ranks of the error that reaches the retina."""
+    retina: tuple[int, ...] = (16, 16)
+    """The retina's channels."""
+    cortex: tuple[int, ...] = (16,)
+    """The cortex's channels."""
+    hidden: int = 256
+    """Units of the first fully connected layer."""
+    window: int = 7
+    """Side of every kernel, in pixels."""
+    halvings: int = 1
+    """How often the images are halved, by the mean of four pixels."""
+    images: int | None = 10_000
+    """How many of the training images; None is all."""
+    test_images: int | None = 2_000
+    """How many of the test images; None is all."""
+    epochs: int = 6
+    """Passes over the training images."""
+    batch: int = 64
+    """Examples per step."""
+    learning_rate: float = 1e-3
+    """Of Adam, which multiplies it with 0.975 each epoch."""
+    weight_decay: float = 5e-5
+    """Of the L2 penalty on the weights and on Q."""
+    feedback_rate: float = 0.1
+    """Of P."""
+    seeds: int = 2
+    """How many trainings at each rank."""
+    seed: int = 0
+    """The first seed; the others follow it."""
+    out: Path = Path("runs/ldfa_retina")
+    """The folder of the results; a killed run goes on from its last checkpoint there."""
+    data: Path | None = None
+    """The folder of the cached data sets; by default what JAXFA_DATA names, else ./data."""
+    fresh: bool = False
+    """Whether to delete the results that are there."""
+
+    def __post_init__(self) -> None:
+        for field in ("hidden", "window", "images", "test_images", "epochs", "batch", "seeds"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        if not self.ranks or min(self.ranks) < 1 or max(self.ranks) > self.cortex[0]:
+            raise ValueError(f"ranks must be from 1 to the cortex's {self.cortex[0]} channels, got {self.ranks}.")
+
+
+PRESETS = {
+    "cpu": Config(),
+    "paper": Config(
+        ranks=(32, 16, 8, 4, 2, 1), retina=(32, 32), cortex=(32, 32, 32), hidden=1024, window=9, halvings=0,
+        images=None, test_images=None, epochs=100, learning_rate=5e-4, seeds=5, out=Path("runs/ldfa_retina-paper"),
+    ),
+}  # fmt: skip
+
+
+def run(config: Config) -> Path:
+    """Trains a retina by backpropagation and at every rank, writes the figure and the table.
+
+    Args:
+      config: a :class:`Config`.
+
+    Returns:
+      The path of the report.
+
+    Raises:
+      ValueError: if the folder holds another configuration's results.
+      FileNotFoundError: if CIFAR-10 is not there.
+      FloatingPointError: if a training diverges.
+    """
+    dataset = grey(data.load("cifar10", config.data), config)
+    ignored = ("ranks", "out", "data", "fresh")
+    given = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
+    identity = {"experiment": "ldfa_retina"} | given
+    records.open_run(config.out, identity, fresh=config.fresh)
+    results: dict[str, Result] = {}
+    with Progress() as progress:
+        for rank in (None, *config.ranks):
+            name = "backpropagation" if rank is None else f"rank {rank}"
+            before, after, accuracies = [], [], []
+            # One after the other: vectorised over seeds, XLA:CPU's wide convolutions are ten times slower.
+            for seed in range(config.seed, config.seed + config.seeds):
+                trainer = Trainer(task(config, dataset, rank), [seed])
+                before.append(fields(config, dataset, trainer.init()))
+                folder, own = config.out / f"{name}-seed-{seed}".replace(" ", "-"), identity | {"rank": rank}
+                last = train(trainer, config.epochs, folder=folder, config=own, progress=progress)[-1]
+                with checkpoint.checkpoints(folder) as manager:
+                    _, state = checkpoint.restore(manager, trainer.init()) or (0, trainer.init())
+                after.append(fields(config, dataset, state))
+                accuracies += last["test_accuracy"]
+            results = results or {"untrained": receptive_fields.describe(before)}
+            results[name] = receptive_fields.describe(after, accuracies)
+    return _write(config, results)
+
+
+def network(config: Config, dataset: data.Dataset, rngs: nnx.Rngs) -> Retina:
+    """The network that fits a configuration and its images."""
+    side, classes = dataset.train_images.shape[1], dataset.classes
+    sizes = {name: getattr(config, name) for name in ("retina", "cortex", "hidden", "window")}
+    return Retina(side, classes, **sizes, rngs=rngs)
+
+
+def grey(dataset: data.Dataset, config: Config) -> data.Dataset:
+    """The images that a configuration asks for, grey and halved, on the device."""
+
+    def convert(images: np.ndarray, count: int | None) -> np.ndarray:
+        light = images[:count] @ np.array([0.299, 0.587, 0.114], np.float32)
+        for _ in range(config.halvings):
+            light = light.reshape(len(light), light.shape[1] // 2, 2, light.shape[2] // 2, 2).mean((2, 4))
+        return np.round(light).astype(np.uint8)[..., None]
+
+    return data.on_device(
+        dataset._replace(
+            train_images=convert(dataset.train_images, config.images),
+            train_labels=dataset.train_labels[: config.images],
+            test_images=convert(dataset.test_images, config.test_images),
+            test_labels=dataset.test_labels[: config.test_images],
+            augmented=False,
+        )
+    )
+
+
+def task(config: Config, dataset: data.Dataset, rank: int | None) -> Task:
+    """What is trained: with low-rank feedback to the retina, or by backpropagation alone."""
+    # The decay is the optimizer's L2 penalty, for Q as for the weights, so that the rule adds none.
+    rule = jaxfa.ldfa(rank, learning_rate=config.feedback_rate, weight_decay=0.0) if rank else jaxfa.backprop()
+    steps = len(dataset.train_labels) // config.batch
+    return Task(
+        make=lambda rngs: network(config, dataset, rngs),
+        rule=rule,
+        optimizer=adam(config.learning_rate, weight_decay=config.weight_decay, decay=0.975, steps=steps),
+        data=dataset,
+        batch=config.batch,
+        at=("cortex/0",) if rank else None,
+        allow=("*",) if rank else (),
+    )
+
+
+def fields(config: Config, dataset: data.Dataset, state: State) -> np.ndarray:
+    """The receptive fields of one seed's retina, ``(channels, side, side)``."""
+    graph, variables = nnx.split(network(config, dataset, nnx.Rngs(0)))
+    nnx.replace_by_pure_dict(variables, jax.tree.map(lambda leaf: leaf[0], state.params["model"]))
+    (mean,), (deviation,) = data.channel_moments(np.asarray(dataset.train_images))
+    images = (jnp.asarray(dataset.test_images[:PROBES], jnp.float32) - mean) / deviation
+    side = 1 + len(config.retina) * (config.window - 1)
+    return np.asarray(receptive_fields.receptive_fields(nnx.merge(graph, variables).ganglion, images, side))
+
+
+def _write(config: Config, results: dict[str, Result]) -> Path:
+    numbers = {
+        name: {
+            "selectivity": one.selectivity.tolist(),
+            "symmetry": one.symmetry.tolist(),
+            "accuracy": one.accuracy.tolist(),
+        }
+        for name, one in results.items()
+    }
+    records.write_json(config.out / "results.json", numbers)
+    rows = [["error to the retina", "orientation selectivity", "radial symmetry", "units", "test accuracy, %"]]
+    for name, one in results.items():
+        seen = ~np.isnan(one.selectivity)
+        accuracy = figures.estimate(100 * one.accuracy, 1) if len(one.accuracy) else ""
+        described = [figures.estimate(values[seen]) for values in (one.selectivity, one.symmetry)]
+        rows.append([name, *described, f"{seen.sum()} of {seen.size}", accuracy])
+    shown = Table(*rows[0])
+    for row in rows[1:]:
+        shown.add_row(*row)
+    Console().print(shown)
+    with figures.style():
+        drawn = receptive_fields.figure(results)
+    caption = (
+        "Receptive fields of the retina's first output channels, first seed, each to its own scale: blue excites, red "
+        "inhibits. Right, every unit of every seed, and the mean over units. The numbers are means and deviations over "
+        "units; accuracy's are over seeds."
+    )
+    return figures.write(
+        config.out, drawn, title="Receptive fields by the rank of the error", caption=caption, table=rows
+    )
