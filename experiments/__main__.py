@@ -7,11 +7,25 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from experiments import compare, ldfa_rank_mlp, ldfa_subsets, ldfa_vgg, ldfa_vit, report, sweep_report
+from experiments import (
+    compare,
+    ldfa_cost,
+    ldfa_linear,
+    ldfa_rank_mlp,
+    ldfa_retina,
+    ldfa_subsets,
+    ldfa_vgg,
+    ldfa_vit,
+    report,
+    sweep_report,
+)
 
 EXPERIMENTS = {
     "compare": compare,
+    "ldfa_cost": ldfa_cost,
+    "ldfa_linear": ldfa_linear,
     "ldfa_rank_mlp": ldfa_rank_mlp,
+    "ldfa_retina": ldfa_retina,
     "ldfa_subsets": ldfa_subsets,
     "ldfa_vgg": ldfa_vgg,
     "ldfa_vit": ldfa_vit,

@@ -65,6 +65,8 @@ class Config:
     """Channels of the convolutions, in pairs."""
     learning_rate: float = 6e-4
     """Of Adam, which multiplies it with 0.975 each epoch."""
+    feedback_rate: float = 0.01
+    """Of P."""
     seeds: int = 2
     """How many trainings at each rank, side by side."""
     seed: int = 0
@@ -163,7 +165,7 @@ def step_costs(config: Config, name: NetworkName, dataset: data.Dataset) -> dict
     for label, (learn_p, learn_q) in LEARNED.items():
         lines["backward"][label], lines["theory"][label] = [], []
         for fraction in config.fractions:
-            chosen = task(config, name, dataset, rule(fraction, learn_p, learn_q))
+            chosen = task(config, name, dataset, rule(config, fraction, learn_p, learn_q))
             found = operations.count(chosen)
             lines["backward"][label].append(found.backward / reference.backward)
             by_theory = operations.theory(products, fraction, learn_p=learn_p, learn_q=learn_q)
@@ -175,9 +177,10 @@ def step_costs(config: Config, name: NetworkName, dataset: data.Dataset) -> dict
     return lines | {"fractions": config.fractions, "time": times, "reference": reference._asdict()}
 
 
-def rule(rank: float, learn_p: bool = True, learn_q: bool = True) -> jaxfa.Rule:
+def rule(config: Config, rank: float, learn_p: bool = True, learn_q: bool = True) -> jaxfa.Rule:
     """Low-rank feedback whose decay is the optimizer's L2 penalty, for Q as for the weights."""
-    return jaxfa.ldfa(rank, learn_p=learn_p, learn_q=learn_q, weight_decay=0.0)
+    rate = config.feedback_rate
+    return jaxfa.ldfa(rank, learn_p=learn_p, learn_q=learn_q, learning_rate=rate, weight_decay=0.0)
 
 
 def reach(config: Config, dataset: data.Dataset, identity: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +190,7 @@ def reach(config: Config, dataset: data.Dataset, identity: dict[str, Any]) -> di
     with Progress() as progress:
         for rank in (None, *config.ranks):
             name = "bp" if rank is None else f"rank-{rank}"
-            chosen = task(config, "mlp", dataset, None if rank is None else rule(rank))
+            chosen = task(config, "mlp", dataset, None if rank is None else rule(config, rank))
             trainer = Trainer(chosen, seeds)
             own = identity | {"rank": rank}
             history = train(trainer, config.epochs, folder=config.out / name, config=own, progress=progress)
