@@ -13,6 +13,24 @@ A receptive field is the mean gradient over test images, in the image, of the mi
 before its ReLU. Two numbers describe it, see :mod:`experiments.receptive_fields`: its orientation selectivity, 0 if it
 prefers none and 1 for a grating, and its radial symmetry, 1 for centre and surround and less for an edge. Both are also
 shown before training, since chance makes oriented fields, too.
+
+Measured with the preset ``cpu`` (16 x 16 pixels, 10,000 images, 6 epochs; 2 seeds of 16 units; mean +- std over units,
+of the accuracy over seeds), in 21 min on two cores that others kept busy:
+
+===============  ===========  ==========  =============
+error            selectivity  symmetry    test accuracy
+===============  ===========  ==========  =============
+untrained        .14 +- .06   .07 +- .04
+backpropagation  .34 +- .19   .12 +- .10  45.7 +- 0.5
+rank 16          .39 +- .20   .17 +- .13  44.2 +- 0.6
+rank 4           .34 +- .20   .14 +- .08  43.7 +- 0.7
+rank 2           .36 +- .21   .18 +- .14  42.4 +- 2.7
+rank 1           .29 +- .17   .15 +- .10  40.5 +- 1.1
+===============  ===========  ==========  =============
+
+At this size the claim does not show: rank 1 is the least selective of the trained ones, but by a quarter of a standard
+deviation, and no rank makes fields of centre and surround. Much of a field is still its random start after so few
+steps. The preset ``paper`` has not been run; its optimizer and epochs are ours, those of the paper being unknown.
 """
 
 import dataclasses
