@@ -26,7 +26,7 @@ from experiments.vit import ViT
 
 RuleName = Literal["hebbian", "normative"]
 TITLES: dict[RuleName, str] = {"hebbian": "Hebbian", "normative": "Normative (weight transport)"}
-PUBLISHED_BP = 91.34
+PUBLISHED_BP, PUBLISHED_WIDTH = 91.34, 384
 PUBLISHED = {64: 91.08, 48: 91.26, 40: 90.94, 36: 90.74, 32: 90.77, 24: 90.23, 20: 89.86, 16: 89.40}
 
 
@@ -40,7 +40,7 @@ class Config(sweep.Config):
     """How the factors learn: from activity and error, or from the weights."""
     patch: int = 4
     """Side of a patch in pixels."""
-    width: int = 384
+    width: int = PUBLISHED_WIDTH
     """Features of a token."""
     depth: int = 8
     """How many blocks."""
@@ -102,7 +102,9 @@ def _arms(config: Config, dataset: data.Dataset) -> Iterator[sweep.Arm]:
     yield sweep.Arm("bp", "Backpropagation", None, bp, PUBLISHED_BP)
     for name in config.rules:
         for rank in config.ranks:
-            published = PUBLISHED.get(rank) if name == "normative" else None
+            # A rank says something of the width that it is a part of: theirs.
+            theirs = name == "normative" and config.width == PUBLISHED_WIDTH
+            published = PUBLISHED.get(rank) if theirs else None
             arm = bp._replace(rule=_rule(config, name, rank))
             yield sweep.Arm(f"{name}-{rank}", TITLES[name], rank, arm, published)
 
