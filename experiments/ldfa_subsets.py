@@ -7,6 +7,25 @@ Command: ``python -m experiments run ldfa_subsets`` (``--preset paper`` for the 
 
 The network and the rule are those of ``ldfa_rank_mlp``, all layers' feedback being of low rank; images turn by 5
 degrees.
+
+Measured with the preset ``cpu`` (MLP 3072-128-128-128-n, 5000 training images, 8 epochs of 39 steps, 3 seeds; test
+accuracy, mean +- std; the angle is that of the first layer's update to backpropagation), in 6 min 30 s on two CPU cores
+that others used, too:
+
+===========  ============  ============  =====  ============  ============  =====
+.            10 classes    .             .      50 classes    .             .
+-----------  ------------  ------------  -----  ------------  ------------  -----
+rank         last epoch    best epoch    angle  last epoch    best epoch    angle
+===========  ============  ============  =====  ============  ============  =====
+bp           57.1 +- 0.0   57.1 +- 0.0   0      22.4 +- 0.6   22.7 +- 0.2   0
+2            33.8 +- 1.6   34.5 +- 2.7   76     8.0 +- 1.2    8.5 +- 1.0    76
+5            40.8 +- 4.4   42.5 +- 1.5   59     10.1 +- 0.5   10.7 +- 0.4   71
+10           54.0 +- 1.0   54.0 +- 1.0   54     13.0 +- 0.6   13.2 +- 0.4   76
+50           54.9 +- 0.4   54.9 +- 0.4   52     16.5 +- 0.7   16.6 +- 0.7   73
+===========  ============  ============  =====  ============  ============  =====
+
+So 10 classes need about rank 10, and 50 classes more than 10; whether 50 suffice for them 312 steps can't tell, after
+which the feedback has hardly aligned. Both stay below backpropagation. The preset ``paper`` has not been run.
 """
 
 import dataclasses

@@ -8,6 +8,28 @@ Command: ``python -m experiments run ldfa_vgg`` (``--preset paper`` for the publ
 The classifier's two layers keep backpropagation, as in the paper's code. Three differences from it: errors are not
 clamped to [-1, 1]; ``P`` learns by plain steps, not by Adam; ``P`` starts orthonormal and ``Q`` as its product with
 random weights. ``Q`` shares the weights' Adam and L2 penalty, as there.
+
+Measured with the preset ``cpu`` (widths 8 to 64, 5000 training and the first 2000 test images, 6 epochs of 78 steps,
+one seed and so no deviation; test accuracy; the angle is that of the first layer's update to backpropagation; time of
+a step relative to backpropagation's), in 13 min on two CPU cores that others used, too:
+
+===================  ==========  ==========  =====  ====
+.                    last epoch  best epoch  angle  time
+===================  ==========  ==========  =====  ====
+bp                   44.2        44.2        0      1
+Q, rank 1            8.8         16.2        84     0.97
+Q, rank 4            20.1        20.8        51     1.11
+Q, rank 16           34.1        34.4        35     1.11
+P and Q, rank 1      25.1        25.1        74     1.05
+P and Q, rank 4      33.2        33.2        60     1.15
+P and Q, rank 16     37.5        37.5        61     1.15
+P and Q, width / 8   37.0        37.0        62     1.07
+P and Q, width / 2   40.4        40.4        82     1.09
+===================  ==========  ==========  =====  ====
+
+The order is the paper's, but nothing reaches backpropagation in 468 steps: the best is 3.9 points below. No time is
+saved at these widths. The first layer's angle does not rank the arms: it is worst for the most accurate one. The
+preset ``paper`` has not been run.
 """
 
 import dataclasses
@@ -63,8 +85,8 @@ PRESETS = {
 }
 PAGE = sweep.Page(
     "How many dimensions does a convolution's error need?",
-    "Low-dimensional feedback in a VGG-like network on CIFAR-10. The paper: accuracy rises with the rank, P must learn "
-    "with Q, and an eighth of each layer's width is too little.",
+    "Low-dimensional feedback in a VGG-like network on CIFAR-10. The paper: accuracy rises with the rank, a learned P "
+    "is ahead of a random one, and an eighth of each layer's width is too little.",
     "Hanut and Kadmon 2025, best epoch of 200 or more, widths 64 to 512, all 50,000 images",
 )
 

@@ -9,6 +9,26 @@ Command: ``python -m experiments run ldfa_vit`` (``--preset paper`` for the publ
 Four differences from the paper's code: their queries, keys and values are one layer with three times the rank, ours
 three layers; no AutoAugment beside shifts and mirroring; the normative factors are fitted before every step by
 alternating least squares, not by AdamW with a new decomposition twice an epoch; ``P`` learns by plain steps.
+
+Measured with the preset ``cpu`` (patch 8, width 64, depth 2, no dropout, 8000 training and the first 4000 test images,
+8 epochs of 125 steps, one seed and so no deviation; test accuracy; the angle is that of the first layer's update to
+backpropagation; time of a step relative to backpropagation's), in 8 min 20 s on two CPU cores that others used, too:
+
+==================  ==========  ==========  =====  ====
+.                   last epoch  best epoch  angle  time
+==================  ==========  ==========  =====  ====
+bp                  37.9        37.9        0      1
+hebbian, rank 3     21.5        21.5        93     1.25
+hebbian, rank 10    27.9        27.9        81     1.28
+hebbian, rank 32    29.2        29.8        82     1.40
+normative, rank 3   30.0        30.5        74     1.08
+normative, rank 10  35.9        35.9        55     2.75
+normative, rank 32  36.9        36.9        24     7.51
+==================  ==========  ==========  =====  ====
+
+Weight transport ends 1.0 points below backpropagation at half the width. The local rule stays 8.7 points below at that
+rank, its feedback hardly aligned after 1000 steps: the published numbers say nothing of it. The preset ``paper`` has
+not been run.
 """
 
 import dataclasses
