@@ -114,6 +114,12 @@ def _reach(axes: Axes, curve: dict[str, Any], target: float) -> None:
     reference = float(np.mean(_numbers(curve["bp"]["operations"])))
     _by_rank(axes, curve, {name: _numbers(one["operations"]) / reference for name, one in curve.items()})
     axes.set_ylim(0, None)
+    missed = [one["rank"] for one in curve.values() if one["rank"] and None in one["operations"]]
+    if missed:
+        axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
+        top = 0.94 * axes.get_ylim()[1]
+        axes.plot(missed, [top] * len(missed), "x", color=figures.INK, markersize=5)
+        axes.text(missed[-1] * 1.15, top, "not reached", color=figures.INK, va="center", fontsize=8)
     axes.set_ylabel(f"operations to {100 * target:g} %\n(backpropagation = 1)")
     axes.set_title("Fully connected, trained", color=figures.INK)
 
@@ -133,6 +139,7 @@ def _by_rank(axes: Axes, curve: dict[str, Any], values: dict[str, np.ndarray]) -
     axes.plot(ranks, rows.mean(1), color=figures.BLUE, linewidth=1.8)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.set_xlim(ranks[0] / 1.3, ranks[-1] * 1.3)
     axes.minorticks_off()
     axes.grid(axis="y")
 

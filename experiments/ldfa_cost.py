@@ -57,7 +57,7 @@ class Config:
     """How many of the training images; None is all."""
     test_images: int | None = 5_000
     """How many of the test images; None is all."""
-    epochs: int = 10
+    epochs: int = 20
     """Passes over the training images at most."""
     width: int = 512
     """Units of a hidden layer of the fully connected network."""
@@ -180,7 +180,7 @@ def step_costs(config: Config, name: NetworkName, dataset: data.Dataset) -> dict
 def rule(config: Config, rank: float, learn_p: bool = True, learn_q: bool = True) -> jaxfa.Rule:
     """Low-rank feedback whose decay is the optimizer's L2 penalty, for Q as for the weights."""
     rate = config.feedback_rate
-    return jaxfa.ldfa(rank, learn_p=learn_p, learn_q=learn_q, learning_rate=rate, weight_decay=0.0)
+    return jaxfa.ldfa(rank, learn_p=learn_p, learn_q=learn_q, labels="head", learning_rate=rate, weight_decay=0.0)
 
 
 def reach(config: Config, dataset: data.Dataset, identity: dict[str, Any]) -> dict[str, Any]:
