@@ -11,6 +11,39 @@ is taken at the last hidden layer. Five differences from the paper's code: error
 learns by plain steps, not by Adam; the last layer's ``P`` learns from the error, as in the paper's equation, not from
 the labels; ``P`` starts orthonormal and ``Q`` as its product with random weights; images are normalised by the moments
 of the training images used. ``Q`` shares the weights' Adam and L2 penalty, as there.
+
+Measured with the preset ``cpu`` (width 128, 8000 training images, 8 epochs of 62 steps, 3 seeds; test accuracy, mean +-
+std, after the last epoch and in the best one; the gap of the latter to backpropagation, beside the published gap; the
+angle of the first layer's update to backpropagation), in 14 min on two CPU cores that others used, too:
+
+=====================  ===========  ===========  =====  =========  =====
+.                      last epoch   best epoch   gap    published  angle
+=====================  ===========  ===========  =====  =========  =====
+bp                     45.5 +- .3   45.5 +- .4                     0
+bp, width 10           31.7 +- .7   31.7 +- .7   -13.8             0
+B1, rank 1             38.2 +- .7   38.2 +- .7   -7.3   -7.0       78
+B1, rank 4             43.4 +- .8   43.4 +- .8   -2.1   -2.3       62
+B1, rank 10            44.9 +- .1   44.9 +- .1   -0.6   -0.2       54
+B2, rank 1             36.2 +- 1.0  36.6 +- .9   -8.9   -8.9       72
+B2, rank 4             42.8 +- .2   42.8 +- .2   -2.8   -3.2       54
+B2, rank 10            45.5 +- .3   45.5 +- .3   -0.1   -0.4       37
+B3, rank 1             28.8 +- 1.0  29.8 +- 1.3  -15.8  -15.5      76
+B3, rank 4             36.2 +- 1.4  36.8 +- .7   -8.7   -4.1       58
+B3, rank 10            45.4 +- .3   45.4 +- .3   -0.1   +0.1       35
+all, rank 1            25.8 +- 3.1  26.0 +- 3.3  -19.5             82
+all, rank 4            34.1 +- .9   34.3 +- 1.2  -11.2             67
+all, rank 10           44.8 +- .4   44.8 +- .4   -0.8   -1.0       53
+direct, rank 1         33.2 +- 1.6  33.2 +- 1.6  -12.3  -26.9      80
+direct, rank 4         41.2 +- .5   41.2 +- .5   -4.4   -5.5       64
+direct, rank 10        45.3 +- .1   45.3 +- .1   -0.2   -0.7       53
+all, rank 1, fixed     17.0 +- 3.9  20.5 +- 2.8  -25.0             86
+all, rank 4, fixed     32.9 +- 1.8  32.9 +- 1.8  -12.7             82
+all, rank 10, fixed    37.7 +- .9   37.7 +- .9   -7.8              77
+=====================  ===========  ===========  =====  =========  =====
+
+Rank 10 is within a point of backpropagation everywhere, and 13 points ahead of a network ten units wide. At rank 4 in
+all layers learning helps by little more than its noise. No step is faster at this width: .98 to 1.16 of
+backpropagation's time, on a busy machine. The preset ``paper`` has not been run.
 """
 
 import dataclasses
