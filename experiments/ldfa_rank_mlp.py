@@ -14,7 +14,8 @@ of the training images used. ``Q`` shares the weights' Adam and L2 penalty, as t
 
 Measured with the preset ``cpu`` (width 128, 8000 training images, 8 epochs of 62 steps, 3 seeds; test accuracy, mean +-
 std, after the last epoch and in the best one; the gap of the latter to backpropagation, beside the published gap; the
-angle of the first layer's update to backpropagation), in 14 min on two CPU cores that others used, too:
+angle of the first layer's update to backpropagation), in two goes of
+14 min together on two CPU cores that others used, too:
 
 =====================  ===========  ===========  =====  =========  =====
 .                      last epoch   best epoch   gap    published  angle
@@ -42,8 +43,8 @@ all, rank 10, fixed    37.7 +- .9   37.7 +- .9   -7.8              77
 =====================  ===========  ===========  =====  =========  =====
 
 Rank 10 is within a point of backpropagation everywhere, and 13 points ahead of a network ten units wide. At rank 4 in
-all layers learning helps by little more than its noise. No step is faster at this width: .98 to 1.16 of
-backpropagation's time, on a busy machine. The preset ``paper`` has not been run.
+all layers, learning P and Q helps by less than the deviation of the seeds. No step is clearly faster at this width:
+.98 to 1.16 of backpropagation's time, on a busy machine. The preset ``paper`` has not been run.
 """
 
 import dataclasses
