@@ -106,7 +106,7 @@ GROUPS: dict[GroupName, Group] = {
         None,
         {1: 35.9, 2: 49.2, 3: 54.7, 4: 57.3, 5: 58.8, 6: 59.8, 7: 60.3, 8: 61.4, 9: 62.0, 10: 62.1},
     ),
-    "fixed": Group("All layers, P and Q fixed (control)", None, {}),
+    "fixed": Group("All layers, fixed", None, {}),
 }
 
 
