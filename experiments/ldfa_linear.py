@@ -22,10 +22,10 @@ rank  feedback            iteration 5000        iteration 15,000      the paper
 64    all three           1.00,       .99-1.00  1.00,       1.00      recovers the teacher
 2     P and Q learned     1.00,       .96+-.04  1.00,       .99       recovers the teacher
 2     P fixed, Q learned  .86+-.14,   .46+-.26  .97+-.03,   .91+-.06
-2     P and Q fixed       .61+-.19,   .30+-.15  .96+-.05,   .80+-.12  stuck
-1     P and Q learned     .86+-.27,   .26+-.29  .94+-.12,   .28+-.15  the leading mode alone
+2     P and Q fixed       .61+-.19,   .31+-.15  .96+-.05,   .80+-.12  stuck
+1     P and Q learned     .86+-.27,   .26+-.28  .94+-.12,   .28+-.15  the leading mode alone
 1     P fixed, Q learned  .51+-.38,   .34+-.35  .67+-.31,   .52+-.30
-1     P and Q fixed       .38+-.28,   .26+-.23  .69+-.28,   .52+-.28  stuck
+1     P and Q fixed       .38+-.28,   .26+-.23  .69+-.28,   .52+-.27  stuck
 ====  ==================  ====================  ====================  ======================
 
 So the claim holds where the paper stops. But a fixed projection of rank 2, the teacher's own, is slow there, not stuck,
