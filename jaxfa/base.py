@@ -156,18 +156,23 @@ class Rule(NamedTuple):
     Attributes:
       init: makes one layer's feedback. Layer-wise rules: ``(key, w) -> feedback``. Direct rules: ``(key, h, logits) ->
         feedback``, from arrays or ``jax.ShapeDtypeStruct``s of one batch. The number of arguments is the family. A
-        feedback of ``None`` leaves the layer to backpropagation.
+        feedback of ``None`` leaves the layer to backpropagation. With an optional keyword ``path`` it is told the
+        layer's.
       refine: ``(forward, feedback, key) -> feedback`` on the whole tree of feedbacks, before the gradient step.
         ``forward`` is, for layer-wise rules, a tree of :class:`Layer` shaped like the feedback; for direct rules, the
         function ``taps -> logits`` of the plain network with ``taps[l]`` added to ``h_l``.
       transform: the optax transformation of the feedback's signals, or, for a rule whose weights and feedback must
         learn alike, a function ``tx -> (tx for the parameters, tx for the feedback)``.
+      source: where a direct rule's error is taken: the path of a module, at the same end of it as the taps, its input
+        without ``at=``, its output with it; None is the logits.
+      globs: the globs of layer paths that the rule was given, of which none may match nothing.
     """
 
     init: Callable[..., Any]
     refine: Callable[..., Any] = keep
     transform: optax.GradientTransformation | Callable[..., Any] = optax.set_to_zero()
     source: str | None = None
+    globs: tuple[str, ...] = ()
 
 
 def is_direct(rule: Rule) -> bool:

@@ -1,4 +1,4 @@
-"""Low-dimensional direct feedback: ``B_l = P_l Q_l``, the output's or a later layer's error through ``r`` numbers.
+"""Low-dimensional direct feedback: ``B_l = q_l p_l^T``, the output's or a later layer's error through ``r`` numbers.
 
 Hanut, Kadmon, "Training Large Neural Networks With Low-Dimensional Error Feedback", 2025,
 https://arxiv.org/abs/2502.20580
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from jaxfa.base import DirectFeedback, Initializer, Rule, register
-from jaxfa.lowrank import Rank, check_rank, factors_learn, oja, orthonormal, rank_at
+from jaxfa.lowrank import Rank, check_rank, factors_learn, globs_of, oja, orthonormal, rank_at
 from jaxfa.projection import direct_matrix, project, shared_axes
 
 
@@ -54,28 +54,29 @@ def dldfa(
     source: str | None = None,
     learn_p: bool = True,
     learn_q: bool = True,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.03,
     weight_decay: float = 1e-4,
     distribution: Initializer | None = None,
     scale: float = 1.0,
 ) -> Rule:
-    """Low-dimensional direct feedback: ``dh_l = (e P_l^T) Q_l^T``, with both factors learned from the batch.
+    """Low-dimensional direct feedback: ``dh_l = (e p_l) q_l^T``, with both factors learned from the batch.
 
-    ``P`` follows Oja's rule on ``e`` and ``Q`` Hebb's, ``dQ = -h_l^T (e P^T)``, by the weights' own optimizer and
-    decay. So under SGD the last hidden layer's ``Q`` comes to be ``W P^T``; the other layers' are those of direct
-    Kolen-Pollack. The paper's code takes ``e`` at the last hidden layer (``source`` the path of the last layer), where
-    it is wider than at the logits: the layers above the source learn by backpropagation.
+    ``p`` follows Oja's rule on ``e`` and ``q`` Hebb's, ``dq = -h_l^T (e p)``, by the weights' own optimizer and decay.
+    So under SGD the last hidden layer's ``q`` comes to be ``w p``; the other layers' are those of direct
+    Kolen-Pollack. What :func:`jaxfa.ldfa` says of rates and optimizers holds here, too. The paper's code takes ``e``
+    at the last hidden layer, where it is wider than at the logits: without ``at=`` that is the path of the last layer.
 
     Args:
       rank: ``r``, of the error at the source: as for :func:`jaxfa.ldfa`, globs being of tapped paths.
-      source: where the error is taken: None, the logits; else the path of a later tapped module, read by
-        :func:`jaxfa.nn.attach`. Without Flax, lay a wire there: ``jaxfa.error_wire(h)``, added to that ``h``.
-      learn_p: whether ``P`` learns.
-      learn_q: whether ``Q`` learns. The rule then decays the weights, too.
-      learning_rate: ``eta`` of ``P``, stable below 1; ours.
-      weight_decay: ``lambda`` of ``Q`` and the weights, per step, not multiplied by a learning rate.
-      distribution: an initializer ``(key, shape, dtype) -> Q`` for shape ``(n, r)``; uniform on +-1/sqrt(n), as DFA's.
-      scale: factor on the drawn ``Q``.
+      source: where the error is taken: None, the logits; else the path of a later module, read by
+        :func:`jaxfa.nn.attach`: its input without ``at=``, its output with it. What is above it learns by
+        backpropagation. Without Flax, lay a wire there: ``jaxfa.error_wire(h)``, added to that ``h``.
+      learn_p: whether ``p`` learns.
+      learn_q: whether ``q`` learns. The rule then decays the weights, too.
+      learning_rate: ``eta`` of ``p``, stable below 1; ours.
+      weight_decay: ``lambda`` of ``q`` and the weights, per step, not multiplied by a learning rate.
+      distribution: an initializer ``(key, shape, dtype) -> q`` for shape ``(n, r)``; uniform on +-1/sqrt(n), as DFA's.
+      scale: factor on the drawn ``q``.
 
     Returns:
       A direct :class:`jaxfa.Rule`.
@@ -104,4 +105,5 @@ def dldfa(
         thin = jax.ShapeDtypeStruct((*logits.shape[:k], r), logits.dtype)
         return LowRankDirect(p, scale * direct_matrix(q_key, draw, h, thin), learn_p, learn_q)
 
-    return Rule(init, transform=factors_learn(learn_p, learn_q, learning_rate, weight_decay), source=source)
+    transform = factors_learn(learn_p, learn_q, learning_rate, weight_decay)
+    return Rule(init, transform=transform, source=source, globs=globs_of(rank))

@@ -26,25 +26,37 @@ class JacobianFeedback(DirectFeedback):
         ``(H / t, W / t, n, C)`` for tiles of ``t x t`` pixels, all of which receive the same.
       mean: the running mean of the Jacobian's estimates, as ``b``; None if none is kept.
       own: the layer's own axes, such as ``(H, W, n)``.
+      outputs: how many axes the outputs have.
     """
 
     b: jax.Array
     mean: jax.Array | None
     own: tuple[int, ...] = field(metadata={"static": True})
+    outputs: int = field(default=1, metadata={"static": True})
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
         batch = h.shape[: h.ndim - len(self.own)]
-        thin = jax.ShapeDtypeStruct((*batch, *self.b.shape[: len(self.own)]), h.dtype)
+        thin = jax.ShapeDtypeStruct((*batch, *self.tiles), h.dtype)
         return self.spread(project(self.b, thin, e), len(batch))
 
     @property
     def pixels(self) -> int:
         """How many positions share one matrix."""
-        return math.prod(self.own) // math.prod(self.b.shape[: len(self.own)])
+        return math.prod(self.own) // math.prod(self.tiles)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading axes that count the layers of a stack."""
+        return self.b.shape[: self.b.ndim - len(self.own) - self.outputs]
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """The layer's own axes, positions by tile."""
+        return self.b.shape[len(self.stack) : len(self.stack) + len(self.own)]
 
     def spread(self, tiles: jax.Array, batch: int) -> jax.Array:
         """Gives every position of a tile the tile's values; the first ``batch`` axes are left alone."""
-        for axis, (size, count) in enumerate(zip(self.own, self.b.shape, strict=False), start=batch):
+        for axis, (size, count) in enumerate(zip(self.own, self.tiles, strict=True), start=batch):
             if count != size:
                 tiles = jnp.repeat(tiles, size // count, axis)
         return tiles
@@ -66,6 +78,10 @@ def grape(
     forward-mode derivative ``y'`` of the plain network: ``J_l = <p_l y'^T>``, averaged over the batch, is unbiased for
     every layer, since the perturbations of the others have no correlation with ``p_l``. Then one gradient step on
     ``sum_k (1 - cos(B_l[:, k], J_l[:, k]))`` over the outputs ``k``, and every column gets norm 1.
+
+    Axes that the logits share with an activation count as examples: with logits per token it is the Jacobian of a
+    token's logits in its own activation. Under batch normalisation in training mode what examples do to each other adds
+    variance, no bias. ``refine`` runs the model in its present mode and changes nothing of it but the feedback.
 
     Args:
       learning_rate: ``eta_B`` of that sum; the paper's mean over ``C`` outputs has the rate ``C`` times this one. Ours.
@@ -107,7 +123,7 @@ def grape(
     def turn(feedback: JacobianFeedback, estimate: jax.Array) -> jax.Array:
         # In the layer's own space a matrix counts once for each of its pixels.
         size = math.sqrt(feedback.pixels)
-        b, j = (size * array.reshape(-1, estimate.shape[-1]) for array in (feedback.b, estimate))
+        b, j = (size * array.reshape(math.prod(feedback.tiles), -1) for array in (feedback.b, estimate))
         norm = _norm(b, norm_axis) + epsilon
         cosine = jnp.sum(b * unit(j), norm_axis, keepdims=True) / norm
         b = b + learning_rate * (unit(j) - cosine * b / norm) / norm
@@ -169,11 +185,13 @@ def _rule(
             )
         counts = [1 if tile is None else size // tile for size in positions]
         b = direct_matrix(key, distribution, jax.ShapeDtypeStruct((*h.shape[:k], *counts, n), h.dtype), logits)
-        feedback = JacobianFeedback(b, None, tuple(h.shape[k:]))
+        feedback = JacobianFeedback(b, None, tuple(h.shape[k:]), len(logits.shape) - k)
         b = b / math.sqrt(feedback.pixels)
         return replace(feedback, b=b, mean=jnp.zeros_like(b) if averaging else None)
 
     def learn(feedback: JacobianFeedback, estimate: jax.Array) -> JacobianFeedback:
+        if feedback.stack:
+            return jax.vmap(learn)(feedback, estimate)
         if feedback.mean is None:
             return replace(feedback, b=turn(feedback, estimate))
         mean = averaging * feedback.mean + (1 - averaging) * estimate
@@ -189,15 +207,17 @@ def _rule(
 
 def _estimates(forward: Callable[..., jax.Array], nodes: list[Any], key: jax.Array, separate: bool) -> list[jax.Array]:
     """Unbiased estimates of the Jacobian of the logits in every tapped activation, each shaped as its ``b``."""
-    logits = jax.eval_shape(forward, [jnp.zeros(()) for _ in nodes])
-    batch = logits.shape[: logits.ndim - (nodes[0].b.ndim - len(nodes[0].own))]
-    axes = tuple(range(len(batch)))
+    # One number for each layer of a stack: whatever the activations' shapes are, it can be added to them.
+    logits = jax.eval_shape(forward, [jnp.zeros(node.stack) for node in nodes])
+    batches = [logits.shape[: logits.ndim - node.outputs] for node in nodes]
     keys = jax.random.split(key, len(nodes))
     tiles = [
-        jax.random.normal(key, (*batch, *node.b.shape[: len(node.own)]), node.b.dtype)
-        for key, node in zip(keys, nodes, strict=True)
+        jax.random.normal(key, (*node.stack, *batch, *node.tiles), node.b.dtype)
+        for key, batch, node in zip(keys, batches, nodes, strict=True)
     ]
-    tangents = [node.spread(p, len(batch)) for p, node in zip(tiles, nodes, strict=True)]
+    tangents = [
+        node.spread(p, len(node.stack) + len(batch)) for p, batch, node in zip(tiles, batches, nodes, strict=True)
+    ]
     zeros = [jnp.zeros_like(tangent) for tangent in tangents]
     if separate:
         alone = (
@@ -207,10 +227,13 @@ def _estimates(forward: Callable[..., jax.Array], nodes: list[Any], key: jax.Arr
         answers = [jax.jvp(forward, (zeros,), (some,))[1] for some in alone]
     else:
         answers = [jax.jvp(forward, (zeros,), (tangents,))[1]] * len(nodes)
-    return [
-        jnp.tensordot(p, y.astype(p.dtype), (axes, axes)) / (math.prod(batch) * node.pixels)
-        for p, y, node in zip(tiles, answers, nodes, strict=True)
-    ]
+
+    def correlate(p: jax.Array, y: jax.Array, batch: tuple[int, ...], node: JacobianFeedback) -> jax.Array:
+        axes = range(len(batch))
+        found = jnp.tensordot(p, y.astype(p.dtype), ([len(node.stack) + axis for axis in axes], list(axes)))
+        return found / (math.prod(batch) * node.pixels)
+
+    return list(map(correlate, tiles, answers, batches, nodes))
 
 
 def _unit_columns(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

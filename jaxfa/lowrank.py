@@ -1,5 +1,6 @@
 """What the low-dimensional rules share: ranks, projections, and Oja's rule for many outputs at once."""
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,23 +18,45 @@ Rank = int | float | Mapping[str, int | float]
 
 def check_rank(rank: Rank) -> None:
     """Refuses what is no rank."""
-    for value in rank.values() if isinstance(rank, Mapping) else [rank]:
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if not (whole or (isinstance(value, float) and 0.0 < value <= 1.0)):
+    values: list[Any] = list(rank.values()) if isinstance(rank, Mapping) else [rank]
+    for value in values or [rank]:
+        if not (_is_count(value) or _is_fraction(value)):
             raise ValueError(
                 f"A rank is a whole number from 1, a fraction of a layer's outputs in (0, 1], or a dictionary of these "
                 f"by globs of layer paths; got {value!r}."
             )
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral) and 0.0 < float(value) <= 1.0
+
+
+def globs_of(rank: Rank, labels: str | None = None) -> tuple[str, ...]:
+    """The globs of layer paths that a rule was given; ``"*"``, which is all that are left, may match nothing."""
+    given = (*(rank if isinstance(rank, Mapping) else ()), *([labels] if labels else ()))
+    return tuple(glob for glob in given if glob != "*")
+
+
+def is_at(path: str, glob: str) -> bool:
+    """Whether a glob matches a path or something above it; ``"*"`` matches all."""
+    return glob == "*" or matches(path, (glob,), under=True)
+
+
 def rank_at(rank: Rank, path: str, n: int, m: int) -> int:
     """The rank of one layer of ``n`` inputs and ``m`` outputs."""
     if isinstance(rank, Mapping):
-        found = [value for pattern, value in rank.items() if pattern == "*" or matches(path, (pattern,), under=True)]
+        found = [value for glob, value in rank.items() if is_at(path, glob)]
         if not found:
-            raise ValueError(f"No rank is given for the layer {path!r}: add it, or '*' for all others, to {rank!r}.")
+            raise ValueError(
+                f"No rank is given for the layer {path!r}: add it, or '*' for all others, to {rank!r}; without Flax, "
+                f"call init with path=."
+            )
         rank = found[0]
-    return min(rank if isinstance(rank, int) else max(1, round(rank * m)), n, m)
+    return min(int(rank) if _is_count(rank) else max(1, round(rank * m)), n, m)
 
 
 def orthonormal(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:

@@ -15,7 +15,8 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
     """One optax transformation for parameters and feedback: ``tx`` for the one, the rule's for the other.
 
     Nothing in ``tx`` (weight decay, momentum, clipping) touches a feedback, except where the rule asks for it
-    (Kolen-Pollack).
+    (Kolen-Pollack, LDFA). In a Flax model what keeps a copy of the updates, such as ``optax.MultiSteps``, goes inside,
+    around ``tx``.
 
     Args:
       tx: the optimizer of the parameters.

@@ -10,6 +10,7 @@ from flax import nnx
 import jaxfa.nn
 from experiments import models
 from experiments.methods import METHODS, method
+from jaxfa.base import is_direct
 
 SHAPES = {"mlp": (8, 8, 1), "lenet": (28, 28, 1), "convnet": (8, 8, 1), "resnet20": (32, 32, 3)}
 
@@ -65,8 +66,7 @@ def test_every_model_takes_both_families(name, rule):
 
 def test_direct_agrees_with_the_rule():
     for chosen in METHODS.values():
-        arguments = len(inspect.signature(chosen.rule().init).parameters)
-        assert chosen.direct == (arguments == 3)
+        assert chosen.direct == is_direct(chosen.rule())
 
 
 def test_max_pool_is_flax_own():

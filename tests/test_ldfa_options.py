@@ -70,12 +70,19 @@ def test_options_out_of_range_are_refused():
         with pytest.raises(ValueError, match=r"learning_rate in \(0, 1\]"):
             jaxfa.normative_ldfa(2, learning_rate=rate)
     w = jnp.ones((4, 3))
-    for rank in ({"head": 2}, {}):
-        for path in ("body", "", "net/head"):
-            with pytest.raises(ValueError, match=f"No rank is given for the layer '{path}'"):
-                jaxfa.ldfa(rank).init(KEY, w, path=path)
-        with pytest.raises(ValueError, match="No rank is given"):
-            jaxfa.dldfa(rank).init(KEY, w, w)
+    for path in ("body", "", "net/head"):
+        with pytest.raises(ValueError, match=f"No rank is given for the layer '{path}'"):
+            jaxfa.ldfa({"head": 2}).init(KEY, w, path=path)
+    with pytest.raises(ValueError, match="No rank is given"):
+        jaxfa.dldfa({"head": 2}).init(KEY, w, w)
+
+
+def test_numbers_of_numpy_are_numbers():
+    w = jnp.ones((8, 8))
+    for rank, expected in ((np.int64(3), 3), (np.float32(0.25), 2)):
+        assert jaxfa.ldfa(rank).init(KEY, w).p.shape == (8, expected)
+    with pytest.raises(ValueError, match="A rank is"):
+        jaxfa.ldfa({})
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 4), (3, 4)])

@@ -181,3 +181,41 @@ def test_plain_is_the_users_model_with_true_gradients_and_forward_mode(case):
     assert np.isfinite(tangent.astype(jnp.float32)).all()
     with pytest.raises(TypeError, match=r"forward-mode|jvp"):
         jax.jvp(aligned, (x,), (x,))
+
+
+class Einsums(nnx.Module):
+    """An einsum that is called with subscripts of its own."""
+
+    def __init__(self, made, called, shape):
+        self.below = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.layer = nnx.Einsum(made, shape, rngs=nnx.Rngs(1))
+        self.called = called
+
+    def __call__(self, x):
+        return self.layer(jnp.tanh(self.below(x)), self.called)
+
+
+@pytest.mark.parametrize(
+    ("made", "called", "shape", "x"),
+    [("na,ab->nb", "nta,ab->ntb", (4, 2), (3, 5, 4)), ("nha,hab->nhb", "nha,hab->nbh", (5, 4, 2), (3, 5, 4))],
+)
+def test_an_einsum_may_be_called_with_other_subscripts_of_the_same_roles(made, called, shape, x):
+    model, x = Einsums(made, called, shape), jax.random.normal(jax.random.key(2), x)
+    for factor in (1.0, -2.0):
+        aligned = jaxfa.nn.attach(model, as_feedback(factor), rngs=nnx.Rngs(3), example=x)
+        np.testing.assert_array_equal(aligned(x), model(x))
+        below = gradient(aligned, x)["model"]["below"]["kernel"][...], gradient(model, x)["below"]["kernel"][...]
+        np.testing.assert_allclose(below[0], factor * below[1], rtol=2e-5, atol=2e-5)
+
+
+def test_an_einsum_called_with_other_roles_is_refused():
+    model, x = Einsums("nha,hab->nhb", "nha,hab->nb", (5, 4, 2)), jnp.ones((3, 5, 4))
+    with pytest.raises(ValueError, match="'layer' is called with 'nha,hab->nb'"):
+        jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(3), example=x)
+
+
+@pytest.mark.parametrize("rule", [jaxfa.ldfa({"haed": 1, "*": 2}), jaxfa.ldfa(2, labels="haed")])
+def test_a_glob_of_a_rule_that_matches_nothing_is_refused(rule):
+    model = Pair(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), 4, nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"the rule's globs=\['haed'\] matches nothing"):
+        jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(3), example=jnp.ones((3, 4)))

@@ -62,6 +62,8 @@ class Aligned(nnx.Module):
         """
         if self.rule.refine is keep:
             return
+        if not (args or kwargs):
+            raise ValueError("This rule's own phase runs the model: give refine(key, x) one batch of inputs.")
         parts = _taps_with_feedback(self.model) if is_direct(self.rule) else _contractions(self.model)
         forward = _shifted_forward(self, args, kwargs) if is_direct(self.rule) else _layers(self, args, kwargs)
         if isinstance(forward, dict):  # a layer that this forward pass does not use has nothing to mirror

@@ -8,8 +8,8 @@ from flax import nnx
 from jaxfa.base import Rule, init_at, is_direct
 from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
-from jaxfa.nn.coverage import uses_of
-from jaxfa.nn.tap import Tap, fill_taps, place_tap
+from jaxfa.nn.coverage import uses_of, weights_above
+from jaxfa.nn.tap import Tap, check_source, fill_taps, place_tap, record_taps
 from jaxfa.nn.variables import init_stack, modules_of, structs
 from jaxfa.paths import matches
 
@@ -95,6 +95,7 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -
     """Puts a layer-wise rule on a model; returns the layers that the rule itself leaves to backpropagation."""
     sites = sites_of(model)
     _refuse_unmatched("at", at, list(sites), under=True)
+    _refuse_unmatched("the rule's globs", rule.globs, list(sites), under=True)
     first = set() if args is None else {path for path, use in uses_of(model, args).items() if use.first}
     backprop = []
     for path, (module, site) in sites.items():
@@ -122,18 +123,21 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> l
         _refuse_unmatched("at", at, list(modules), under=False)
         tapped = [path for path in modules if path and matches(path, at)]
     if rule.source is not None and rule.source not in tapped:
-        _refuse_unmatched("source", (rule.source,), list(modules) if at else tapped, under=False)
+        if at is None or rule.source not in modules:
+            paths = sorted(filter(None, modules if at else tapped))
+            raise ValueError(f"A source is the path of one module; {rule.source!r} is none of those here, {paths}.")
         tapped.append(rule.source)
+    _refuse_unmatched("the rule's globs", rule.globs, tapped, under=True)
     for path in tapped:
         place_tap(modules[path], path, at_input=at is None)
+    # Before the taps have their feedback, while they pass everything on.
+    seen = record_taps(model, args, {})
+    above = []
+    if rule.source in seen:
+        check_source(model, rule.source, seen)
+        above = weights_above(model, seen[rule.source], rule.source, args)
     fill_taps(model, rule, rngs, args)
-    return [] if rule.source is None else _above(rule.source, list(uses), at_input=at is None)
-
-
-def _above(source: str, order: list[str], *, at_input: bool) -> list[str]:
-    """The layers through whose weights the error comes to a rule's source."""
-    inside = [i for i, path in enumerate(order) if matches(path, (source,), under=True)]
-    return order[max(inside, default=-1) + (not at_input) :]
+    return above
 
 
 def _refuse_unmatched(name: str, globs: Any, paths: list[str], *, under: bool) -> None:

@@ -1,6 +1,6 @@
 """Layer-wise rules: where a Flax layer contracts its input with weights, and what takes that place."""
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxfa.base import Layer, LayerFeedback
 from jaxfa.nn.variables import Feedback, Recorder, intercept, modules_of, release
-from jaxfa.nn.views import Call, Groups, Matrices, Whole, of_einsum
+from jaxfa.nn.views import Call, Groups, Matrices, Whole, of_einsum, roles
 from jaxfa.ops import with_feedback
 
 
@@ -66,7 +66,7 @@ def find_site(module: Any) -> Site | None:
         case nnx.ConvTranspose() if module.mask is None:
             *window, n, m = range(len(module.kernel_shape))
             order = (*window, m, n) if module.transpose_kernel else (*window, n, m)
-            return Site("conv_transpose", _bare_conv_transpose(module), tuple(module.kernel_shape), Whole(order))
+            return Site("conv_transpose", BareConvTranspose.of(module), tuple(module.kernel_shape), Whole(order))
     return None
 
 
@@ -76,16 +76,24 @@ def sites_of(model: nnx.Module) -> dict[str, tuple[Any, Site]]:
     return {path: (module, site) for path, (module, site) in sorted(sites.items()) if site is not None}
 
 
-def _bare_conv_transpose(module: nnx.ConvTranspose) -> Callable[[jax.Array, jax.Array], jax.Array]:
+@dataclasses.dataclass(frozen=True)
+class BareConvTranspose:
     """``(x, kernel) -> y`` without the bias: ConvTranspose has no attribute for its operation."""
-    bare = nnx.clone(module)
-    bare.bias, bare.use_bias = nnx.data(None), False
-    graphdef, state = nnx.split(bare)
-    return functools.partial(_run_bare, graphdef, jax.tree.structure(state))
 
+    graphdef: Any
+    structure: Any
 
-def _run_bare(graphdef: Any, structure: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, jax.tree.unflatten(structure, [kernel]))(x)
+    @classmethod
+    def of(cls, module: nnx.ConvTranspose) -> "BareConvTranspose":
+        """That of a layer."""
+        bare = nnx.clone(module)
+        bare.bias, bare.use_bias = nnx.data(None), False
+        graphdef, state = nnx.split(bare)
+        return cls(graphdef, jax.tree.structure(state))
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The transposed convolution."""
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.structure, [kernel]))(x)
 
 
 class Contraction(nnx.Module):
@@ -102,7 +110,7 @@ class Contraction(nnx.Module):
         lead = int(isinstance(args[0], str))
         before, (x, kernel), after = args[:lead], args[lead : lead + 2], args[lead + 2 :]
         call = Call(self.site.operation, before, after, kwargs)
-        bound = self.site.view.bind(call, x)
+        bound = self._view(*before or [None]).bind(call, x)
         inputs, run = bound.split(x), with_feedback(bound.op)
         for _ in range(self.site.view.batch):
             run = jax.vmap(run)
@@ -110,6 +118,19 @@ class Contraction(nnx.Module):
             one = jax.ShapeDtypeStruct(inputs.shape[self.site.view.batch :], inputs.dtype)
             self.recorder.record(self.path, (bound.op, one))
         return bound.join(run(inputs, self.site.view.matrices(kernel), self.feedback.get_value()))
+
+    def _view(self, subscripts: str | None) -> Whole | Groups | Matrices:
+        """The kernel's view by the subscripts of this call, which may be others than the layer was made with."""
+        made = self.site.view
+        if subscripts is None:
+            return made
+        asked = of_einsum(subscripts, self.site.shape)
+        if roles(asked) != roles(made):
+            raise ValueError(
+                f"The einsum {self.path!r} is called with {subscripts!r}, in which its kernel's axes have other roles "
+                f"than in the subscripts that it was made with, for which its feedback is. Make the layer with these."
+            )
+        return asked
 
 
 def _contracted_conv_transpose(self: Any, own_call: Any, inputs: jax.Array) -> jax.Array:

@@ -89,6 +89,25 @@ def trace(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, s
     return audit(forward, params, states, structs(arrays), names=names)
 
 
+def weights_above(model: nnx.Module, tapped: Any, source: str, args: tuple[Any, ...]) -> list[str]:
+    """The weights through which the error comes to a rule's source: where a shift of its activation would be felt."""
+    graphdef, state = nnx.split(model)
+    arrays, rebuild = split_arrays(args)
+
+    def forward(shift: jax.Array, state: Any, arrays: Any) -> Any:
+        copy = nnx.merge(graphdef, state, copy=True)
+        dict(modules_of(copy))[source].feedback_tap.shift = nnx.Variable(shift)
+        return copy(*rebuild(arrays))
+
+    def own(path: Any, leaf: Any) -> str:
+        return "/".join(_segments(path)) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
+
+    states = structs(state)
+    names = (source, jax.tree_util.tree_map_with_path(own, states))
+    found = audit(forward, tapped, states, structs(arrays), names=names)
+    return [step.name for step in found.arrivals[source] if step.kind == "weights"]
+
+
 def cover(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coverage:
     """The table of an attached model for these inputs."""
     # Layer-wise rules are in the model itself; a direct one needs the wires that the root lays.

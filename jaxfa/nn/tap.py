@@ -132,18 +132,22 @@ def record_taps(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return recorder.seen
 
 
-def _end_at(model: nnx.Module, source: str, order: list[str]) -> None:
-    """Lets the wires end at the source; what is above it learns by backpropagation and needs no tap."""
-    above = order[order.index(source) + 1 :]
-    if order[0] == source:
+def check_source(model: nnx.Module, source: str, seen: dict[str, Any]) -> None:
+    """Refuses a source that no tap comes before, or of which there are several."""
+    order = list(seen)
+    if source in order[:1]:
         raise ValueError(f"No tapped module comes before the source {source!r}: {order} is the forward pass's order.")
+    if taps_of(model)[source][1]:
+        raise ValueError(f"The source {source!r} is inside a stack of layers; name a module outside of it.")
+
+
+def _end_at(model: nnx.Module, source: str, order: list[str]) -> None:
+    """Lets the wires end at the source; what comes after it needs no tap."""
+    above = order[order.index(source) + 1 :]
     for _, module in list(modules_of(model)):
         if hasattr(module, "feedback_tap") and module.feedback_tap.path in above:
             remove_tap(module)
-    tap, stack = taps_of(model)[source]
-    if stack:
-        raise ValueError(f"The source {source!r} is inside a stack of layers; name a module outside of it.")
-    tap.is_source = True
+    taps_of(model)[source][0].is_source = True
 
 
 def logits_of(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.ShapeDtypeStruct:
@@ -163,7 +167,7 @@ def call_with_wires(model: nnx.Module, plain: nnx.Module, args: tuple[Any, ...],
     wired = nnx.clone(model, variables=False)
     taps = {path: found for path, found in taps_of(wired).items() if found[0].feedback is not None}
     source = next((tap for tap, _ in taps_of(wired).values() if tap.is_source), None)
-    end = logits_of(plain, args, kwargs) if source is None else record_taps(model, args, kwargs)[source.path]
+    end = logits_of(plain, args, kwargs) if source is None else _source_of(model, source.path, args, kwargs)
     for tap, stack in taps.values():
         tap.wire = Wire(jnp.zeros((*stack, *end.shape), end.dtype))
     wires = [tap.wire for tap, _ in taps.values()]
@@ -175,6 +179,13 @@ def call_with_wires(model: nnx.Module, plain: nnx.Module, args: tuple[Any, ...],
     if sown:
         nnx.update(model, sown)
     return logits
+
+
+def _source_of(model: nnx.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    seen = record_taps(model, args, kwargs)
+    if path not in seen:
+        raise ValueError(f"This call never reaches the rule's source {path!r}, where its error is taken.")
+    return seen[path]
 
 
 def _with_wires(h: jax.Array, wires: Any) -> jax.Array:

@@ -143,10 +143,10 @@ class Matrices(NamedTuple):
         return _positions(lhs, first, ndim), y_axes
 
 
-def of_einsum(subscripts: str | None, shape: tuple[int, ...]) -> Whole | Matrices:
-    """How to see an einsum's kernel; as it is, where its axes are not known before the call or it has no outputs."""
+def of_einsum(subscripts: str, shape: tuple[int, ...]) -> Whole | Matrices:
+    """How to see an einsum's kernel; as it is, where an ellipsis hides its axes or none of them is an output."""
     whole = Whole(tuple(range(len(shape))))
-    operands, _, result = (subscripts or ",").replace(" ", "").partition("->")
+    operands, _, result = subscripts.replace(" ", "").partition("->")
     lhs, kernel = operands.split(",")
     if len(set(kernel)) != len(shape) or "." in kernel:
         return whole
@@ -157,6 +157,11 @@ def of_einsum(subscripts: str | None, shape: tuple[int, ...]) -> Whole | Matrice
         return whole
     order = (*batch, *inputs, *outputs)
     return Matrices(order, tuple(shape[i] for i in order), len(batch), len(outputs), f"{lhs},{kernel}->{result}")
+
+
+def roles(view: Any) -> Any:
+    """What a view says of its kernel alone, whatever the input's and the result's axes are called."""
+    return view._replace(subscripts=None) if isinstance(view, Matrices) else view
 
 
 def _positions(spec: str, letters: list[str], ndim: int) -> tuple[int, ...]:
