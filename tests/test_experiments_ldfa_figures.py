@@ -51,7 +51,7 @@ def test_linear_students_learn_what_the_theory_says(tmp_path, monkeypatch):
     config = ldfa_linear.Config(iterations=1000, seeds=2, ranks=(2,), **rates, out=tmp_path / "run")
     has_report(ldfa_linear.run(config), "backpropagation", "P and Q fixed", "recovers the teacher")
     results = records.read_json(tmp_path / "run" / "results.json")
-    assert results["steps"][-1] == 1000
+    assert 990 <= results["steps"][-1] <= 1000
     last = {name: np.array(values)[:, -1] for name, values in results["overlaps"].items()}
     np.testing.assert_allclose(last["0 backpropagation"], 1, atol=0.01)
     np.testing.assert_allclose(last["2 P and Q learned"], 1, atol=0.05)
