@@ -55,7 +55,7 @@ def dldfa(
     learn_p: bool = True,
     learn_q: bool = True,
     learning_rate: float = 0.03,
-    weight_decay: float = 1e-4,
+    weight_decay: float = 1e-3,
     distribution: Initializer | None = None,
     scale: float = 1.0,
 ) -> Rule:

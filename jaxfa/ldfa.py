@@ -83,7 +83,7 @@ def ldfa(
     learn_q: bool = True,
     labels: str | None = None,
     learning_rate: float = 0.03,
-    weight_decay: float = 1e-4,
+    weight_decay: float = 1e-3,
     distribution: Initializer | None = None,
     scale: float = 1.0,
 ) -> Rule:
