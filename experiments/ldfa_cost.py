@@ -25,6 +25,7 @@ from rich.progress import Progress
 
 import jaxfa
 from experiments import cost_report, data, operations, records, timing
+from experiments.ldfa_rank_mlp import FEEDBACK_RATE
 from experiments.models import MLP
 from experiments.optimizers import adam
 from experiments.train import train
@@ -65,7 +66,7 @@ class Config:
     """Channels of the convolutions, in pairs."""
     learning_rate: float = 6e-4
     """Of Adam, which multiplies it with 0.975 each epoch."""
-    feedback_rate: float = 0.01
+    feedback_rate: float = FEEDBACK_RATE
     """Of P."""
     seeds: int = 2
     """How many trainings at each rank, side by side."""
@@ -180,7 +181,7 @@ def step_costs(config: Config, name: NetworkName, dataset: data.Dataset) -> dict
 def rule(config: Config, rank: float, learn_p: bool = True, learn_q: bool = True) -> jaxfa.Rule:
     """Low-rank feedback whose decay is the optimizer's L2 penalty, for Q as for the weights."""
     rate = config.feedback_rate
-    return jaxfa.ldfa(rank, learn_p=learn_p, learn_q=learn_q, labels="head", learning_rate=rate, weight_decay=0.0)
+    return jaxfa.ldfa(rank, learn_p=learn_p, learn_q=learn_q, learning_rate=rate, weight_decay=0.0)
 
 
 def reach(config: Config, dataset: data.Dataset, identity: dict[str, Any]) -> dict[str, Any]:
