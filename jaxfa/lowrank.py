@@ -98,7 +98,9 @@ def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
     thin = errors @ p
     thin = (thin - thin.mean(0, keepdims=True)) / peak
     total = jnp.sum(centred**2)
-    step = centred.T @ thin - p @ (thin.T @ thin)
+    moved = centred.T @ thin
+    # p^T C p, from the shorter side: the batch's rows or the units.
+    step = moved - p @ (p.T @ moved if rows > errors.shape[1] else thin.T @ thin)
     return jnp.where(total > 0, step / jnp.where(total > 0, total, 1), 0)
 
 
