@@ -5,15 +5,16 @@ Claim: rules that carry the error back without the weights' transpose learn, and
 Command: ``python -m experiments run compare`` (``--help`` lists the options; ``make demo`` runs just this).
 
 Measured with the preset ``cpu`` (digits, MLP 64-256-256-256-10, 40 epochs, 3 seeds; last-epoch test accuracy, mean +-
-std; angle to backpropagation, mean of the hidden layers), in 2 min 26 s on two cores of a shared machine:
+std; angle to backpropagation, mean of the hidden layers), in 2 to 3 min on two cores of a shared machine:
 
 =============  ============  ======  =============  ============  ======
 bp             97.9 +- 0.2   0       weight_mirror  97.8 +- 0.5   26
-fa             97.6 +- 0.6   66      dfa            97.7 +- 0.3   65
-usf            97.9 +- 0.2   25      shared_dfa     97.2 +- 0.5   65
-brsf           97.9 +- 0.2   36      dkp            97.5 +- 0.3   51
-frsf           98.0 +- 0.4   31      drtp           80.3 +- 3.2   91
-kolen_pollack  97.9 +- 0.2   25
+fa             97.6 +- 0.6   66      ldfa, rank 16  98.3 +- 0.3   35
+usf            97.9 +- 0.2   25      dfa            97.7 +- 0.3   65
+brsf           97.9 +- 0.2   36      shared_dfa     97.2 +- 0.5   65
+frsf           98.0 +- 0.4   31      dkp            97.5 +- 0.3   51
+kolen_pollack  97.9 +- 0.2   25      dldfa, rank 8  98.1 +- 0.2   36
+drtp           80.3 +- 3.2   91      grape          97.9 +- 0.6   22
 =============  ============  ======  =============  ============  ======
 
 360 test images hardly tell 97.2 from 98.0 % apart: the angles, not the accuracies, rank the rules here. DRTP was
