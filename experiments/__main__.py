@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import jax
 import tyro
 from rich.console import Console
 
@@ -44,9 +43,6 @@ def main(args: list[str]) -> int:
       The exit status: 0, or 2 if the command was refused or the run stopped.
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    # Dispatched asynchronously, XLA:CPU at times waits for itself for ever (https://github.com/jax-ml/jax/issues/25861),
-    # which hung one of our runs. The steps are long enough to lose nothing by it.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         _dispatch(args)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:

@@ -60,11 +60,21 @@ def rank_at(rank: Rank, path: str, n: int, m: int) -> int:
 
 
 def orthonormal(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-    """A random projection ``(m, r)`` with orthonormal columns.
+    """A random projection ``(m, r)`` with orthonormal columns, by Gram and Schmidt, each column twice.
 
-    Never below single precision: in bfloat16 the small steps of a learned projection would round to nothing.
+    Never below single precision: in bfloat16 the small steps of a learned projection would round to nothing. And no
+    ``jnp.linalg.qr``: under ``vmap`` jaxlib's (0.10) waits on the pool of threads that it runs on, so that two layers'
+    at once hang a machine of two cores.
     """
-    return jnp.linalg.qr(jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32)))[0]
+    drawn = jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32))
+
+    def add(i: jax.Array, columns: jax.Array) -> jax.Array:
+        column = drawn[:, i]
+        for _ in range(2):
+            column = column - columns @ (columns.T @ column)
+        return columns.at[:, i].set(column / jnp.linalg.norm(column))
+
+    return jax.lax.fori_loop(0, shape[1], add, jnp.zeros_like(drawn))
 
 
 def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
