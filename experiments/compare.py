@@ -9,11 +9,11 @@ std; angle to backpropagation, mean of the hidden layers), in 2 to 3 min on two 
 
 =============  ============  ======  =============  ============  ======
 bp             97.9 +- 0.2   0       weight_mirror  97.8 +- 0.5   26
-fa             97.6 +- 0.6   66      ldfa, rank 16  98.3 +- 0.3   35
+fa             97.6 +- 0.6   66      ldfa, rank 16  98.3 +- 0.6   35
 usf            97.9 +- 0.2   25      dfa            97.7 +- 0.3   65
 brsf           97.9 +- 0.2   36      shared_dfa     97.2 +- 0.5   65
 frsf           98.0 +- 0.4   31      dkp            97.5 +- 0.3   51
-kolen_pollack  97.9 +- 0.2   25      dldfa, rank 8  98.1 +- 0.2   36
+kolen_pollack  97.9 +- 0.2   25      dldfa, rank 8  98.1 +- 0.3   38
 drtp           80.3 +- 3.2   91      grape          97.9 +- 0.6   22
 =============  ============  ======  =============  ============  ======
 
