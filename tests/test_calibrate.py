@@ -102,7 +102,10 @@ def test_a_flax_model_calibrates_by_its_plain_twin():
     def train(aligned, optimizer):
         found = nnx.grad(nnx_loss, argnums=nnx.DiffState(0, TRAINED))(aligned, x)
         graph, state = nnx.split(jaxfa.nn.plain(aligned))
-        exact = lambda: nnx.grad(nnx_loss)(nnx.merge(graph, state, copy=True), x)  # noqa: E731
+
+        def exact():
+            return nnx.grad(nnx_loss)(nnx.merge(graph, state, copy=True), x)
+
         optimizer.update(aligned, found, true_gradient=exact)
 
     train(aligned, optimizer)

@@ -37,7 +37,10 @@ def conv(taps, x, weights):
 def network(name):
     """``taps -> logits`` on one batch, and its feedback, all zero."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape) / math.sqrt(math.prod(shape[:-1])))  # noqa: E731
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape) / math.sqrt(math.prod(shape[:-1])))
+
     if name == "dense":
         x, weights = normal(9, SIZES[0]) * 5, [normal(n, m) for n, m in itertools.pairwise(SIZES)]
         own = [(n,) for n in SIZES[1:-1]]
@@ -187,13 +190,20 @@ def test_on_a_fixed_network_it_finds_the_jacobian(rule, name, x64):
     shapes = [jax.ShapeDtypeStruct((9, *node.own), jnp.float64) for node in nodes]
     logits = jax.ShapeDtypeStruct((9, nodes[0].b.shape[-1]), jnp.float64)
     start = [rule.init(KEY, h, logits) for h in shapes]
-    step = lambda feedback, key: (rule.refine(forward, feedback, key), None)  # noqa: E731
+
+    def step(feedback, key):
+        return rule.refine(forward, feedback, key), None
+
     found, _ = jax.jit(lambda keys: lax.scan(step, start, keys))(jax.random.split(KEY, 600))
     for node, before, j in zip(found, start, jacobians(forward, nodes), strict=True):
-        columns = [np.asarray(array).reshape(-1, array.shape[-1]) for array in (node.b, before.b, j)]
-        cosine = lambda b, j: np.mean(np.sum(b * j, 0) / (np.linalg.norm(b, axis=0) * np.linalg.norm(j, axis=0)))  # noqa: E731
-        assert cosine(columns[0], columns[2]) > 0.8
-        assert not np.any(before.b) or cosine(columns[1], columns[2]) < 0.6
+        assert cosine(node.b, j) > 0.8
+        assert not np.any(before.b) or cosine(before.b, j) < 0.6
+
+
+def cosine(*pair):
+    """The mean over outputs of the cosine between two matrices' columns."""
+    b, j = (np.asarray(array).reshape(-1, array.shape[-1]) for array in pair)
+    return np.mean(np.sum(b * j, 0) / (np.linalg.norm(b, axis=0) * np.linalg.norm(j, axis=0)))
 
 
 @pytest.mark.parametrize("tile", [1, 2, None])
