@@ -28,7 +28,7 @@ drtp 65.8 +- 1.4. The preset ``paper`` has not been run.
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 from rich.console import Console
@@ -82,9 +82,7 @@ class Config:
     def __post_init__(self) -> None:
         for name in self.methods:
             methods.method(name)
-        for field in ("epochs", "batch", "seeds", "save_every"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        records.refuse_below_one(self, "epochs", "batch", "seeds", "save_every")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
 
@@ -115,7 +113,8 @@ def run(config: Config) -> Path:
     dataset = data.on_device(dataset if config.split == "test" else data.hold_out(dataset))
     shape = dataset.train_images.shape[1:]
     found = models.architecture(config.model, shape)
-    identity = _identity(config)
+    ignored = ("methods", "loop", "save_every", "out", "data", "fresh")
+    identity = records.identity("compare", config, ignored)
     records.open_run(config.out, identity, fresh=config.fresh)
     seeds = range(config.seed, config.seed + config.seeds)
     trainers: dict[str, Trainer] = {}
@@ -153,13 +152,6 @@ def _task(config: Config, name: MethodName, dataset: data.Dataset, found: models
 
 def _rate(config: Config, name: MethodName) -> float:
     return RATES.get(name, RATE) if config.learning_rate is None else config.learning_rate
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """What the results depend on: the configuration without where it runs and which other rules run beside."""
-    ignored = ("methods", "loop", "save_every", "out", "data", "fresh")
-    fields = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
-    return {"experiment": "compare"} | fields
 
 
 def _table(rows: list[report.Row]) -> Table:

@@ -84,6 +84,16 @@ def hold_out(data: Dataset, fraction: float = 0.1) -> Dataset:
     )
 
 
+def first(data: Dataset, images: int | None, test_images: int | None) -> Dataset:
+    """The data set's first training and test images; None is all of them."""
+    return data._replace(
+        train_images=data.train_images[:images],
+        train_labels=data.train_labels[:images],
+        test_images=data.test_images[:test_images],
+        test_labels=data.test_labels[:test_images],
+    )
+
+
 def on_device(data: Dataset) -> Dataset:
     """The data set with its arrays on the device, once for all trainings."""
     return data._replace(**{name: jax.device_put(getattr(data, name)) for name in _ARRAYS})

@@ -107,9 +107,7 @@ class Config:
             raise ValueError(f"fractions must be in (0, 1], got {self.fractions}.")
         if not 0 < self.target < 1:
             raise ValueError(f"target must be an accuracy between 0 and 1, got {self.target}.")
-        for field in ("images", "test_images", "epochs", "width", "seeds"):
-            if getattr(self, field) is not None and getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        records.refuse_below_one(self, "images", "test_images", "epochs", "width", "seeds")
 
 
 PRESETS = {
@@ -133,17 +131,8 @@ def run(config: Config) -> Path:
       FloatingPointError: if a training diverges.
     """
     whole = data.load("cifar10", config.data)
-    dataset = data.on_device(
-        whole._replace(
-            train_images=whole.train_images[: config.images],
-            train_labels=whole.train_labels[: config.images],
-            test_images=whole.test_images[: config.test_images],
-            test_labels=whole.test_labels[: config.test_images],
-        )
-    )
-    ignored = ("networks", "ranks", "out", "data", "fresh", "target")
-    given = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
-    identity = {"experiment": "ldfa_cost"} | given
+    dataset = data.on_device(data.first(whole, config.images, config.test_images))
+    identity = records.identity("ldfa_cost", config, ("networks", "ranks", "out", "data", "fresh", "target"))
     records.open_run(config.out, identity, fresh=config.fresh)
     steps: dict[str, Any] = {name: step_costs(config, name, dataset) for name in config.networks}
     curve = reach(config, dataset, identity)

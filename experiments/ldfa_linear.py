@@ -98,9 +98,7 @@ class Config:
     """Whether to delete the results that are there."""
 
     def __post_init__(self) -> None:
-        for field in ("iterations", "seeds"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        records.refuse_below_one(self, "iterations", "seeds")
         if not self.strengths or min(self.strengths) <= 0 or len(self.strengths) > OUTPUTS:
             raise ValueError(f"strengths must be 1 to {OUTPUTS} positive numbers, got {self.strengths}.")
         if not self.ranks or min(self.ranks) < 1 or max(self.ranks) > OUTPUTS:
@@ -125,9 +123,7 @@ def run(config: Config) -> Path:
     Raises:
       ValueError: if the folder holds another configuration's results.
     """
-    ignored = ("out", "fresh")
-    fields = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
-    records.open_run(config.out, {"experiment": "ldfa_linear"} | fields, fresh=config.fresh)
+    records.open_run(config.out, records.identity("ldfa_linear", config, ("out", "fresh")), fresh=config.fresh)
     found = {(0, BACKPROP): overlaps(config, jaxfa.backprop())}
     for rank in config.ranks:
         for name in VARIANTS:

@@ -97,9 +97,7 @@ class Config:
     """Whether to delete the results that are there."""
 
     def __post_init__(self) -> None:
-        for field in ("hidden", "window", "images", "test_images", "epochs", "batch", "seeds"):
-            if getattr(self, field) is not None and getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        records.refuse_below_one(self, "hidden", "window", "images", "test_images", "epochs", "batch", "seeds")
         if not self.ranks or min(self.ranks) < 1 or max(self.ranks) > self.cortex[0]:
             raise ValueError(f"ranks must be from 1 to the cortex's {self.cortex[0]} channels, got {self.ranks}.")
 
@@ -128,9 +126,7 @@ def run(config: Config) -> Path:
       FloatingPointError: if a training diverges.
     """
     dataset = grey(data.load("cifar10", config.data), config)
-    ignored = ("ranks", "out", "data", "fresh")
-    given = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
-    identity = {"experiment": "ldfa_retina"} | given
+    identity = records.identity("ldfa_retina", config, ("ranks", "out", "data", "fresh"))
     records.open_run(config.out, identity, fresh=config.fresh)
     results: dict[str, Result] = {}
     with Progress() as progress:
@@ -162,21 +158,15 @@ def network(config: Config, dataset: data.Dataset, rngs: nnx.Rngs) -> Retina:
 def grey(dataset: data.Dataset, config: Config) -> data.Dataset:
     """The images that a configuration asks for, grey and halved, on the device."""
 
-    def convert(images: np.ndarray, count: int | None) -> np.ndarray:
-        light = images[:count] @ np.array([0.299, 0.587, 0.114], np.float32)
+    def convert(images: np.ndarray) -> np.ndarray:
+        light = images @ np.array([0.299, 0.587, 0.114], np.float32)
         for _ in range(config.halvings):
             light = light.reshape(len(light), light.shape[1] // 2, 2, light.shape[2] // 2, 2).mean((2, 4))
         return np.round(light).astype(np.uint8)[..., None]
 
-    return data.on_device(
-        dataset._replace(
-            train_images=convert(dataset.train_images, config.images),
-            train_labels=dataset.train_labels[: config.images],
-            test_images=convert(dataset.test_images, config.test_images),
-            test_labels=dataset.test_labels[: config.test_images],
-            augmented=False,
-        )
-    )
+    dataset = data.first(dataset, config.images, config.test_images)
+    train, test = convert(dataset.train_images), convert(dataset.test_images)
+    return data.on_device(dataset._replace(train_images=train, test_images=test, augmented=False))
 
 
 def task(config: Config, dataset: data.Dataset, rank: int | None) -> Task:

@@ -3,6 +3,7 @@
 A folder belongs to one configuration. Files are replaced whole, so that a kill at any moment leaves the old or the new.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,29 @@ def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False) -> No
     write_json(folder / "config.json", config)
     starts = read_json(folder / "environment.json") if (folder / "environment.json").exists() else []
     write_json(folder / "environment.json", [*starts, environment()])
+
+
+def identity(experiment: str, config: Any, ignored: Sequence[str]) -> dict[str, Any]:
+    """What results depend on: a configuration without where it runs, and which other runs stand beside.
+
+    Args:
+      experiment: the experiment's name.
+      config: a dataclass.
+      ignored: the fields that no result depends on.
+
+    Returns:
+      The experiment and the other fields.
+    """
+    fields = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
+    return {"experiment": experiment} | fields
+
+
+def refuse_below_one(config: Any, *fields: str) -> None:
+    """Raises a ``ValueError`` if one of these fields is a number below 1; None is no number."""
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and value < 1:
+            raise ValueError(f"{field} must be at least 1, got {value}.")
 
 
 def environment() -> dict[str, Any]:

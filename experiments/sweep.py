@@ -88,10 +88,7 @@ class Config:
     """The fields that choose arms: more of them may join the results that are there."""
 
     def __post_init__(self) -> None:
-        for field in ("epochs", "batch", "seeds", "save_every", "images", "test_images"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field} must be at least 1, got {value}.")
+        records.refuse_below_one(self, "epochs", "batch", "seeds", "save_every", "images", "test_images")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
 
@@ -100,14 +97,7 @@ def prepare(config: Config, dataset: data.Dataset) -> data.Dataset:
     """The part of a data set that a configuration asks for, on the device."""
     if config.split == "validation":
         dataset = data.hold_out(dataset)
-    return data.on_device(
-        dataset._replace(
-            train_images=dataset.train_images[: config.images],
-            train_labels=dataset.train_labels[: config.images],
-            test_images=dataset.test_images[: config.test_images],
-            test_labels=dataset.test_labels[: config.test_images],
-        )
-    )
+    return data.on_device(data.first(dataset, config.images, config.test_images))
 
 
 def run(config: Config, page: Page, arms: Sequence[Arm]) -> Path:
@@ -128,7 +118,8 @@ def run(config: Config, page: Page, arms: Sequence[Arm]) -> Path:
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise ValueError(f"Every arm needs a name of its own, got {names}.")
-    identity = _identity(config)
+    ignored = ("loop", "save_every", "out", "data", "fresh", *config.arms)
+    identity = records.identity(type(config).__module__.rpartition(".")[2], config, ignored)
     records.open_run(config.out, identity, fresh=config.fresh)
     described = [{key: value for key, value in arm._asdict().items() if key != "task"} for arm in arms]
     for arm in described:
@@ -154,13 +145,6 @@ def _train(config: Config, identity: dict[str, Any], arms: Sequence[Arm]) -> Non
             kept |= {arm.name: trainer} if arm.name in references else {}
             pair = {reference: kept[reference], arm.name: trainer}
             timing.measure(pair, folder / "timing.json", reference=reference)
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """What the results depend on: the configuration without where it runs and which other arms run beside."""
-    ignored = ("loop", "save_every", "out", "data", "fresh", *config.arms)
-    fields = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
-    return {"experiment": type(config).__module__.rpartition(".")[2]} | fields
 
 
 def _table(rows: Sequence[sweep_report.Row]) -> Table:

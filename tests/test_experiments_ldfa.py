@@ -238,7 +238,7 @@ def test_presets_are_configurations_that_fit(name):
     assert set(experiment.PRESETS) == {"cpu", "paper"}
     for config in experiment.PRESETS.values():
         assert config.split == "test"
-        assert json.dumps(sweep._identity(config))
+        assert json.dumps(records.identity(name, config, ("out", "data")))
     assert experiment.PRESETS["paper"].images is None
     assert len({config.out for config in experiment.PRESETS.values()}) == 2
 
