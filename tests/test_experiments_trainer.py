@@ -30,7 +30,7 @@ def task(rule, **options):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (80, 4, 4, 1), dtype=np.uint8), rng.integers(0, 4, 80).astype(np.int32)
     data = Dataset(images[:64], labels[:64], images[64:], labels[64:], 4)
-    return Task(lambda rngs: Net(rngs), rule, optax.adam(1e-2), data, 16, **options)
+    return Task(Net, rule, optax.adam(1e-2), data, 16, **options)
 
 
 def trained(task, epochs=2, seeds=(0,)):
