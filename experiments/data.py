@@ -22,13 +22,13 @@ _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 class Dataset(NamedTuple):
-    """A data set for image classification.
+    """A data set for image classification, or of text, where every token has the next one as its label.
 
     Attributes:
-      train_images: uint8 ``(N, H, W, C)``; NumPy's, or JAX's once on the device.
-      train_labels: int32 ``(N,)``.
-      test_images: uint8 ``(M, H, W, C)``.
-      test_labels: int32 ``(M,)``.
+      train_images: uint8 ``(N, H, W, C)``, or tokens ``(N, T)``; NumPy's, or JAX's once on the device.
+      train_labels: int32 ``(N,)``, or ``(N, T)``.
+      test_images: ``(M, ...)``, likewise.
+      test_labels: ``(M, ...)``, likewise.
       classes: how many labels there are.
       augmented: whether training shifts and mirrors the images: natural ones, not digits.
     """
