@@ -7,10 +7,12 @@ file is missing, TFDS makes it, once; offline ``python ../shared/data/unpack.py 
 
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -107,6 +109,12 @@ def channel_moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = counts @ levels / counts.sum(1)
     variance = counts @ levels**2 / counts.sum(1) - mean**2
     return mean.astype(np.float32), np.sqrt(np.maximum(variance, 1e-12)).astype(np.float32)
+
+
+def normalize(images: np.ndarray) -> Callable[[jax.Array], jax.Array]:
+    """What gives every channel of images the mean 0 and the deviation 1 that it has over these, uint8 of four axes."""
+    mean, deviation = (moment.reshape(1, 1, 1, -1) for moment in channel_moments(images))
+    return lambda images: (images.astype(jnp.float32) - mean) / deviation
 
 
 def _digits() -> Dataset:

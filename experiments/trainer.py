@@ -19,7 +19,7 @@ from jax import lax
 import jaxfa
 import jaxfa.nn
 from experiments.augment import crop_and_flip
-from experiments.data import Dataset, channel_moments
+from experiments.data import Dataset, normalize
 from experiments.seeds import side_by_side
 
 Loop = Literal["auto", "step", "scan"]
@@ -102,7 +102,7 @@ class Trainer:
             raise ValueError(f"A batch of {task.batch} is more than the {len(data.train_labels)} training examples.")
         self.steps = most if task.steps is None else min(task.steps, most)
         self.scans = loop == "scan" or (loop == "auto" and jax.default_backend() != "cpu")
-        self._inputs = task.inputs or _normalized(np.asarray(data.train_images))
+        self._inputs = task.inputs or normalize(np.asarray(data.train_images))
         self._train = (jnp.asarray(data.train_images), jnp.asarray(data.train_labels))
         self._test = (jnp.asarray(data.test_images), jnp.asarray(data.test_labels))
         self._graph, example = jax.eval_shape(self._init, jax.random.key(0))
@@ -235,12 +235,6 @@ class Trainer:
         model.train()
         x = self._inputs(probe[0])
         return jaxfa.nn.alignment(model, lambda model: self.task.loss(model(x), probe[1]))
-
-
-def _normalized(images: np.ndarray) -> Callable[[jax.Array], jax.Array]:
-    """What gives every channel of images the mean 0 and the deviation 1 that it has over these."""
-    mean, deviation = (moment.reshape(1, 1, 1, -1) for moment in channel_moments(images))
-    return lambda images: (images.astype(jnp.float32) - mean) / deviation
 
 
 def _split(model: jaxfa.nn.Aligned) -> tuple[Any, Any, Any, Any]:
