@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.vit import Block
-
 
 class Embedding(nnx.Module):
     """A vector per token plus one per position, both learned.
@@ -26,8 +24,38 @@ class Embedding(nnx.Module):
         return self.tokens(tokens) + self.positions[:, : tokens.shape[1]]
 
 
+class Block(nnx.Module):
+    """Attention and a two-layer network, each beside a shortcut and before layer normalisation.
+
+    Args:
+      width: features of a token.
+      heads: of the attention.
+      ratio: hidden units per feature.
+      dropout: rate for attention's weights and for what each branch adds.
+      rngs: keys for the weights and for dropout.
+    """
+
+    def __init__(self, width: int, heads: int, ratio: int, dropout: float, *, rngs: nnx.Rngs):
+        self.attention = nnx.MultiHeadAttention(
+            heads, width, dropout_rate=dropout, broadcast_dropout=False, deterministic=False, decode=False, rngs=rngs
+        )
+        self.norm1 = nnx.LayerNorm(width, rngs=rngs)
+        self.fc1 = nnx.Linear(width, ratio * width, rngs=rngs)
+        self.fc2 = nnx.Linear(ratio * width, width, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """``(N, T, width)`` to the same shape; ``mask`` ``(T, T)`` says which token sees which."""
+        x = self.norm1(x + self.dropout(self.attention(x, mask=mask)))
+        return self.norm2(x + self.dropout(self.fc2(nnx.gelu(self.fc1(x)))))
+
+
 class GPT(nnx.Module):
     """Tokens with learned positions, blocks that see no later token, and a linear head on every token.
+
+    Blocks end in their normalisation, as the first transformers' did: feedback that is delivered to a block's output
+    tells it a direction and no size, so that a sum which nothing normalises would grow without end.
 
     Args:
       vocabulary: how many tokens there are.
@@ -39,8 +67,8 @@ class GPT(nnx.Module):
       dropout: rate of the blocks' every dropout.
       rngs: keys for the weights and for dropout.
 
-    Source: Radford, Wu, Child, Luan, Amodei, Sutskever, "Language Models are Unsupervised Multitask Learners", 2019,
-    https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf
+    Source: Radford, Narasimhan, Salimans, Sutskever, "Improving Language Understanding by Generative Pre-Training",
+    2018, https://cdn.openai.com/research-covers/language-unsupervised/language_understanding_paper.pdf
     """
 
     def __init__(
@@ -58,7 +86,6 @@ class GPT(nnx.Module):
         self.context = context
         self.embedding = Embedding(vocabulary, context, width, rngs=rngs)
         self.blocks = nnx.List([Block(width, heads, ratio, dropout, rngs=rngs) for _ in range(depth)])
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, vocabulary, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -75,4 +102,4 @@ class GPT(nnx.Module):
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, mask)
-        return self.head(self.norm(x))
+        return self.head(x)

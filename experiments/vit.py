@@ -29,9 +29,9 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.drop_path = nnx.Dropout(dropout, broadcast_dims=(1, 2), rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """``(N, tokens, width)`` to the same shape; ``mask`` says which tokens see which."""
-        x = x + self.drop_path(self.dropout(self.attention(self.norm1(x), mask=mask)))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(N, tokens, width)`` to the same shape."""
+        x = x + self.drop_path(self.dropout(self.attention(self.norm1(x))))
         hidden = self.dropout(nnx.gelu(self.fc1(self.norm2(x))))
         return x + self.drop_path(self.dropout(self.fc2(hidden)))
 
