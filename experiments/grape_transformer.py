@@ -82,8 +82,11 @@ PRESETS = {
         epochs=16,
         steps=50,
         test_images=512,
-        batch=32,
+        batch=16,
         learning_rate=3e-3,
+        dfa_rate=3e-3,
+        grape_rate=3e-3,
+        control_rate=1e-2,
         seeds=1,
     ),
     "paper": Config(
