@@ -129,8 +129,9 @@ def run(config: Config) -> Path:
 def _arms(config: Config, dataset: data.Dataset) -> Iterator[sweep.Arm]:
     same = config.corpus == "wikitext103"
     epoch = min(filter(None, (config.steps, len(dataset.train_labels) // config.batch)))
-    if max(config.calibrations) > epoch:
-        raise ValueError(f"An epoch of {epoch} steps has no {max(config.calibrations)} to calibrate at.")
+    if any(epoch % count for count in filter(None, config.calibrations)):
+        # Else the control would have another number of them.
+        raise ValueError(f"calibrations must divide an epoch's {epoch} steps (--steps), got {config.calibrations}.")
     bp = _task(config, dataset, config.learning_rate, epoch)
     yield sweep.Arm("bp", "Backpropagation", None, bp, PUBLISHED_BP if same else None)
     grape = jaxfa.grape(learning_rate=config.feedback_rate)

@@ -69,7 +69,7 @@ def test_only_the_published_text_stands_beside_the_published_numbers(play):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"calibrations": (0, 3)}, "An epoch of 2 steps has no 3"),
+        ({"calibrations": (0, 3)}, r"divide an epoch's 2 steps \(--steps\), got \(0, 3\)"),
         ({"calibrations": ()}, "one or more numbers from 0"),
         ({"calibrations": (-1,)}, "one or more numbers from 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
