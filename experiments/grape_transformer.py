@@ -81,6 +81,7 @@ PRESETS = {
         heads=4,
         epochs=16,
         steps=50,
+        calibrations=(0, 1, 10),
         test_images=512,
         batch=16,
         learning_rate=3e-3,
