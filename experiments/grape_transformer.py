@@ -5,9 +5,44 @@ mini-batch of backpropagation per epoch helps both (33.1 and 42.7), and brings G
 
 Command: ``python -m experiments run grape_transformer`` (``--preset paper`` for the published text).
 
-Inside a block the backward is exact; every block, and the embedding, gets its error from the output alone ("macro", of
-Launay et al. 2020). The head and the normalisation before it have their true gradient under every rule. The control
-that the paper lacks stands beside: as many steps of backpropagation as the calibrated arms have, and no others.
+Inside a block the backward is exact; every block, and the embedding, gets its error from the output alone ("macro").
+The head has its true gradient under every rule. The control that the paper lacks stands beside: as many steps of
+backpropagation as the calibrated arms have, and no others. A true gradient goes through the same Adam as the rule's.
+The paper does not give its network, tokens, rates or schedule: those of the preset ``paper`` are ours.
+
+Blocks end in their normalisation. Where it stands at the start of each branch instead, the sum along the network is
+held by nothing, and grows under direct feedback: with GrAPE, after 300 steps at a rate of 1e-3, the blocks' updates
+were 20 to 34 times the true gradient's norm (.9 to 1.2 times here), and the validation perplexity 16.1 (13.4).
+
+Measured with the preset ``cpu`` (Tiny Shakespeare by its 65 characters, so that perplexity is per character; width 64,
+4 blocks, context 64, 16 epochs of 50 steps of 16 windows; the first 512 windows of the test text; one seed and so no
+deviation; last epoch, which is the best for all; angle of each block's updates to backpropagation, mean of its layers,
+from first block to last; time of a step relative to backpropagation's), in 25 min on two CPU cores that a dozen other
+processes kept busy, under which backpropagation's own step took 1.1 to 1.3 times itself:
+
+========================  ==========  ==================  ====  ==============================
+true gradients per epoch  perplexity  angles              time  published, words of WikiText-103
+========================  ==========  ==================  ====  ==============================
+BP, all 50                7.28        0                   1     29.8
+DFA, 0                    12.26       63, 68, 64, 69      1.13  52.0
+DFA, 1                    12.23       66, 67, 64, 63      1.06  42.7
+DFA, 10                   11.51       75, 65, 61, 66      .91
+GrAPE, 0                  10.69       55, 52, 45, 7       1.35  42.3
+GrAPE, 1                  10.61       56, 50, 43, 7       1.67  33.1
+GrAPE, 10                 9.88        65, 55, 38, 9       1.72
+these 1 alone             29.04       0
+these 10 alone            13.05       0
+========================  ==========  ==================  ====  ==============================
+
+Learned feedback is ahead of fixed, as published, and better aligned, best in the last block; it ends 3.4 above
+backpropagation. One true gradient in 50 steps does next to nothing for either rule (.03 and .08), where the paper's
+gains 9 points; ten gain .8 for both, and leave GrAPE 2.6 above backpropagation. The control says that they need the
+rule all the same: alone, ten an epoch end at 13.05, behind DFA with none. Differences below some tenths are one seed's.
+
+Rates are the best of 1e-3, 3e-3 and 1e-2 (of the last two for the control) by perplexity on the validation part after
+300 steps (the control: 16), one seed: BP 12.5, 11.0, 11.5; DFA 23.2, 15.5, 22.7; GrAPE 13.4, 12.6, 13.0; control 28.3,
+27.9. Four of these (BP and GrAPE at 3e-3, both rules at 1e-3) had one more normalisation, before the head. Calibrated
+arms take their rule's rate; GrAPE's feedback rate is the library's. The preset ``paper`` has not been run.
 """
 
 import dataclasses
@@ -145,7 +180,7 @@ def _arms(config: Config, dataset: data.Dataset) -> Iterator[sweep.Arm]:
             yield sweep.Arm(f"{name}-{count}", title, count, task, published, axis=AXIS)
     for count in filter(None, config.calibrations):
         task = _task(config, dataset, config.control_rate, count)
-        yield sweep.Arm(f"alone-{count}", "As many steps of backpropagation alone", count, task, axis=AXIS)
+        yield sweep.Arm(f"alone-{count}", "These steps alone", count, task, axis=AXIS)
 
 
 def _task(config: Config, dataset: data.Dataset, rate: float, steps: int) -> Task:

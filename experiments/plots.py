@@ -146,6 +146,7 @@ def sweep(lines: Sequence[Line], levels: Sequence[Level], *, axis: str, unit: st
         )
         axes.set_xscale(**log, base=2)
         axes.xaxis.set_major_locator(mpl.ticker.FixedLocator(ticks))
+        axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(6))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}{unit}")
