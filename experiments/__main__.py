@@ -9,6 +9,7 @@ from rich.console import Console
 
 from experiments import (
     compare,
+    grape_transformer,
     ldfa_cost,
     ldfa_linear,
     ldfa_rank_mlp,
@@ -22,6 +23,7 @@ from experiments import (
 
 EXPERIMENTS = {
     "compare": compare,
+    "grape_transformer": grape_transformer,
     "ldfa_cost": ldfa_cost,
     "ldfa_linear": ldfa_linear,
     "ldfa_rank_mlp": ldfa_rank_mlp,
@@ -56,7 +58,7 @@ def _dispatch(args: list[str]) -> None:
     match args:
         case ["list"]:
             for name, experiment in EXPERIMENTS.items():
-                print(f"{name:<14} {(experiment.__doc__ or '').splitlines()[0]}")
+                print(f"{name:<18} {(experiment.__doc__ or '').splitlines()[0]}")
         case ["run", name, *options] if name in EXPERIMENTS:
             _run(name, options)
         case ["run", *names]:

@@ -7,10 +7,12 @@ file is missing, TFDS makes it, once; offline ``python ../shared/data/unpack.py 
 
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -22,13 +24,13 @@ _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 class Dataset(NamedTuple):
-    """A data set for image classification.
+    """A data set for image classification, or of text, where every token has the next one as its label.
 
     Attributes:
-      train_images: uint8 ``(N, H, W, C)``; NumPy's, or JAX's once on the device.
-      train_labels: int32 ``(N,)``.
-      test_images: uint8 ``(M, H, W, C)``.
-      test_labels: int32 ``(M,)``.
+      train_images: uint8 ``(N, H, W, C)``, or tokens ``(N, T)``; NumPy's, or JAX's once on the device.
+      train_labels: int32 ``(N,)``, or ``(N, T)``.
+      test_images: ``(M, ...)``, likewise.
+      test_labels: ``(M, ...)``, likewise.
       classes: how many labels there are.
       augmented: whether training shifts and mirrors the images: natural ones, not digits.
     """
@@ -107,6 +109,12 @@ def channel_moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = counts @ levels / counts.sum(1)
     variance = counts @ levels**2 / counts.sum(1) - mean**2
     return mean.astype(np.float32), np.sqrt(np.maximum(variance, 1e-12)).astype(np.float32)
+
+
+def normalize(images: np.ndarray) -> Callable[[jax.Array], jax.Array]:
+    """What gives every channel of images the mean 0 and the deviation 1 that it has over these, uint8 of four axes."""
+    mean, deviation = (moment.reshape(1, 1, 1, -1) for moment in channel_moments(images))
+    return lambda images: (images.astype(jnp.float32) - mean) / deviation
 
 
 def _digits() -> Dataset:

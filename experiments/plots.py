@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.metrics import Metric
+
 GREY, INK = "#9aa0a6", "#3c4043"
 _STYLE = {
     "svg.fonttype": "none",
@@ -26,14 +28,21 @@ _STYLE = {
 _LABELLED = 6
 
 
-def accuracy(history: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], color: str, floor: float) -> str:
-    """Accuracy over training, shaded by seed, above the reference's in grey.
+def course(
+    history: Sequence[dict[str, Any]],
+    reference: Sequence[dict[str, Any]],
+    color: str,
+    metric: Metric,
+    limits: tuple[float, float],
+) -> str:
+    """A metric over training, shaded by seed, beside the reference's in grey.
 
     Args:
       history: a run's records.
-      reference: backpropagation's records.
+      reference: its reference's, such as backpropagation's.
       color: of the run.
-      floor: the least accuracy shown, from 0 to 1.
+      metric: what to show.
+      limits: the least and the largest value shown.
 
     Returns:
       An ``<svg>`` element.
@@ -41,11 +50,10 @@ def accuracy(history: Sequence[dict[str, Any]], reference: Sequence[dict[str, An
     with mpl.rc_context(_STYLE):
         figure, axes = _panel(0.17, 0.97, history[-1]["epoch"])
         for records, shade, width in ((reference, GREY, 1.1), (history, color, 1.7)):
-            values = 100 * np.array([record["test_accuracy"] for record in records])
-            _band(axes, [record["epoch"] for record in records], values, shade, width)
-        axes.set_ylim(100 * floor, 100)
+            _band(axes, [record["epoch"] for record in records], metric.values(records), shade, width)
+        axes.set_ylim(*limits)
         axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}{metric.unit}")
         return _svg(figure)
 
 
@@ -132,7 +140,11 @@ def sweep(lines: Sequence[Line], levels: Sequence[Level], *, axis: str, unit: st
             hollow = {"mfc": "white", "linewidth": 0.8} if line.published else {"linewidth": 1.6, "elinewidth": 1}
             bars = None if line.published else deviations
             axes.errorbar(x, y, bars, marker="o", ms=4, color=line.color, mec=line.color, **hollow, **_dash(line))
-        axes.set_xscale("log", base=2)
+        # A logarithmic axis has no zero: where there is one, it stands a step below the least of the others.
+        log = (
+            {"value": "log"} if ticks[0] > 0 else {"value": "symlog", "linthresh": min(filter(None, ticks), default=1)}
+        )
+        axes.set_xscale(**log, base=2)
         axes.xaxis.set_major_locator(mpl.ticker.FixedLocator(ticks))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(6))

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments import plots, records
 from experiments.methods import DIRECT, EXACT, LAYERWISE, METHODS
+from experiments.metrics import METRICS
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLORS = {EXACT: "#4d5156", LAYERWISE: "#0072b2", DIRECT: "#d55e00"}
@@ -71,7 +72,7 @@ def write(folder: Path = Path("runs/compare")) -> Path:
     top = max(100.0, *(np.nanmax([*_angles(row).ravel(), 0]) + 5 for row in rows))
     figures = {
         row.name: {
-            "accuracy": plots.accuracy(row.history, rows[0].history, row.color, floor),
+            "accuracy": plots.course(row.history, rows[0].history, row.color, METRICS["accuracy"], (100 * floor, 100)),
             "angle": plots.angles(row.history, top) if row.layers else "",
         }
         for row in rows

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from experiments import data, records, sweep_report, timing
+from experiments.metrics import METRICS, Metric, MetricName
 from experiments.train import train
 from experiments.trainer import Loop, Task, Trainer
 
@@ -25,7 +26,7 @@ class Arm(NamedTuple):
       group: the line of the figure that it lies on.
       x: where on that line; None for a reference, drawn as a level.
       task: what is trained.
-      published: the published accuracy in percent; None if there is none.
+      published: the published number, such as accuracy in percent; None if there is none.
       reference: the name of the arm that it is compared with; by default the first arm.
       axis: what ``x`` counts; arms of another axis get a figure of their own.
     """
@@ -46,11 +47,15 @@ class Page(NamedTuple):
       title: a heading.
       claim: what the paper says that the sweep will show.
       published: whose the published numbers are, and how they were taken.
+      metric: what the numbers are.
+      course: whether to show every arm over training, too.
     """
 
     title: str
     claim: str
     published: str
+    metric: MetricName = "accuracy"
+    course: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +131,7 @@ def run(config: Config, page: Page, arms: Sequence[Arm]) -> Path:
         arm["reference"] = arm["reference"] or names[0]
     records.write_json(config.out / "sweep.json", page._asdict() | {"arms": described})
     _train(config, identity, arms)
-    Console().print(_table(sweep_report.read_rows(config.out)))
+    Console().print(_table(sweep_report.read_rows(config.out), METRICS[page.metric]))
     return sweep_report.write(config.out)
 
 
@@ -147,10 +152,10 @@ def _train(config: Config, identity: dict[str, Any], arms: Sequence[Arm]) -> Non
             timing.measure(pair, folder / "timing.json", reference=reference)
 
 
-def _table(rows: Sequence[sweep_report.Row]) -> Table:
+def _table(rows: Sequence[sweep_report.Row], metric: Metric) -> Table:
     table = Table("arm", "last epoch", "best epoch", "gap", "published", "gap", "angle", "step")
     for row in rows:
-        gaps = ["" if gap is None else f"{gap:+.1f}" for gap in (row.gap, row.published_gap)]
+        gaps = ["" if gap is None else f"{gap:+.{metric.digits}f}" for gap in (row.gap, row.published_gap)]
         published = "" if row.published is None else f"{row.published:.1f}"
         step = f"{row.step['ratio']:.2f} x" if row.step else ""
         found = (row.name, str(row.last), str(row.best), gaps[0], published, gaps[1], f"{row.angle.mean:.0f}°", step)

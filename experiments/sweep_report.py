@@ -1,4 +1,4 @@
-"""One HTML page from a folder of arms: a figure of accuracy, angle and time, and ours beside the published."""
+"""One HTML page from a folder of arms: figures of accuracy, angle and time, and ours beside the published."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from experiments import plots, records
+from experiments import courses, plots, records
+from experiments.metrics import METRICS, Metric
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 LEVEL = "#4d5156"
-CLOSE = 1.0
 TIMES = " \N{MULTIPLICATION SIGN}"
 
 
@@ -21,13 +21,15 @@ class Estimate(NamedTuple):
 
     mean: float
     std: float | None
+    digits: int = 1
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.1f} ± {self.std:.1f}"
+        mean = f"{self.mean:.{self.digits}f}"
+        return mean if self.std is None else f"{mean} ± {self.std:.{self.digits}f}"
 
 
 class Row(NamedTuple):
-    """What the report says of one arm; accuracies are percentages.
+    """What the report says of one arm; its accuracies are in the page's metric, percentages or perplexities.
 
     Attributes:
       name: the arm's.
@@ -35,6 +37,7 @@ class Row(NamedTuple):
       x: where on that line; None for a reference.
       axis: what ``x`` counts.
       published: the published accuracy.
+      reference: the name of the arm that it is compared with.
       last: accuracy after the last epoch.
       best: the mean over seeds of each one's best epoch, as published numbers often are.
       gap: ``best`` less the reference's, None for a reference.
@@ -50,6 +53,7 @@ class Row(NamedTuple):
     x: float | None
     axis: str
     published: float | None
+    reference: str
     last: Estimate
     best: Estimate
     gap: float | None
@@ -72,16 +76,18 @@ def write(folder: Path) -> Path:
     Raises:
       FileNotFoundError: if the folder holds no sweep.
     """
-    rows = read_rows(folder)
+    rows, described, metric = read_rows(folder), records.read_json(folder / "sweep.json"), metric_of(folder)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=True
     )
     page = environment.get_template("sweep.html.jinja").render(
-        page=records.read_json(folder / "sweep.json"),
+        page=described,
+        metric=metric,
         rows=rows,
         groups=[(group, [row for row in rows if row.group == group]) for group in _groups(rows)],
-        figures=[(axis, _figures(rows, axis)) for axis in _axes(rows)],
-        findings=findings(rows),
+        figures=[(axis, _figures(rows, axis, metric)) for axis in _axes(rows)],
+        courses=courses.panels(folder, rows, metric) if described.get("course") else [],
+        findings=findings(rows, metric),
         config=records.read_json(folder / "config.json"),
         environment=records.read_json(folder / rows[0].name / "environment.json")[-1],
         low=min(row.last.mean - (row.last.std or 0) for row in rows),
@@ -90,6 +96,11 @@ def write(folder: Path) -> Path:
     path = folder / "report.html"
     records.replace(path, page)
     return path
+
+
+def metric_of(folder: Path) -> Metric:
+    """What the numbers of a sweep's folder are."""
+    return METRICS[records.read_json(folder / "sweep.json").get("metric", "accuracy")]
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -110,41 +121,49 @@ def read_rows(folder: Path) -> list[Row]:
     if not any(histories.values()):
         raise FileNotFoundError(f"{folder} holds no trained arm; name a folder that a sweep filled with --out.")
     arms = [arm for arm in arms if histories[arm["name"]] and histories[arm["reference"]]]
-    best = {arm["name"]: _estimate(_accuracies(histories[arm["name"]])[1:].max(0)) for arm in arms}
+    metric = metric_of(folder)
+    best = {arm["name"]: _best(histories[arm["name"]], metric) for arm in arms}
     published = {arm["name"]: arm["published"] for arm in arms}
     colors = _colors(arms)
     return [
-        _row(folder, arm, history=histories[arm["name"]], best=best, published=published, color=colors[arm["group"]])
+        _row(folder, arm, histories[arm["name"]], metric, best=best, published=published, color=colors[arm["group"]])
         for arm in arms
     ]
 
 
-def findings(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def findings(rows: Sequence[Row], metric: Metric = METRICS["accuracy"]) -> list[tuple[str, str]]:
     """The least ``x`` of each group that comes close to its reference: pairs of a figure and its sentence."""
     found = []
     for group in _groups(rows):
         members = sorted((row for row in rows if row.group == group and row.x is not None), key=lambda row: row.x or 0)
         if not members:
             continue
-        ours = next((row.x for row in members if row.gap is not None and row.gap >= -CLOSE), None)
+        ours = next((row.x for row in members if row.gap is not None and metric.reaches(row.gap)), None)
         gaps = [row for row in members if row.published_gap is not None]
-        theirs = next((row.x for row in gaps if (row.published_gap or 0) >= -CLOSE), None)
-        text = f"is the least {members[0].axis} at which “{group}” comes within {CLOSE:g} point of its reference"
+        theirs = next((row.x for row in gaps if metric.reaches(row.published_gap or 0)), None)
+        text = f"is the least {members[0].axis} at which “{group}” comes within {metric.margin} of its reference"
         said = f"; published: {'none of these' if theirs is None else f'{theirs:g}'}." if gaps else "."
         found.append(("none" if ours is None else f"{ours:g}", text + said))
     return found
 
 
 def _row(
-    folder: Path, arm: dict[str, Any], *, history: list[dict[str, Any]], best: Any, published: Any, color: str
+    folder: Path,
+    arm: dict[str, Any],
+    history: list[dict[str, Any]],
+    metric: Metric,
+    *,
+    best: Any,
+    published: Any,
+    color: str,
 ) -> Row:
     name, reference = arm["name"], arm["reference"]
     known = name != reference and published[name] is not None and published.get(reference) is not None
     first = next(iter(history[-1]["angle"].values()))
     coverage, times = folder / name / "coverage.txt", folder / name / "timing.json"
     return Row(
-        **{key: arm[key] for key in ("name", "group", "x", "axis", "published")},
-        last=_estimate(_accuracies(history)[-1]),
+        **{key: arm[key] for key in ("name", "group", "x", "axis", "published", "reference")},
+        last=_estimate(metric.values(history)[-1], metric.digits),
         best=best[name],
         gap=None if name == reference else best[name].mean - best[reference].mean,
         published_gap=published[name] - published[reference] if known else None,
@@ -155,8 +174,8 @@ def _row(
     )
 
 
-def _figures(rows: Sequence[Row], axis: str) -> dict[str, str]:
-    """Accuracy, angle and time against one axis, each an ``<svg>`` element."""
+def _figures(rows: Sequence[Row], axis: str, metric: Metric) -> dict[str, str]:
+    """Accuracy or another metric, angle and time against one axis, each an ``<svg>`` element."""
 
     def draw(value: Callable[[Row], Any], spread: Callable[[Row], Any], unit: str, wide: bool) -> str:
         lines, levels = [], []
@@ -178,7 +197,7 @@ def _figures(rows: Sequence[Row], axis: str) -> dict[str, str]:
         return plots.sweep(lines, levels, axis=axis, unit=unit, wide=wide)
 
     return {
-        "accuracy": draw(lambda row: row.best.mean, lambda row: row.best.std, " %", True),
+        "metric": draw(lambda row: row.best.mean, lambda row: row.best.std, metric.unit, True),
         "angle": draw(lambda row: row.angle.mean, lambda row: row.angle.std, "°", False),
         "time": draw(lambda row: row.step and row.step["ratio"], lambda row: 0.0, TIMES, False),
     }
@@ -198,10 +217,10 @@ def _colors(arms: Sequence[dict[str, Any]]) -> dict[str, str]:
     return {arm["group"]: LEVEL for arm in arms} | {group: COLORS[i % len(COLORS)] for i, group in enumerate(lines)}
 
 
-def _accuracies(history: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Percentages, ``(epochs, seeds)``."""
-    return 100 * np.array([record["test_accuracy"] for record in history])
+def _best(history: Sequence[dict[str, Any]], metric: Metric) -> Estimate:
+    # Epoch 0, before training, is no epoch to choose.
+    return _estimate(metric.best(metric.values(history)[1:]), metric.digits)
 
 
-def _estimate(values: np.ndarray) -> Estimate:
-    return Estimate(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None)
+def _estimate(values: np.ndarray, digits: int = 1) -> Estimate:
+    return Estimate(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None, digits)

@@ -19,7 +19,7 @@ from jax import lax
 import jaxfa
 import jaxfa.nn
 from experiments.augment import crop_and_flip
-from experiments.data import Dataset, channel_moments
+from experiments.data import Dataset, normalize
 from experiments.seeds import side_by_side
 
 Loop = Literal["auto", "step", "scan"]
@@ -31,7 +31,7 @@ _CHUNK = 1000
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean cross-entropy of logits ``(N, classes)`` and whole-number labels ``(N,)``."""
+    """The mean cross-entropy of logits ``(..., classes)`` and whole-number labels ``(...)``, of images or tokens."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
@@ -39,7 +39,7 @@ class Task(NamedTuple):
     """What is trained.
 
     Attributes:
-      make: ``rngs -> module``, an NNX model from images to logits.
+      make: ``rngs -> module``, an NNX model from images, or other inputs, to logits.
       rule: a :class:`jaxfa.Rule`.
       optimizer: the optax transformation of the parameters; the rule's own joins it.
       data: a :class:`Dataset`.
@@ -48,6 +48,7 @@ class Task(NamedTuple):
       allow: the layers that may stay with backpropagation, likewise.
       loss: ``(logits, labels) -> scalar``.
       augment: ``(key, images) -> images``, for natural images alone: those of a data set that says so.
+      inputs: ``raw -> inputs``, what the model gets of the data set's; by default images, normalised by channel.
       calibrate: what the optimizer is wrapped in, such as ``functools.partial(jaxfa.calibrate, every=100)``.
       steps: steps of an epoch; by default as many as its images fill.
     """
@@ -61,6 +62,7 @@ class Task(NamedTuple):
     allow: tuple[str, ...] = ()
     loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy
     augment: Callable[[jax.Array, jax.Array], jax.Array] = crop_and_flip
+    inputs: Callable[[jax.Array], jax.Array] | None = None
     calibrate: Callable[..., optax.GradientTransformationExtraArgs] | None = None
     steps: int | None = None
 
@@ -100,8 +102,7 @@ class Trainer:
             raise ValueError(f"A batch of {task.batch} is more than the {len(data.train_labels)} training examples.")
         self.steps = most if task.steps is None else min(task.steps, most)
         self.scans = loop == "scan" or (loop == "auto" and jax.default_backend() != "cpu")
-        moments = channel_moments(np.asarray(data.train_images))
-        self._mean, self._deviation = (moment.reshape(1, 1, 1, -1) for moment in moments)
+        self._inputs = task.inputs or normalize(np.asarray(data.train_images))
         self._train = (jnp.asarray(data.train_images), jnp.asarray(data.train_labels))
         self._test = (jnp.asarray(data.test_images), jnp.asarray(data.test_labels))
         self._graph, example = jax.eval_shape(self._init, jax.random.key(0))
@@ -150,22 +151,28 @@ class Trainer:
           ``(seeds,)``; and how many ``calibrations`` there were, if any are made.
         """
         images, labels = self._test
-        chunks = [slice(i, i + _CHUNK) for i in range(0, len(labels), _CHUNK)]
+        rows = self._rows(_CHUNK)
+        chunks = [slice(i, i + rows) for i in range(0, len(labels), rows)]
         correct, loss = zip(*(self._score(state, images[chunk], labels[chunk]) for chunk in chunks), strict=True)
-        probe = (self._train[0][:_PROBE], self._train[1][:_PROBE])
+        rows = self._rows(_PROBE)
+        probe = (self._train[0][:rows], self._train[1][:rows])
         correct, loss, alignment = jax.device_get((sum(correct), sum(loss), self._align(state, probe)))
         # After the transfer, which sorts dictionaries: layers stand in the order of the forward pass.
         kernels = {row.layer: alignment[f"{row.layer}/kernel"] for row in self.coverage.rows}
         return {
-            "test_accuracy": correct / len(labels),
-            "test_loss": loss / len(labels),
+            "test_accuracy": correct / labels.size,
+            "test_loss": loss / labels.size,
             "angle": {layer: found.angle for layer, found in kernels.items()},
             "norm_ratio": {layer: found.norm_ratio for layer, found in kernels.items()},
         } | ({"calibrations": jax.device_get(state.optimizer.calibrations)} if self.task.calibrate else {})
 
+    def _rows(self, predictions: int) -> int:
+        """How many examples hold so many predictions, one or one per token each; a training batch always fits."""
+        return max(self.task.batch, predictions // self._train[1][0].size)
+
     def _attach(self, key: jax.Array) -> jaxfa.nn.Aligned:
         model = self.task.make(nnx.Rngs(jax.random.fold_in(key, _MODEL)))
-        example = jax.ShapeDtypeStruct((self.task.batch, *self.task.data.train_images.shape[1:]), jnp.float32)
+        example = jax.eval_shape(lambda raw: self._inputs(raw[: self.task.batch]), self._train[0])
         rngs = nnx.Rngs(jax.random.fold_in(key, _FEEDBACK))
         task = self.task
         return jaxfa.nn.attach(model, task.rule, rngs=rngs, at=task.at, allow=task.allow, example=example)
@@ -184,9 +191,6 @@ class Trainer:
         key = jax.random.fold_in(jax.random.fold_in(state.key, _ORDER), state.step // self.steps)
         order = jax.random.permutation(key, len(self.task.data.train_labels))
         return order[: self.steps * self.task.batch].reshape(self.steps, self.task.batch)
-
-    def _inputs(self, images: jax.Array) -> jax.Array:
-        return (images.astype(jnp.float32) - self._mean) / self._deviation
 
     def _update(self, state: State, order: jax.Array, train: Any) -> tuple[State, jax.Array]:
         """One step of one seed."""
@@ -224,7 +228,7 @@ class Trainer:
         model = nnx.merge(self._graph, state.params, state.feedback, state.rest)
         model.eval()
         logits = model(self._inputs(images))
-        return jnp.sum(logits.argmax(-1) == labels), self.task.loss(logits, labels) * len(labels)
+        return jnp.sum(logits.argmax(-1) == labels), self.task.loss(logits, labels) * labels.size
 
     def _alignment(self, state: State, probe: Any) -> dict[str, Any]:
         model = nnx.merge(self._graph, state.params, state.feedback, state.rest)
