@@ -141,7 +141,8 @@ def sweep(lines: Sequence[Line], levels: Sequence[Level], *, axis: str, unit: st
             bars = None if line.published else deviations
             axes.errorbar(x, y, bars, marker="o", ms=4, color=line.color, mec=line.color, **hollow, **_dash(line))
         # A logarithmic axis has no zero: where there is one, it stands a step below the least of the others.
-        log = {"value": "log"} if all(ticks) else {"value": "symlog", "linthresh": min(filter(None, ticks), default=1)}
+        least = min(filter(None, ticks), default=1)
+        log = {"value": "symlog", "linthresh": least} if 0 in ticks else {"value": "log"}
         axes.set_xscale(**log, base=2)
         axes.xaxis.set_major_locator(mpl.ticker.FixedLocator(ticks))
         axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
