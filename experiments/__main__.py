@@ -9,6 +9,10 @@ from rich.console import Console
 
 from experiments import (
     compare,
+    grape_ablation,
+    grape_deep,
+    grape_schedule,
+    grape_shallow,
     grape_transformer,
     ldfa_cost,
     ldfa_linear,
@@ -23,6 +27,10 @@ from experiments import (
 
 EXPERIMENTS = {
     "compare": compare,
+    "grape_ablation": grape_ablation,
+    "grape_deep": grape_deep,
+    "grape_schedule": grape_schedule,
+    "grape_shallow": grape_shallow,
     "grape_transformer": grape_transformer,
     "ldfa_cost": ldfa_cost,
     "ldfa_linear": ldfa_linear,

@@ -96,6 +96,27 @@ def first(data: Dataset, images: int | None, test_images: int | None) -> Dataset
     )
 
 
+def shrink(data: Dataset, factor: int) -> Dataset:
+    """The data set with every square of ``factor`` pixels a side averaged; NumPy's arrays.
+
+    Raises:
+      ValueError: if the images are not made of whole squares.
+    """
+    if factor == 1:
+        return data
+
+    def smaller(images: np.ndarray) -> np.ndarray:
+        n, height, width, channels = images.shape
+        if height % factor or width % factor:
+            raise ValueError(
+                f"Images of {height} x {width} pixels have no whole squares of {factor}; choose a divisor."
+            )
+        squares = images.reshape(n, height // factor, factor, width // factor, factor, channels)
+        return np.rint(squares.mean((2, 4))).astype(np.uint8)
+
+    return data._replace(train_images=smaller(data.train_images), test_images=smaller(data.test_images))
+
+
 def on_device(data: Dataset) -> Dataset:
     """The data set with its arrays on the device, once for all trainings."""
     return data._replace(**{name: jax.device_put(getattr(data, name)) for name in _ARRAYS})

@@ -176,6 +176,8 @@ def _row(
 
 def _figures(rows: Sequence[Row], axis: str, metric: Metric) -> dict[str, str]:
     """Accuracy or another metric, angle and time against one axis, each an ``<svg>`` element."""
+    # A reference of another axis is no level of this one.
+    rows = [row for row in rows if row.axis == axis or row.axis not in _axes(rows)]
 
     def draw(value: Callable[[Row], Any], spread: Callable[[Row], Any], unit: str, wide: bool) -> str:
         lines, levels = [], []

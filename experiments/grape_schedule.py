@@ -1,0 +1,99 @@
+"""GrAPE's calibration: accuracy against the epochs from one true gradient to the next, fixed or on measured alignment.
+
+Claim (Caillon et al. 2026): accuracy falls steadily as calibration becomes rarer, the more so the deeper the network.
+
+Command: ``python -m experiments run grape_schedule`` (``--preset paper`` for the published network and CIFAR-100).
+
+Beside the fixed schedule stands the paper's open question: one true gradient is computed as often, and used where its
+cosine with the rule's has fallen under a threshold; and the control: as many steps of backpropagation, and no others.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optax
+
+import jaxfa
+from experiments import data, grape_deep, sweep
+
+AXIS = "epochs from one true gradient to the next"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(grape_deep.Config):
+    """As for grape_deep, with one network and many schedules."""
+
+    networks: tuple[grape_deep.NetworkName, ...] = ("resnet20",)
+    """What to train: one network."""
+    periods: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Epochs from one true gradient to the next."""
+    below: float = 0.3
+    """The cosine under which the event-driven arms calibrate."""
+    out: Path = Path("runs/grape_schedule")
+    """The folder of the results."""
+
+    arms = ("periods",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.networks) != 1:
+            raise ValueError(f"grape_schedule trains one network, got {self.networks}.")
+        if min(self.periods, default=0) < 1:
+            raise ValueError(f"periods must be one or more numbers of epochs from 1, got {self.periods}.")
+
+
+def _preset(name: str, **changes: Any) -> Config:
+    return Config(**(dataclasses.asdict(grape_deep.PRESETS[name]) | changes))
+
+
+PRESETS = {
+    "cpu": _preset("cpu", networks=("resnet20",), periods=(1, 2, 6), out=Path("runs/grape_schedule")),
+    "paper": _preset("paper", networks=("resnet20",), out=Path("runs/grape_schedule-paper")),
+}
+PAGE = sweep.Page(
+    "How rarely may the true gradient come?",
+    "A deep network under direct feedback, with one mini-batch of backpropagation every so many epochs. The paper: "
+    "accuracy falls steadily as they become rarer.",
+    "Caillon et al. 2026, CIFAR-100, one per epoch",
+)
+
+
+def run(config: Config) -> Path:
+    """Trains every arm and writes the report.
+
+    Args:
+      config: a :class:`Config`.
+
+    Returns:
+      The path of the report.
+    """
+    return sweep.run(config, PAGE, list(_arms(config, grape_deep.load(config))))
+
+
+def _arms(config: Config, dataset: data.Dataset) -> Iterator[sweep.Arm]:
+    (name,) = config.networks
+    bp, epoch = grape_deep.task(config, dataset, name), len(dataset.train_labels) // config.batch
+    taps = grape_deep.NETWORKS[name].taps
+    yield sweep.Arm("bp", "Backpropagation", None, bp)
+    rules = {
+        "dfa": ("DFA", jaxfa.dfa(), config.dfa_rate),
+        "grape": ("GrAPE", grape_deep.grape(config), config.grape_rate),
+    }
+    for rule, (title, value, rate) in rules.items():
+        plain = grape_deep.task(config, dataset, name, rate)._replace(rule=value, at=taps)
+        yield sweep.Arm(rule, f"{title}, never calibrated", None, plain)
+        for period in config.periods:
+            fixed = plain._replace(calibrate=partial(jaxfa.calibrate, every=period * epoch))
+            yield sweep.Arm(f"{rule}-{period}", title, period, fixed, axis=AXIS)
+            event = plain._replace(calibrate=partial(jaxfa.calibrate, every=period * epoch, below=config.below))
+            yield sweep.Arm(f"{rule}-below-{period}", f"{title}, on measured cosine", period, event, axis=AXIS)
+    for period in config.periods:
+        # One step an epoch, of which all but every so many are left out.
+        taken = dataclasses.replace(config, epochs=max(1, config.epochs // period))
+        alone = grape_deep.task(taken, dataset, name, config.control_rate, steps=1)
+        rare = optax.conditionally_mask(alone.optimizer, lambda step, n=period, **_: (step + 1) % n == 0)
+        alone = alone._replace(optimizer=rare)
+        yield sweep.Arm(f"alone-{period}", "Those steps alone", period, alone, axis=AXIS)
