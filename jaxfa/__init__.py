@@ -1,5 +1,6 @@
 """Train neural networks without backpropagation: keep the model, the loss and the optimizer; choose a feedback rule."""
 
+from jaxfa import conservation as conservation
 from jaxfa import diagnostics as diagnostics
 from jaxfa.base import DirectFeedback as DirectFeedback
 from jaxfa.base import FixedFeedback as FixedFeedback
