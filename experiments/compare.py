@@ -70,6 +70,8 @@ class Config:
     """What accuracy is of: the test set, or a tenth of the training set held out, for every choice that is tuned."""
     loop: Loop = "auto"
     """One compiled step per batch or a scan over many; auto chooses by the backend. Both draw the same numbers."""
+    diagnostics: bool = False
+    """Whether every epoch's record has, by layer, effective ranks and how far what is conserved has drifted."""
     save_every: int = 5
     """Epochs from one checkpoint to the next; the last is always saved."""
     out: Path = Path("runs/compare")
@@ -113,7 +115,7 @@ def run(config: Config) -> Path:
     dataset = data.on_device(dataset if config.split == "test" else data.hold_out(dataset))
     shape = dataset.train_images.shape[1:]
     found = models.architecture(config.model, shape)
-    ignored = ("methods", "loop", "save_every", "out", "data", "fresh")
+    ignored = ("methods", "loop", "diagnostics", "save_every", "out", "data", "fresh")
     identity = records.identity("compare", config, ignored)
     records.open_run(config.out, identity, fresh=config.fresh)
     seeds = range(config.seed, config.seed + config.seeds)
@@ -147,6 +149,7 @@ def _task(config: Config, name: MethodName, dataset: data.Dataset, found: models
         data=dataset,
         batch=config.batch,
         at=found.taps if method.direct else None,
+        diagnostics=config.diagnostics,
     )
 
 

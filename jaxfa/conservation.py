@@ -48,7 +48,7 @@ class Pair(NamedTuple):
 
 
 def half_square(pair: Pair) -> jax.Array:
-    """``1/2 |w_j|^2 + 1/2 bias_j^2`` of every unit, ``(m,)``: of every step, they add up to :func:`quantity`'s drift."""
+    """``1/2 |w_j|^2 + 1/2 bias_j^2`` of every unit, ``(m,)``: over all steps, the drift of :func:`quantity`."""
     return 0.5 * _incoming(pair, pair)
 
 

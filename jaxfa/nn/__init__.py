@@ -16,9 +16,10 @@ from jaxfa.nn.conserved import imbalances as imbalances
 from jaxfa.nn.conserved import links as links
 from jaxfa.nn.coverage import Coverage as Coverage
 from jaxfa.nn.coverage import Row as Row
+from jaxfa.nn.errors import errors as errors
 from jaxfa.nn.variables import Feedback as Feedback
 
 __all__ = [
-    "Aligned", "Coverage", "Feedback", "Link", "Row", "align", "alignment", "attach", "imbalances", "links", "plain",
-    "weight_angles",
+    "Aligned", "Coverage", "Feedback", "Link", "Row", "align", "alignment", "attach", "errors", "imbalances",
+    "links", "plain", "weight_angles",
 ]  # fmt: skip
