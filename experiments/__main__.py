@@ -9,6 +9,7 @@ from rich.console import Console
 
 from experiments import (
     compare,
+    conservation,
     ldfa_cost,
     ldfa_linear,
     ldfa_rank_mlp,
@@ -22,6 +23,7 @@ from experiments import (
 
 EXPERIMENTS = {
     "compare": compare,
+    "conservation": conservation,
     "ldfa_cost": ldfa_cost,
     "ldfa_linear": ldfa_linear,
     "ldfa_rank_mlp": ldfa_rank_mlp,
