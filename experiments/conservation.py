@@ -1,6 +1,53 @@
-"""What feedback alignment conserves, along training; what must break it; and what starting aligned buys.
+"""What feedback alignment conserves along training, what must break it, and what starting aligned buys.
 
-WIP
+Claim (Robertson and Koyejo 2023): under feedback alignment ``1/2 |W_i|^2 - <W_{i+1}, B_{i+1}>`` is conserved in every layer;
+so alignment that starts out positive stays so; and a two-layer linear network finds the solution of minimum norm.
+
+Command: ``python -m experiments run conservation`` (``--datasets`` without a name leaves out all that needs data files).
+
+The law is followed on scikit-learn's digits in double precision (two hidden layers, biases, batches of 50, 500 steps at
+learning rate .1), unit by unit: ``Q_j(T) - Q_j(0)`` must be half of the squared steps. Below the last hidden layer
+direct feedback has no matrix of the weights' shape; the one that fits the whole training best, unit by unit and in
+hindsight, stands in its place, and still fails. An aligned start is :func:`jaxfa.nn.align`'s: ``W = B`` above the first
+layer, every unit scaled down until the law guarantees half of its alignment. Its control has the same norms in random
+directions. Accuracies are last-epoch test accuracies of an MLP (256-256-256, plain gradient descent, 5 epochs of the
+first 10,000 images, batches of 64; learning rates chosen on the validation split, each start's own).
+
+Measured with the preset ``cpu`` (3 seeds, mean +- std; 9 min on two cores of a machine that others kept six times
+overbooked, some 2.5 min of them computing):
+
+===============================================  ========  ==============
+largest ``|drift - half of the squared steps|``  paper     ours
+===============================================  ========  ==============
+linear, ReLU, leaky ReLU                         0 (flow)  1.3 to 2.2e-15
+convolutions with max-pooling                    -         4.0e-15
+DFA, last hidden layer                           -         1.3e-15
+tanh                                             -         .58
+momentum .9                                      -         160
+batch normalisation                              -         1.1
+DFA, layer below                                 -         .015
+===============================================  ========  ==============
+
+After the same time the drift is 5.8e-3, 5.4e-4, 5.4e-5 at the learning rates .1, .01, .001: it vanishes in the flow. The
+overlap of weights and feedback never falls below its bound: from a random start the bound is -36 and the overlap -1.8
+or more, so that the law promises nothing of what happens; from an aligned one they are 17.8 and 37.3. The linear network
+ends at a relative distance of 3e-15 from the least solution from a first layer of zeros or in the span of the data
+(paper: 0), and of .92 to 1.1 from a random one.
+
+========================  ============  ================  ============  ================
+start                     MNIST         angles            CIFAR-10      angles
+========================  ============  ================  ============  ================
+backpropagation           94.3 +- 0.7   0                 44.5 +- 1.1   0
+random                    89.5 +- 1.5   68, 73, 79        36.4 +- 0.8   77, 77, 78
+random, norms as aligned  83.7 +- 5.3   51, 50, 72        35.5 +- 1.9   64, 67, 81
+aligned                   92.2 +- 0.5   37, 32, 7         42.8 +- 0.9   40, 33, 8
+========================  ============  ================  ============  ================
+
+(Angles of the hidden layers' updates to backpropagation after the last epoch, in degrees.) An aligned start closes
+more than half of the gap between feedback alignment and backpropagation on MNIST, and four fifths on CIFAR-10, in these
+short trainings; the directions do it, not the norms, which alone do harm. It is weight transport once, at the start,
+and it does not stay as it is: the bound holds, but the angle of the first layer rises from 8 to 37 and 40 degrees, for
+weights grow across their feedback, too. Of the paper no accuracy is known. The preset ``paper`` has not been run.
 """
 
 import dataclasses

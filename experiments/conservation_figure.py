@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments import figures
 from experiments.conservation_laws import CASES, Followed
@@ -61,7 +62,8 @@ def table(laws: Laws, trained: Trained) -> list[list[str]]:
     drifts = {rate: float(np.abs(found.drift[-1]).max()) for rate, found in laws.rates.items()}
     first = max(drifts)
     for rate, drift in drifts.items():
-        rows.append([f"drift, learning rate {rate:g}", f"{drifts[first] * rate / first:.2e}", f"{drift:.2e}"])
+        theory = "" if rate == first else f"{drifts[first] * rate / first:.2e}"
+        rows.append([f"drift, learning rate {rate:g}", theory, f"{drift:.2e}"])
     for name, found in (("random", laws.cases["ReLU"]), ("aligned", laws.aligned)):
         least, bound = found.overlap.sum(1).min(), found.bound[-1].sum()
         rows.append([f"least overlap with the feedback, {name} start", f">= {bound:.2f}", f"{least:.2f}"])
@@ -114,13 +116,14 @@ def _colors(cases: dict[str, Followed]) -> dict[str, str]:
 
 def _residuals(axes: Axes, cases: dict[str, Followed]) -> None:
     for name, color in _colors(cases).items():
-        residual = np.maximum(cases[name].residual[1:], FLOOR)
-        axes.plot(np.arange(1, len(residual) + 1), residual, color=color, linewidth=1.3, label=name)
+        # From the second step: the first one is the same with momentum as without.
+        residual = np.maximum(cases[name].residual[2:], FLOOR)
+        axes.plot(np.arange(2, len(residual) + 2), residual, color=color, linewidth=1.3, label=name)
     axes.axhline(EXACT, color=figures.INK, linewidth=0.8, linestyle=":")
     axes.set(yscale="log", xscale="log", ylim=(FLOOR, 1e4), xlabel="step", title="exact for finite steps")
     axes.set_ylabel(r"$|\Delta Q - \frac{1}{2}\sum\|\Delta W\|^2|$, worst unit")
     spacing = {"labelspacing": 0.2, "columnspacing": 0.8, "handlelength": 1.1, "handletextpad": 0.4}
-    axes.legend(fontsize=6.5, ncols=2, loc="center", bbox_to_anchor=(0.55, 0.43), **spacing)
+    axes.legend(fontsize=6.5, ncols=2, loc="center", bbox_to_anchor=(0.5, 0.43), **spacing)
 
 
 def _units(axes: Axes, cases: dict[str, Followed]) -> None:
@@ -169,10 +172,10 @@ def _least(axes: Axes, least: dict[str, np.ndarray]) -> None:
 
 def _accuracies(axes: Axes, name: str, starts: Mapping[str, list[dict[str, Any]]]) -> None:
     for start, history in starts.items():
-        accuracy = 100 * np.array([record["test_accuracy"] for record in history]).T
-        figures.lines(axes, [record["epoch"] for record in history], accuracy, STARTS[start], start)
+        accuracy = 100 * np.array([record["test_accuracy"] for record in history[1:]]).T
+        figures.lines(axes, [record["epoch"] for record in history[1:]], accuracy, STARTS[start], start)
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", title=f"{TITLES.get(name, name)}, accuracy")
-    axes.legend(fontsize=7, loc="lower right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _angles(axes: Axes, trained: Trained) -> None:
@@ -181,10 +184,12 @@ def _angles(axes: Axes, trained: Trained) -> None:
             hidden = np.array([list(record["angle"].values())[:-1] for record in history], float).mean((1, 2))
             dashed = i == 0 and len(trained) > 1
             epochs = [record["epoch"] for record in history]
-            axes.plot(epochs, hidden, color=STARTS[start], linewidth=1.3, linestyle="--" if dashed else "-")
+            (line,) = axes.plot(epochs, hidden, color=STARTS[start], linewidth=1.5, linestyle="--" if dashed else "-")
+            line.set_label("" if dashed else start)
     axes.axhline(90, color=figures.INK, linewidth=0.8, linestyle=":")
     axes.set(xlabel="epoch", ylabel="angle to backpropagation (°)", ylim=(-3, 100), yticks=range(0, 91, 30))
     axes.set_title("angle to backpropagation")
+    axes.legend(fontsize=7, loc="center", bbox_to_anchor=(0.5, 0.44), title="start (f, g, h)", title_fontsize=7)
 
 
 def _range(values: np.ndarray) -> str:
