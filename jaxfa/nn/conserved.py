@@ -36,8 +36,8 @@ def links(aligned: Aligned, *args: Any) -> dict[str, Link]:
 
     Read off the traced gradient: a layer's reader is the one whose weights pass its error on. Left out are layers with
     several readers, used twice or stacked; all but ``nnx.Linear`` and ungrouped ``nnx.Conv``; readers whose feedback
-    has no matrix of their weights' shape (low-rank ones; direct ones but for the last layer). What stands between the
-    two, an activation or a norm, is not seen.
+    has no matrix of their weights' shape, as direct ones but for the last layer's. What stands between the two, an
+    activation or a norm, is not seen.
 
     Args:
       aligned: what :func:`attach` returned.
@@ -63,12 +63,13 @@ def links(aligned: Aligned, *args: Any) -> dict[str, Link]:
     if not args:
         raise ValueError("links() traces the model: give attach() an example=, or this call one batch of inputs.")
     sites = {path: found for path, found in sites_of(plain(aligned)).items() if _is_simple(*found)}
+    known = _direct_feedback(aligned, args) if is_direct(aligned.rule) else _layer_feedback(aligned)
     found = {}
     for layer, reader in _readers(plain(aligned), args).items():
-        if layer in sites and reader in sites:
-            pair, above = _pair(sites[layer], sites[reader]), sites[reader][0].kernel.get_value()
-            known, feedback = _feedback(aligned, args, layer, reader, above)
-            if known and above.shape[-2] % pair.w.shape[-1] == 0:
+        if layer in sites and reader in sites and reader in known:
+            pair, feedback = _pair(sites[layer][0], sites[reader][0]), known[reader]
+            fits = pair.above.shape[-2] % pair.w.shape[-1] == 0
+            if fits and (not isinstance(feedback, jax.Array) or feedback.size == pair.above.size):
                 found[layer] = Link(reader, pair, feedback)
     return found
 
@@ -116,7 +117,7 @@ def align(aligned: Aligned, *args: Any, ratio: float = 0.5) -> None:
       ratio: how much of the alignment training may take away, between 0 and 1.
 
     Raises:
-      ValueError: if the rule's feedback has no matrix of the weights' shape, as direct and low-rank ones.
+      ValueError: if the rule's feedback has no matrix of the weights' shape, as direct ones.
 
     Example:
       >>> import jax.numpy as jnp, jaxfa.nn
@@ -166,24 +167,26 @@ def _readers(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, str]:
     return readers
 
 
-def _pair(layer: Any, reader: Any) -> Pair:
-    module, _ = layer
+def _pair(module: Any, reader: Any) -> Pair:
     bias = None if module.bias is None else module.bias.get_value()
-    return Pair(module.kernel.get_value(), reader[0].kernel.get_value(), bias)
+    return Pair(module.kernel.get_value(), reader.kernel.get_value(), bias)
 
 
-def _feedback(aligned: Aligned, args: tuple[Any, ...], layer: str, reader: str, above: jax.Array) -> tuple[bool, Any]:
-    """Whether the error returns from the reader through one matrix, and which; None is backpropagation."""
-    if not is_direct(aligned.rule):
-        contraction = contractions_of(aligned.model).get(reader)
-        feedback = None if contraction is None else contraction.feedback.get_value()
-        return feedback is None or type(feedback).matrix is not LayerFeedback.matrix, feedback
-    # Where the error is delivered to the very units that the last layer reads, direct feedback is layer-wise.
+def _layer_feedback(aligned: Aligned) -> dict[str, Any]:
+    """What the error returns through from each layer; None, where it has no feedback, is backpropagation."""
+    parts = contractions_of(aligned.model)
+    feedback = {path: parts[path].feedback.get_value() if path in parts else None for path in sites_of(plain(aligned))}
+    return {path: one for path, one in feedback.items() if one is None or type(one).matrix is not LayerFeedback.matrix}
+
+
+def _direct_feedback(aligned: Aligned, args: tuple[Any, ...]) -> dict[str, jax.Array]:
+    """The matrix of the last layer, by its path: where the error is delivered to its very input, as a layer would."""
     ways = trace(aligned, args, {}, skip=1).arrivals
     taps = {Passage("direct", tap.scope): tap.feedback for tap, _ in taps_of(aligned.model).values()}
-    way = [taps.get(step) for step in ways[f"{layer}/kernel"]]
-    if ways[f"{reader}/kernel"] != {OUTPUT} or len(way) != 1 or way[0] is None:
-        return False, None
-    feedback = way[0].get_value()
-    known = isinstance(feedback, DirectMatrix) and feedback.b.size == above.size
-    return known, feedback.b if known else None
+    found: dict[str, jax.Array] = {}
+    for layer, reader in _readers(plain(aligned), args).items():
+        way = [taps.get(step) for step in ways[f"{layer}/kernel"]]
+        if ways[f"{reader}/kernel"] == {OUTPUT} and len(way) == 1 and way[0] is not None:
+            feedback = way[0].get_value()
+            found |= {reader: feedback.b} if isinstance(feedback, DirectMatrix) else {}
+    return found
