@@ -189,7 +189,7 @@ def _angles(axes: Axes, trained: Trained) -> None:
     axes.axhline(90, color=figures.INK, linewidth=0.8, linestyle=":")
     axes.set(xlabel="epoch", ylabel="angle to backpropagation (°)", ylim=(-3, 100), yticks=range(0, 91, 30))
     axes.set_title("angle to backpropagation")
-    axes.legend(fontsize=7, loc="center", bbox_to_anchor=(0.5, 0.44), title="start (f, g, h)", title_fontsize=7)
+    axes.legend(fontsize=7, loc="center", bbox_to_anchor=(0.5, 0.465), title="start (f, g, h)", title_fontsize=7)
 
 
 def _range(values: np.ndarray) -> str:
