@@ -9,6 +9,7 @@ from rich.console import Console
 
 from experiments import (
     compare,
+    conservation,
     grape_ablation,
     grape_deep,
     grape_schedule,
@@ -27,6 +28,7 @@ from experiments import (
 
 EXPERIMENTS = {
     "compare": compare,
+    "conservation": conservation,
     "grape_ablation": grape_ablation,
     "grape_deep": grape_deep,
     "grape_schedule": grape_schedule,

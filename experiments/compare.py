@@ -37,8 +37,9 @@ from rich.table import Table
 
 from experiments import data, methods, models, records, report, timing
 from experiments.methods import METHODS, MethodName
+from experiments.task import Task
 from experiments.train import train
-from experiments.trainer import Loop, Task, Trainer
+from experiments.trainer import Loop, Trainer
 
 # Adam's learning rates, chosen from 1e-4, 3e-4, 1e-3 and 3e-3 by accuracy on the validation split of digits (mlp, 144
 # images, 3 seeds): 1e-3 is within two deviations of the best for every rule but this one, whose signal never fades.
@@ -70,6 +71,8 @@ class Config:
     """What accuracy is of: the test set, or a tenth of the training set held out, for every choice that is tuned."""
     loop: Loop = "auto"
     """One compiled step per batch or a scan over many; auto chooses by the backend. Both draw the same numbers."""
+    diagnostics: bool = False
+    """Whether every epoch's record has, by layer, effective ranks and how far what is conserved has drifted."""
     save_every: int = 5
     """Epochs from one checkpoint to the next; the last is always saved."""
     out: Path = Path("runs/compare")
@@ -113,7 +116,7 @@ def run(config: Config) -> Path:
     dataset = data.on_device(dataset if config.split == "test" else data.hold_out(dataset))
     shape = dataset.train_images.shape[1:]
     found = models.architecture(config.model, shape)
-    ignored = ("methods", "loop", "save_every", "out", "data", "fresh")
+    ignored = ("methods", "loop", "diagnostics", "save_every", "out", "data", "fresh")
     identity = records.identity("compare", config, ignored)
     records.open_run(config.out, identity, fresh=config.fresh)
     seeds = range(config.seed, config.seed + config.seeds)
@@ -147,6 +150,7 @@ def _task(config: Config, name: MethodName, dataset: data.Dataset, found: models
         data=dataset,
         batch=config.batch,
         at=found.taps if method.direct else None,
+        diagnostics=config.diagnostics,
     )
 
 

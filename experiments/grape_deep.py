@@ -22,7 +22,7 @@ import jaxfa
 from experiments import data, records, sweep
 from experiments.alexnet import AlexNet
 from experiments.models import ResNet
-from experiments.trainer import Task
+from experiments.task import Task
 from experiments.vgg import VGG
 
 NetworkName = Literal["alexnet", "vgg16", "resnet20", "resnet56"]

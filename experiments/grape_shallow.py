@@ -19,7 +19,7 @@ import optax
 import jaxfa
 from experiments import data, sweep
 from experiments.cnn import CNN
-from experiments.trainer import Task
+from experiments.task import Task
 
 Name = Literal["mnist", "cifar10", "cifar100"]
 TITLES: dict[Name, str] = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}

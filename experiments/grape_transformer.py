@@ -56,7 +56,7 @@ from flax import nnx
 import jaxfa
 from experiments import data, records, sweep, text
 from experiments.gpt import GPT
-from experiments.trainer import Task
+from experiments.task import Task
 
 PUBLISHED_BP = 29.8
 PUBLISHED = {("dfa", 0): 52.0, ("dfa", 1): 42.7, ("grape", 0): 42.3, ("grape", 1): 33.1}

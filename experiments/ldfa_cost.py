@@ -51,8 +51,9 @@ from experiments import cost_report, data, operations, records, timing
 from experiments.ldfa_rank_mlp import FEEDBACK_RATE
 from experiments.models import MLP
 from experiments.optimizers import adam
+from experiments.task import Task
 from experiments.train import train
-from experiments.trainer import Task, Trainer
+from experiments.trainer import Trainer
 from experiments.vgg import VGG
 
 NetworkName = Literal["mlp", "vgg"]

@@ -58,7 +58,7 @@ from experiments import data, sweep
 from experiments.augment import flip_and_rotate
 from experiments.models import MLP
 from experiments.optimizers import adam
-from experiments.trainer import Task
+from experiments.task import Task
 
 GroupName = Literal["B1", "B2", "B3", "all", "direct", "fixed"]
 

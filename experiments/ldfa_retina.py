@@ -49,8 +49,9 @@ from experiments import checkpoint, data, figures, receptive_fields, records
 from experiments.optimizers import adam
 from experiments.receptive_fields import Result
 from experiments.retina import Retina
+from experiments.task import Task
 from experiments.train import train
-from experiments.trainer import State, Task, Trainer
+from experiments.trainer import State, Trainer
 
 PROBES = 256
 

@@ -45,7 +45,7 @@ import jaxfa
 from experiments import data, ldfa_rank_mlp, sweep
 from experiments.augment import crop_flip_and_cutout
 from experiments.optimizers import adam
-from experiments.trainer import Task
+from experiments.task import Task
 from experiments.vgg import VGG
 
 PUBLISHED_BP = 84.3

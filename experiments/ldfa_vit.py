@@ -41,7 +41,7 @@ from flax import nnx
 
 import jaxfa
 from experiments import data, ldfa_rank_mlp, sweep
-from experiments.trainer import Task
+from experiments.task import Task
 from experiments.vit import ViT
 
 RuleName = Literal["hebbian", "normative"]

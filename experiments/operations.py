@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments.trainer import Task
+from experiments.task import Task
 from jaxfa.diagnostics import flops
 
 

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from experiments import data, records, sweep_report, timing
 from experiments.metrics import METRICS, Metric, MetricName
+from experiments.task import Task
 from experiments.train import train
-from experiments.trainer import Loop, Task, Trainer
+from experiments.trainer import Loop, Trainer
 
 
 class Arm(NamedTuple):
@@ -80,6 +81,8 @@ class Config:
     """What accuracy is of: the test set, or a tenth of the training set held out, for every choice that is tuned."""
     loop: Loop = "auto"
     """One compiled step per batch or a scan over many; auto chooses by the backend. Both draw the same numbers."""
+    diagnostics: bool = False
+    """Whether every epoch's record has, by layer, effective ranks and how far what is conserved has drifted."""
     save_every: int = 10
     """Epochs from one checkpoint to the next; the last is always saved."""
     out: Path = Path("runs/sweep")
@@ -123,7 +126,7 @@ def run(config: Config, page: Page, arms: Sequence[Arm]) -> Path:
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise ValueError(f"Every arm needs a name of its own, got {names}.")
-    ignored = ("loop", "save_every", "out", "data", "fresh", *config.arms)
+    ignored = ("loop", "diagnostics", "save_every", "out", "data", "fresh", *config.arms)
     identity = records.identity(type(config).__module__.rpartition(".")[2], config, ignored)
     records.open_run(config.out, identity, fresh=config.fresh)
     described = [{key: value for key, value in arm._asdict().items() if key != "task"} for arm in arms]
@@ -141,7 +144,8 @@ def _train(config: Config, identity: dict[str, Any], arms: Sequence[Arm]) -> Non
     kept: dict[str, Trainer] = {}
     with _progress() as progress:
         for arm in arms:
-            trainer = Trainer(arm.task, seeds, config.loop)
+            task = arm.task._replace(diagnostics=config.diagnostics)
+            trainer = Trainer(task, seeds, config.loop)
             folder = config.out / arm.name
             found = identity | {"arm": arm.name}
             train(trainer, config.epochs, folder=folder, config=found, save_every=config.save_every, progress=progress)

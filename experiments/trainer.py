@@ -18,53 +18,18 @@ from jax import lax
 
 import jaxfa
 import jaxfa.nn
-from experiments.augment import crop_and_flip
-from experiments.data import Dataset, normalize
+from experiments.data import normalize
+from experiments.diagnosis import diagnose
 from experiments.seeds import side_by_side
+from experiments.task import Task
 
 Loop = Literal["auto", "step", "scan"]
 
 # What a seed's key is folded with: one stream per purpose.
 _MODEL, _FEEDBACK, _ORDER, _AUGMENT, _REFINE = range(5)
 _PROBE = 512
+_DIAGNOSED = 256  # whose errors are decomposed, a row each
 _CHUNK = 1000
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean cross-entropy of logits ``(..., classes)`` and whole-number labels ``(...)``, of images or tokens."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-class Task(NamedTuple):
-    """What is trained.
-
-    Attributes:
-      make: ``rngs -> module``, an NNX model from images, or other inputs, to logits.
-      rule: a :class:`jaxfa.Rule`.
-      optimizer: the optax transformation of the parameters; the rule's own joins it.
-      data: a :class:`Dataset`.
-      batch: examples per step.
-      at: where the rule goes, as for :func:`jaxfa.nn.attach`.
-      allow: the layers that may stay with backpropagation, likewise.
-      loss: ``(logits, labels) -> scalar``.
-      augment: ``(key, images) -> images``, for natural images alone: those of a data set that says so.
-      inputs: ``raw -> inputs``, what the model gets of the data set's; by default images, normalised by channel.
-      calibrate: what the optimizer is wrapped in, such as ``functools.partial(jaxfa.calibrate, every=100)``.
-      steps: steps of an epoch; by default as many as its images fill.
-    """
-
-    make: Callable[[nnx.Rngs], nnx.Module]
-    rule: jaxfa.Rule
-    optimizer: optax.GradientTransformation
-    data: Dataset
-    batch: int
-    at: tuple[str, ...] | None = None
-    allow: tuple[str, ...] = ()
-    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy
-    augment: Callable[[jax.Array, jax.Array], jax.Array] = crop_and_flip
-    inputs: Callable[[jax.Array], jax.Array] | None = None
-    calibrate: Callable[..., optax.GradientTransformationExtraArgs] | None = None
-    steps: int | None = None
 
 
 class State(NamedTuple):
@@ -114,6 +79,7 @@ class Trainer:
         self._scan = jax.jit(partial(_scan, step), static_argnums=3, donate_argnums=0)
         self._score = jax.jit(side_by_side(self._scores, seeds, (0, None, None)))
         self._align = jax.jit(side_by_side(self._alignment, seeds, (0, None)))
+        self._diagnose = jax.jit(self._diagnosis)
 
     def init(self) -> State:
         """The state before the first step."""
@@ -148,7 +114,7 @@ class Trainer:
 
         Returns:
           ``test_accuracy``, ``test_loss`` and, by layer from first to last, ``angle`` and ``norm_ratio``: arrays
-          ``(seeds,)``; and how many ``calibrations`` there were, if any are made.
+          ``(seeds,)``; how many ``calibrations`` there were, if any are made; and the diagnostics, if asked for.
         """
         images, labels = self._test
         rows = self._rows(_CHUNK)
@@ -164,7 +130,17 @@ class Trainer:
             "test_loss": loss / labels.size,
             "angle": {layer: found.angle for layer, found in kernels.items()},
             "norm_ratio": {layer: found.norm_ratio for layer, found in kernels.items()},
-        } | ({"calibrations": jax.device_get(state.optimizer.calibrations)} if self.task.calibrate else {})
+            **({"calibrations": jax.device_get(state.optimizer.calibrations)} if self.task.calibrate else {}),
+            **(self._diagnostics(state) if self.task.diagnostics else {}),
+        }
+
+    def _diagnostics(self, state: State) -> dict[str, Any]:
+        # Seed by seed: jaxlib 0.10.2's batched decompositions can hang on CPUs.
+        seeds = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(len(self.seeds))]
+        each = jax.device_get([self._diagnose(seed, self._train) for seed in seeds])
+        found = jax.tree.map(lambda *values: np.stack(values), *each)
+        layers = [row.layer for row in self.coverage.rows]
+        return {name: {layer: values[layer] for layer in layers if layer in values} for name, values in found.items()}
 
     def _rows(self, predictions: int) -> int:
         """How many examples hold so many predictions, one or one per token each; a training batch always fits."""
@@ -175,7 +151,10 @@ class Trainer:
         example = jax.eval_shape(lambda raw: self._inputs(raw[: self.task.batch]), self._train[0])
         rngs = nnx.Rngs(jax.random.fold_in(key, _FEEDBACK))
         task = self.task
-        return jaxfa.nn.attach(model, task.rule, rngs=rngs, at=task.at, allow=task.allow, example=example)
+        aligned = jaxfa.nn.attach(model, task.rule, rngs=rngs, at=task.at, allow=task.allow, example=example)
+        if task.prepare is not None:
+            task.prepare(aligned)
+        return aligned
 
     def _optimizer(self) -> optax.GradientTransformationExtraArgs:
         optimizer = jaxfa.optimizer(self.task.optimizer, self.task.rule)
@@ -198,7 +177,11 @@ class Trainer:
         images, labels = train[0][batch], train[1][batch]
         if self.task.data.augmented:
             images = self.task.augment(jax.random.fold_in(jax.random.fold_in(state.key, _AUGMENT), state.step), images)
-        x = self._inputs(images)
+        state, _, loss = self._learn(state, self._inputs(images), labels)
+        return state, loss
+
+    def _learn(self, state: State, x: jax.Array, labels: jax.Array) -> tuple[State, Any, jax.Array]:
+        """The state after a step on these examples, the step itself, and the loss before it."""
         model = nnx.merge(self._graph, state.params, state.feedback, state.rest)
         model.train()
         model.refine(jax.random.fold_in(jax.random.fold_in(state.key, _REFINE), state.step), x)
@@ -214,7 +197,7 @@ class Trainer:
         extra = {"true_gradient": partial(self._true_gradient, model, x, labels)} if self.task.calibrate else {}
         updates, optimizer = self._optimizer().update(signals, state.optimizer, learned, **extra)
         params, feedback = optax.apply_updates(learned, updates)
-        return State(params, feedback, rest, optimizer, state.key, state.step + 1), loss
+        return State(params, feedback, rest, optimizer, state.key, state.step + 1), updates, loss
 
     def _true_gradient(self, model: jaxfa.nn.Aligned, x: jax.Array, labels: jax.Array) -> Any:
         graph, params, rest = nnx.split(jaxfa.nn.plain(model), nnx.Param, ...)
@@ -235,6 +218,14 @@ class Trainer:
         model.train()
         x = self._inputs(probe[0])
         return jaxfa.nn.alignment(model, lambda model: self.task.loss(model(x), probe[1]))
+
+    def _diagnosis(self, state: State, train: Any) -> dict[str, Any]:
+        x, labels = self._inputs(train[0][:_DIAGNOSED]), train[1][:_DIAGNOSED]
+        first, updates = self._init(state.key)[1], self._learn(state, x, labels)[1]
+        trees = [(state.params, state.feedback), (first.params, first.feedback), updates]
+        model, start, update = (nnx.merge(self._graph, *tree, state.rest, copy=True) for tree in trees)
+        model.train()
+        return diagnose(model, start, update, lambda model: self.task.loss(model(x), labels))
 
 
 def _split(model: jaxfa.nn.Aligned) -> tuple[Any, Any, Any, Any]:

@@ -1,5 +1,6 @@
 """Train neural networks without backpropagation: keep the model, the loss and the optimizer; choose a feedback rule."""
 
+from jaxfa import conservation as conservation
 from jaxfa import diagnostics as diagnostics
 from jaxfa.base import DirectFeedback as DirectFeedback
 from jaxfa.base import FixedFeedback as FixedFeedback
@@ -34,7 +35,7 @@ from jaxfa.weight_mirror import weight_mirror as weight_mirror
 __version__ = "0.1.0"
 __all__ = [
     "DirectFeedback", "DirectMatrix", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop", "brsf",
-    "calibrate", "conv", "dfa", "diagnostics", "direct", "dkp", "dldfa", "drtp", "error_wire", "fa", "fdfa", "frsf",
-    "grape", "kolen_pollack", "ldfa", "linear", "normative_ldfa", "optimizer", "register", "usf", "weight_mirror",
-    "with_feedback",
+    "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "dkp", "dldfa", "drtp", "error_wire", "fa",
+    "fdfa", "frsf", "grape", "kolen_pollack", "ldfa", "linear", "normative_ldfa", "optimizer", "register", "usf",
+    "weight_mirror", "with_feedback",
 ]  # fmt: skip

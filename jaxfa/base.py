@@ -202,6 +202,17 @@ def is_feedback(node: Any) -> bool:
     return isinstance(node, LayerFeedback | DirectFeedback)
 
 
+def matrix_of(feedback: Any, w: jax.Array) -> jax.Array:
+    """The matrix that a layer-wise feedback puts in the place of weights.
+
+    Raises:
+      ValueError: if it has none, such as a direct or a low-rank one.
+    """
+    if isinstance(feedback, LayerFeedback) and type(feedback).matrix is not LayerFeedback.matrix:
+        return feedback.matrix(w)
+    raise ValueError(f"{type(feedback).__name__} has no matrix in the place of the weights {w.shape}.")
+
+
 def backprop() -> Rule:
     """Backpropagation itself, so that it stands in every table: no feedback, ordinary autodiff.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import entr
 
-from jaxfa.base import LayerFeedback
+from jaxfa.base import LayerFeedback, matrix_of
 
 
 class Alignment(NamedTuple):
@@ -99,13 +99,7 @@ def weight_angle(w: jax.Array, feedback: LayerFeedback) -> jax.Array:
 
     Source: as :func:`angle`.
     """
-    if not isinstance(feedback, LayerFeedback):
-        raise ValueError(f"{type(feedback).__name__} has no matrix in the place of the weights {w.shape}.")
-    try:
-        b = feedback.matrix(w)
-    except NotImplementedError as error:
-        raise ValueError(f"{type(feedback).__name__} has no matrix in the place of the weights {w.shape}.") from error
-    return angle(b, w)
+    return angle(matrix_of(feedback, w), w)
 
 
 def entropy_rank(matrix: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ def test_every_public_name_exists_and_is_documented(name):
 
 def test_the_list_of_names_is_complete():
     public = {name for name, thing in vars(jaxfa).items() if not name.startswith("_") and not inspect.ismodule(thing)}
-    assert set(jaxfa.__all__) == public | {"diagnostics"}
+    assert set(jaxfa.__all__) == public | {"conservation", "diagnostics"}
     assert sorted(jaxfa.__all__, key=str) == list(jaxfa.__all__)
 
 

@@ -26,7 +26,8 @@ from experiments import (
 )
 from experiments.__main__ import main
 from experiments.data import Dataset
-from experiments.trainer import Task, Trainer
+from experiments.task import Task
+from experiments.trainer import Trainer
 from experiments.vgg import VGG
 from experiments.vit import ViT
 

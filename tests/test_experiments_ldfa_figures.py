@@ -23,7 +23,8 @@ from experiments import (
 )
 from experiments.data import Dataset
 from experiments.models import MLP
-from experiments.trainer import Task, Trainer
+from experiments.task import Task
+from experiments.trainer import Trainer
 from experiments.vgg import VGG
 
 RETINA = {"retina": (3, 4), "cortex": (4,), "hidden": 8, "window": 3, "halvings": 1}

@@ -15,7 +15,8 @@ import jaxfa
 import jaxfa.nn
 from experiments import data, text
 from experiments.gpt import GPT
-from experiments.trainer import Task, Trainer, cross_entropy
+from experiments.task import Task, cross_entropy
+from experiments.trainer import Trainer
 
 PLAY = "To be, or not to be:\nthat is the question.\n" * 12
 TRAIN = ["a rose is a rose \n", "\n", "a <unk> is a rose\n"]

@@ -10,7 +10,8 @@ from flax import nnx
 
 import jaxfa
 from experiments.data import Dataset
-from experiments.trainer import Task, Trainer
+from experiments.task import Task
+from experiments.trainer import Trainer
 
 
 class Net(nnx.Module):

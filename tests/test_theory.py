@@ -1,6 +1,4 @@
-"""What theory says about training with a rule: what is conserved, what aligns, and what must break it."""
-
-import itertools
+"""What theory says about training with a rule: what aligns, what is estimated, and what must break it."""
 
 import jax
 import jax.numpy as jnp
@@ -18,105 +16,6 @@ KEY = jax.random.PRNGKey(5)
 
 def normal(*shape):
     return jnp.asarray(RNG.normal(size=shape))
-
-
-def drift_of_the_invariant(params_over_time, feedback):
-    """Per layer and neuron ``Q_T - Q_0 - 1/2 sum_t |dW_i(t)|^2``, with ``Q = 1/2 |W_i|^2 - <W_{i+1}, B_{i+1}>``.
-
-    A neuron's incoming weights are the last axis of ``W_i`` (and its bias), its outgoing ones the axis before in
-    ``W_{i+1}``.
-    """
-
-    def incoming(p):
-        return np.sum(np.square(p["w"]), axis=tuple(range(p["w"].ndim - 1))) + np.square(p["b"])
-
-    def outgoing(w, b):
-        return np.sum(np.asarray(w) * np.asarray(b), axis=(*range(w.ndim - 2), w.ndim - 1))
-
-    first, last = params_over_time[0], params_over_time[-1]
-    steps = [
-        jax.tree.map(lambda a, b: np.asarray(b) - np.asarray(a), before, after)
-        for before, after in itertools.pairwise(params_over_time)
-    ]
-    drift = []
-    for i in range(len(first) - 1):
-        q = [0.5 * incoming(p[i]) - outgoing(p[i + 1]["w"], feedback[i + 1].b) for p in (first, last)]
-        drift.append(q[1] - q[0] - 0.5 * sum(incoming(step[i]) for step in steps))
-        assert np.max(np.abs(q[1] - q[0])) > 1e-3  # it is no constant of a network that stands still
-    return [float(np.max(np.abs(d))) for d in drift]
-
-
-def trajectory(gradient, params, feedback, tx, batches):
-    """Parameters over time of plain training with a fixed feedback."""
-    state, history = tx.init(params), [params]
-    for data in batches:
-        updates, state = tx.update(gradient(params, feedback, *data), state, params)
-        params = optax.apply_updates(params, updates)
-        history.append(params)
-    return history
-
-
-@pytest.mark.parametrize(
-    ("activation", "tx", "holds"),
-    [
-        (jax.nn.relu, optax.sgd(0.1), True),
-        (jax.nn.leaky_relu, optax.sgd(0.1), True),
-        (jnp.positive, optax.sgd(0.1), True),
-        (jnp.tanh, optax.sgd(0.1), False),
-        (jax.nn.relu, optax.sgd(0.1, momentum=0.9), False),
-        (jax.nn.relu, optax.chain(optax.add_decayed_weights(0.01), optax.sgd(0.1)), False),
-    ],
-    ids=["relu", "leaky_relu", "linear", "tanh", "momentum", "weight_decay"],
-)
-def test_feedback_alignment_conserves_a_quantity_per_neuron(activation, tx, holds, x64):
-    params, feedback = create(jaxfa.fa(), KEY)
-    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
-    x, y = batch(40)
-    batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 40, 8)] * 6
-    history = trajectory(lambda *args: signals(*args, activation)[0], params, feedback, tx, batches)
-    drift = drift_of_the_invariant(history, feedback)
-    assert max(drift) < 1e-12 if holds else min(drift) > 1e-4, drift
-
-
-def test_direct_feedback_conserves_it_in_the_last_hidden_layer_only(x64):
-    params, feedback = create(jaxfa.dfa(), KEY)
-    x, y = batch()
-    history = trajectory(lambda *args: signals(*args, jax.nn.relu)[0], params, feedback, optax.sgd(0.1), [(x, y)] * 30)
-    below = jaxfa.FixedFeedback(normal(6, 5))  # no such matrix is in the network: whatever stands here, it breaks
-    lower, last = drift_of_the_invariant(history, [None, below, jaxfa.FixedFeedback(feedback[-1].b)])
-    assert last < 1e-12
-    assert lower > 1e-4
-
-
-def conv_network(params, feedback, x, y, activation):
-    h = x
-    for p, f in zip(params[:-1], feedback[:-1], strict=True):
-        z = jaxfa.conv(h, p["w"], f)
-        h = activation(z + jnp.broadcast_to(p["b"], z.shape))
-        n, height, width, c = h.shape
-        h = h.reshape(n, height // 2, 2, width // 2, 2, c).max((2, 4))
-    h = h.mean((1, 2))
-    out = jaxfa.linear(h, params[-1]["w"], feedback[-1])
-    return jnp.sum(jnp.sqrt(1 + jnp.square(out + jnp.broadcast_to(params[-1]["b"], out.shape) - y))) / len(x)
-
-
-@pytest.mark.parametrize(
-    ("activation", "momentum"),
-    [(jax.nn.relu, None), (jnp.tanh, None), (jax.nn.relu, 0.9)],
-    ids=["relu", "tanh", "momentum"],
-)
-def test_it_is_conserved_per_channel_of_a_convolutional_network(activation, momentum, x64):
-    shapes = [(3, 3, 2, 4), (3, 3, 4, 3), (3, 2)]
-    params = [{"w": 0.4 * normal(*s), "b": 0.1 * normal(s[-1])} for s in shapes]
-    feedback = [None, *(jaxfa.fa().init(k, p["w"]) for k, p in zip(jax.random.split(KEY), params[1:], strict=True))]
-    batches = [(normal(4, 8, 8, 2), normal(4, 2)) for _ in range(3)] * 4
-    gradient = jax.jit(jax.grad(conv_network), static_argnums=4)
-    history = trajectory(
-        lambda *args: gradient(*args, activation), params, feedback, optax.sgd(0.05, momentum=momentum), batches
-    )
-    drift = drift_of_the_invariant(history, feedback)
-    holds = activation is jax.nn.relu and momentum is None
-    assert max(drift) < 1e-12 if holds else min(drift) > 1e-4, drift
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,16 @@ from jaxfa.nn.aligned import alignment as alignment
 from jaxfa.nn.aligned import plain as plain
 from jaxfa.nn.aligned import weight_angles as weight_angles
 from jaxfa.nn.attach import attach as attach
+from jaxfa.nn.conserved import Link as Link
+from jaxfa.nn.conserved import align as align
+from jaxfa.nn.conserved import imbalances as imbalances
+from jaxfa.nn.conserved import links as links
 from jaxfa.nn.coverage import Coverage as Coverage
 from jaxfa.nn.coverage import Row as Row
+from jaxfa.nn.errors import errors as errors
 from jaxfa.nn.variables import Feedback as Feedback
 
-__all__ = ["Aligned", "Coverage", "Feedback", "Row", "alignment", "attach", "plain", "weight_angles"]
+__all__ = [
+    "Aligned", "Coverage", "Feedback", "Link", "Row", "align", "alignment", "attach", "errors", "imbalances",
+    "links", "plain", "weight_angles",
+]  # fmt: skip

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
-from jaxfa.nn.contraction import Contraction, layer_of, restore, sites_of
+from jaxfa.nn.contraction import contractions_of, layer_of, restore, sites_of
 from jaxfa.nn.coverage import Coverage, cover
 from jaxfa.nn.tap import Tap, call_with_wires, remove_tap, taps_of
 from jaxfa.nn.variables import Recorder, abstractly, modules_of, structs
@@ -64,7 +64,7 @@ class Aligned(nnx.Module):
             return
         if not (args or kwargs):
             raise ValueError("This rule's own phase runs the model: give refine(key, x) one batch of inputs.")
-        parts = _taps_with_feedback(self.model) if is_direct(self.rule) else _contractions(self.model)
+        parts = _taps_with_feedback(self.model) if is_direct(self.rule) else contractions_of(self.model)
         forward = _shifted_forward(self, args, kwargs) if is_direct(self.rule) else _layers(self, args, kwargs)
         if isinstance(forward, dict):  # a layer that this forward pass does not use has nothing to mirror
             parts = {path: parts[path] for path in forward}
@@ -150,7 +150,7 @@ def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
     """
     sites = sites_of(plain(aligned))
     found = {}
-    for path, contraction in _contractions(aligned.model).items():
+    for path, contraction in contractions_of(aligned.model).items():
         kernel, site = sites[path][0].kernel.get_value(), contraction.site
         measure = weight_angle
         for _ in site.layers(kernel):
@@ -163,11 +163,6 @@ def _is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def _contractions(model: nnx.Module) -> dict[str, Contraction]:
-    found = {module.path: module for _, module in modules_of(model) if isinstance(module, Contraction)}
-    return dict(sorted(found.items()))
-
-
 def _taps_with_feedback(model: nnx.Module) -> dict[str, Tap]:
     return {path: tap for path, (tap, _) in taps_of(model).items() if tap.feedback is not None}
 
@@ -175,11 +170,11 @@ def _taps_with_feedback(model: nnx.Module) -> dict[str, Tap]:
 def _layers(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a layer-wise ``refine`` looks at: every contraction with its operation, input shape and weights."""
     recorder, probe = Recorder(), nnx.clone(aligned.model, variables=False)
-    for contraction in _contractions(probe).values():
+    for contraction in contractions_of(probe).values():
         contraction.recorder = recorder
     abstractly(lambda model, *args, **kwargs: model(*args, **kwargs), probe, args, kwargs)
     kernels = {path: module.kernel.get_value() for path, (module, _) in sites_of(plain(aligned)).items()}
-    seen = {path: one for path, one in _contractions(aligned.model).items() if path in recorder.seen}
+    seen = {path: one for path, one in contractions_of(aligned.model).items() if path in recorder.seen}
     return {path: layer_of(one, kernels[path], recorder.seen[path]) for path, one in seen.items()}
 
 

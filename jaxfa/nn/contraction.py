@@ -133,6 +133,12 @@ class Contraction(nnx.Module):
         return asked
 
 
+def contractions_of(model: nnx.Module) -> dict[str, Contraction]:
+    """What a layer-wise rule was put on, by the path of the layer."""
+    found = {module.path: module for _, module in modules_of(model) if isinstance(module, Contraction)}
+    return dict(sorted(found.items()))
+
+
 def _contracted_conv_transpose(self: Any, own_call: Any, inputs: jax.Array) -> jax.Array:
     """``nnx.ConvTranspose`` with its convolution through the layer's :class:`Contraction`."""
     del own_call

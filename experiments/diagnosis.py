@@ -1,0 +1,62 @@
+"""What any training can log of its layers besides their angles: ranks, and what feedback alignment conserves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import jaxfa.nn
+from jaxfa.conservation import half_square, imbalance, quantity
+from jaxfa.diagnostics import entropy_rank
+
+
+def diagnose(
+    model: jaxfa.nn.Aligned, start: jaxfa.nn.Aligned, update: jaxfa.nn.Aligned, loss: Callable[[Any], jax.Array]
+) -> dict[str, dict[str, jax.Array]]:
+    """Measures every layer of one training at one moment. Under ``vmap`` its decompositions would be batched.
+
+    Args:
+      model: the model.
+      start: the model before the first step.
+      update: the model with its next step in the place of its parameters.
+      loss: ``model -> scalar`` on a batch.
+
+    Returns:
+      By quantity, then by layer, a scalar:
+
+      - ``error_rank``: the effective rank (Roy and Vetterli's) of the error that arrives, a row for every example;
+      - ``update_rank``: the same of the step of the kernel, a column for every unit;
+      - ``drift``: how far what is conserved has moved, ``sum_j |Q_j - Q_j(0)| / sum_j 1/2 |w_j(0)|^2``: under plain
+        gradient descent, by the steps' finite size alone;
+      - ``imbalance``: by how much the rule's gradient itself breaks the law, ``sum_j |imbalance_j| / sum_j |<w_j,
+        dw_j>|``: zero, to rounding, where the network and the rule keep it, whatever the optimizer does.
+
+      The last two for the layers that :func:`jaxfa.nn.links` finds.
+    """
+    gradient = nnx.clone(model)
+    nnx.update(gradient, nnx.grad(loss)(nnx.clone(model)))
+    links, first, steps = (jaxfa.nn.links(one) for one in (model, start, gradient))
+    errors = jaxfa.nn.errors(model, loss)
+    leaves = nnx.to_flat_state(nnx.state(update.model, nnx.Param))
+    kernels = {"/".join(map(str, path)): leaf[...] for path, leaf in leaves}
+    matrices = {layer: kernels[f"{layer}/kernel"] for layer in errors}
+    return {
+        "error_rank": {layer: entropy_rank(error.reshape(len(error), -1)) for layer, error in errors.items()},
+        "update_rank": {layer: entropy_rank(step.reshape(-1, step.shape[-1])) for layer, step in matrices.items()},
+        "drift": {layer: _drift(link, first[layer]) for layer, link in links.items()},
+        "imbalance": {layer: _imbalance(link, steps[layer]) for layer, link in links.items()},
+    }
+
+
+def _drift(link: jaxfa.nn.Link, first: jaxfa.nn.Link) -> jax.Array:
+    moved = quantity(link.pair, link.feedback) - quantity(first.pair, first.feedback)
+    return jnp.abs(moved).sum() / half_square(first.pair).sum()
+
+
+def _imbalance(link: jaxfa.nn.Link, step: jaxfa.nn.Link) -> jax.Array:
+    own = step.pair._replace(above=jnp.zeros_like(step.pair.above))
+    both = (imbalance(link.pair, one, link.feedback) for one in (step.pair, own))
+    above, below = (jnp.abs(found).sum() for found in both)
+    return above / below

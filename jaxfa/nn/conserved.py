@@ -1,0 +1,192 @@
+"""Which layer of a model is read by which, what is conserved between the two, and aligned initialisation."""
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from jaxfa.audit import OUTPUT, Passage
+from jaxfa.base import LayerFeedback, is_direct, matrix_of
+from jaxfa.conservation import Pair, imbalance, shrink
+from jaxfa.dfa import DirectMatrix
+from jaxfa.nn.aligned import Aligned, plain
+from jaxfa.nn.contraction import Site, contractions_of, sites_of
+from jaxfa.nn.coverage import trace
+from jaxfa.nn.tap import taps_of
+from jaxfa.nn.variables import structs
+from jaxfa.nn.views import Whole
+
+
+class Link(NamedTuple):
+    """A layer and the one that reads it.
+
+    Attributes:
+      reader: the path of the layer that reads it.
+      pair: the two layers' parameters.
+      feedback: what :mod:`jaxfa.conservation` takes for it; None is backpropagation.
+    """
+
+    reader: str
+    pair: Pair
+    feedback: Any
+
+
+def links(aligned: Aligned, *args: Any) -> dict[str, Link]:
+    """The pairs of layers between which :mod:`jaxfa.conservation` may say that something is conserved.
+
+    Read off the traced gradient: a layer's reader is the one whose weights pass its error on. Left out are layers with
+    several readers, used twice or stacked; all but ``nnx.Linear`` and ungrouped ``nnx.Conv``; readers whose feedback
+    has no matrix of their weights' shape, as direct ones but for the last layer's. What stands between the two, an
+    activation or a norm, is not seen.
+
+    Args:
+      aligned: what :func:`attach` returned.
+      *args: one batch of inputs, or its shapes; by default the example that :func:`attach` was given.
+
+    Returns:
+      ``{"path/of/layer": Link}``, in the order of the forward pass.
+
+    Raises:
+      ValueError: if there are no inputs to trace by.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa.nn
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
+      >>> aligned = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(2), example=jnp.ones((5, 4)))
+      >>> {layer: link.reader for layer, link in jaxfa.nn.links(aligned).items()}
+      {'layers/0': 'layers/2'}
+
+    Source: as :func:`jaxfa.conservation.quantity`.
+    """
+    args = structs(args) or aligned.example
+    if not args:
+        raise ValueError("links() traces the model: give attach() an example=, or this call one batch of inputs.")
+    sites = {path: found for path, found in sites_of(plain(aligned)).items() if _is_simple(*found)}
+    known = _direct_feedback(aligned, args) if is_direct(aligned.rule) else _layer_feedback(aligned)
+    found = {}
+    for layer, reader in _readers(plain(aligned), args).items():
+        if layer in sites and reader in sites and reader in known:
+            pair, feedback = _pair(sites[layer][0], sites[reader][0]), known[reader]
+            fits = pair.above.shape[-2] % pair.w.shape[-1] == 0
+            if fits and (not isinstance(feedback, jax.Array) or feedback.size == pair.above.size):
+                found[layer] = Link(reader, pair, feedback)
+    return found
+
+
+def imbalances(aligned: Aligned, loss: Any, *args: Any) -> dict[str, jax.Array]:
+    """By how much the law of :mod:`jaxfa.conservation` fails for a model's own pseudo-gradient; zero where it holds.
+
+    Args:
+      aligned: what :func:`attach` returned; its state is not changed.
+      loss: ``model -> scalar``.
+      *args: as for :func:`links`.
+
+    Returns:
+      ``{"path/of/layer": (m,)}``: :func:`jaxfa.conservation.imbalance` of every unit of every pair.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa.nn
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
+      >>> aligned = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(2), example=jnp.ones((5, 4)))
+      >>> found = jaxfa.nn.imbalances(aligned, lambda model: (model(jnp.ones((5, 4))) ** 2).mean())
+      >>> bool(abs(found["layers/0"]).max() < 1e-6)
+      True
+
+    Source: as :func:`jaxfa.conservation.quantity`.
+    """
+    gradient = nnx.clone(aligned)
+    nnx.update(gradient, nnx.grad(loss)(nnx.clone(aligned)))
+    steps = links(gradient, *args)
+    return {
+        layer: imbalance(link.pair, steps[layer].pair, link.feedback) for layer, link in links(aligned, *args).items()
+    }
+
+
+def align(aligned: Aligned, *args: Any, ratio: float = 0.5) -> None:
+    """Aligned initialisation, in place: every layer's weights become its feedback's matrix, scaled.
+
+    ``w_l = b_l`` for every layer with a feedback; then, from the last layer to the first,
+    :func:`jaxfa.conservation.shrink`, which scales a unit's incoming weights down until its outgoing ones are sure to
+    stay aligned for as long as the law holds. Where it does not hold this still is where both start alike.
+
+    Args:
+      aligned: what :func:`attach` returned with a layer-wise rule.
+      *args: as for :func:`links`.
+      ratio: how much of the alignment training may take away, between 0 and 1.
+
+    Raises:
+      ValueError: if the rule's feedback has no matrix of the weights' shape, as direct ones.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa.nn
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
+      >>> aligned = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(2), example=jnp.ones((5, 4)))
+      >>> jaxfa.nn.align(aligned)
+      >>> {path: float(angle) for path, angle in jaxfa.nn.weight_angles(aligned).items()}
+      {'layers/2': 0.0}
+
+    Source: as :func:`jaxfa.conservation.quantity`.
+    """
+    contractions = contractions_of(aligned.model)
+    if not contractions:
+        raise ValueError("Aligned initialisation needs a layer-wise rule, whose feedback has the weights' shape.")
+    sites = sites_of(plain(aligned))
+    for path, contraction in contractions.items():
+        module, site = sites[path]
+        kernel = module.kernel.get_value()
+        b = matrix_of(contraction.feedback.get_value(), site.matrices(kernel)).astype(kernel.dtype)
+        # The view only moves axes, so that its transpose is its inverse.
+        module.kernel.set_value(jax.linear_transpose(site.matrices, kernel)(b)[0])
+    for layer, link in reversed(links(aligned, *args).items()):
+        module, _ = sites[layer]
+        above = sites[link.reader][0].kernel.get_value()  # which may have been scaled by now
+        pair = shrink(link.pair._replace(above=above), link.feedback, ratio)
+        module.kernel.set_value(pair.w)
+        if pair.bias is not None:
+            module.bias.set_value(pair.bias)
+
+
+def _is_simple(module: Any, site: Site) -> bool:
+    kinds = isinstance(module, nnx.Linear | nnx.Conv) and isinstance(site.view, Whole)
+    return kinds and not site.stack(module.kernel.get_value())
+
+
+def _readers(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, str]:
+    """The one layer that reads each layer directly: of those that its error has passed, the one below all others."""
+    found = trace(model, args, {})
+    order = [name for use in found.uses for name in sorted(use.weights)]
+    above = {name: {step.name for step in found.arrivals.get(name, ()) if step.kind == "weights"} for name in order}
+    readers = {}
+    for name in order:
+        direct = [one for one in above[name] if not any(one in above.get(other, ()) for other in above[name] - {one})]
+        if len(direct) == 1 and name not in above[name]:
+            readers[name.removesuffix("/kernel")] = direct[0].removesuffix("/kernel")
+    return readers
+
+
+def _pair(module: Any, reader: Any) -> Pair:
+    bias = None if module.bias is None else module.bias.get_value()
+    return Pair(module.kernel.get_value(), reader.kernel.get_value(), bias)
+
+
+def _layer_feedback(aligned: Aligned) -> dict[str, Any]:
+    """What the error returns through from each layer; None, where it has no feedback, is backpropagation."""
+    parts = contractions_of(aligned.model)
+    feedback = {path: parts[path].feedback.get_value() if path in parts else None for path in sites_of(plain(aligned))}
+    return {path: one for path, one in feedback.items() if one is None or type(one).matrix is not LayerFeedback.matrix}
+
+
+def _direct_feedback(aligned: Aligned, args: tuple[Any, ...]) -> dict[str, jax.Array]:
+    """The matrix of the last layer, by its path: where the error is delivered to its very input, as a layer would."""
+    ways = trace(aligned, args, {}, skip=1).arrivals
+    taps = {Passage("direct", tap.scope): tap.feedback for tap, _ in taps_of(aligned.model).values()}
+    found: dict[str, jax.Array] = {}
+    for layer, reader in _readers(plain(aligned), args).items():
+        way = [taps.get(step) for step in ways[f"{layer}/kernel"]]
+        if ways[f"{reader}/kernel"] == {OUTPUT} and len(way) == 1 and way[0] is not None:
+            feedback = way[0].get_value()
+            found |= {reader: feedback.b} if isinstance(feedback, DirectMatrix) else {}
+    return found
