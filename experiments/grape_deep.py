@@ -97,8 +97,8 @@ class Config(sweep.Config):
     """Of Adam under GrAPE."""
     control_rate: float = 1e-3
     """Of Adam under a few steps of backpropagation alone."""
-    tile: int | None = None
-    """Side of GrAPE's repeated feedback, in pixels; by default the whole map."""
+    tile: int | None = 4
+    """Side of GrAPE's repeated feedback, in pixels; None is the whole map."""
     averaging: float = 0.0
     """Of GrAPE's running mean."""
     out: Path = Path("runs/grape_deep")
@@ -120,8 +120,8 @@ PRESETS = {
         dataset="cifar10",
         shrink=2,
         scale=0.5,
-        epochs=6,
-        images=5000,
+        epochs=5,
+        images=4000,
         test_images=2000,
         batch=50,
         learning_rate=3e-3,
