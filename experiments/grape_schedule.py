@@ -5,7 +5,7 @@ Claim (Caillon et al. 2026): accuracy falls steadily as calibration becomes rare
 Command: ``python -m experiments run grape_schedule`` (``--preset paper`` for the published network and CIFAR-100).
 
 Beside the fixed schedule stands the paper's open question: a true gradient is computed once an epoch, and used where
-its cosine with the rule's has fallen under a threshold; and the control: as many steps of backpropagation, and no others.
+its cosine with the rule's has fallen under a threshold; and the control: as many steps of backpropagation, no others.
 """
 
 import dataclasses

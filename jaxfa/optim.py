@@ -73,15 +73,21 @@ class CalibrationState(NamedTuple):
       step: updates so far.
       calibrations: how many of them took the true gradient.
       inner: the optimizer's own state.
+      own: the state of the calibrations' optimizer, if they have one.
     """
 
     step: jax.Array
     calibrations: jax.Array
     inner: Any
+    own: Any = None
 
 
 def calibrate(
-    tx: optax.GradientTransformation, *, every: int, below: float | None = None
+    tx: optax.GradientTransformation,
+    *,
+    every: int,
+    below: float | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Sparse calibration: at every ``every``-th update the parameters step by the true gradient; feedback stands still.
 
@@ -93,6 +99,8 @@ def calibrate(
       tx: what :func:`optimizer` made.
       every: updates from one calibration to the next; the paper's ``T`` epochs are ``T`` times the steps of one.
       below: the cosine under which to calibrate; None calibrates always.
+      optimizer: an optimizer for the true gradients alone, while ``tx`` stands still. By default they go through
+        ``tx``, where momentum and second moments are mostly the rule's, so that under Adam one of many weighs little.
 
     Returns:
       A transformation whose ``update`` takes one argument more, ``true_gradient``: a function of no arguments that
@@ -125,29 +133,33 @@ def calibrate(
         inner = tx.init(tree)
         if getattr(inner, "inner_states", {}).keys() != {"params", "feedback"}:
             raise TypeError("calibrate(tx) expects what jaxfa.optimizer(tx, rule) made; wrap that, not what it wraps.")
-        return CalibrationState(jnp.zeros((), int), jnp.zeros((), int), inner)
+        own = optimizer.init(_weights(tree)) if optimizer else None
+        return CalibrationState(jnp.zeros((), int), jnp.zeros((), int), inner, own)
 
     def update(
         updates: Any, state: CalibrationState, params: Any = None, *, true_gradient: Callable[[], Any], **extra: Any
     ) -> tuple[Any, CalibrationState]:
-        leaves, structure = jax.tree.flatten(updates)
-        fixed = [label == "feedback" for label in jax.tree.leaves(_labels_of_leaves(_unboxed(updates)))]
-        pseudo = [leaf for leaf, is_fixed in zip(leaves, fixed, strict=True) if not is_fixed]
+        pseudo = _weights(updates)
 
         def measure() -> tuple[list[jax.Array], jax.Array]:
             true = _like(jax.tree.leaves(true_gradient()), pseudo)
             return true, jnp.asarray(True) if below is None else _cosine(pseudo, true) < below
 
+        def choose(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(now, a, b), new, old)
+
         due = (state.step + 1) % every == 0
         true, now = lax.cond(due, measure, lambda: (pseudo, jnp.asarray(False)))
-        chosen = iter(jnp.where(now, t, p) for t, p in zip(true, pseudo, strict=True))
-        merged = [leaf if is_fixed else next(chosen) for leaf, is_fixed in zip(leaves, fixed, strict=True)]
-        found, inner = tx.update(jax.tree.unflatten(structure, merged), state.inner, params, **extra)
-        still = (jnp.where(now, 0, u) if f else u for u, f in zip(jax.tree.leaves(found), fixed, strict=True))
+        chosen = pseudo if optimizer else choose(true, pseudo)
+        found, inner = tx.update(_with_weights(updates, chosen), state.inner, params, **extra)
+        ours, own = _weights(found), state.own
+        if optimizer:
+            theirs, own = optimizer.update(true, state.own, None if params is None else _weights(params))
+            ours, own, inner = choose(theirs, ours), choose(own, state.own), choose(state.inner, inner)
         before, after = (s.inner_states["feedback"] for s in (state.inner, inner))
-        kept = jax.tree.map(lambda old, new: jnp.where(now, old, new), before, after)
-        inner = inner._replace(inner_states={**inner.inner_states, "feedback": kept})
-        return jax.tree.unflatten(structure, still), CalibrationState(state.step + 1, state.calibrations + now, inner)
+        inner = inner._replace(inner_states={**inner.inner_states, "feedback": choose(before, after)})
+        still = _with_weights(jax.tree.map(lambda update: jnp.where(now, 0, update), found), ours)
+        return still, CalibrationState(state.step + 1, state.calibrations + now, inner, own)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -165,8 +177,24 @@ def _cosine(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
     return optax.tree.vdot(a, b) / (optax.tree.norm(a) * optax.tree.norm(b))
 
 
-def _labels_of_leaves(tree: Any) -> Any:
-    return jax.tree.map(lambda label, node: jax.tree.map(lambda _: label, node), _labels(tree), tree)
+def _are_weights(tree: Any) -> list[bool]:
+    labels = _labels(_unboxed(tree))
+    of_leaves = jax.tree.map(lambda label, node: jax.tree.map(lambda _: label, node), labels, _unboxed(tree))
+    return [label == "params" for label in jax.tree.leaves(of_leaves)]
+
+
+def _weights(tree: Any) -> list[jax.Array]:
+    """The leaves that are parameters, not feedback."""
+    pairs = zip(jax.tree.leaves(tree), _are_weights(tree), strict=True)
+    return [leaf for leaf, is_weight in pairs if is_weight]
+
+
+def _with_weights(tree: Any, weights: list[jax.Array]) -> Any:
+    """The tree with other leaves in the places of its parameters."""
+    leaves, structure = jax.tree.flatten(tree)
+    given = iter(weights)
+    pairs = zip(leaves, _are_weights(tree), strict=True)
+    return jax.tree.unflatten(structure, [next(given) if is_weight else leaf for leaf, is_weight in pairs])
 
 
 def decayed(tx: optax.GradientTransformation, weight_decay: float) -> optax.GradientTransformation:

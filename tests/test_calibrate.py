@@ -79,6 +79,26 @@ def test_between_calibrations_it_is_the_rule_and_they_come_on_time(method, x64):
     chex.assert_trees_all_close(ours, both, atol=1e-13, rtol=1e-10)
 
 
+@pytest.mark.parametrize("method", RULES, ids=str)
+def test_an_optimizer_of_its_own_steps_while_the_rules_stands_still(method, x64):
+    rule, inner, own = method.rule, optax.adam(1e-2), optax.sgd(0.3, momentum=0.9)
+    usual = jaxfa.optimizer(inner, rule)
+    tx = jaxfa.calibrate(usual, every=2, optimizer=own)
+    both = create(rule, KEY)
+    state, rules, owns = tx.init(both), usual.init(both), own.init(both[0])
+    for i, key in enumerate(jax.random.split(KEY, 4)):
+        refined = both[0], refine(rule, *both, batch()[0], key)
+        if i % 2:
+            steps, owns = own.update(true(refined[0]), owns, refined[0])
+            expected = optax.apply_updates(refined[0], steps), refined[1]
+        else:
+            steps, rules = usual.update(signals(*refined, *batch()), rules, refined)
+            expected = optax.apply_updates(refined, steps)
+        both, state = step(tx, rule, both, state, key)
+        chex.assert_trees_all_close(both, expected, atol=1e-13, rtol=1e-10)
+    assert state.calibrations == 2
+
+
 @pytest.mark.parametrize(("sign", "calibrated"), [(1.0, False), (-1.0, True)])
 def test_on_an_event_it_calibrates_where_the_cosine_is_low(sign, calibrated):
     rule, w = jaxfa.kolen_pollack(), jnp.ones((3, 2))
