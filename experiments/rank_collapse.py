@@ -129,9 +129,9 @@ class Config:
     """The trainings: a rule, with or without normalisation, by SGD unless Muon is named; then the controls."""
     widths: tuple[int, ...] = (16, 32, 64, 64)
     """Channels of the convolutions, or of the stages."""
-    epochs: int = 12
+    epochs: int = 10
     """How many epochs, after each of which all is measured."""
-    steps: int | None = 50
+    steps: int | None = 60
     """Steps of an epoch; by default as many as its images fill."""
     images: int | None = 10_000
     """How many of the training images; None is all."""

@@ -55,7 +55,7 @@ def truncated(rank: int, hidden: Hidden) -> optax.GradientTransformation:
     @sequential_vmap
     def cut(matrix: jax.Array) -> jax.Array:
         u, sigma, v = jnp.linalg.svd(matrix, full_matrices=False)
-        return _sized((u[:, :rank] * sigma[None, :rank]) @ v[:rank], matrix)
+        return _sized((u[:, :rank] * sigma[None, :rank]) @ v[:rank], jnp.linalg.norm(matrix))
 
     return optax.stateless(lambda updates, _: by_matrix(cut, hidden, updates))
 
@@ -77,7 +77,7 @@ def flattened(hidden: Hidden) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         found, state = orthogonal.update(updates, state, params)
-        return by_matrix(_sized, hidden, found, updates), state
+        return by_matrix(lambda new, old: _sized(new, jnp.linalg.norm(old)), hidden, found, updates), state
 
     return optax.GradientTransformation(orthogonal.init, update)
 
@@ -94,16 +94,16 @@ def sized_as_muon(hidden: Hidden) -> optax.GradientTransformation:
 
     def size(matrix: jax.Array) -> jax.Array:
         n, m = matrix.shape
-        return _sized(matrix, jnp.asarray(math.sqrt(min(n, m) * max(1, m / n))))
+        return _sized(matrix, math.sqrt(min(n, m) * max(1, m / n)))
 
-    momentum = optax.trace(0.95, nesterov=True)
+    momentum = optax.masked(optax.trace(0.95, nesterov=True), lambda params: is_hidden(hidden, params))
     return optax.chain(momentum, optax.stateless(lambda updates, _: by_matrix(size, hidden, updates)))
 
 
-def _sized(matrix: jax.Array, other: jax.Array) -> jax.Array:
-    """A matrix scaled to the Frobenius norm of another; a zero one stays."""
+def _sized(matrix: jax.Array, size: jax.Array | float) -> jax.Array:
+    """A matrix scaled to a Frobenius norm; a zero one stays."""
     norm = jnp.linalg.norm(matrix)
-    return matrix * jnp.where(norm == 0, 0, jnp.linalg.norm(other) / jnp.where(norm == 0, 1, norm))
+    return matrix * jnp.where(norm == 0, 0, size / jnp.where(norm == 0, 1, norm))
 
 
 class Trajectory(NamedTuple):
