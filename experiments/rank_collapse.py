@@ -27,11 +27,11 @@ ArmName = Literal[
     "fa-muon",
     "fa-norm",
     "fa-norm-muon",
-    "bp-rank-1",
-    "bp-rank-2",
-    "bp-rank-5",
-    "fa-flat",
-    "fa-sized",
+    "bp-norm-rank-1",
+    "bp-norm-rank-2",
+    "bp-norm-rank-5",
+    "fa-norm-flat",
+    "fa-norm-sized",
 ]
 
 
@@ -56,7 +56,7 @@ NETWORKS: dict[NetworkName, Network] = {
         CNN,
         "cifar10",
         "layers/0",
-        {"bp": 0.03, "bp-norm": 0.03, "fa": 0.03, "fa-muon": 0.02, "fa-norm": 0.03, "fa-norm-muon": 0.02},
+        {"bp": 0.03, "bp-norm": 0.03, "fa": 0.001, "fa-muon": 0.002, "fa-norm": 0.03, "fa-norm-muon": 0.05},
     ),
     "resnet18": Network(
         ResNet18,
@@ -111,11 +111,11 @@ ARMS: dict[ArmName, Arm] = {
     "fa-muon": Arm("fa", False, by_muon),
     "fa-norm": Arm("fa", True, by_sgd),
     "fa-norm-muon": Arm("fa", True, by_muon),
-    "bp-rank-1": Arm("bp", False, partial(by_sgd, change=partial(spectra.truncated, 1)), "bp"),
-    "bp-rank-2": Arm("bp", False, partial(by_sgd, change=partial(spectra.truncated, 2)), "bp"),
-    "bp-rank-5": Arm("bp", False, partial(by_sgd, change=partial(spectra.truncated, 5)), "bp"),
-    "fa-flat": Arm("fa", False, partial(by_sgd, change=spectra.flattened), "fa"),
-    "fa-sized": Arm("fa", False, by_size, "fa-muon"),
+    "bp-norm-rank-1": Arm("bp", True, partial(by_sgd, change=partial(spectra.truncated, 1)), "bp-norm"),
+    "bp-norm-rank-2": Arm("bp", True, partial(by_sgd, change=partial(spectra.truncated, 2)), "bp-norm"),
+    "bp-norm-rank-5": Arm("bp", True, partial(by_sgd, change=partial(spectra.truncated, 5)), "bp-norm"),
+    "fa-norm-flat": Arm("fa", True, partial(by_sgd, change=spectra.flattened), "fa-norm"),
+    "fa-norm-sized": Arm("fa", True, by_size, "fa-norm-muon"),
 }
 
 
@@ -225,13 +225,19 @@ def run(config: Config) -> Path:
     identity = records.identity("rank_collapse", config, ignored)
     records.open_run(config.out, identity, fresh=config.fresh)
     seeds = range(config.seed, config.seed + config.seeds)
-    histories = {}
+    histories: dict[str, Any] = {}
     # LAPACK's threads spin while they wait, which on a shared machine makes seconds of a small SVD's milliseconds.
     with threadpool_limits(1), Progress() as progress:
         for name in config.arms:
             trainer = RankTrainer(task(config, name, dataset), seeds, config.loop, probe=config.probe)
-            options = {"config": identity | {"arm": name}, "save_every": config.save_every, "progress": progress}
-            histories[name] = train(trainer, config.epochs, folder=config.out / name, **options)
+            histories[name] = train(
+                trainer,
+                config.epochs,
+                folder=config.out / name,
+                config=identity | {"arm": name},
+                save_every=config.save_every,
+                progress=progress,
+            )
     return rank_report.write(config.out, config.network, histories)
 
 

@@ -30,14 +30,14 @@ MAIN = {
     "fa-norm-muon": Look("FA + BN + Muon", figures.GREEN),
 }
 CONTROLS = {
-    "bp": "BP",
-    "bp-rank-5": "BP, update of rank 5",
-    "bp-rank-2": "BP, update of rank 2",
-    "bp-rank-1": "BP, update of rank 1",
-    "fa": "FA",
-    "fa-flat": "FA, update's spectrum flattened",
-    "fa-sized": "FA, update of Muon's size",
-    "fa-muon": "FA, both: Muon",
+    "bp-norm": "BP",
+    "bp-norm-rank-5": "update of rank 5",
+    "bp-norm-rank-2": "update of rank 2",
+    "bp-norm-rank-1": "update of rank 1",
+    "fa-norm": "FA",
+    "fa-norm-flat": "Muon's spectrum",
+    "fa-norm-sized": "Muon's size",
+    "fa-norm-muon": "both: Muon",
 }
 KINDS = {
     "error": "error",

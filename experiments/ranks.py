@@ -46,8 +46,18 @@ class RankTrainer(Trainer):
         trajectories = {name: _by_layer(one.rows) for name, one in zip(("gradients", "updates"), found, strict=True)}
         return super().evaluate(state) | {
             "probe_loss": np.asarray(loss),
-            "rank": _measured(_entropy_rank, signals | trajectories),
-            "participation": _measured(_participation_ratio, trajectories),
+            "rank": self._measured(_entropy_rank, signals | trajectories),
+            "participation": self._measured(_participation_ratio, trajectories),
+        }
+
+    def _measured(self, rank: Callable[[jax.Array], jax.Array], kinds: dict[str, Any]) -> dict[str, Any]:
+        """A rank of every seed's matrix, one at a time: a batched SVD can hang a machine of two cores."""
+        order = [row.layer for row in self.coverage.rows]
+        return {
+            kind: {
+                layer: np.array([float(rank(matrix)) for matrix in layers[layer]]) for layer in order if layer in layers
+            }
+            for kind, layers in kinds.items()
         }
 
     def _signals(self, state: State, probe: Any) -> tuple[jax.Array, dict[str, Any]]:
@@ -103,14 +113,6 @@ def _by_layer(tree: Any) -> dict[str, jax.Array]:
     pairs = zip(names, (leaf for _, leaf in leaves), strict=True)
     return {
         name.partition("model/")[2].removesuffix("/kernel"): leaf for name, leaf in pairs if name.endswith("/kernel")
-    }
-
-
-def _measured(rank: Callable[[jax.Array], jax.Array], kinds: dict[str, Any]) -> dict[str, Any]:
-    """A rank of every seed's matrix, one at a time: a batched SVD can hang a machine of two cores."""
-    return {
-        kind: {layer: np.array([float(rank(matrix)) for matrix in each]) for layer, each in layers.items()}
-        for kind, layers in kinds.items()
     }
 
 

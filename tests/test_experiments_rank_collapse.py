@@ -159,16 +159,16 @@ SMALL = {"widths": (4, 6), "epochs": 2, "steps": 1, "batch": 8, "window": 2, "sk
 
 
 def test_the_experiment_and_its_report(tiny, tmp_path):
-    arms = ("fa-norm-muon", "bp-rank-2")
+    arms = ("fa-muon", "bp-norm-rank-2")
     config = rank_collapse.Config(**SMALL, arms=arms, images=None, test_images=None, out=tmp_path / "run")
     page = rank_collapse.run(config)
     text = page.read_text()
     assert (page.parent / "figure.png").stat().st_size > 1000
-    assert all(word in text for word in ("FA + BN + Muon", "BP, update of rank 2", "&lt; 20", *arms))
-    history = records.read(config.out / "fa-norm-muon")
+    assert all(word in text for word in ("FA + Muon", "update of rank 2", "&lt; 20", *arms))
+    history = records.read(config.out / "fa-muon")
     assert len(history) == 3
     assert history[-1]["rank"]["updates"]["layers/1/conv"][0] > 1
-    ranks = records.read(config.out / "bp-rank-2")[-1]["rank"]["update"]["layers/1/conv"]
+    ranks = records.read(config.out / "bp-norm-rank-2")[-1]["rank"]["update"]["layers/1/conv"]
     assert max(ranks) <= 2.001
     with pytest.raises(ValueError, match="another configuration: window was 2, is now 3"):
         rank_collapse.run(dataclasses.replace(config, window=3))
@@ -184,7 +184,7 @@ def history(losses, ranks):
 
 def test_ranks_at_a_matched_loss_lie_between_epochs():
     slow, fast = history([2.3, 2.1, 1.8], [10, 20, 30]), history([2.3, 1.9, 1.0], [10, 50, 60])
-    assert rank_report.matched_loss({"fa": slow, "bp": fast, "bp-rank-1": history([2.3, 2.2], [1, 1])}) == 1.8
+    assert rank_report.matched_loss({"fa": slow, "bp": fast, "bp-norm-rank-1": history([2.3, 2.2], [1, 1])}) == 1.8
     at = lambda one, level: rank_report.at_loss(one, np.array([[10.0, 20.0, 30.0]]), level)[0]  # noqa: E731
     assert at(slow, 2.0) == pytest.approx(20 + 10 / 3)
     assert at(slow, 2.5) == 10
