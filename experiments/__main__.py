@@ -16,6 +16,7 @@ from experiments import (
     ldfa_subsets,
     ldfa_vgg,
     ldfa_vit,
+    rank_collapse,
     report,
     sweep_report,
 )
@@ -29,6 +30,7 @@ EXPERIMENTS = {
     "ldfa_subsets": ldfa_subsets,
     "ldfa_vgg": ldfa_vgg,
     "ldfa_vit": ldfa_vit,
+    "rank_collapse": rank_collapse,
 }
 _COMMANDS = ("list", "run", "report")
 

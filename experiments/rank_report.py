@@ -25,10 +25,12 @@ MAIN = {
     "bp": Look("BP", figures.INK),
     "bp-norm": Look("BP + BN", figures.INK, dashed=True),
     "fa": Look("FA", figures.VERMILLION),
+    "fa-fast": Look("FA at BP's rate", figures.VERMILLION, dashed=True),
     "fa-muon": Look("FA + Muon", figures.PURPLE),
     "fa-norm": Look("FA + BN", figures.BLUE),
     "fa-norm-muon": Look("FA + BN + Muon", figures.GREEN),
 }
+MATCHED = [name for name in MAIN if name != "fa-fast"]  # whose loss only rises
 CONTROLS = {
     "bp-norm": "BP",
     "bp-norm-rank-5": "update of rank 5",
@@ -38,13 +40,6 @@ CONTROLS = {
     "fa-norm-flat": "Muon's spectrum",
     "fa-norm-sized": "Muon's size",
     "fa-norm-muon": "both: Muon",
-}
-KINDS = {
-    "error": "error",
-    "gradient": "gradient",
-    "update": "update",
-    "gradients": "gradients along the trajectory",
-    "updates": "updates along the trajectory",
 }
 PUBLISHED = {"resnet18": {"fa": 1.4, "fa-muon": 25.3, "fa-norm": 37.1, "fa-norm-muon": 46.1}, "cnn": {}}
 # Of the gradients along the trajectory, of a window that is not known.
@@ -82,29 +77,30 @@ def write(folder: Path, network: str, histories: Histories) -> Path:
 
 
 def table(network: str, histories: Histories) -> list[list[str]]:
-    """Accuracies beside the published, and ranks after the last epoch and at the matched loss."""
+    """Accuracies beside the published, and ranks at the matched loss and after the last epoch."""
     level = matched_loss(histories)
-    matched = [f"{KINDS[kind]} at loss {level:.2f}" for kind in ("error", "gradient", "update")]
-    last = [f"{title}, last" for title in KINDS.values()]
-    head = ["arm", "last epoch, %", "best epoch, %", "published, %", "loss", *matched, *last]
-    rows = [[*head, "the same, participation ratio", "gradients, published"]]
+    within = [f"{kind}, at loss {level:.2f} / last" for kind in ("error", "gradient", "update")]
+    along = ["gradients along the trajectory", "their participation ratio", "published", "updates along the trajectory"]
+    rows = [["arm", "last epoch, %", "best epoch, %", "published, %", "loss on the probe", *within, *along]]
     for name, history in histories.items():
         accuracy = 100 * np.array([record["test_accuracy"] for record in history])
         cells = [figures.estimate(accuracy[-1], 1), figures.estimate(accuracy[1:].max(0), 1)]
-        cells += [_cell(PUBLISHED[network].get(name)), figures.estimate(history[-1]["probe_loss"])]
+        cells += [_cell(PUBLISHED[network].get(name)), figures.estimate(_losses(history)[:, -1])]
         for kind in ("error", "gradient", "update"):
-            cells.append(figures.estimate(at_loss(history, _hidden(history, kind), level), 1))
-        cells += [figures.estimate(_hidden(history, kind)[:, -1], 1) for kind in KINDS]
-        ratios = [
-            figures.estimate(_hidden(history, kind, "participation")[:, -1], 1) for kind in ("gradients", "updates")
-        ]
-        rows.append([name, *cells, ", ".join(ratios), PUBLISHED_RANKS[network].get(name, "")])
+            ranks = _hidden(history, kind)
+            matched, last = (figures.estimate(found, 1) for found in (at_loss(history, ranks, level), ranks[:, -1]))
+            cells.append(f"{'-' if 'nan' in matched else matched} / {last}")
+        cells.append(figures.estimate(_hidden(history, "gradients")[:, -1], 1))
+        cells.append(figures.estimate(_hidden(history, "gradients", "participation")[:, -1], 1))
+        cells.append(PUBLISHED_RANKS[network].get(name, ""))
+        cells.append(figures.estimate(_hidden(history, "updates")[:, -1], 1))
+        rows.append([name, *cells])
     return rows
 
 
 def matched_loss(histories: Histories) -> float:
-    """The lowest loss on the probe that every arm without a changed spectrum has reached, in every seed."""
-    chosen = [history for name, history in histories.items() if name in MAIN] or list(histories.values())
+    """The lowest loss on the probe that every arm of :data:`MATCHED` that is there has reached, in every seed."""
+    chosen = [history for name, history in histories.items() if name in MATCHED] or list(histories.values())
     return max(float(_losses(history).min(1).max()) for history in chosen)
 
 
@@ -134,14 +130,15 @@ def figure(histories: Histories) -> Figure:
         _line(grid[0, 0], steps, accuracy, name)
         _line(grid[0, 1], steps[1:], _hidden(history, "gradients")[:, 1:], name)
         _line(grid[0, 2], steps, _hidden(history, "update"), name)
-        _against_loss(grid[1, 0], history, name)
-        _by_layer(grid[1, 1], history, name, level)
+        if name in MATCHED:
+            _against_loss(grid[1, 0], history, name)
+            _by_layer(grid[1, 1], history, name, level)
     _controls(grid[1, 2], histories)
     labels = (
         ("a", "accuracy", "steps", "test accuracy, %"),
         ("b", "gradients along the trajectory", "steps", "effective rank"),
         ("c", "update, within a batch", "steps", "effective rank"),
-        ("d", "errors, within a batch", "loss on the probe", "effective rank"),
+        ("d", "gradient, within a batch", "loss on the probe", "effective rank"),
         ("e", f"errors at loss {level:.2f}", "layer, from the image to the head", "effective rank"),
         ("f", "what the spectrum does", "test accuracy, last epoch, %", ""),
     )
@@ -152,7 +149,7 @@ def figure(histories: Histories) -> Figure:
         axes.grid(axis="x" if letter == "f" else "y")
         if letter != "f":
             axes.set_ylim(0, None)
-    drawn.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    drawn.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     return drawn
 
 
@@ -165,7 +162,8 @@ def _line(axes: Axes, x: Any, values: np.ndarray, name: str, **options: Any) -> 
 
 
 def _against_loss(axes: Axes, history: Sequence[dict[str, Any]], name: str) -> None:
-    _line(axes, _losses(history), _hidden(history, "error"), name, marker=".", markersize=4)
+    # Before the first step the loss of random logits is far off.
+    _line(axes, _losses(history)[:, 1:], _hidden(history, "gradient")[:, 1:], name, marker=".", markersize=4)
     axes.xaxis.set_inverted(True)
 
 

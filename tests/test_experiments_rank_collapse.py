@@ -158,13 +158,21 @@ def test_measured_ranks_are_those_of_the_equations(tiny):
 SMALL = {"widths": (4, 6), "epochs": 2, "steps": 1, "batch": 8, "window": 2, "sketch": 64, "probe": 8}
 
 
-def test_the_experiment_and_its_report(tiny, tmp_path):
+@pytest.fixture
+def optimized():
+    """Without optimisations XLA:CPU compares a maximum with inputs that it computes again, in another way."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_the_experiment_and_its_report(tiny, optimized, tmp_path):
     arms = ("fa-muon", "bp-norm-rank-2")
     config = rank_collapse.Config(**SMALL, arms=arms, images=None, test_images=None, out=tmp_path / "run")
     page = rank_collapse.run(config)
     text = page.read_text()
     assert (page.parent / "figure.png").stat().st_size > 1000
-    assert all(word in text for word in ("FA + Muon", "update of rank 2", "&lt; 20", *arms))
+    assert all(word in text for word in ("FA + Muon", "update of rank 2", *arms))
     history = records.read(config.out / "fa-muon")
     assert len(history) == 3
     assert history[-1]["rank"]["updates"]["layers/1/conv"][0] > 1
@@ -175,9 +183,16 @@ def test_the_experiment_and_its_report(tiny, tmp_path):
 
 
 def history(losses, ranks):
-    kinds = ("error", "gradient", "update", "gradients", "updates")
+    def kinds(*names, rank):
+        return {kind: {"a": [rank], "b": [3 * rank]} for kind in names}
+
     return [
-        {"probe_loss": [loss], "rank": {kind: {"a": [rank], "b": [3 * rank]} for kind in kinds}}
+        {
+            "probe_loss": [loss],
+            "test_accuracy": [0.1],
+            "rank": kinds("error", "gradient", "update", "gradients", "updates", rank=rank),
+            "participation": kinds("gradients", "updates", rank=rank / 10),
+        }
         for loss, rank in zip(losses, ranks, strict=True)
     ]
 
@@ -190,6 +205,20 @@ def test_ranks_at_a_matched_loss_lie_between_epochs():
     assert at(slow, 2.5) == 10
     assert at(fast, 1.9) == 20
     assert np.isnan(at(slow, 1.7))
+    _, fa, bp = rank_report.table("cnn", {"fa": slow, "bp": fast})
+    assert fa[1:] == [
+        "10.0",
+        "10.0",
+        "",
+        "1.80",
+        *["60.0 / 60.0"] * 3,
+        "60.0",
+        "6.0",
+        "< 20, at the end about 12",
+        "60.0",
+    ]
+    assert (bp[5], bp[10]) == ("102.2 / 120.0", "about 100")
+    assert rank_report.table("resnet18", {"fa": slow})[1][3] == "1.4"
 
 
 @pytest.mark.parametrize("normalised", [True, False])
