@@ -85,7 +85,7 @@ def table(network: str, histories: Histories) -> list[list[str]]:
     for name, history in histories.items():
         accuracy = 100 * np.array([record["test_accuracy"] for record in history])
         cells = [figures.estimate(accuracy[-1], 1), figures.estimate(accuracy[1:].max(0), 1)]
-        cells += [_cell(PUBLISHED[network].get(name)), figures.estimate(_losses(history)[:, -1])]
+        cells += [_cell(PUBLISHED[network].get(name)), f"{_losses(history)[:, -1].mean():.3g}"]
         for kind in ("error", "gradient", "update"):
             ranks = _hidden(history, kind)
             matched, last = (figures.estimate(found, 1) for found in (at_loss(history, ranks, level), ranks[:, -1]))
@@ -140,7 +140,7 @@ def figure(histories: Histories) -> Figure:
         ("c", "update, within a batch", "steps", "effective rank"),
         ("d", "gradient, within a batch", "loss on the probe", "effective rank"),
         ("e", f"errors at loss {level:.2f}", "layer, from the image to the head", "effective rank"),
-        ("f", "what the spectrum does", "test accuracy, last epoch, %", ""),
+        ("f", "what spectra do, with BN", "test accuracy, last epoch, %", ""),
     )
     for axes, (letter, title, x, y) in zip(grid.flat, labels, strict=True):
         axes.set_title(f"{letter}   {title}", loc="left", color=figures.INK)

@@ -210,7 +210,7 @@ def test_ranks_at_a_matched_loss_lie_between_epochs():
         "10.0",
         "10.0",
         "",
-        "1.80",
+        "1.8",
         *["60.0 / 60.0"] * 3,
         "60.0",
         "6.0",
