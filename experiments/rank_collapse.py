@@ -12,10 +12,10 @@ Learning rates: the best on the validation split (600 steps of the first 10,000 
 loss of guessing; SGD from .1, .03, .01 (FA alone .01, .003, .001, .0003), Muon from .02, .005, .002 (with BN .05,
 .02, .005: the edge). Controls have the rate of the arm that they change.
 
-Measured with the preset ``cpu``: widths 16 to 64, 600 steps of 64 of 10,000 images, 2000 test images (standard error 1.1
-points), one seed and so no deviation; last / best of 10 epochs; ranks of the hidden layers at the end, of which a matrix
-has 53 at most, a trajectory (pseudo-gradients of 100 steps) 100, a batch's errors 128. About a minute of
-processor time per arm; 25 min on two cores with ten other jobs, in several processes that shared the folder:
+Measured with the preset ``cpu``: widths 16 to 64, 600 steps of 64 of 10,000 images, 2000 test images (standard error
+1.1 points), one seed and so no deviation; last / best of 10 epochs; ranks of the hidden layers at the end, of which a
+matrix has 53 at most, a trajectory (pseudo-gradients of 100 steps) 100, a batch's errors 128. Ten minutes of processor
+time, 26 on two cores that ten other processes kept busy; three processes shared the folder:
 
 =====================  ===========  ======  ========  ======  ==========  =====================
 arm                    accuracy, %  error   gradient  update  trajectory  trajectory, published
@@ -36,14 +36,14 @@ FA, BN, Muon's size    42.0 / 43.1  112     40.8      41.4    96
 
 Published, ResNet-18 on CIFAR-100: FA 1.4, FA and Muon 25.3, FA and BN 37.1, all three 46.1.
 
-The published collapse is there at backpropagation's learning rate, where the loss explodes (1e14 at the end), and not at
-a rate at which FA learns: then its trajectory spans what backpropagation's does, and at a matched loss (2.15) its
+The published collapse is there at backpropagation's learning rate, where the loss explodes (1e14 at the end), and not
+at a rate at which FA learns: then its trajectory spans what backpropagation's does, and at a matched loss (2.15) its
 gradient more (27 against 15). Normalisation doubles the gradient's rank in both rules, before the first step already
-(16 to 40), and not the error's (118 to 121): what rises is that of the activations. Muon makes no rank: it lifts the
-update to nearly all that there is (52.5) by equalising a spectrum that reaches so far, and the gradient under it gains 2
-to 4. The controls have the claim's sign: backpropagation loses 5 to 8 points by truncation; FA with BN gains 1.4 by a
-flat spectrum and loses 4 by Muon's step sizes alone. But Muon's own gain, none without BN and .9 with it, is
-within the error of one seed, and FA with Muon alone, published far ahead of FA, is not ahead here.
+(16 to 40), and not the error's (118 to 121): what rises must be that of the activations. Muon makes no rank: it lifts
+the update to nearly all that there is (52.5) by equalising a spectrum that reaches so far, and the gradient under it
+gains 2 to 4. The controls have the claim's sign: backpropagation loses 5 to 8 points by truncation; FA with BN gains
+1.4 by a flat spectrum and loses 4 by Muon's step sizes alone. But what is gained by Muon or a flat spectrum is within
+the error of one seed, and FA with Muon alone, published far ahead of FA, is not ahead here.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ from flax import nnx
 
 import jaxfa
 from experiments import models
-from experiments.optimizers import hidden_kernels, muon
+from experiments.optimizers import hidden_kernels, is_hidden, muon
 from experiments.switchable import CNN, ResNet18
 from experiments.vgg import VGG
 from experiments.vit import ViT
@@ -93,6 +93,15 @@ def step(tx, gradients, params):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_hidden_kernels_are_those_between_the_first_and_the_last(name):
+    make, but, expected = CASES[name]
+    model = nnx.eval_shape(make)
+    found = names(is_hidden(hidden_kernels(model, but=but), {"anywhere": (parameters(model),)}))
+    assert set(found) == {f"anywhere/0/{name}" for name in names(parameters(model))}
+    assert {key for key in found if found[key]} == {f"anywhere/0/{layer}/kernel" for layer in expected}
+
+
+@pytest.mark.parametrize("name", ["lenet", "separable", "scanned"])
 def test_muon_takes_hidden_kernels_and_adam_all_else(name):
     make, but, expected = CASES[name]
     model = nnx.eval_shape(make)
