@@ -22,6 +22,7 @@ from experiments import (
     ldfa_subsets,
     ldfa_vgg,
     ldfa_vit,
+    rank_collapse,
     report,
     sweep_report,
 )
@@ -41,6 +42,7 @@ EXPERIMENTS = {
     "ldfa_subsets": ldfa_subsets,
     "ldfa_vgg": ldfa_vgg,
     "ldfa_vit": ldfa_vit,
+    "rank_collapse": rank_collapse,
 }
 _COMMANDS = ("list", "run", "report")
 
