@@ -4,16 +4,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import jaxfa
+import jaxfa.nn
 from experiments.seeds import side_by_side
 from experiments.spectra import Trajectory
-from experiments.trainer import Loop, State, Task, Trainer
+from experiments.task import Task
+from experiments.trainer import Loop, State, Trainer
 
-_OPERATIONS = {nnx.Conv: "conv_general_dilated", nnx.Linear: "dot_general"}
 _entropy_rank = jax.jit(jaxfa.diagnostics.entropy_rank)
 _participation_ratio = jax.jit(jaxfa.diagnostics.participation_ratio)
 
@@ -64,40 +64,18 @@ class RankTrainer(Trainer):
         """The loss on the probe, and each layer's error, gradient and update, as matrices."""
         x, learned = self._inputs(probe[0]), (state.params, state.feedback)
 
-        def objective(learned: Any, shifts: Any) -> tuple[jax.Array, Any]:
+        def loss(model: Any) -> jax.Array:
+            return self.task.loss(model(x), probe[1])
+
+        def objective(learned: Any) -> tuple[jax.Array, Any]:
             model = nnx.merge(self._graph, *learned, state.rest, copy=True)
             model.train()
-            outputs = _shift_outputs(model.model, shifts)
-            return self.task.loss(model(x), probe[1]), outputs
+            return loss(model), jaxfa.nn.errors(model, loss)
 
-        shifts = jax.tree.map(jnp.zeros_like, jax.eval_shape(objective, learned, {})[1])
-        (loss, _), (signals, errors) = jax.value_and_grad(objective, (0, 1), has_aux=True)(learned, shifts)
+        (value, errors), signals = jax.value_and_grad(objective, has_aux=True)(learned)
         updates, _ = self._optimizer().update(signals, state.optimizer, learned)
         found = {"error": errors, "gradient": _kernels(signals, errors), "update": _kernels(updates, errors)}
-        return loss, found | {"error": {layer: error.reshape(len(error), -1) for layer, error in errors.items()}}
-
-
-def _shift_outputs(model: nnx.Module, shifts: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Adds to the output of each layer's operation, in place; returns a dictionary that the next call fills with them.
-
-    The gradient in a shift of zero is the layer's error, whatever rule has brought it there.
-    """
-    outputs: dict[str, jax.Array] = {}
-
-    def shifted(operation: Callable[..., jax.Array], layer: str) -> Callable[..., jax.Array]:
-        def run(*args: Any, **kwargs: Any) -> jax.Array:
-            outputs[layer] = operation(*args, **kwargs)
-            return outputs[layer] + shifts[layer] if layer in shifts else outputs[layer]
-
-        return run
-
-    for path, module in list(nnx.iter_modules(model)):
-        attribute = _OPERATIONS.get(type(module))
-        if attribute is not None:
-            operation = getattr(module, attribute)
-            delattr(module, attribute)  # a rule's is a module, ours is static
-            setattr(module, attribute, nnx.static(shifted(operation, "/".join(map(str, path)))))
-    return outputs
+        return value, found | {"error": {layer: error.reshape(len(error), -1) for layer, error in errors.items()}}
 
 
 def _kernels(tree: Any, layers: Iterable[str]) -> dict[str, jax.Array]:

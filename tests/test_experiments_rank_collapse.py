@@ -16,7 +16,7 @@ from experiments.models import MLP
 from experiments.optimizers import hidden_kernels
 from experiments.ranks import RankTrainer
 from experiments.switchable import CNN, ResNet18
-from experiments.trainer import Task
+from experiments.task import Task
 
 PARAMS = {"layers": {i: {"kernel": jnp.zeros((3, 3, 4, 6)), "bias": jnp.zeros(6)} for i in range(2)}}
 
