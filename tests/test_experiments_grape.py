@@ -12,6 +12,7 @@ import jaxfa
 import jaxfa.nn
 from experiments import data, grape_ablation, grape_deep, grape_schedule, grape_shallow, sweep_report
 from experiments.data import Dataset
+from experiments.models import MLP
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10}
 
