@@ -5,7 +5,8 @@ Claim (Caillon et al. 2026): accuracy falls steadily as calibration becomes rare
 Command: ``python -m experiments run grape_schedule`` (``--preset paper`` for the published network and CIFAR-100).
 
 Beside the fixed schedule stands the paper's open question: a true gradient is computed once an epoch, and used where
-its cosine with the rule's has fallen under a threshold; and the control: as many steps of backpropagation, no others.
+its cosine with the rule's has fallen under a threshold; true gradients with an optimizer of their own, since in the
+rule's Adam one of many weighs little; and the control: as many steps of backpropagation, no others.
 """
 
 import dataclasses
@@ -32,6 +33,8 @@ class Config(grape_deep.Config):
     """Epochs from one true gradient to the next."""
     below: float = 0.3
     """The cosine under which the arms that measure it calibrate."""
+    own_rate: float = 0.1
+    """Of SGD with momentum, in the arms that give the true gradients an optimizer of their own."""
     out: Path = Path("runs/grape_schedule")
     """The folder of the results."""
 
@@ -90,6 +93,9 @@ def _arms(config: Config, dataset: data.Dataset) -> Iterator[sweep.Arm]:
             yield sweep.Arm(f"{rule}-{period}", title, period, fixed, axis=AXIS)
         event = plain._replace(calibrate=partial(jaxfa.calibrate, every=epoch, below=config.below))
         yield sweep.Arm(f"{rule}-below", f"{title}, on measured cosine", 1, event, axis=AXIS)
+        own = optax.sgd(config.own_rate, momentum=0.9)
+        apart = plain._replace(calibrate=partial(jaxfa.calibrate, every=epoch, optimizer=own))
+        yield sweep.Arm(f"{rule}-own", f"{title}, an optimizer of its own", 1, apart, axis=AXIS)
     for period in config.periods:
         # One step an epoch, of which all but every so many are left out.
         taken = dataclasses.replace(config, epochs=max(1, config.epochs // period))

@@ -92,8 +92,9 @@ def calibrate(
     """Sparse calibration: at every ``every``-th update the parameters step by the true gradient; feedback stands still.
 
     It composes with any rule. With ``below`` the true gradient is measured then, too, but used only where the cosine
-    between it and the rule's has fallen under that value. The control to run beside it is the same number of steps of
-    backpropagation alone, with no rule: what GrAPE's and DFA's gain on deep networks must be compared with.
+    between it and the rule's has fallen under that value. The control to run beside it, what any gain must be compared
+    with, is the same number of steps of backpropagation and no rule: ``jaxfa.backprop()`` with
+    ``optax.conditionally_mask(tx, lambda step, **_: (step + 1) % every == 0)``.
 
     Args:
       tx: what :func:`optimizer` made.

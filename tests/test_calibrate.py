@@ -99,6 +99,21 @@ def test_an_optimizer_of_its_own_steps_while_the_rules_stands_still(method, x64)
     assert state.calibrations == 2
 
 
+def test_the_control_takes_the_same_steps_and_no_others(x64):
+    # What calibration does to a rule whose own steps are none is what the control does.
+    rule, adam, every = jaxfa.dfa(), optax.adam(1e-2), 3
+    params, feedback = create(rule, KEY)
+    still = jaxfa.calibrate(jaxfa.optimizer(optax.set_to_zero(), rule), every=every, optimizer=adam)
+    control = optax.conditionally_mask(adam, lambda step, **_: (step + 1) % every == 0)
+    both, state, alone, masked = (params, feedback), still.init((params, feedback)), params, control.init(params)
+    for key in jax.random.split(KEY, 7):
+        both, state = step(still, rule, both, state, key)
+        updates, masked = control.update(true(alone), masked, alone)
+        alone = optax.apply_updates(alone, updates)
+    chex.assert_trees_all_close(both[0], alone, atol=1e-13, rtol=1e-10)
+    assert state.calibrations == 2
+
+
 @pytest.mark.parametrize(("sign", "calibrated"), [(1.0, False), (-1.0, True)])
 def test_on_an_event_it_calibrates_where_the_cosine_is_low(sign, calibrated):
     rule, w = jaxfa.kolen_pollack(), jnp.ones((3, 2))

@@ -78,7 +78,7 @@ def test_the_control_has_as_many_steps_as_there_are_calibrations(images):
         found = {arm.name: arm.task for arm in arms(experiment, networks=("resnet20",))}
         for name, task in found.items():
             assert task.steps == (1 if "alone" in name else None)
-            assert (task.calibrate is not None) == (name[-2:] in ("-1", "-5", "ow") and "alone" not in name)
+            assert (task.calibrate is not None) == (name[-2:] in ("-1", "-5", "ow", "wn") and "alone" not in name)
     taken = found["alone-5"].optimizer  # of five steps, one an epoch, the fifth
     params = {"w": jnp.ones(3)}
     state, moved = taken.init(params), []
