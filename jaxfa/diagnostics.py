@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.special import entr
 
 from jaxfa.base import LayerFeedback
+from jaxfa.svd import dense
 
 
 class Alignment(NamedTuple):
@@ -105,7 +106,7 @@ def weight_angle(w: jax.Array, feedback: LayerFeedback) -> jax.Array:
         b = feedback.matrix(w)
     except NotImplementedError as error:
         raise ValueError(f"{type(feedback).__name__} has no matrix in the place of the weights {w.shape}.") from error
-    return angle(b, w)
+    return angle(dense(b), dense(w))
 
 
 def entropy_rank(matrix: jax.Array) -> jax.Array:

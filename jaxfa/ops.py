@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxfa.base import DirectFeedback, LayerFeedback, Operation, transpose
+from jaxfa.base import DirectFeedback, LayerFeedback, Operation
 
 # The names under which these operations appear in a jaxpr, where the audit finds them, and in a profile.
 FORWARD = "jaxfa.forward"
 LOCAL = "jaxfa.local"
 TRANSPORT = "jaxfa.transport"
 DIRECT = "jaxfa.direct"
+INNER = "jaxfa.inner"  # a factored layer's second contraction: with the first it is one use of its weights
 
 
 def with_feedback(op: Operation) -> Callable[..., jax.Array]:
@@ -23,7 +24,7 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
     feedback matrix ``b`` of ``w``'s shape that is ``(d op(x, b) / d x)^T delta``, so ``b = w`` is backpropagation.
 
     Args:
-      op: a function ``(x, w) -> y``, linear in ``x`` and linear in ``w``.
+      op: a function ``(x, w) -> y``, linear in ``x`` and, unless ``w`` is a tree such as :class:`jaxfa.Factors`, in ``w``.
 
     Returns:
       A function ``(x, w, feedback=None) -> y``. The cotangent of ``feedback`` is the rule's own learning signal;
@@ -59,7 +60,7 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
     def backward(residuals: Any, delta: jax.Array) -> Any:
         x, w, feedback = residuals
         with jax.named_scope(LOCAL):
-            dw = transpose(lambda w: op(x, w), w, delta)
+            (dw,) = jax.vjp(lambda w: op(x, w), w)[1](delta)
         with jax.named_scope(TRANSPORT):
             dx = feedback.transport(op, x, w, delta)
             signal = feedback.signal(x, w, delta, dw)

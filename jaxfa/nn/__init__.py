@@ -10,8 +10,14 @@ from jaxfa.nn.aligned import alignment as alignment
 from jaxfa.nn.aligned import plain as plain
 from jaxfa.nn.aligned import weight_angles as weight_angles
 from jaxfa.nn.attach import attach as attach
+from jaxfa.nn.convert import export as export
+from jaxfa.nn.convert import factorise as factorise
+from jaxfa.nn.convert import merge as merge
 from jaxfa.nn.coverage import Coverage as Coverage
 from jaxfa.nn.coverage import Row as Row
 from jaxfa.nn.variables import Feedback as Feedback
 
-__all__ = ["Aligned", "Coverage", "Feedback", "Row", "alignment", "attach", "plain", "weight_angles"]
+__all__ = [
+    "Aligned", "Coverage", "Feedback", "Row", "alignment", "attach", "export", "factorise", "merge", "plain",
+    "weight_angles",
+]  # fmt: skip

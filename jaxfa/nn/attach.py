@@ -9,6 +9,7 @@ from jaxfa.base import Rule, init_at, is_direct
 from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import uses_of, weights_above
+from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.tap import Tap, check_source, fill_taps, place_tap, record_taps
 from jaxfa.nn.variables import init_stack, modules_of, structs
 from jaxfa.paths import matches
@@ -65,6 +66,10 @@ def attach(
     _refuse_unmatched("allow", allow, weights, under=True)
     args = None if example is None else structs(example if isinstance(example, tuple) else (example,))
     model = _copy(model)
+    if rule.weights is not None:
+        model = factorise_chosen(model, rule.weights, lambda path: at is None or matches(path, at, under=True))
+        # They are where it goes, all of them.
+        at = None if is_direct(rule) else at
     put = _put_direct if is_direct(rule) else _put_layerwise
     backprop = put(model, rule, rngs, at, args)
     aligned = Aligned(model, rule, args, (*allow, *backprop))
@@ -99,10 +104,12 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -
     first = set() if args is None else {path for path, use in uses_of(model, args).items() if use.first}
     backprop = []
     for path, (module, site) in sites.items():
+        if rule.weights is not None and not isinstance(module, Factored):
+            continue
         if path in first or (at is not None and not matches(path, at, under=True)):
             continue
         kernel = module.kernel.get_value()
-        feedback = init_stack(init_at(rule, path), rngs.feedback(), site.layers(kernel), site.matrices(kernel))
+        feedback = init_stack(init_at(rule, path=path), rngs.feedback(), site.layers(kernel), site.matrices(kernel))
         if feedback is None:
             backprop.append(path)
         else:
@@ -118,7 +125,8 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> l
         )
     modules, uses = dict(modules_of(model)), uses_of(model, args)
     if at is None:
-        tapped = [path for path in sites_of(model) if path not in uses or not uses[path].first]
+        sites = [path for path in sites_of(model) if path not in uses or not uses[path].first]
+        tapped = [path for path in sites if rule.weights is None or isinstance(modules[path], Factored)]
     else:
         _refuse_unmatched("at", at, list(modules), under=False)
         tapped = [path for path in modules if path and matches(path, at)]

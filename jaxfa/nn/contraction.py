@@ -10,8 +10,9 @@ from flax import nnx
 from jax import lax
 
 from jaxfa.base import Layer, LayerFeedback
+from jaxfa.nn.factored import Factored
 from jaxfa.nn.variables import Feedback, Recorder, intercept, modules_of, release
-from jaxfa.nn.views import Call, Groups, Matrices, Whole, of_einsum, roles
+from jaxfa.nn.views import Call, Factorised, Groups, Matrices, Whole, of_einsum, roles
 from jaxfa.ops import with_feedback
 
 
@@ -24,7 +25,7 @@ class Site(NamedTuple):
     attribute: str
     operation: Callable[..., jax.Array]
     shape: tuple[int, ...]
-    view: Whole | Groups | Matrices
+    view: Whole | Groups | Matrices | Factorised
 
     def stack(self, kernel: jax.Array) -> tuple[int, ...]:
         """The leading axes of a kernel that count the layers of a stack; ``()`` for a single layer."""
@@ -48,6 +49,8 @@ class Site(NamedTuple):
 def find_site(module: Any) -> Site | None:
     """The site of a layer that a rule can be put on; None for any other module."""
     match module:
+        case Factored():
+            return Site("operation", module.operation, module.shape, Factorised())
         case nnx.Linear():
             return Site("dot_general", module.dot_general, (module.in_features, module.out_features), Whole((0, 1)))
         case nnx.LinearGeneral():
@@ -119,7 +122,7 @@ class Contraction(nnx.Module):
             self.recorder.record(self.path, (bound.op, one))
         return bound.join(run(inputs, self.site.view.matrices(kernel), self.feedback.get_value()))
 
-    def _view(self, subscripts: str | None) -> Whole | Groups | Matrices:
+    def _view(self, subscripts: str | None) -> Whole | Groups | Matrices | Factorised:
         """The kernel's view by the subscripts of this call, which may be others than the layer was made with."""
         made = self.site.view
         if subscripts is None:
