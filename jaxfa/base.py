@@ -41,7 +41,7 @@ class LayerFeedback:
     low-rank rule, overrides :meth:`transport`. A rule that learns its feedback from the batch overrides :meth:`signal`.
     """
 
-    def matrix(self, w: jax.Array) -> jax.Array:
+    def matrix(self, w: Any) -> Any:
         """The array of ``w``'s shape through which the error returns."""
         raise NotImplementedError(f"{type(self).__name__} must define matrix(w), or transport(op, x, w, delta).")
 
@@ -141,7 +141,7 @@ class Layer(NamedTuple):
 
     op: Operation
     x: jax.ShapeDtypeStruct
-    w: jax.Array
+    w: Any
 
 
 def keep(forward: Any, feedback: Any, key: jax.Array) -> Any:

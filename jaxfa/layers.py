@@ -1,7 +1,7 @@
 """The two contractions of the functional core with a rule's backward: dense and convolution."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -36,7 +36,7 @@ class Convolution(NamedTuple):
     dilation: tuple[int, ...]
     groups: int = 1
 
-    def __call__(self, x: jax.Array, w: jax.Array | Factors) -> jax.Array:
+    def __call__(self, x: jax.Array, w: Any) -> jax.Array:
         """``(N, spatial..., n)`` to ``(N, spatial..., m)``."""
         if isinstance(w, Factors):
             first, second = w.kernels()
@@ -144,7 +144,7 @@ def conv(
         raise ValueError(f"A convolution in groups has no factors; got groups={groups}.")
     window = padding if isinstance(padding, str) else tuple(padding)
     op = Convolution(_each(strides, dims), window, _each(dilation, dims), groups)
-    return with_feedback(op)(x, w, feedback)
+    return with_feedback(op.__call__)(x, w, feedback)
 
 
 def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:

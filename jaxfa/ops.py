@@ -24,7 +24,8 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
     feedback matrix ``b`` of ``w``'s shape that is ``(d op(x, b) / d x)^T delta``, so ``b = w`` is backpropagation.
 
     Args:
-      op: a function ``(x, w) -> y``, linear in ``x`` and, unless ``w`` is a tree such as :class:`jaxfa.Factors`, in ``w``.
+      op: a function ``(x, w) -> y``, linear in ``x`` and linear in ``w``; where ``w`` is a tree, such as
+        :class:`jaxfa.Factors`, differentiable in it.
 
     Returns:
       A function ``(x, w, feedback=None) -> y``. The cotangent of ``feedback`` is the rule's own learning signal;

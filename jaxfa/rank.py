@@ -88,16 +88,16 @@ def hoyer_penalty(strength: float | Callable[[jax.Array], jax.Array]) -> optax.G
 def prune(
     params: Any, *others: Any, energy: float = 0.95, multiple: int = 8, tolerance: float = 1e-3
 ) -> tuple[Any, ...]:
-    """Drops singular values: keeps the fewest with ``sum s_kept^2 >= energy sum s^2``; what follows a column goes with it.
+    """Drops singular values: keeps the fewest with ``sum s_kept^2 >= energy sum s^2``.
 
     The arrays really shrink, so it runs outside ``jit``, at the end of an epoch; what is jitted compiles anew for the
     new shapes. Where ``u`` and ``v`` have drifted from orthonormality ``s`` are no singular values: such a layer is
-    decomposed anew first, and since no optimizer state belongs to the new columns, the layer's starts at zero; its
-    feedback keeps its columns. All other layers' state follows exactly.
+    decomposed anew first, and since no optimizer state belongs to the new columns, the layer's starts at zero, and its
+    feedback loses columns as they come. Everywhere else feedback and optimizer state follow their columns exactly.
 
     Args:
       params: a tree with :class:`Factors` among its nodes; leading axes, such as seeds', keep one rank.
-      *others: trees that hold factors of the same names, such as feedback, optimizer states, averages.
+      others: trees that hold factors of the same names, such as feedback, optimizer states, averages.
       energy: in (0, 1]; 1 changes nothing.
       multiple: ranks are rounded up to whole multiples of it, so that few different programs are compiled.
       tolerance: the :func:`drift` from which a layer is decomposed anew.

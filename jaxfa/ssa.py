@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, FixedFeedback, Layer, Operation, Rule, is_feedback, register, transpose
+from jaxfa.base import DirectFeedback, Layer, LayerFeedback, Operation, Rule, is_feedback, register, transpose
 from jaxfa.lowrank import orthonormal
 from jaxfa.projection import direct_matrix, project
 from jaxfa.stiefel import Retraction, polar, stiefel
@@ -21,12 +21,18 @@ from jaxfa.svd import Factors, by_name, factorise, is_factors, orthonormal_facto
 
 
 @register
-class FactoredFeedback(FixedFeedback):
+class FactoredFeedback(LayerFeedback):
     """Factors in the place of the weights' factors, for an error from the layer above: ``dx = ((d b_v) * b_s) b_u^T``.
 
     Attributes:
       b: feedback weights, :class:`jaxfa.Factors` of ``w``'s shape.
     """
+
+    b: Factors
+
+    def matrix(self, w: Any) -> Any:
+        del w
+        return self.b
 
 
 @register
@@ -36,7 +42,7 @@ class TransportedFactors(FactoredFeedback):
 
 @register
 class LiftedFeedback(DirectFeedback):
-    """The output error, lifted to a layer's outputs by a fixed matrix and returned through the layer's feedback factors.
+    """The output error, lifted to a layer's outputs by a fixed matrix, then through the layer's feedback factors.
 
     Attributes:
       b: feedback weights, :class:`jaxfa.Factors` of the layer's shape.
@@ -172,7 +178,8 @@ def _turned(key: jax.Array, w: Factors, scale: float) -> Factors:
     if not is_factors(w):
         raise ValueError(f"ssa needs factored weights, jaxfa.factorise(w), got {type(w).__name__} of shape {w.shape}.")
     key_u, key_v = jax.random.split(key)
-    u, v = orthonormal(key_u, w.u.shape, w.dtype), orthonormal(key_v, w.v.shape, w.dtype)
+    (n, r), m = w.u.shape, w.v.shape[0]
+    u, v = orthonormal(key_u, (n, r), w.dtype), orthonormal(key_v, (m, r), w.dtype)
     return replace(w, u=u.astype(w.dtype), s=scale * w.s, v=v.astype(w.dtype))
 
 

@@ -104,7 +104,7 @@ def stiefel(retraction: Retraction | None = polar, *, project: bool = True) -> o
     def move(d: jax.Array, u: jax.Array) -> jax.Array:
         if u.ndim < 2 or u.shape[-1] > u.shape[-2]:
             raise ValueError(
-                f"stiefel needs matrices (..., n, r) with r <= n, got {u.shape}. Wrap it in optax.masked(...) for those."
+                f"stiefel needs matrices (..., n, r) with r <= n, got {u.shape}. Leave such out with optax.masked."
             )
         wide = jnp.promote_types(u.dtype, jnp.float32)
         d, base = d.astype(wide), u.astype(wide)

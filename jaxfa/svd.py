@@ -127,7 +127,7 @@ def _count(rank: float | None, full: int) -> int:
 
 
 def drift(w: Factors) -> jax.Array:
-    """How far ``u`` and ``v`` are from orthonormal columns: the largest entry of ``|u^T u - 1|`` and ``|v^T v - 1|``."""
+    """How far ``u`` and ``v`` are from orthonormal columns: the largest of ``|u^T u - 1|`` and ``|v^T v - 1|``."""
     return jnp.maximum(*(jnp.abs(a.mT @ a - jnp.eye(a.shape[-1], dtype=a.dtype)).max((-2, -1)) for a in (w.u, w.v)))
 
 

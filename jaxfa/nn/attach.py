@@ -1,5 +1,6 @@
 """Puts a rule on an unmodified NNX model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,17 +62,17 @@ def attach(
     Source: as each rule.
     """
     _check(model, rule, rngs)
-    at, allow = _globs(at), _globs(allow) or ()
+    globs, allow = _globs(at), _globs(allow) or ()
     weights = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
     _refuse_unmatched("allow", allow, weights, under=True)
     args = None if example is None else structs(example if isinstance(example, tuple) else (example,))
     model = _copy(model)
     if rule.weights is not None:
-        model = factorise_chosen(model, rule.weights, lambda path: at is None or matches(path, at, under=True))
-        # They are where it goes, all of them.
-        at = None if is_direct(rule) else at
+        _refuse_unmatched("at", globs, list(sites_of(model)), under=True)
+        model = factorise_chosen(model, rule.weights, _chooser(globs))
+        globs = None  # what is factored is where the rule goes, all of it
     put = _put_direct if is_direct(rule) else _put_layerwise
-    backprop = put(model, rule, rngs, at, args)
+    backprop = put(model, rule, rngs, globs, args)
     aligned = Aligned(model, rule, args, (*allow, *backprop))
     if args is not None:
         aligned.coverage().refuse()
@@ -94,6 +95,10 @@ def _copy(model: nnx.Module) -> Any:
 
 def _globs(patterns: str | tuple[str, ...] | None) -> Any:
     return (patterns,) if isinstance(patterns, str) else patterns
+
+
+def _chooser(globs: Any) -> Callable[[str], bool]:
+    return lambda path: globs is None or matches(path, globs, under=True)
 
 
 def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> list[str]:

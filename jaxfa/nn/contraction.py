@@ -48,29 +48,30 @@ class Site(NamedTuple):
 
 def find_site(module: Any) -> Site | None:
     """The site of a layer that a rule can be put on; None for any other module."""
+    site = None
     match module:
         case Factored():
-            return Site("operation", module.operation, module.shape, Factorised())
+            site = Site("operation", module.operation, module.shape, Factorised())
         case nnx.Linear():
-            return Site("dot_general", module.dot_general, (module.in_features, module.out_features), Whole((0, 1)))
+            site = Site("dot_general", module.dot_general, (module.in_features, module.out_features), Whole((0, 1)))
         case nnx.LinearGeneral():
             made = module.dot_general_cls() if module.dot_general_cls is not None else module.dot_general
             batch = tuple(module.batch_axis.values())
             shape = (*batch, *module.in_features, *module.out_features)
             view = Matrices(tuple(range(len(shape))), shape, len(batch), len(module.out_features))
-            return Site("dot_general", made or lax.dot_general, shape, view)
+            site = Site("dot_general", made or lax.dot_general, shape, view)
         case nnx.Einsum():
             shape = tuple(module.kernel_shape)
-            return Site("einsum_op", module.einsum_op, shape, of_einsum(module.einsum_str, shape))
+            site = Site("einsum_op", module.einsum_op, shape, of_einsum(module.einsum_str, shape))
         case nnx.Conv() if module.mask is None:
             shape, groups = tuple(module.kernel_shape), module.feature_group_count
             seen = Groups(groups) if groups > 1 else Whole(tuple(range(len(shape))))
-            return Site("conv_general_dilated", module.conv_general_dilated, shape, seen)
+            site = Site("conv_general_dilated", module.conv_general_dilated, shape, seen)
         case nnx.ConvTranspose() if module.mask is None:
             *window, n, m = range(len(module.kernel_shape))
             order = (*window, m, n) if module.transpose_kernel else (*window, n, m)
-            return Site("conv_transpose", BareConvTranspose.of(module), tuple(module.kernel_shape), Whole(order))
-    return None
+            site = Site("conv_transpose", BareConvTranspose.of(module), tuple(module.kernel_shape), Whole(order))
+    return site
 
 
 def sites_of(model: nnx.Module) -> dict[str, tuple[Any, Site]]:

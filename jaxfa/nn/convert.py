@@ -1,4 +1,4 @@
-"""A model's factors put in, taken out, made smaller: to factored layers, to dense ones, to thin ones, to fewer columns."""
+"""A model's weights as factors, and back: to factored layers, to dense ones, to pairs of thin ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +11,7 @@ from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.factored import Factored, factorise_chosen, swap
 from jaxfa.nn.variables import modules_of
 from jaxfa.paths import matches
-from jaxfa.rank import prune as prune_tree
-from jaxfa.svd import Factors, is_factors
+from jaxfa.svd import Factors
 from jaxfa.svd import factorise as factorise_weights
 
 

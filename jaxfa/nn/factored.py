@@ -1,4 +1,4 @@
-"""Factored layers: what takes the place of ``nnx.Linear`` and ``nnx.Conv`` whose weights are kept as ``u diag(s) v^T``."""
+"""Factored layers: ``nnx.Linear`` and ``nnx.Conv`` with weights kept as ``u diag(s) v^T``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -49,11 +49,11 @@ def operation_of(layer: nnx.Linear | nnx.Conv) -> Operation:
     Raises:
       ValueError: if the layer has an operation, a padding, groups, a mask or a precision that two thin layers have not.
     """
-    if isinstance(layer, nnx.Linear):
-        plain = layer.dot_general is jax.lax.dot_general and layer.precision is None
-        operation: Operation | None = dot if plain else None
-    else:
+    operation: Any = None
+    if isinstance(layer, nnx.Conv):
         operation = _convolution(layer)
+    elif layer.dot_general is jax.lax.dot_general and layer.precision is None:
+        operation = dot
     if operation is None or layer.kernel.get_value().ndim != (2 if operation is dot else len(layer.kernel_size) + 2):
         raise ValueError(
             f"No factors can take the place of {layer!r}: only nnx.Linear and nnx.Conv with JAX's own operation, SAME, "
