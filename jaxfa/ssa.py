@@ -86,8 +86,8 @@ def ssa(
     With an error ``d`` at a layer's output, ``x`` at its input, ``L_CE``'s pseudo-gradients are the true local ones,
     ``g_u = x^T (d v * s)``, ``g_s = sum (x u) * (d v)``, ``g_v = d^T (x u * s)``. The others' are exact,
     ``L_align = |u - b_u|^2 + |s - b_s|^2 + |v - b_v|^2`` and ``L_ortho = |u^T u - 1|^2 + |v^T v - 1|^2`` (Frobenius);
-    :func:`jaxfa.optimizer` adds them before its optimizer and takes that one's steps of ``u`` and ``v`` along the
-    Stiefel manifold, so that any optax optimizer will do.
+    :func:`jaxfa.optimizer` adds them before its optimizer and takes its steps of ``u`` and ``v`` along the Stiefel
+    manifold, so that any optax optimizer will do.
 
     The paper does not say how the output error of ``C`` numbers gets to a layer whose feedback has the shape of its
     weights. Two readings:
@@ -103,10 +103,14 @@ def ssa(
     ``b - g / 2 beta``, so that a large ``beta`` freezes the network there. ``pull_feedback`` moves the feedback towards
     the weights, which is weight transport, and shows as such in ``coverage()``.
 
-    With an exact retraction ``L_ortho`` is zero; it acts with ``retraction=None``, the literal reading of "project the
-    updates on the Stiefel manifold". All layers that the rule is put on are factored, the first and the last included,
-    shortcuts' convolutions, too; biases and norms learn by ``alpha L_CE`` as ever. The feedback is ``w`` turned at
-    random: random orthonormal ``b_u`` and ``b_v``, and the singular values with which the layer starts.
+    "Project the updates on the Stiefel manifold" can mean their tangent part alone, ``retraction=None``, beside which
+    ``L_ortho`` keeps the drift small, or the way back onto it, where ``L_ortho`` is zero. Gradients are projected
+    before the optimizer sees them, since Adam's step of a gradient across the manifold has a part along it, and so does
+    not vanish at an optimum; ``L_ortho``'s gradient, which is all across, joins them after that.
+
+    All layers that the rule is put on are factored, the first, the last and those of shortcuts included; biases and
+    norms learn by ``alpha L_CE`` as ever. The feedback is ``w`` turned at random: random orthonormal ``b_u`` and
+    ``b_v``, and the singular values with which the layer starts.
 
     Args:
       parallel: how the error gets to a layer, as above.
@@ -116,7 +120,7 @@ def ssa(
       gamma: of the orthogonality; Yang et al. (2020) divide by ``r^2``.
       pull_weights: whether alignment moves the weights.
       pull_feedback: whether it moves the feedback, by the same optimizer.
-      project: whether steps of ``u`` and ``v`` are projected on the tangent space.
+      project: whether gradients of ``u`` and ``v``, and the steps to retract, are projected on the tangent space.
       retraction: back onto the manifold, :func:`jaxfa.stiefel.polar`, ``qr``, ``cayley``; None is none.
       distribution: of the lift, an initializer ``(key, shape, dtype)`` for ``(m, C)``; as for :func:`jaxfa.dfa`.
       scale: factor on the feedback's singular values.
@@ -126,7 +130,7 @@ def ssa(
       :func:`jaxfa.nn.attach` and :func:`jaxfa.factorise` make.
 
     Raises:
-      ValueError: if ``alpha``, ``beta`` or ``gamma`` is negative, or something is to be retracted, but not projected.
+      ValueError: if ``alpha``, ``beta`` or ``gamma`` is negative.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -158,14 +162,14 @@ def ssa(
         return (TransportedLift if pull_feedback else LiftedFeedback)(b, lift, layer.op)
 
     def learn(tx: optax.GradientTransformation) -> tuple[Any, Any]:
-        manifold = stiefel(retraction, project=project) if project or retraction else optax.identity()
-        losses = _local_losses(alpha, beta if pull_weights else 0.0, gamma)
+        nothing = optax.identity()
+        gradients = optax.masked(stiefel(None) if project else nothing, orthonormal_factors)
+        steps = optax.masked(stiefel(retraction, project=project) if retraction else nothing, orthonormal_factors)
+        aligned = _aligned(alpha, beta if pull_weights else 0.0)
         # A lift is fixed: the optimizer, whose weights may decay, is not shown it.
         for_feedback = optax.masked(optax.chain(_pull(beta), tx), _feedback_factors)
-        return (
-            optax.chain(losses, tx, optax.masked(manifold, orthonormal_factors)),
-            for_feedback if pull_feedback else optax.set_to_zero(),
-        )
+        for_params = optax.chain(aligned, gradients, _orthogonal(gamma), tx, steps)
+        return for_params, for_feedback if pull_feedback else optax.set_to_zero()
 
     def weights(w: jax.Array, path: str) -> Factors:
         return factorise(w, rank, name=path)
@@ -204,28 +208,29 @@ def _towards(w: Factors, target: Factors, strength: float) -> Any:
     return jax.tree.map(lambda a, b: 2 * strength * (a - b.astype(a.dtype)), w, target)
 
 
-def _local_losses(alpha: float, beta: float, gamma: float) -> optax.GradientTransformationExtraArgs:
-    """``alpha g`` and, for factors, the gradients of ``beta L_align + gamma L_ortho``."""
+def _aligned(alpha: float, beta: float) -> optax.GradientTransformationExtraArgs:
+    """``alpha g`` and, for factors, the gradient of ``beta L_align``."""
 
     def update(updates: Any, state: Any, params: Any = None, *, both: Any, **_: Any) -> tuple[Any, Any]:
         _, feedback = _split_by_name(both)
 
         def learn(g: Any, w: Any) -> Any:
             g = jax.tree.map(lambda leaf: alpha * leaf, g)
-            if not is_factors(w):
-                return g
-            if beta and w.name in feedback:
-                g = jax.tree.map(jnp.add, g, _towards(w, feedback[w.name], beta))
-            return replace(g, u=g.u + gamma * _ortho(w.u), v=g.v + gamma * _ortho(w.v)) if gamma else g
+            pulled = beta and is_factors(w) and w.name in feedback
+            return jax.tree.map(jnp.add, g, _towards(w, feedback[w.name], beta)) if pulled else g
 
         return jax.tree.map(learn, updates, params, is_leaf=is_factors), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _ortho(u: jax.Array) -> jax.Array:
-    """The gradient of ``|u^T u - 1|_F^2``."""
-    return 4 * u @ (u.mT @ u - jnp.eye(u.shape[-1], dtype=u.dtype))
+def _orthogonal(gamma: float) -> optax.GradientTransformation:
+    """The gradient of ``gamma L_ortho``, ``4 u (u^T u - 1)`` for each factor but ``s``."""
+
+    def add(g: jax.Array, u: jax.Array) -> jax.Array:
+        return g + 4 * gamma * u @ (u.mT @ u - jnp.eye(u.shape[-1], dtype=u.dtype))
+
+    return optax.masked(optax.stateless(lambda g, params: jax.tree.map(add, g, params)), orthonormal_factors)
 
 
 def _pull(beta: float) -> optax.GradientTransformationExtraArgs:

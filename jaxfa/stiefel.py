@@ -75,7 +75,9 @@ def cayley(u: jax.Array, step: jax.Array) -> jax.Array:
 def stiefel(retraction: Retraction | None = polar, *, project: bool = True) -> optax.GradientTransformation:
     """Keeps matrices orthonormal: ``d <- d - u sym(u^T d)``, then ``u <- R(u, d)``; the last link of a chain.
 
-    All retractions agree with ``u + d`` to first order and differ at the second. For some of the parameters, wrap it in
+    All retractions agree with ``u + d`` to first order and differ at the second. An optimizer that changes a gradient's
+    direction, such as Adam, should be given the projected one, or it will rest elsewhere than at the optimum:
+    ``optax.chain(stiefel(None), optax.adam(...), stiefel())``. For some of the parameters, wrap it in
     ``optax.masked``. Orthonormal columns stay so; others become so at the first step with a retraction.
 
     Args:
@@ -91,7 +93,7 @@ def stiefel(retraction: Retraction | None = polar, *, project: bool = True) -> o
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa, optax
-      >>> tx, u = optax.chain(optax.adam(0.1), jaxfa.stiefel()), jnp.eye(4, 2)
+      >>> tx, u = optax.chain(jaxfa.stiefel(None), optax.adam(0.1), jaxfa.stiefel()), jnp.eye(4, 2)
       >>> updates, _ = tx.update(jnp.arange(8.0).reshape(4, 2), tx.init(u), u)
       >>> u = optax.apply_updates(u, updates)
       >>> bool(jnp.allclose(u.T @ u, jnp.eye(2), atol=1e-6))

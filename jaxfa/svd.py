@@ -128,7 +128,12 @@ def _count(rank: float | None, full: int) -> int:
 
 def drift(w: Factors) -> jax.Array:
     """How far ``u`` and ``v`` are from orthonormal columns: the largest of ``|u^T u - 1|`` and ``|v^T v - 1|``."""
-    return jnp.maximum(*(jnp.abs(a.mT @ a - jnp.eye(a.shape[-1], dtype=a.dtype)).max((-2, -1)) for a in (w.u, w.v)))
+
+    def off(a: jax.Array) -> jax.Array:
+        gram = a.mT @ a
+        return jnp.abs(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)).max((-2, -1))
+
+    return jnp.maximum(off(w.u), off(w.v))
 
 
 def standardise(w: Factors) -> Factors:
