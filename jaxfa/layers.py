@@ -1,7 +1,8 @@
 """The two contractions of the functional core with a rule's backward: dense and convolution."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
@@ -21,7 +22,8 @@ def dot(x: jax.Array, w: jax.Array | Factors) -> jax.Array:
     return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
 
 
-class Convolution(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Convolution:
     """A convolution as a value, channels last: ``x * w``; with factors, a vertical one and then a horizontal one.
 
     Attributes:
@@ -144,7 +146,7 @@ def conv(
         raise ValueError(f"A convolution in groups has no factors; got groups={groups}.")
     window = padding if isinstance(padding, str) else tuple(padding)
     op = Convolution(_each(strides, dims), window, _each(dilation, dims), groups)
-    return with_feedback(op.__call__)(x, w, feedback)
+    return with_feedback(op)(x, w, feedback)
 
 
 def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:

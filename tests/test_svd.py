@@ -189,6 +189,7 @@ def test_optimizer_and_feedback_follow_the_surviving_columns(x64):
     both, state = train((params, feedback))
     params, feedback, smaller = jaxfa.prune(*both, state, energy=0.9, multiple=1)
     assert ranks(params) != ranks(both[0])
+    chex.assert_trees_all_equal(jaxfa.prune(*both, state, energy=0.9, multiple=64), (*both, state))
 
     def of(tree, name):
         return [node for node in nodes(tree) if node.name == name]

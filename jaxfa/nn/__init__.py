@@ -13,11 +13,12 @@ from jaxfa.nn.attach import attach as attach
 from jaxfa.nn.convert import export as export
 from jaxfa.nn.convert import factorise as factorise
 from jaxfa.nn.convert import merge as merge
+from jaxfa.nn.convert import prune as prune
 from jaxfa.nn.coverage import Coverage as Coverage
 from jaxfa.nn.coverage import Row as Row
 from jaxfa.nn.variables import Feedback as Feedback
 
 __all__ = [
     "Aligned", "Coverage", "Feedback", "Row", "alignment", "attach", "export", "factorise", "merge", "plain",
-    "weight_angles",
+    "prune", "weight_angles",
 ]  # fmt: skip

@@ -9,8 +9,9 @@ from flax import nnx
 
 from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.factored import Factored, factorise_chosen, swap
-from jaxfa.nn.variables import modules_of
+from jaxfa.nn.variables import Feedback, modules_of
 from jaxfa.paths import matches
+from jaxfa.rank import prune as prune_tree
 from jaxfa.svd import Factors
 from jaxfa.svd import factorise as factorise_weights
 
@@ -125,3 +126,39 @@ def _thin(layer: Factored) -> nnx.Sequential:
         pair.append(one)
     pair[1].bias, pair[1].use_bias = bias if bias is None else nnx.data(bias), bias is not None
     return nnx.Sequential(*pair)
+
+
+def prune(aligned: Aligned, optimizer: nnx.Optimizer | None = None, *, energy: float = 0.95, multiple: int = 8) -> None:
+    """Drops singular values of an attached model, in place: :func:`jaxfa.prune` for its feedback and optimizer, too.
+
+    Args:
+      aligned: what :func:`jaxfa.nn.attach` returned, with factored layers.
+      optimizer: the one that trains it.
+      energy: of the squared singular values, how much to keep, in (0, 1].
+      multiple: ranks are rounded up to whole multiples of it.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa.nn
+      >>> from flax import nnx
+      >>> model, x = nnx.Linear(64, 64, rngs=nnx.Rngs(0)), jnp.ones((2, 64))
+      >>> aligned = jaxfa.nn.attach(model, jaxfa.ssa(), rngs=nnx.Rngs(1), example=x)
+      >>> jaxfa.nn.prune(aligned, energy=0.9)
+      >>> aligned.model.kernel.get_value().s.shape
+      (40,)
+
+    Source: as :func:`jaxfa.prune`.
+    """
+    trees: Any = (nnx.state(aligned, nnx.Param), nnx.state(aligned, Feedback))
+    trees = (*trees, None if optimizer is None else optimizer.opt_state)
+    boxes = jax.tree.leaves(trees, is_leaf=_is_box)
+    bare = jax.tree.map(lambda box: box.get_value() if _is_box(box) else box, trees, is_leaf=_is_box)
+    pruned = prune_tree(*bare, energy=energy, multiple=multiple)
+    # One box holds a whole node of factors or of feedback, another a single array.
+    values = jax.tree.structure(trees, is_leaf=_is_box).flatten_up_to(pruned)
+    for box, value in zip(boxes, values, strict=True):
+        if _is_box(box):
+            box.set_value(value)
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
