@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxfa.base import DirectFeedback, LayerFeedback, Operation
+from jaxfa.base import DirectFeedback, LayerFeedback, Operation, transpose
 
 # The names under which these operations appear in a jaxpr, where the audit finds them, and in a profile.
 FORWARD = "jaxfa.forward"
@@ -61,7 +61,7 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
     def backward(residuals: Any, delta: jax.Array) -> Any:
         x, w, feedback = residuals
         with jax.named_scope(LOCAL):
-            (dw,) = jax.vjp(lambda w: op(x, w), w)[1](delta)
+            dw = _local_gradient(op, x, w, delta)
         with jax.named_scope(TRANSPORT):
             dx = feedback.transport(op, x, w, delta)
             signal = feedback.signal(x, w, delta, dw)
@@ -78,6 +78,14 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
         return forward(*_vary_alike((x, w, feedback)))
 
     return apply
+
+
+def _local_gradient(op: Operation, x: jax.Array, w: Any, delta: jax.Array) -> Any:
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(w)):
+        return transpose(lambda w: op(x, w), w, delta)
+    # Of several factors none is linear alone; what the forward pass computed, too, the compiler finds again.
+    (dw,) = jax.vjp(lambda w: op(x, w), w)[1](delta)
+    return dw
 
 
 def error_wire(logits: Any) -> jax.Array:

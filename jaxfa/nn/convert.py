@@ -154,8 +154,8 @@ def prune(aligned: Aligned, optimizer: nnx.Optimizer | None = None, *, energy: f
     bare = jax.tree.map(lambda box: box.get_value() if _is_box(box) else box, trees, is_leaf=_is_box)
     pruned = prune_tree(*bare, energy=energy, multiple=multiple)
     # One box holds a whole node of factors or of feedback, another a single array.
-    values = jax.tree.structure(trees, is_leaf=_is_box).flatten_up_to(pruned)
-    for box, value in zip(boxes, values, strict=True):
+    structure: Any = jax.tree.structure(trees, is_leaf=_is_box)
+    for box, value in zip(boxes, structure.flatten_up_to(pruned), strict=True):
         if _is_box(box):
             box.set_value(value)
 
