@@ -91,7 +91,7 @@ class Stem(nnx.Module):
 
     def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
         self.conv = nnx.Conv(channels, width, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, channels)`` to ``(N, H, W, width)``."""
@@ -103,13 +103,13 @@ class Block(nnx.Module):
 
     def __init__(self, channels: int, width: int, stride: int, *, rngs: nnx.Rngs):
         self.conv1 = nnx.Conv(channels, width, (3, 3), strides=stride, use_bias=False, rngs=rngs)
-        self.norm1 = nnx.BatchNorm(width, rngs=rngs)
+        self.norm1 = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
         self.conv2 = nnx.Conv(width, width, (3, 3), use_bias=False, rngs=rngs)
-        self.norm2 = nnx.BatchNorm(width, rngs=rngs)
+        self.norm2 = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
         self.has_projection = stride != 1 or channels != width
         if self.has_projection:
             self.projection = nnx.Conv(channels, width, (1, 1), strides=stride, use_bias=False, rngs=rngs)
-            self.projection_norm = nnx.BatchNorm(width, rngs=rngs)
+            self.projection_norm = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, channels)`` to ``(N, H / stride, W / stride, width)``."""
@@ -118,15 +118,28 @@ class Block(nnx.Module):
         return nnx.relu(self.norm2(self.conv2(x)) + shortcut)
 
 
-class ResNet20(nnx.Module):
-    """ResNet-20 for small images; arguments as :class:`MLP`.
+class ResNet(nnx.Module):
+    """ResNet for small images: three stages of equally many blocks; other arguments as :class:`MLP`.
 
-    He et al., "Deep Residual Learning for Image Recognition", 2016, https://arxiv.org/abs/1512.03385
+    Args:
+      shape: as :class:`MLP`.
+      classes: likewise.
+      depth: how many layers, ``6 k + 2``: 20, 32, 56.
+      width: the channels of the first stage.
+      rngs: likewise.
+
+    Raises:
+      ValueError: if the depth is not ``6 k + 2``.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", 2016, https://arxiv.org/abs/1512.03385
     """
 
-    def __init__(self, shape: Shape, classes: int, *, rngs: nnx.Rngs):
-        widths = (16, 16, 16, 16, 32, 32, 32, 64, 64, 64)
-        self.stem = Stem(shape[2], widths[0], rngs=rngs)
+    def __init__(self, shape: Shape, classes: int, *, depth: int = 20, width: int = 16, rngs: nnx.Rngs):
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"A ResNet for small images has 6 k + 2 layers, such as 20 or 56, got depth={depth}.")
+        widths = (width, *(width * scale for scale in (1, 2, 4) for _ in range(blocks)))
+        self.stem = Stem(shape[2], width, rngs=rngs)
         self.blocks = nnx.List([Block(n, m, m // n, rngs=rngs) for n, m in pairwise(widths)])
         self.head = nnx.Linear(widths[-1], classes, rngs=rngs)
 
@@ -167,7 +180,7 @@ MODELS: dict[ModelName, Architecture] = {
     "mlp": Architecture(MLP, 1),
     "lenet": Architecture(LeNet, 12),
     "convnet": Architecture(ConvNet, 8),
-    "resnet20": Architecture(ResNet20, 16, ("stem", "blocks/*")),
+    "resnet20": Architecture(ResNet, 16, ("stem", "blocks/*")),
 }
 
 

@@ -20,6 +20,7 @@ import jaxfa
 import jaxfa.nn
 from experiments.augment import crop_and_flip
 from experiments.data import Dataset, channel_moments
+from experiments.seeds import side_by_side
 
 Loop = Literal["auto", "step", "scan"]
 
@@ -47,6 +48,8 @@ class Task(NamedTuple):
       allow: the layers that may stay with backpropagation, likewise.
       loss: ``(logits, labels) -> scalar``.
       augment: ``(key, images) -> images``, for natural images alone: those of a data set that says so.
+      calibrate: what the optimizer is wrapped in, such as ``functools.partial(jaxfa.calibrate, every=100)``.
+      steps: steps of an epoch; by default as many as its images fill.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
@@ -58,6 +61,8 @@ class Task(NamedTuple):
     allow: tuple[str, ...] = ()
     loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy
     augment: Callable[[jax.Array, jax.Array], jax.Array] = crop_and_flip
+    calibrate: Callable[..., optax.GradientTransformationExtraArgs] | None = None
+    steps: int | None = None
 
 
 class State(NamedTuple):
@@ -90,9 +95,10 @@ class Trainer:
 
     def __init__(self, task: Task, seeds: Sequence[int], loop: Loop = "auto") -> None:
         data = task.data
-        self.task, self.seeds, self.steps = task, tuple(seeds), len(data.train_labels) // task.batch
-        if not self.steps:
+        self.task, self.seeds, most = task, tuple(seeds), len(data.train_labels) // task.batch
+        if not most:
             raise ValueError(f"A batch of {task.batch} is more than the {len(data.train_labels)} training examples.")
+        self.steps = most if task.steps is None else min(task.steps, most)
         self.scans = loop == "scan" or (loop == "auto" and jax.default_backend() != "cpu")
         moments = channel_moments(np.asarray(data.train_images))
         self._mean, self._deviation = (moment.reshape(1, 1, 1, -1) for moment in moments)
@@ -100,13 +106,13 @@ class Trainer:
         self._test = (jnp.asarray(data.test_images), jnp.asarray(data.test_labels))
         self._graph, example = jax.eval_shape(self._init, jax.random.key(0))
         self.coverage = nnx.merge(self._graph, example.params, example.feedback, example.rest).coverage()
-        self._start = jax.jit(jax.vmap(self._init))
-        self._shuffle = jax.jit(jax.vmap(self._order))
-        step = jax.vmap(self._update, (0, 0, None))
+        self._start = jax.jit(side_by_side(self._init, seeds))
+        self._shuffle = jax.jit(side_by_side(self._order, seeds))
+        step = side_by_side(self._update, seeds, (0, 0, None))
         self._step = jax.jit(step, donate_argnums=0)
         self._scan = jax.jit(partial(_scan, step), static_argnums=3, donate_argnums=0)
-        self._score = jax.jit(jax.vmap(self._scores, (0, None, None)))
-        self._align = jax.jit(jax.vmap(self._alignment, (0, None)))
+        self._score = jax.jit(side_by_side(self._scores, seeds, (0, None, None)))
+        self._align = jax.jit(side_by_side(self._alignment, seeds, (0, None)))
 
     def init(self) -> State:
         """The state before the first step."""
@@ -141,7 +147,7 @@ class Trainer:
 
         Returns:
           ``test_accuracy``, ``test_loss`` and, by layer from first to last, ``angle`` and ``norm_ratio``: arrays
-          ``(seeds,)``.
+          ``(seeds,)``; and how many ``calibrations`` there were, if any are made.
         """
         images, labels = self._test
         chunks = [slice(i, i + _CHUNK) for i in range(0, len(labels), _CHUNK)]
@@ -155,7 +161,7 @@ class Trainer:
             "test_loss": loss / len(labels),
             "angle": {layer: found.angle for layer, found in kernels.items()},
             "norm_ratio": {layer: found.norm_ratio for layer, found in kernels.items()},
-        }
+        } | ({"calibrations": jax.device_get(state.optimizer.calibrations)} if self.task.calibrate else {})
 
     def _attach(self, key: jax.Array) -> jaxfa.nn.Aligned:
         model = self.task.make(nnx.Rngs(jax.random.fold_in(key, _MODEL)))
@@ -164,8 +170,9 @@ class Trainer:
         task = self.task
         return jaxfa.nn.attach(model, task.rule, rngs=rngs, at=task.at, allow=task.allow, example=example)
 
-    def _optimizer(self) -> optax.GradientTransformation:
-        return jaxfa.optimizer(self.task.optimizer, self.task.rule)
+    def _optimizer(self) -> optax.GradientTransformationExtraArgs:
+        optimizer = jaxfa.optimizer(self.task.optimizer, self.task.rule)
+        return self.task.calibrate(optimizer) if self.task.calibrate else optimizer
 
     def _init(self, key: jax.Array) -> tuple[Any, State]:
         graph, params, feedback, rest = _split(self._attach(key))
@@ -200,9 +207,18 @@ class Trainer:
 
         learned = (params, feedback)
         (loss, rest), signals = jax.value_and_grad(objective, has_aux=True)(learned)
-        updates, optimizer = self._optimizer().update(signals, state.optimizer, learned)
+        extra = {"true_gradient": partial(self._true_gradient, model, x, labels)} if self.task.calibrate else {}
+        updates, optimizer = self._optimizer().update(signals, state.optimizer, learned, **extra)
         params, feedback = optax.apply_updates(learned, updates)
         return State(params, feedback, rest, optimizer, state.key, state.step + 1), loss
+
+    def _true_gradient(self, model: jaxfa.nn.Aligned, x: jax.Array, labels: jax.Array) -> Any:
+        graph, params, rest = nnx.split(jaxfa.nn.plain(model), nnx.Param, ...)
+
+        def objective(params: Any) -> jax.Array:
+            return self.task.loss(nnx.merge(graph, params, rest, copy=True)(x), labels)
+
+        return nnx.to_pure_dict(jax.grad(objective)(params))
 
     def _scores(self, state: State, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(self._graph, state.params, state.feedback, state.rest)

@@ -1,6 +1,6 @@
-"""A VGG-like network: 3x3 convolutions with batch normalisation, average pooling, and a small classifier."""
+"""VGG-like networks: 3x3 convolutions with batch normalisation, average pooling, and a small classifier."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import jax
 from flax import nnx
@@ -9,12 +9,13 @@ from experiments.models import Shape, max_pool
 
 
 class VGG(nnx.Module):
-    """Pairs of 3x3 convolutions with max-pooling between the pairs, then two fully connected layers.
+    """Stages of 3x3 convolutions with max-pooling between them, then two fully connected layers.
 
     Args:
-      shape: an image's ``(H, W, C)``; halved between the pairs.
+      shape: an image's ``(H, W, C)``; halved between the stages.
       classes: number of outputs.
-      widths: the channels of each pair of convolutions.
+      widths: the channels of each stage.
+      repeats: how many convolutions each stage has; by default two. VGG-16 has ``(2, 2, 3, 3, 3)``.
       dropout: how much of the classifier's hidden layer is dropped.
       rngs: keys for the weights and for dropout.
 
@@ -28,10 +29,13 @@ class VGG(nnx.Module):
         classes: int,
         *,
         widths: tuple[int, ...] = (64, 128, 256, 512),
+        repeats: tuple[int, ...] | None = None,
         dropout: float = 0.4,
         rngs: nnx.Rngs,
     ):
-        channels = (shape[2], *(width for width in widths for _ in range(2)))
+        repeats = repeats or (2,) * len(widths)
+        channels = (shape[2], *(width for width, count in zip(widths, repeats, strict=True) for _ in range(count)))
+        self.stages = tuple(accumulate(repeats))
         self.convs = nnx.List([nnx.Conv(n, m, (3, 3), rngs=rngs) for n, m in pairwise(channels)])
         self.norms = nnx.List([nnx.BatchNorm(m, momentum=0.9, rngs=rngs) for m in channels[1:]])
         self.classifier = nnx.Linear(widths[-1], max(widths[-1] // 2, classes), rngs=rngs)
@@ -41,7 +45,7 @@ class VGG(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Images ``(N, H, W, C)`` to logits ``(N, classes)``."""
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = max_pool(x) if i % 2 == 0 and i else x
+            x = max_pool(x) if i in self.stages else x
             x = nnx.relu(norm(conv(x)))
         x = nnx.relu(self.classifier(x.mean((1, 2))))
         return self.head(self.dropout(x))

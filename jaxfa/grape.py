@@ -8,13 +8,14 @@ Direct Feedback Alignment and momentum", 2024, https://arxiv.org/abs/2212.07282
 import math
 from collections.abc import Callable
 from dataclasses import field, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import DirectFeedback, Rule, is_feedback, register
-from jaxfa.projection import direct_matrix, project, shared_axes
+from jaxfa.base import DirectFeedback, Initializer, Rule, is_feedback, register
+from jaxfa.projection import direct_matrix, project, random_signs, shared_axes
 
 
 @register
@@ -22,8 +23,8 @@ class JacobianFeedback(DirectFeedback):
     """A matrix from the outputs to one layer that learns to be the transposed Jacobian ``d logits / d h``.
 
     Attributes:
-      b: feedback weights, the layer's own axes, positions by tile, then the outputs: ``(n, C)``, ``(H, W, n, C)``, or
-        ``(H / t, W / t, n, C)`` for tiles of ``t x t`` pixels, all of which receive the same.
+      b: feedback weights, the layer's own axes, then the outputs: ``(n, C)``, ``(H, W, n, C)``, or ``(t, t, n, C)``
+        for a tile that repeats over the map.
       mean: the running mean of the Jacobian's estimates, as ``b``; None if none is kept.
       own: the layer's own axes, such as ``(H, W, n)``.
       outputs: how many axes the outputs have.
@@ -36,13 +37,13 @@ class JacobianFeedback(DirectFeedback):
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
         batch = h.shape[: h.ndim - len(self.own)]
-        thin = jax.ShapeDtypeStruct((*batch, *self.tiles), h.dtype)
-        return self.spread(project(self.b, thin, e), len(batch))
+        tile = jax.ShapeDtypeStruct((*batch, *self.tile), h.dtype)
+        return self.spread(project(self.b, tile, e), len(batch))
 
     @property
-    def pixels(self) -> int:
+    def repeats(self) -> int:
         """How many positions share one matrix."""
-        return math.prod(self.own) // math.prod(self.tiles)
+        return math.prod(self.own) // math.prod(self.tile)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -50,23 +51,22 @@ class JacobianFeedback(DirectFeedback):
         return self.b.shape[: self.b.ndim - len(self.own) - self.outputs]
 
     @property
-    def tiles(self) -> tuple[int, ...]:
-        """The layer's own axes, positions by tile."""
+    def tile(self) -> tuple[int, ...]:
+        """The shape of the layer's own part of ``b``."""
         return self.b.shape[len(self.stack) : len(self.stack) + len(self.own)]
 
-    def spread(self, tiles: jax.Array, batch: int) -> jax.Array:
-        """Gives every position of a tile the tile's values; the first ``batch`` axes are left alone."""
-        for axis, (size, count) in enumerate(zip(self.own, self.tiles, strict=True), start=batch):
-            if count != size:
-                tiles = jnp.repeat(tiles, size // count, axis)
-        return tiles
+    def spread(self, values: jax.Array, batch: int) -> jax.Array:
+        """Repeats a tile's values over the map; the first ``batch`` axes are left alone."""
+        counts = [size // part for size, part in zip(self.own, self.tile, strict=True)]
+        return values if self.tile == self.own else jnp.tile(values, (*[1] * batch, *counts))
 
 
 def grape(
     *,
     learning_rate: float = 0.05,
     averaging: float = 0.0,
-    tile: int | None = 1,
+    tile: int | None = None,
+    perturbation: Initializer = random_signs,
     column_norm: bool = True,
     norm_axis: int = 0,
     separate: bool = False,
@@ -74,10 +74,10 @@ def grape(
 ) -> Rule:
     """GrAPE: ``dh_l = e B_l^T``, and every step turns ``B_l`` towards an unbiased estimate of ``(d logits / d h_l)^T``.
 
-    ``refine`` perturbs every tapped activation at once, each example's independently, ``p_l ~ N(0, 1)``, and takes one
-    forward-mode derivative ``y'`` of the plain network: ``J_l = <p_l y'^T>``, averaged over the batch, is unbiased for
-    every layer, since the perturbations of the others have no correlation with ``p_l``. Then one gradient step on
-    ``sum_k (1 - cos(B_l[:, k], J_l[:, k]))`` over the outputs ``k``, and every column gets norm 1.
+    ``refine`` perturbs every tapped activation at once, each example's independently, by white noise ``p_l`` of
+    variance 1, and takes one forward-mode derivative ``y'`` of the plain network: ``J_l = <p_l y'^T>``, averaged over
+    the batch, is unbiased for every layer, since the perturbations of the others have no correlation with ``p_l``. Then
+    one gradient step on ``sum_k (1 - cos(B_l[:, k], J_l[:, k]))`` over the outputs ``k``, and every column gets norm 1.
 
     Axes that the logits share with an activation count as examples: with logits per token it is the Jacobian of a
     token's logits in its own activation. Under batch normalisation in training mode what examples do to each other adds
@@ -87,9 +87,13 @@ def grape(
       learning_rate: ``eta_B`` of that sum; the paper's mean over ``C`` outputs has the rate ``C`` times this one. Ours.
       averaging: from 0 to below 1, how much of the last running mean of ``J_l`` the new one keeps; 0, the paper's, is
         this batch's estimate alone.
-      tile: how many pixels on a side share one matrix: 1 is the full ``B``; None is all, a matrix per channel, which
-        loses nothing below a global average pool. The perturbation is tiled likewise, so its dimension falls, too, and
-        with it the estimate's variance. Tokens and other axes before the last count as pixels do.
+      tile: the side, in pixels, of a piece of ``B`` that repeats over the map; None is the full ``B``, 1 a matrix per
+        channel. Below a global average pool the Jacobian repeats likewise, with the stride from the layer to the pool
+        as its period (borders aside): that tile loses nothing. The perturbation is tiled, too, so that its dimension
+        falls, and with it the estimate's variance. Smaller maps are one tile; tokens and other axes before the last
+        count as pixels do.
+      perturbation: ``(key, shape, dtype) -> p``, of mean 0 and variance 1. Random signs are the quickest, and of all
+        white noise that of least variance; the paper's is ``jax.random.normal``.
       column_norm: whether the columns get norm 1. It discards how unlike in size the outputs' Jacobians are.
       norm_axis: what a column is: 0, what belongs to one output; 1, to one unit of the layer. The paper leaves it open.
       separate: one derivative for each layer instead of one for all: ``L`` times the cost, about ``1 / L`` of the
@@ -121,18 +125,26 @@ def grape(
         return columns / (_norm(columns, norm_axis) + epsilon)
 
     def turn(feedback: JacobianFeedback, estimate: jax.Array) -> jax.Array:
-        # In the layer's own space a matrix counts once for each of its pixels.
-        size = math.sqrt(feedback.pixels)
-        b, j = (size * array.reshape(math.prod(feedback.tiles), -1) for array in (feedback.b, estimate))
+        # In the layer's own space a matrix counts once for each of the pixels that share it.
+        size = math.sqrt(feedback.repeats)
+        b, j = (size * array.reshape(math.prod(feedback.tile), -1) for array in (feedback.b, estimate))
         norm = _norm(b, norm_axis) + epsilon
         cosine = jnp.sum(b * unit(j), norm_axis, keepdims=True) / norm
         b = b + learning_rate * (unit(j) - cosine * b / norm) / norm
         return (unit(b) if column_norm else b).reshape(feedback.b.shape) / size
 
-    return _rule(turn, _unit_columns, averaging, tile, separate)
+    return _rule(
+        turn, _unit_columns, averaging, tile, partial(_estimates, perturbation=perturbation, separate=separate)
+    )
 
 
-def fdfa(*, learning_rate: float = 0.03, tile: int | None = 1, separate: bool = False) -> Rule:
+def fdfa(
+    *,
+    learning_rate: float = 0.03,
+    tile: int | None = None,
+    perturbation: Initializer = random_signs,
+    separate: bool = False,
+) -> Rule:
     """Forward direct feedback: ``dh_l = e B_l^T`` with ``B_l`` the running mean of the Jacobian's estimates.
 
     GrAPE's ancestor: ``B_l <- B_l - eta (B_l - <p_l y'^T>)`` with the same perturbations. It keeps the Jacobian's size
@@ -141,6 +153,7 @@ def fdfa(*, learning_rate: float = 0.03, tile: int | None = 1, separate: bool = 
     Args:
       learning_rate: ``eta``, how far one batch moves ``B``; ours.
       tile: as for :func:`grape`.
+      perturbation: as for :func:`grape`.
       separate: as for :func:`grape`.
 
     Returns:
@@ -164,29 +177,35 @@ def fdfa(*, learning_rate: float = 0.03, tile: int | None = 1, separate: bool = 
     def follow(feedback: JacobianFeedback, estimate: jax.Array) -> jax.Array:
         return feedback.b + learning_rate * (estimate - feedback.b)
 
-    return _rule(follow, jax.nn.initializers.zeros, 0.0, tile, separate)
+    return _rule(
+        follow, jax.nn.initializers.zeros, 0.0, tile, partial(_estimates, perturbation=perturbation, separate=separate)
+    )
 
 
 def _rule(
-    turn: Callable[..., jax.Array], distribution: Any, averaging: float, tile: int | None, separate: bool
+    turn: Callable[..., jax.Array],
+    distribution: Initializer,
+    averaging: float,
+    tile: int | None,
+    estimate: Callable[..., list[jax.Array]],
 ) -> Rule:
     """A rule whose feedback ``turn``s to each new estimate, or running mean, of the Jacobian."""
     if not 0.0 <= averaging < 1.0:
         raise ValueError(f"averaging must be in [0, 1), got {averaging}.")
     if tile is not None and tile < 1:
-        raise ValueError(f"tile must be a number of pixels from 1, or None for all of them, got {tile}.")
+        raise ValueError(f"tile must be a number of pixels from 1, or None for the whole map, got {tile}.")
 
     def init(key: jax.Array, h: Any, logits: Any) -> JacobianFeedback:
         k = shared_axes(h, logits)
         *positions, n = h.shape[k:]
-        if tile is not None and any(size % tile for size in positions):
+        sides = [size if tile is None else min(tile, size) for size in positions]
+        if any(size % side for size, side in zip(positions, sides, strict=True)):
             raise ValueError(
                 f"Tiles of {tile} do not divide an activation of {h.shape[k:]}; choose 1, None or a divisor."
             )
-        counts = [1 if tile is None else size // tile for size in positions]
-        b = direct_matrix(key, distribution, jax.ShapeDtypeStruct((*h.shape[:k], *counts, n), h.dtype), logits)
+        b = direct_matrix(key, distribution, jax.ShapeDtypeStruct((*h.shape[:k], *sides, n), h.dtype), logits)
         feedback = JacobianFeedback(b, None, tuple(h.shape[k:]), len(logits.shape) - k)
-        b = b / math.sqrt(feedback.pixels)
+        b = b / math.sqrt(feedback.repeats)
         return replace(feedback, b=b, mean=jnp.zeros_like(b) if averaging else None)
 
     def learn(feedback: JacobianFeedback, estimate: jax.Array) -> JacobianFeedback:
@@ -199,20 +218,22 @@ def _rule(
 
     def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:
         nodes, structure = jax.tree.flatten(feedback, is_leaf=is_feedback)
-        found = _estimates(lambda taps: forward(jax.tree.unflatten(structure, taps)), nodes, key, separate)
+        found = estimate(lambda taps: forward(jax.tree.unflatten(structure, taps)), nodes, key)
         return jax.tree.unflatten(structure, [learn(node, one) for node, one in zip(nodes, found, strict=True)])
 
     return Rule(init, refine)
 
 
-def _estimates(forward: Callable[..., jax.Array], nodes: list[Any], key: jax.Array, separate: bool) -> list[jax.Array]:
+def _estimates(
+    forward: Callable[..., jax.Array], nodes: list[Any], key: jax.Array, *, perturbation: Initializer, separate: bool
+) -> list[jax.Array]:
     """Unbiased estimates of the Jacobian of the logits in every tapped activation, each shaped as its ``b``."""
     # One number for each layer of a stack: whatever the activations' shapes are, it can be added to them.
     logits = jax.eval_shape(forward, [jnp.zeros(node.stack) for node in nodes])
     batches = [logits.shape[: logits.ndim - node.outputs] for node in nodes]
     keys = jax.random.split(key, len(nodes))
     tiles = [
-        jax.random.normal(key, (*node.stack, *batch, *node.tiles), node.b.dtype)
+        perturbation(key, (*node.stack, *batch, *node.tile), node.b.dtype)
         for key, batch, node in zip(keys, batches, nodes, strict=True)
     ]
     tangents = [
@@ -231,7 +252,7 @@ def _estimates(forward: Callable[..., jax.Array], nodes: list[Any], key: jax.Arr
     def correlate(p: jax.Array, y: jax.Array, batch: tuple[int, ...], node: JacobianFeedback) -> jax.Array:
         axes = range(len(batch))
         found = jnp.tensordot(p, y.astype(p.dtype), ([len(node.stack) + axis for axis in axes], list(axes)))
-        return found / (math.prod(batch) * node.pixels)
+        return found / (math.prod(batch) * node.repeats)
 
     return list(map(correlate, tiles, answers, batches, nodes))
 

@@ -10,6 +10,7 @@ from flax import nnx
 import jaxfa.nn
 from experiments import models
 from experiments.methods import METHODS, method
+from experiments.vgg import VGG
 from jaxfa.base import is_direct
 
 SHAPES = {"mlp": (8, 8, 1), "lenet": (28, 28, 1), "convnet": (8, 8, 1), "resnet20": (32, 32, 3)}
@@ -50,6 +51,25 @@ def test_resnet20_has_twenty_layers_and_the_published_size():
     assert 0.26e6 < size < 0.28e6
 
 
+@pytest.mark.parametrize(("depth", "width", "millions"), [(56, 16, 0.86), (20, 8, 0.07)])
+def test_a_resnet_of_another_depth_or_width_has_its_size(depth, width, millions):
+    def size():
+        return nnx.state(models.ResNet((32, 32, 3), 100, depth=depth, width=width, rngs=nnx.Rngs(0)), nnx.Param)
+
+    leaves = jax.tree.leaves(nnx.to_pure_dict(jax.eval_shape(size)))
+    assert sum(leaf.shape[0] == 3 and leaf.ndim == 4 for leaf in leaves) + 1 == depth
+    assert abs(sum(leaf.size for leaf in leaves) - millions * 1e6) < 1e4
+
+
+def test_vgg16_has_thirteen_convolutions():
+    def make():
+        return VGG((32, 32, 3), 100, widths=(64, 128, 256, 512, 512), repeats=(2, 2, 3, 3, 3), rngs=nnx.Rngs(0))
+
+    leaves = jax.tree.leaves(nnx.to_pure_dict(jax.eval_shape(lambda: nnx.state(make(), nnx.Param))))
+    assert sum(leaf.ndim == 4 for leaf in leaves) == 13
+    assert jax.eval_shape(lambda: make()(jnp.ones((2, 32, 32, 3)))).shape == (2, 100)
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 @pytest.mark.parametrize("rule", ["fa", "dfa"])
 def test_every_model_takes_both_families(name, rule):
@@ -79,5 +99,7 @@ def test_refusals_name_the_choices():
         models.architecture("lenet", (8, 8, 1))
     with pytest.raises(ValueError, match=r"vgg.*mlp, lenet, convnet, resnet20"):
         models.architecture("vgg", (32, 32, 3))
+    with pytest.raises(ValueError, match=r"6 k \+ 2 layers.*got depth=21"):
+        models.ResNet((32, 32, 3), 10, depth=21, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"hebb.*bp, fa, usf"):
         method("hebb")

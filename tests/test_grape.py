@@ -12,6 +12,7 @@ from jax import lax
 
 import jaxfa
 from jaxfa.grape import JacobianFeedback, _estimates
+from jaxfa.projection import random_signs
 
 KEY = jax.random.PRNGKey(3)
 SIZES = (6, 7, 5, 4)
@@ -61,8 +62,8 @@ def jacobians(forward, nodes):
     return [np.moveaxis(np.einsum("bob...->o...", np.asarray(j)), 0, -1) / 9 for j in full]
 
 
-def samples(forward, nodes, count, separate=False):
-    one = jax.jit(lambda key: _estimates(forward, nodes, key, separate))
+def samples(forward, nodes, count, separate=False, perturbation=jax.random.normal):
+    one = jax.jit(lambda key: _estimates(forward, nodes, key, perturbation=perturbation, separate=separate))
     return [np.asarray(found) for found in lax.map(one, jax.random.split(KEY, count), batch_size=500)]
 
 
@@ -79,16 +80,18 @@ def test_one_pass_is_unbiased_for_every_layer_and_its_error_falls_as_the_root_of
         assert np.linalg.norm(estimates.mean(0) - true) < 0.12 * np.linalg.norm(true)
 
 
+@pytest.mark.parametrize(("perturbation", "own"), [(jax.random.normal, 1), (random_signs, -1)])
 @pytest.mark.parametrize("separate", [False, True])
-def test_the_variance_is_that_of_theory(separate, x64):
-    # E |J^ - J|^2 = mean_b [(n_l + 1) |J_l|^2 + n_l sum_others |J_m|^2] / N, each example having Jacobians of its own.
+def test_the_variance_is_that_of_theory(separate, perturbation, own, x64):
+    # E |J^ - J|^2 = mean_b [(n_l + 1) |J_l|^2 + n_l sum_others |J_m|^2] / N, each example having Jacobians of its own;
+    # n_l - 1 for signs, whose fourth moment is 1 and not 3.
     forward, nodes = network("dense")
     zeros = [jnp.zeros((9, *node.own)) for node in nodes]
     squares = [np.square(np.einsum("bobi->boi", np.asarray(j))).sum((1, 2)).mean() for j in jax.jacrev(forward)(zeros)]
-    found = samples(forward, nodes, 16000, separate)
+    found = samples(forward, nodes, 16000, separate, perturbation)
     for layer, (estimates, true) in enumerate(zip(found, jacobians(forward, nodes), strict=True)):
         n, others = true.shape[0], 0 if separate else sum(squares) - squares[layer]
-        expected = ((n + 1) * squares[layer] + n * others) / 9
+        expected = ((n + own) * squares[layer] + n * others) / 9
         np.testing.assert_allclose(np.mean(np.sum(np.square(estimates - true), (1, 2))), expected, rtol=0.03)
 
 
@@ -109,21 +112,35 @@ def test_one_perturbation_for_the_whole_batch_would_not_average(x64):
         assert np.mean(np.square(a - j)) > 4 * np.mean(np.square(b - j))
 
 
-def test_a_tile_estimates_the_mean_over_its_pixels_with_less_variance(x64):
+def test_a_tile_estimates_the_mean_over_its_repeats_with_less_variance(x64):
     forward, nodes = network("conv")
     true = jacobians(forward, nodes)
-    tiled = [JacobianFeedback(jnp.zeros((1, 1, *node.b.shape[2:])), None, node.own) for node in nodes]
-    halves = [JacobianFeedback(jnp.zeros((2, 2, *nodes[0].b.shape[2:])), None, nodes[0].own), nodes[1]]
     variances = []
-    for kind in (nodes, halves, tiled):
+    for side in (4, 2, 1):
+        kind = [JacobianFeedback(jnp.zeros((min(side, n.own[0]),) * 2 + n.b.shape[2:]), None, n.own) for n in nodes]
         found = samples(forward, kind, 8000)
         for node, estimates, j in zip(kind, found, true, strict=True):
-            grid = node.b.shape[:2]
-            blocks = j.reshape(grid[0], j.shape[0] // grid[0], grid[1], -1, *j.shape[2:])
-            expected = blocks.mean((1, 3))
+            (y, x), (height, width) = node.b.shape[:2], j.shape[:2]
+            expected = j.reshape(height // y, y, width // x, x, *j.shape[2:]).mean((0, 2))
             assert np.linalg.norm(estimates.mean(0) - expected) < 0.15 * np.linalg.norm(expected)
         variances.append(np.mean(np.var(found[0], 0)))
-    assert variances[0] > 4 * variances[1] > 4 * variances[2]
+    assert variances[0] > 2 * variances[1] > 4 * variances[2]
+
+
+def test_below_a_pool_the_jacobian_repeats_with_the_stride(x64):
+    # Circular padding, a linear network: nothing but the stride of 2 tells pixels apart.
+    rng = np.random.default_rng(0)
+    first, second = (jnp.asarray(rng.normal(size=shape)) for shape in ((3, 3, 2, 3), (3, 3, 3, 4)))
+
+    def circular(h, w, stride):
+        return jaxfa.conv(jnp.pad(h, ((0, 0), (1, 1), (1, 1), (0, 0)), "wrap"), w, strides=stride, padding="VALID")
+
+    j = np.asarray(
+        jax.jacrev(lambda h: circular(circular(h, first, 1), second, 2).mean((1, 2))[0])(jnp.ones((1, 8, 8, 2)))
+    )
+    np.testing.assert_allclose(j[:, :, 2:], j[:, :, :-2], atol=1e-12)
+    np.testing.assert_allclose(j[:, :, :, 2:], j[:, :, :, :-2], atol=1e-12)
+    assert np.abs(j[:, :, 1:] - j[:, :, :-1]).max() > 0.01
 
 
 def test_tokens_get_their_own_blocks_of_the_jacobian(x64):
@@ -143,7 +160,9 @@ def test_a_step_is_the_gradient_of_the_cosines_with_that_estimate(name, norm_axi
         jaxfa.grape(learning_rate=0.3, norm_axis=norm_axis, column_norm=norm, epsilon=0.0).refine(forward, nodes, KEY)
         for norm in (False, True)
     )
-    for node, estimate, *moved in zip(nodes, _estimates(forward, nodes, KEY, False), after, normed, strict=True):
+    for node, estimate, *moved in zip(
+        nodes, _estimates(forward, nodes, KEY, perturbation=random_signs, separate=False), after, normed, strict=True
+    ):
         arrays = (node.b, estimate, *(one.b for one in moved))
         b, j, free, unit = (np.asarray(array).reshape(-1, array.shape[-1]) for array in arrays)
 
@@ -170,7 +189,9 @@ def test_a_running_mean_is_one(x64):
     rule = jaxfa.grape(averaging=0.75)
     start = [replace(node, b=jnp.ones_like(node.b), mean=jnp.ones_like(node.b)) for node in nodes]
     after = rule.refine(forward, start, KEY)
-    for node, estimate in zip(after, _estimates(forward, nodes, KEY, False), strict=True):
+    for node, estimate in zip(
+        after, _estimates(forward, nodes, KEY, perturbation=random_signs, separate=False), strict=True
+    ):
         np.testing.assert_allclose(node.mean, 0.75 + 0.25 * estimate, rtol=1e-12)
     plain = [replace(node, mean=None) for node in start]
     assert not np.allclose(after[0].b, jaxfa.grape().refine(forward, plain, KEY)[0].b)
@@ -179,7 +200,9 @@ def test_a_running_mean_is_one(x64):
 def test_fdfa_is_the_running_mean_itself(x64):
     forward, nodes = network("conv")
     after = jaxfa.fdfa(learning_rate=0.25).refine(forward, [replace(n, b=jnp.ones_like(n.b)) for n in nodes], KEY)
-    for node, estimate in zip(after, _estimates(forward, nodes, KEY, False), strict=True):
+    for node, estimate in zip(
+        after, _estimates(forward, nodes, KEY, perturbation=random_signs, separate=False), strict=True
+    ):
         np.testing.assert_allclose(node.b, 0.75 + 0.25 * estimate, rtol=1e-12)
 
 
@@ -206,18 +229,30 @@ def cosine(*pair):
     return np.mean(np.sum(b * j, 0) / (np.linalg.norm(b, axis=0) * np.linalg.norm(j, axis=0)))
 
 
-@pytest.mark.parametrize("tile", [1, 2, None])
-def test_every_pixel_of_a_tile_gets_the_same_and_the_layers_columns_have_norm_one(tile, x64):
+@pytest.mark.parametrize("tile", [1, 2, 8, None])
+def test_a_tile_repeats_over_the_map_and_the_layers_columns_have_norm_one(tile, x64):
     h, e = jnp.ones((5, 4, 4, 3)), jax.random.normal(KEY, (5, 6))
     feedback = jaxfa.grape(tile=tile).init(KEY, h, e)
-    grid = 1 if tile is None else 4 // tile
-    assert feedback.b.shape == (grid, grid, 3, 6)
+    side = min(tile or 4, 4)
+    assert feedback.b.shape == (side, side, 3, 6)
     dh = np.asarray(feedback.deliver(h, e))
     b = np.asarray(feedback.b)
     for y, x in itertools.product(range(4), range(4)):
-        np.testing.assert_allclose(dh[:, y, x], e @ b[y * grid // 4, x * grid // 4].T, rtol=1e-12)
+        np.testing.assert_allclose(dh[:, y, x], e @ b[y % side, x % side].T, rtol=1e-12)
     ones = np.stack([np.ravel(feedback.deliver(h[:1], row[None])) for row in jnp.eye(6)])
     np.testing.assert_allclose(np.linalg.norm(ones, axis=1), 1, rtol=1e-12)
+
+
+def test_random_signs_are_white():
+    found = np.asarray(random_signs(KEY, (40, 7, 50)))
+    assert set(np.unique(found)) == {-1, 1}
+    assert found.dtype == np.float32
+    flat = found.ravel()
+    assert abs(flat.mean()) < 0.04
+    # No bit of a word, nor one word and the next, repeats another.
+    for lag in (1, 2, 16, 31, 32, 33, 64):
+        assert abs(np.mean(flat[lag:] * flat[:-lag])) < 0.04
+    assert random_signs(KEY, (3,), jnp.bfloat16).dtype == jnp.bfloat16
 
 
 def test_the_jacobian_as_feedback_is_backpropagation(x64):
