@@ -50,6 +50,7 @@ class Task(NamedTuple):
       augment: ``(key, images) -> images``, for natural images alone: those of a data set that says so.
       calibrate: what the optimizer is wrapped in, such as ``functools.partial(jaxfa.calibrate, every=100)``.
       steps: steps of an epoch; by default as many as its images fill.
+      between: ``(state, epoch) -> state``, run on the host at each epoch's end; it may change shapes, as pruning does.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
@@ -63,6 +64,7 @@ class Task(NamedTuple):
     augment: Callable[[jax.Array, jax.Array], jax.Array] = crop_and_flip
     calibrate: Callable[..., optax.GradientTransformationExtraArgs] | None = None
     steps: int | None = None
+    between: Callable[[Any, int], Any] | None = None
 
 
 class State(NamedTuple):
@@ -147,7 +149,7 @@ class Trainer:
 
         Returns:
           ``test_accuracy``, ``test_loss`` and, by layer from first to last, ``angle`` and ``norm_ratio``: arrays
-          ``(seeds,)``; and how many ``calibrations`` there were, if any are made.
+          ``(seeds,)``; how many ``calibrations`` there were, if any are made; and the ``rank`` of factored layers.
         """
         images, labels = self._test
         chunks = [slice(i, i + _CHUNK) for i in range(0, len(labels), _CHUNK)]
@@ -156,12 +158,17 @@ class Trainer:
         correct, loss, alignment = jax.device_get((sum(correct), sum(loss), self._align(state, probe)))
         # After the transfer, which sorts dictionaries: layers stand in the order of the forward pass.
         kernels = {row.layer: alignment[f"{row.layer}/kernel"] for row in self.coverage.rows}
-        return {
+        found = {
             "test_accuracy": correct / len(labels),
             "test_loss": loss / len(labels),
             "angle": {layer: found.angle for layer, found in kernels.items()},
             "norm_ratio": {layer: found.norm_ratio for layer, found in kernels.items()},
-        } | ({"calibrations": jax.device_get(state.optimizer.calibrations)} if self.task.calibrate else {})
+        }
+        if self.task.calibrate:
+            found["calibrations"] = jax.device_get(state.optimizer.calibrations)
+        nodes = jax.tree.leaves(state.params, is_leaf=_is_factors)
+        ranks = {node.name: np.full(len(self.seeds), node.s.shape[-1]) for node in nodes if _is_factors(node)}
+        return found | ({"rank": {layer: ranks[layer] for layer in kernels if layer in ranks}} if ranks else {})
 
     def _attach(self, key: jax.Array) -> jaxfa.nn.Aligned:
         model = self.task.make(nnx.Rngs(jax.random.fold_in(key, _MODEL)))
@@ -231,6 +238,10 @@ class Trainer:
         model.train()
         x = self._inputs(probe[0])
         return jaxfa.nn.alignment(model, lambda model: self.task.loss(model(x), probe[1]))
+
+
+def _is_factors(node: Any) -> bool:
+    return isinstance(node, jaxfa.Factors)
 
 
 def _split(model: jaxfa.nn.Aligned) -> tuple[Any, Any, Any, Any]:

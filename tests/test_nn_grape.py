@@ -12,9 +12,7 @@ from tests.networks import MODELS, Scanned, attach, inputs
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv, batch norm, dropout", "scanned", "transformer", "recurrent"])
-@pytest.mark.parametrize(
-    "rule", [jaxfa.grape(averaging=0.5, tile=1), jaxfa.fdfa(separate=True)], ids=["grape", "fdfa"]
-)
+@pytest.mark.parametrize("rule", [jaxfa.grape(averaging=0.5, tile=1), jaxfa.fdfa(separate=True)], ids=["grape", "fdfa"])
 def test_refine_changes_every_feedback_and_nothing_else(name, rule):
     make, x, at = MODELS[name]
     aligned = attach(make(nnx.Rngs(0)), rule, x, at)
