@@ -17,6 +17,7 @@ from experiments import (
     ldfa_vgg,
     ldfa_vit,
     report,
+    ssa_ablation,
     ssa_cifar10,
     sweep_report,
 )
@@ -30,6 +31,7 @@ EXPERIMENTS = {
     "ldfa_subsets": ldfa_subsets,
     "ldfa_vgg": ldfa_vgg,
     "ldfa_vit": ldfa_vit,
+    "ssa_ablation": ssa_ablation,
     "ssa_cifar10": ssa_cifar10,
 }
 _COMMANDS = ("list", "run", "report")

@@ -121,7 +121,7 @@ def ssa(
       pull_weights: whether alignment moves the weights.
       pull_feedback: whether it moves the feedback, by the same optimizer.
       project: whether gradients of ``u`` and ``v``, and the steps to retract, are projected on the tangent space.
-      retraction: back onto the manifold, :func:`jaxfa.stiefel.polar`, ``qr``, ``cayley``; None is none.
+      retraction: back onto the manifold, as for :func:`jaxfa.stiefel`; None is none.
       distribution: of the lift, an initializer ``(key, shape, dtype)`` for ``(m, C)``; as for :func:`jaxfa.dfa`.
       scale: factor on the feedback's singular values.
 

@@ -23,17 +23,48 @@ def tangent(u: jax.Array, step: jax.Array) -> jax.Array:
 
 
 def qr(u: jax.Array, step: jax.Array) -> jax.Array:
-    """The Q factor of ``u + d`` with ``R``'s diagonal positive. Not under ``vmap`` on a CPU: see ``factorise``."""
+    """The retraction by QR: the Q factor of ``u + d`` with ``R``'s diagonal positive.
+
+    Args:
+      u: orthonormal columns, ``(..., n, r)``.
+      step: ``d``, of the same shape.
+
+    Returns:
+      Orthonormal columns. On a CPU do not ``vmap`` it: see :func:`jaxfa.factorise`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxfa.stiefel import qr
+      >>> qr(jnp.eye(3, 2), jnp.eye(3, 2)).tolist()
+      [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+
+    Source: as :func:`stiefel`.
+    """
     q, r = jnp.linalg.qr(u + step)
     sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)
     return q * jnp.expand_dims(sign, -2)
 
 
 def polar(u: jax.Array, step: jax.Array) -> jax.Array:
-    """The nearest orthonormal columns, ``y (y^T y)^(-1/2)`` with ``y = u + d``, by Newton and Schulz's iteration.
+    """The polar retraction: the nearest orthonormal columns, ``y (y^T y)^(-1/2)`` with ``y = u + d``.
 
-    Matrix products alone, so that it runs anywhere: ``y <- y (3 - y^T y) / 2`` once the largest singular value is below
-    one. It stops after 100 of them, which a ``y`` of full rank never needs.
+    By Newton and Schulz's iteration, matrix products alone, so that it runs anywhere: ``y <- y (3 - y^T y) / 2`` once
+    the largest singular value is at most one. It stops after 100 of them, which a ``y`` of full rank never needs.
+
+    Args:
+      u: orthonormal columns, ``(..., n, r)``.
+      step: ``d``, of the same shape.
+
+    Returns:
+      Orthonormal columns.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxfa.stiefel import polar
+      >>> polar(jnp.eye(3, 2), jnp.eye(3, 2)).round(6).tolist()
+      [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+
+    Source: Higham, "Functions of Matrices", 2008, https://epubs.siam.org/doi/book/10.1137/1.9780898717778
     """
     y = u + step
     eye = jnp.broadcast_to(jnp.eye(y.shape[-1], dtype=y.dtype), (*y.shape[:-2], y.shape[-1], y.shape[-1]))
@@ -60,10 +91,25 @@ def polar(u: jax.Array, step: jax.Array) -> jax.Array:
 
 
 def cayley(u: jax.Array, step: jax.Array) -> jax.Array:
-    """``(1 - a/2)^-1 (1 + a/2) u``, ``a = p d u^T - u d^T p``, ``p = 1 - u u^T / 2``; for a step along the manifold.
+    """Cayley's retraction: ``(1 - a/2)^-1 (1 + a/2) u``, ``a = p d u^T - u d^T p``, ``p = 1 - u u^T / 2``.
 
     ``a`` is skew and of rank ``2 r``, so that the system to solve has ``2 r`` unknowns (Sherman, Morrison, Woodbury).
-    Not under ``vmap`` on a CPU: see ``factorise``.
+
+    Args:
+      u: orthonormal columns, ``(..., n, r)``.
+      step: ``d``, of the same shape, along the manifold: ``u^T d`` is skew.
+
+    Returns:
+      Orthonormal columns. On a CPU do not ``vmap`` it: see :func:`jaxfa.factorise`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxfa.stiefel import cayley
+      >>> cayley(jnp.eye(3, 2), jnp.zeros((3, 2))).tolist()
+      [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+
+    Source: Wen, Yin, "A feasible method for optimization with orthogonality constraints", 2013,
+    https://doi.org/10.1007/s10107-012-0584-1
     """
     moved = step - u @ (u.mT @ step) / 2
     x, y = jnp.concatenate([moved, u], -1), jnp.concatenate([u, -moved], -1)
@@ -81,8 +127,8 @@ def stiefel(retraction: Retraction | None = polar, *, project: bool = True) -> o
     ``optax.masked``. Orthonormal columns stay so; others become so at the first step with a retraction.
 
     Args:
-      retraction: ``(u, d) -> u`` back onto the manifold: :func:`polar`, :func:`qr`, :func:`cayley` (which needs
-        ``project``); None takes the step as it is, so that ``u^T u`` drifts by ``d^T d`` a step.
+      retraction: ``(u, d) -> u`` back onto the manifold: :func:`polar`, or from ``jaxfa.stiefel`` :func:`qr` or
+        :func:`cayley` (which needs ``project``); None takes the step as it is, so that ``u^T u`` drifts by ``d^T d`` a step.
       project: whether to project the step on the tangent space.
 
     Returns:
