@@ -18,7 +18,9 @@ from experiments import (
     ldfa_vit,
     report,
     ssa_ablation,
+    ssa_alignment,
     ssa_cifar10,
+    ssa_cost,
     sweep_report,
 )
 
@@ -32,7 +34,9 @@ EXPERIMENTS = {
     "ldfa_vgg": ldfa_vgg,
     "ldfa_vit": ldfa_vit,
     "ssa_ablation": ssa_ablation,
+    "ssa_alignment": ssa_alignment,
     "ssa_cifar10": ssa_cifar10,
+    "ssa_cost": ssa_cost,
 }
 _COMMANDS = ("list", "run", "report")
 

@@ -76,11 +76,13 @@ def hoyer_penalty(strength: float | Callable[[jax.Array], jax.Array]) -> optax.G
         rate = strength(state.step) if callable(strength) else strength
 
         def add(g: Any, w: Any) -> Any:
-            if not is_factors(w):
+            # A feedback's factors are no weights; and where optax masks an array, there is nothing to add to.
+            if not is_factors(w) or not jax.tree.leaves(w):
                 return g
             return replace(g, s=g.s + (rate * _hoyer_gradient(w.s)).astype(g.s.dtype))
 
-        return jax.tree.map(add, updates, params, is_leaf=is_factors), PenaltyState(state.step + 1)
+        found = jax.tree.map(add, updates, params, is_leaf=lambda node: is_factors(node) or is_feedback(node))
+        return found, PenaltyState(state.step + 1)
 
     return optax.GradientTransformation(lambda params: PenaltyState(jnp.zeros((), int)), update)
 

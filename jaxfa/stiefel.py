@@ -128,7 +128,7 @@ def stiefel(retraction: Retraction | None = polar, *, project: bool = True) -> o
 
     Args:
       retraction: ``(u, d) -> u`` back onto the manifold: :func:`polar`, or from ``jaxfa.stiefel`` :func:`qr` or
-        :func:`cayley` (which needs ``project``); None takes the step as it is, so that ``u^T u`` drifts by ``d^T d`` a step.
+        :func:`cayley` (which needs ``project``); None takes the step as it is, so that ``u^T u`` drifts by ``d^T d``.
       project: whether to project the step on the tangent space.
 
     Returns:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import register
+from jaxfa.base import is_feedback, register
 
 
 @register
@@ -149,7 +149,7 @@ def map_factors(change: Any, tree: Any) -> Any:
 
 
 def orthonormal_factors(tree: Any) -> Any:
-    """A mask for ``optax.masked``: true of the ``u`` and ``v`` of all factors in a tree, false of everything else.
+    """A mask for ``optax.masked``: true of the ``u`` and ``v`` of all weights' factors, false of everything else.
 
     Args:
       tree: any tree, such as the parameters.
@@ -166,9 +166,12 @@ def orthonormal_factors(tree: Any) -> Any:
 
     Source: as :func:`factorise`.
     """
-    return jax.tree.map(
-        lambda node: replace(node, u=True, s=False, v=True) if is_factors(node) else False, tree, is_leaf=is_factors
-    )
+
+    def mark(node: Any) -> Any:
+        none = jax.tree.map(lambda _: False, node)
+        return replace(none, u=True, v=True) if is_factors(node) and jax.tree.leaves(node) else none
+
+    return jax.tree.map(mark, tree, is_leaf=lambda node: is_factors(node) or is_feedback(node))
 
 
 def by_name(tree: Any) -> dict[str, Factors]:

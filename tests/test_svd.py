@@ -129,6 +129,8 @@ def test_hoyers_measure_ignores_scale_and_its_penalty_makes_small_values_smaller
     assert updates["w"].s[0] < 0 < updates["w"].s[2]
     chex.assert_trees_all_equal((updates["w"].u, updates["b"]), (zeros["w"].u, zeros["b"]))
     assert not np.any(tx.update(zeros, state, w)[0]["w"].s)
+    feedback = {"b": jaxfa.ssa(parallel=False).init(KEY, w["w"])}
+    chex.assert_trees_all_equal(tx.update(feedback, tx.init(feedback), feedback)[0], feedback)
     nothing = {"w": jaxfa.factorise(jnp.zeros((3, 3)))}
     assert not np.any(jaxfa.hoyer_penalty(1.0).update(nothing, tx.init(w), nothing)[0]["w"].s)
     with pytest.raises(ValueError, match="needs the parameters"):

@@ -1,0 +1,161 @@
+"""What SSA costs as ranks fall: operations, memory and time of a step, beside backpropagation's and DFA's.
+
+Claim (Roy, Apolinario, Das Biswas and Roy 2025): the fewest operations at inference; an earlier version promised 50 to
+75 % less memory and computation.
+
+Command: ``python -m experiments run ssa_cost`` (``--preset paper`` for the published set-up).
+
+A factored layer is cheaper than a dense one only below the rank ``n m / (n + m)``, half of full rank for a square one;
+at full rank it costs twice as much. So all depends on how early ranks fall. They are those of a training by parallel
+SSA; at each epoch the step is counted by XLA (:func:`jaxfa.diagnostics.flops`) at these ranks. Inference is the forward
+pass. Memory is what training keeps from step to step: weights, feedback, optimizer state, statistics, without
+activations.
+
+NUMBERS
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from matplotlib.figure import Figure
+from rich.progress import Progress
+
+import jaxfa
+import jaxfa.nn
+from experiments import data, figures, operations, records, ssa_arms, sweep, timing
+from experiments.ssa_arms import NetworkName
+from experiments.train import train
+from experiments.trainer import Task, Trainer
+
+LINES = {"inference": "inference", "training": "training step", "memory": "memory kept"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(ssa_arms.Config):
+    """The network."""
+
+    network: NetworkName = "vgg13"
+    """The network."""
+    out: Path = Path("runs/ssa_cost")
+    """The folder of the results."""
+
+    arms = ()
+
+
+PRESETS = {
+    "cpu": Config(
+        network="smallconv", epochs=6, images=2000, test_images=500, seeds=1, learning_rate=2e-3, period=1, multiple=16
+    ),
+    "paper": Config(epochs=164, batch=100, seeds=1, out=Path("runs/ssa_cost-paper")),
+}
+
+
+def run(config: Config) -> Path:
+    """Trains by SSA, counts each epoch's step, times the first and the last.
+
+    Args:
+      config: a :class:`Config`.
+
+    Returns:
+      The path of the report.
+    """
+    dataset = sweep.prepare(config, data.load("cifar10", config.data))
+    identity = records.identity("ssa_cost", config, ("loop", "save_every", "out", "data", "fresh"))
+    records.open_run(config.out, identity, fresh=config.fresh)
+    bp = ssa_arms.dense(config.network, config, dataset, jaxfa.backprop())
+    dfa = ssa_arms.dense(config.network, config, dataset, jaxfa.dfa(), taps=True)
+    ssa = ssa_arms.ssa(config.network, config, dataset, jaxfa.ssa(beta=config.beta))
+    seeds = range(config.seed, config.seed + config.seeds)
+    with Progress() as progress:
+        trainer, folder = Trainer(ssa, seeds, config.loop), config.out / "ssa"
+        history = train(trainer, config.epochs, folder=folder, config=identity, progress=progress)
+    ranks = [{layer: int(max(of)) for layer, of in record["rank"].items()} for record in history]
+    costs = {"bp": cost(bp), "dfa": cost(dfa)}
+    counted: dict[tuple[int, ...], dict[str, float]] = {}
+    for one in ranks:
+        key = tuple(one.values())
+        counted[key] = counted.get(key) or cost(at_ranks(ssa, one))
+    curve = [counted[tuple(one.values())] for one in ranks]
+    trainers = {"bp": bp, "dfa": dfa, "ssa, first": ssa, "ssa, last": at_ranks(ssa, ranks[-1])}
+    timed = {name: Trainer(task, [config.seed], config.loop) for name, task in trainers.items()}
+    times = timing.measure(timed, config.out / "timing.json", reference="bp")["steps"]
+    found = {"costs": costs, "curve": curve, "ranks": ranks, "times": times}
+    records.write_json(config.out / "results.json", found)
+    return write(config.out, **found)
+
+
+def at_ranks(task: Task, ranks: dict[str, int]) -> Task:
+    """The same training, starting at the given rank of each layer."""
+
+    def make(rngs: nnx.Rngs) -> Any:
+        model = task.make(rngs)
+        for layer, rank in ranks.items():
+            model = jaxfa.nn.factorise(model, rank, at=layer)
+        return model
+
+    return task._replace(make=make)
+
+
+def cost(task: Task) -> dict[str, float]:
+    """Operations of the forward pass and of a training step, and bytes kept from step to step."""
+    counted = operations.count(task)
+    state: Any = Trainer(task, [0]).init()
+    kept = jax.tree.leaves((state.params, state.feedback, state.rest, state.optimizer))
+    arrays = [leaf for leaf in kept if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    return {
+        "inference": counted.forward,
+        "training": counted.step,
+        "memory": float(sum(leaf.nbytes for leaf in arrays)),
+    }
+
+
+def write(folder: Path, costs: Any, curve: Any, ranks: Any, times: Any) -> Path:
+    """Draws each cost over training as a multiple of backpropagation's, and the table of the first and the last epoch.
+
+    Args:
+      folder: where to.
+      costs: of ``bp`` and ``dfa``.
+      curve: of SSA, after each epoch.
+      ranks: of each layer, after each epoch.
+      times: of a step, from :func:`experiments.timing.measure`.
+
+    Returns:
+      The path of the page.
+    """
+    bp = costs["bp"]
+    with figures.style():
+        drawn = Figure(figsize=(9.6, 2.9), layout="constrained")
+        panels = drawn.subplots(1, 4)
+        for axes, (key, title) in zip(panels, LINES.items(), strict=False):
+            axes.plot([one[key] / bp[key] for one in curve], "o-", color=figures.BLUE, markersize=3, label="SSA")
+            axes.axhline(costs["dfa"][key] / bp[key], color=figures.VERMILLION, label="DFA")
+            axes.axhline(1, color=figures.GREY, label="backpropagation")
+            axes.set_title(f"{title} (backpropagation = 1)", color=figures.INK)
+            axes.set_ylim(bottom=0)
+        for layer in ranks[0]:
+            panels[3].plot([one[layer] / ranks[0][layer] for one in ranks], color=figures.INK, linewidth=0.8)
+        panels[3].set_title("ranks, of full rank", color=figures.INK)
+        panels[3].set_ylim(0, 1.05)
+        for axes in panels:
+            axes.set_xlabel("epoch")
+        panels[0].legend(fontsize=8)
+    rows: dict[str, Callable[[str], float]] = {
+        "DFA": lambda key: costs["dfa"][key] / bp[key],
+        "SSA, first epoch": lambda key: curve[0][key] / bp[key],
+        "SSA, last epoch": lambda key: curve[-1][key] / bp[key],
+    }
+    names = {"DFA": "dfa", "SSA, first epoch": "ssa, first", "SSA, last epoch": "ssa, last"}
+    table = [["backpropagation = 1", *LINES.values(), "time of a step"]]
+    for title, ratio in rows.items():
+        table.append([title, *(f"{ratio(key):.2f}" for key in LINES), f"{times[names[title]]['ratio']:.2f}"])
+    mean = float(np.mean([ranks[-1][layer] / ranks[0][layer] for layer in ranks[0]]))
+    table.append(["ranks at the end, of full rank", f"{mean:.2f}", "", "", ""])
+    for row in table:
+        print(" | ".join(row))
+    caption = "Operations by XLA's count, bytes kept between steps, and ranks of parallel SSA over its training."
+    return figures.write(folder, drawn, title="What falling ranks save", caption=caption, table=table)
