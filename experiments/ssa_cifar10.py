@@ -10,7 +10,24 @@ the parallel one delivers to every convolution's input, and errors go on by the 
 blocks' outputs. The paper names neither the losses' weights, nor epochs, nor optimizer: those of the SVD baseline's
 code (Yang et al. 2020) stand in, Adam at 1e-3, batches of 100, 164 epochs, crops and flips.
 
-NUMBERS
+Measured with the preset ``cpu`` (the network of three convolutions, 16 to 64 channels; 4000 training and the first
+2000 test images, 6 epochs of 62 steps, one seed and so no deviation; last epoch, also each one's best; time of a step
+at full rank relative to backpropagation's), in 10 min on two CPU cores that many others used, too:
+
+===================  ========  ====
+.                    accuracy  time
+===================  ========  ====
+bp                   54.9      1
+SVD, bp              52.9      1.9
+DFA                  45.3      1.0
+SSA, parallel        43.8      2.5
+SSA, sequential      44.3      2.1
+===================  ========  ====
+
+The order of the first two is the paper's. SSA is not ahead of DFA in 372 steps, in neither reading, where the paper
+has it 13 points ahead; nothing here was tuned. Ranks hardly fell: at 95 % of the energy a random start keeps most of
+its singular values, and only the third convolution went from 96 to 80 (to multiples of 16). Times are of a loaded
+machine: the quartiles of SSA's reach from 1.8 to 3.1. The preset ``paper`` has not been run.
 """
 
 import dataclasses
