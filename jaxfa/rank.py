@@ -168,4 +168,6 @@ def _take(w: Factors, kept: np.ndarray) -> Factors:
     def columns(a: jax.Array) -> jax.Array:
         return jnp.take_along_axis(a, jnp.expand_dims(index, -2), -1)
 
-    return replace(w, u=columns(w.u), s=jnp.take_along_axis(w.s, index, -1), v=columns(w.v))
+    # By jax.tree, since an optimizer's state may hold optax's MaskedNode, which has no leaves, in an array's place.
+    u, v = jax.tree.map(columns, (w.u, w.v))
+    return replace(w, u=u, s=jax.tree.map(lambda s: jnp.take_along_axis(s, index, -1), w.s), v=v)

@@ -168,8 +168,9 @@ def test_pruning_at_all_the_energy_changes_nothing_and_bad_input_is_told(x64):
         by_name([jaxfa.factorise(jnp.eye(2)), jaxfa.factorise(jnp.eye(3))])
 
 
-def test_optimizer_and_feedback_follow_the_surviving_columns(x64):
-    rule = jaxfa.ssa(parallel=False)
+@pytest.mark.parametrize("pull_feedback", [False, True])
+def test_optimizer_and_feedback_follow_the_surviving_columns(pull_feedback, x64):
+    rule = jaxfa.ssa(parallel=False, pull_feedback=pull_feedback)
     params = factored_pair()
     feedback = {name: rule.init(KEY, layer["w"]) for name, layer in params.items()}
     tx = jaxfa.optimizer(optax.adam(0.1), rule)
@@ -204,7 +205,7 @@ def test_optimizer_and_feedback_follow_the_surviving_columns(x64):
         ):
             expected = Factors(old.u[:, columns], old.s[jnp.array(columns)], old.v[:, columns], old.shape, name)
             chex.assert_trees_all_equal(new, expected)
-        assert len(of(state, name)) == 2  # Adam's two moments
+        assert len(of(state, name)) == 2 * (1 + pull_feedback)  # Adam's two moments
 
 
 def nodes(tree):
