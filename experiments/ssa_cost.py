@@ -15,7 +15,6 @@ NUMBERS
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,8 @@ class Config(ssa_arms.Config):
 
     network: NetworkName = "vgg13"
     """The network."""
+    fractions: tuple[float, ...] = (0.5, 0.25, 0.125)
+    """Of full rank: what a step would cost if every layer fell to it."""
     out: Path = Path("runs/ssa_cost")
     """The folder of the results."""
 
@@ -49,7 +50,14 @@ class Config(ssa_arms.Config):
 
 PRESETS = {
     "cpu": Config(
-        network="smallconv", epochs=6, images=2000, test_images=500, seeds=1, learning_rate=2e-3, period=1, multiple=16
+        network="smallconv",
+        epochs=4,
+        images=1000,
+        test_images=500,
+        seeds=1,
+        learning_rate=2e-3,
+        period=1,
+        energy=0.9,
     ),
     "paper": Config(epochs=164, batch=100, seeds=1, out=Path("runs/ssa_cost-paper")),
 }
@@ -75,15 +83,19 @@ def run(config: Config) -> Path:
         trainer, folder = Trainer(ssa, seeds, config.loop), config.out / "ssa"
         history = train(trainer, config.epochs, folder=folder, config=identity, progress=progress)
     ranks = [{layer: int(max(of)) for layer, of in record["rank"].items()} for record in history]
-    costs = {"bp": cost(bp), "dfa": cost(dfa)}
+    costs = {"backpropagation": cost(bp), "DFA": cost(dfa)}
     counted: dict[tuple[int, ...], dict[str, float]] = {}
     for one in ranks:
         key = tuple(one.values())
         counted[key] = counted.get(key) or cost(at_ranks(ssa, one))
     curve = [counted[tuple(one.values())] for one in ranks]
-    trainers = {"bp": bp, "dfa": dfa, "ssa, first": ssa, "ssa, last": at_ranks(ssa, ranks[-1])}
-    timed = {name: Trainer(task, [config.seed], config.loop) for name, task in trainers.items()}
-    times = timing.measure(timed, config.out / "timing.json", reference="bp")["steps"]
+    fallen = {f"{fraction:g} of full rank": at_fraction(ssa, fraction) for fraction in config.fractions}
+    costs |= {"SSA, first epoch": curve[0], "SSA, last epoch": curve[-1]}
+    costs |= {f"SSA, {name}": cost(task) for name, task in fallen.items()}
+    tasks = {"backpropagation": bp, "DFA": dfa, "SSA, first epoch": ssa, "SSA, last epoch": at_ranks(ssa, ranks[-1])}
+    tasks |= {f"SSA, {name}": task for name, task in fallen.items()}
+    timed = {name: Trainer(task, [config.seed], config.loop) for name, task in tasks.items()}
+    times = timing.measure(timed, config.out / "timing.json", reference="backpropagation")["steps"]
     found = {"costs": costs, "curve": curve, "ranks": ranks, "times": times}
     records.write_json(config.out / "results.json", found)
     return write(config.out, **found)
@@ -99,6 +111,11 @@ def at_ranks(task: Task, ranks: dict[str, int]) -> Task:
         return model
 
     return task._replace(make=make)
+
+
+def at_fraction(task: Task, fraction: float) -> Task:
+    """The same training, every layer starting at a fraction of its full rank."""
+    return task._replace(make=lambda rngs: jaxfa.nn.factorise(task.make(rngs), fraction))
 
 
 def cost(task: Task) -> dict[str, float]:
@@ -119,7 +136,7 @@ def write(folder: Path, costs: Any, curve: Any, ranks: Any, times: Any) -> Path:
 
     Args:
       folder: where to.
-      costs: of ``bp`` and ``dfa``.
+      costs: of each row of the table.
       curve: of SSA, after each epoch.
       ranks: of each layer, after each epoch.
       times: of a step, from :func:`experiments.timing.measure`.
@@ -127,15 +144,15 @@ def write(folder: Path, costs: Any, curve: Any, ranks: Any, times: Any) -> Path:
     Returns:
       The path of the page.
     """
-    bp = costs["bp"]
+    bp, dfa = costs["backpropagation"], costs["DFA"]
     with figures.style():
-        drawn = Figure(figsize=(9.6, 2.9), layout="constrained")
+        drawn = Figure(figsize=(10.4, 2.9), layout="constrained")
         panels = drawn.subplots(1, 4)
         for axes, (key, title) in zip(panels, LINES.items(), strict=False):
             axes.plot([one[key] / bp[key] for one in curve], "o-", color=figures.BLUE, markersize=3, label="SSA")
-            axes.axhline(costs["dfa"][key] / bp[key], color=figures.VERMILLION, label="DFA")
+            axes.axhline(dfa[key] / bp[key], color=figures.VERMILLION, label="DFA")
             axes.axhline(1, color=figures.GREY, label="backpropagation")
-            axes.set_title(f"{title} (backpropagation = 1)", color=figures.INK)
+            axes.set_title(title, color=figures.INK)
             axes.set_ylim(bottom=0)
         for layer in ranks[0]:
             panels[3].plot([one[layer] / ranks[0][layer] for one in ranks], color=figures.INK, linewidth=0.8)
@@ -143,16 +160,11 @@ def write(folder: Path, costs: Any, curve: Any, ranks: Any, times: Any) -> Path:
         panels[3].set_ylim(0, 1.05)
         for axes in panels:
             axes.set_xlabel("epoch")
+        panels[0].set_ylabel("backpropagation = 1")
         panels[0].legend(fontsize=8)
-    rows: dict[str, Callable[[str], float]] = {
-        "DFA": lambda key: costs["dfa"][key] / bp[key],
-        "SSA, first epoch": lambda key: curve[0][key] / bp[key],
-        "SSA, last epoch": lambda key: curve[-1][key] / bp[key],
-    }
-    names = {"DFA": "dfa", "SSA, first epoch": "ssa, first", "SSA, last epoch": "ssa, last"}
     table = [["backpropagation = 1", *LINES.values(), "time of a step"]]
-    for title, ratio in rows.items():
-        table.append([title, *(f"{ratio(key):.2f}" for key in LINES), f"{times[names[title]]['ratio']:.2f}"])
+    for name, one in costs.items():
+        table.append([name, *(f"{one[key] / bp[key]:.2f}" for key in LINES), f"{times[name]['ratio']:.2f}"])
     mean = float(np.mean([ranks[-1][layer] / ranks[0][layer] for layer in ranks[0]]))
     table.append(["ranks at the end, of full rank", f"{mean:.2f}", "", "", ""])
     for row in table:

@@ -43,13 +43,13 @@ def tiny(mock, monkeypatch):
 
 RUNS = {
     "ssa_ablation": (ssa_ablation, {}, ["all", "no-ce", "no-align", "no-ortho", "retraction", "transport"]),
-    "ssa_alignment": (ssa_alignment, {}, list(ssa_alignment.TITLES)),
+    "ssa_alignment": (ssa_alignment, {"network": "vgg13"}, list(ssa_alignment.TITLES)),
     "ssa_cifar10": (
         ssa_cifar10,
         {"networks": ("vgg13",)},
         [f"vgg13-{arm}" for arm in ("bp", "svd_bp", "dfa", "ssa", "ssa-sequential")],
     ),
-    "ssa_cost": (ssa_cost, {}, ["ssa"]),
+    "ssa_cost": (ssa_cost, {"fractions": (0.125,)}, ["ssa"]),
 }
 
 
@@ -68,7 +68,8 @@ def test_every_experiment_runs_and_reports(experiment, options, arms, tiny, tmp_
         found = json.loads((tmp_path / "results.json").read_text())
         assert found["curve"][-1]["training"] < found["curve"][0]["training"]
         assert found["curve"][-1]["memory"] < found["curve"][0]["memory"]
-        assert found["curve"][0]["inference"] > found["costs"]["bp"]["inference"]
+        assert found["curve"][0]["inference"] > found["costs"]["backpropagation"]["inference"]
+        assert found["costs"]["SSA, 0.125 of full rank"]["training"] < found["costs"]["backpropagation"]["training"]
 
 
 def test_a_killed_run_goes_on_with_the_ranks_it_had(tiny, tmp_path):
