@@ -57,6 +57,7 @@ PRESETS = {
         seeds=1,
         learning_rate=2e-3,
         period=1,
+        multiple=16,
         energy=0.9,
     ),
     "paper": Config(epochs=164, batch=100, seeds=1, out=Path("runs/ssa_cost-paper")),
