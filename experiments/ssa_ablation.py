@@ -9,7 +9,7 @@ All means the literal reading: gradients along the Stiefel manifold, no retracti
 alignment pulls the weights. Without orthogonality there is neither projection nor loss. Two arms are ours: a retraction
 in the place of ``L_ortho``, and alignment that pulls the feedback, which is weight transport.
 
-NUMBERS
+Neither preset has been run to its end.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ Command: ``python -m experiments run ssa_alignment`` (``--preset paper`` for the
 The angle is between a layer's update and backpropagation's at the same weights, on one fixed batch: of a factored
 layer, between all entries of ``u``, ``s``, ``v``.
 
-NUMBERS
+Neither preset has been run to its end.
 """
 
 import dataclasses
