@@ -7,7 +7,18 @@ Command: ``python -m experiments run ssa_alignment`` (``--preset paper`` for the
 The angle is between a layer's update and backpropagation's at the same weights, on one fixed batch: of a factored
 layer, between all entries of ``u``, ``s``, ``v``.
 
-Neither preset has been run to its end.
+Measured with the preset ``cpu`` (the network of three convolutions, 3000 images, 4 epochs of 46 steps, one seed,
+``beta`` .01), after the last epoch; the two sequential arms were not run to their end, nor was the preset ``paper``:
+
+===========================  =======  =======  =======  ========
+.                            convs/0  convs/1  convs/2  accuracy
+===========================  =======  =======  =======  ========
+DFA                          94       82       94       35.8
+SSA, parallel                100      94       86       37.6
+SSA, parallel, no alignment  94       92       87       38.6
+===========================  =======  =======  =======  ========
+
+No layer's angle is much below 90 degrees yet, and in so short a training alignment moves none by more than 6.
 """
 
 import dataclasses
