@@ -24,6 +24,10 @@ from experiments import (
     ldfa_vit,
     rank_collapse,
     report,
+    ssa_ablation,
+    ssa_alignment,
+    ssa_cifar10,
+    ssa_cost,
     sweep_report,
 )
 
@@ -43,6 +47,10 @@ EXPERIMENTS = {
     "ldfa_vgg": ldfa_vgg,
     "ldfa_vit": ldfa_vit,
     "rank_collapse": rank_collapse,
+    "ssa_ablation": ssa_ablation,
+    "ssa_alignment": ssa_alignment,
+    "ssa_cifar10": ssa_cifar10,
+    "ssa_cost": ssa_cost,
 }
 _COMMANDS = ("list", "run", "report")
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+import jaxfa
+
 Checkpoints: TypeAlias = ocp.CheckpointManager
 
 
@@ -35,7 +37,7 @@ def restore(manager: Checkpoints, like: Any) -> tuple[int, Any] | None:
 
     Args:
       manager: from :func:`checkpoints`.
-      like: a state of the same structure, shapes and dtypes.
+      like: a state of the same structure, shapes and dtypes; factors may have lost columns since.
 
     Returns:
       The epoch and the state, or None if there is no checkpoint.
@@ -46,7 +48,7 @@ def restore(manager: Checkpoints, like: Any) -> tuple[int, Any] | None:
     epoch = manager.latest_step()
     if epoch is None:
         return None
-    where, expected = Path(manager.directory) / str(epoch), _by_path(like)
+    where = Path(manager.directory) / str(epoch)
     try:
         found = manager.restore(epoch, args=ocp.args.StandardRestore())
     # Orbax and tensorstore tell of a damaged file by a dozen exception types.
@@ -55,10 +57,24 @@ def restore(manager: Checkpoints, like: Any) -> tuple[int, Any] | None:
             f"The checkpoint {where} is damaged ({type(error).__name__}). Delete that folder to go on from the one "
             f"before it, or start again with --fresh."
         ) from error
+    like = _shrunk(like, found)
+    expected = _by_path(like)
     _check_same(where, found, expected)
     keys = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key), like)
     arrays = jax.tree.unflatten(jax.tree.structure(like), [found[path] for path in expected])
     return epoch, jax.tree.map(lambda is_key, a: jax.random.wrap_key_data(a) if is_key else a, keys, arrays)
+
+
+def _shrunk(like: Any, found: dict[str, Any]) -> Any:
+    """The state with the ranks of the checkpoint, where layers are factored."""
+
+    def cut(path: Any, node: Any) -> Any:
+        there = found.get(f"{jax.tree_util.keystr(path)}.s")
+        if not isinstance(node, jaxfa.Factors) or there is None:
+            return node
+        return jax.tree.map(lambda leaf: leaf[..., : there.shape[-1]], node)
+
+    return jax.tree_util.tree_map_with_path(cut, like, is_leaf=lambda node: isinstance(node, jaxfa.Factors))
 
 
 def _by_path(state: Any) -> dict[str, jax.Array]:

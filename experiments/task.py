@@ -1,7 +1,7 @@
 """What a training is of: a network, a rule, an optimizer and a data set, as values."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -34,6 +34,7 @@ class Task(NamedTuple):
       inputs: ``raw -> inputs``, what the model gets of the data set's; by default images, normalised by channel.
       calibrate: what the optimizer is wrapped in, such as ``functools.partial(jaxfa.calibrate, every=100)``.
       steps: steps of an epoch; by default as many as its images fill.
+      between: ``(state, epoch) -> state``, run on the host at each epoch's end; it may change shapes, as pruning does.
       prepare: what to do to the attached model before the first step, such as :func:`jaxfa.nn.align`.
       diagnostics: whether every epoch's record has what :func:`experiments.diagnosis.diagnose` measures.
     """
@@ -50,5 +51,6 @@ class Task(NamedTuple):
     inputs: Callable[[jax.Array], jax.Array] | None = None
     calibrate: Callable[..., optax.GradientTransformationExtraArgs] | None = None
     steps: int | None = None
+    between: Callable[[Any, int], Any] | None = None
     prepare: Callable[[jaxfa.nn.Aligned], None] | None = None
     diagnostics: bool = False

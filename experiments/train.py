@@ -62,6 +62,7 @@ def _epoch(trainer: Trainer, state: State, epoch: int, folder: Path) -> tuple[St
     losses: Any = []
     if epoch:
         state, losses = trainer.advance(state, trainer.shuffle(state), trainer.steps)
+        state = trainer.task.between(state, epoch) if trainer.task.between else state
     found = trainer.evaluate(state)
     losses = np.asarray(jax.device_get(losses)).reshape(-1, len(trainer.seeds))
     seconds = time.perf_counter() - started

@@ -19,7 +19,7 @@ from jax import lax
 import jaxfa
 import jaxfa.nn
 from experiments.data import normalize
-from experiments.diagnosis import diagnose
+from experiments.diagnosis import diagnose, factor_ranks
 from experiments.seeds import side_by_side
 from experiments.task import Task
 
@@ -114,7 +114,8 @@ class Trainer:
 
         Returns:
           ``test_accuracy``, ``test_loss`` and, by layer from first to last, ``angle`` and ``norm_ratio``: arrays
-          ``(seeds,)``; how many ``calibrations`` there were, if any are made; and the diagnostics, if asked for.
+          ``(seeds,)``; how many ``calibrations`` there were, if any are made; the ``rank`` of every factored layer, if
+          there is one; and the diagnostics, if asked for.
         """
         images, labels = self._test
         rows = self._rows(_CHUNK)
@@ -131,6 +132,7 @@ class Trainer:
             "angle": {layer: found.angle for layer, found in kernels.items()},
             "norm_ratio": {layer: found.norm_ratio for layer, found in kernels.items()},
             **({"calibrations": jax.device_get(state.optimizer.calibrations)} if self.task.calibrate else {}),
+            **factor_ranks(state.params, [row.layer for row in self.coverage.rows]),
             **(self._diagnostics(state) if self.task.diagnostics else {}),
         }
 

@@ -27,15 +27,23 @@ from jaxfa.ops import error_wire as error_wire
 from jaxfa.ops import with_feedback as with_feedback
 from jaxfa.optim import calibrate as calibrate
 from jaxfa.optim import optimizer as optimizer
+from jaxfa.rank import hoyer_penalty as hoyer_penalty
+from jaxfa.rank import prune as prune
 from jaxfa.sign_symmetric import brsf as brsf
 from jaxfa.sign_symmetric import frsf as frsf
 from jaxfa.sign_symmetric import usf as usf
+from jaxfa.ssa import ssa as ssa
+from jaxfa.stiefel import stiefel as stiefel
+from jaxfa.svd import Factors as Factors
+from jaxfa.svd import factorise as factorise
+from jaxfa.svd import orthonormal_factors as orthonormal_factors
 from jaxfa.weight_mirror import weight_mirror as weight_mirror
 
 __version__ = "0.1.0"
 __all__ = [
-    "DirectFeedback", "DirectMatrix", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop", "brsf",
-    "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "dkp", "dldfa", "drtp", "error_wire", "fa",
-    "fdfa", "frsf", "grape", "kolen_pollack", "ldfa", "linear", "normative_ldfa", "optimizer", "register", "usf",
+    "DirectFeedback", "DirectMatrix", "Factors", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop",
+    "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "dkp", "dldfa", "drtp",
+    "error_wire", "fa", "factorise", "fdfa", "frsf", "grape", "hoyer_penalty", "kolen_pollack", "ldfa", "linear",
+    "normative_ldfa", "optimizer", "orthonormal_factors", "prune", "register", "ssa", "stiefel", "usf",
     "weight_mirror", "with_feedback",
 ]  # fmt: skip

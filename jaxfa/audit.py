@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from jaxfa.ops import DIRECT, FORWARD, LOCAL, TRANSPORT
+from jaxfa.ops import DIRECT, FORWARD, INNER, LOCAL, TRANSPORT
 
 _CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 # Where an operand only says which entries are meant, the result is data no more than the others are.
@@ -169,8 +169,8 @@ class _Walker:
             return self.passed(out, "direct", frozenset(tap[-1:]) or frozenset(["?"]), way=_NONE)
         if eqn.primitive.name not in _CONTRACTIONS or _is_pointwise(eqn, flows):
             return out
-        if out.is_error and LOCAL in scope:
-            return out  # a weight gradient, even where the input was a parameter
+        if INNER in scope or (out.is_error and LOCAL in scope):
+            return out  # a weight gradient, even where the input was a parameter; or inside a layer of two factors
         if out.is_error:
             weights = _NONE.union(*(flow.names for flow in flows if flow.is_weight))
             return self.passed(out, "rule" if TRANSPORT in scope else "weights", weights, way=out.way)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import optax
 
 T = TypeVar("T")
-Operation = Callable[[jax.Array, jax.Array], jax.Array]
+Operation = Callable[[jax.Array, Any], jax.Array]
 Initializer = Callable[..., jax.Array]
 
 
@@ -41,7 +41,7 @@ class LayerFeedback:
     low-rank rule, overrides :meth:`transport`. A rule that learns its feedback from the batch overrides :meth:`signal`.
     """
 
-    def matrix(self, w: jax.Array) -> jax.Array:
+    def matrix(self, w: Any) -> Any:
         """The array of ``w``'s shape through which the error returns."""
         raise NotImplementedError(f"{type(self).__name__} must define matrix(w), or transport(op, x, w, delta).")
 
@@ -141,7 +141,7 @@ class Layer(NamedTuple):
 
     op: Operation
     x: jax.ShapeDtypeStruct
-    w: jax.Array
+    w: Any
 
 
 def keep(forward: Any, feedback: Any, key: jax.Array) -> Any:
@@ -156,8 +156,8 @@ class Rule(NamedTuple):
     Attributes:
       init: makes one layer's feedback. Layer-wise rules: ``(key, w) -> feedback``. Direct rules: ``(key, h, logits) ->
         feedback``, from arrays or ``jax.ShapeDtypeStruct``s of one batch. The number of arguments is the family. A
-        feedback of ``None`` leaves the layer to backpropagation. With an optional keyword ``path`` it is told the
-        layer's.
+        feedback of ``None`` leaves the layer to backpropagation. With a keyword ``path`` it is told the layer's; a
+        direct rule's, with a keyword ``layer``, the :class:`Layer` that ``h`` enters.
       refine: ``(forward, feedback, key) -> feedback`` on the whole tree of feedbacks, before the gradient step.
         ``forward`` is, for layer-wise rules, a tree of :class:`Layer` shaped like the feedback; for direct rules, the
         function ``taps -> logits`` of the plain network with ``taps[l]`` added to ``h_l``.
@@ -166,6 +166,7 @@ class Rule(NamedTuple):
       source: where a direct rule's error is taken: the path of a module, at the same end of it as the taps, its input
         without ``at=``, its output with it; None is the logits.
       globs: the globs of layer paths that the rule was given, of which none may match nothing.
+      weights: ``(w, path) -> `` what a layer learns in the place of ``w``, such as its factors; None is ``w`` itself.
     """
 
     init: Callable[..., Any]
@@ -173,6 +174,7 @@ class Rule(NamedTuple):
     transform: optax.GradientTransformation | Callable[..., Any] = optax.set_to_zero()
     source: str | None = None
     globs: tuple[str, ...] = ()
+    weights: Callable[[jax.Array, str], Any] | None = None
 
 
 def is_direct(rule: Rule) -> bool:
@@ -186,10 +188,10 @@ def is_direct(rule: Rule) -> bool:
     return count == 3
 
 
-def init_at(rule: Rule, path: str) -> Callable[..., Any]:
-    """The rule's ``init`` for the layer of a path, which most do not ask for."""
-    named = "path" in inspect.signature(rule.init).parameters
-    return functools.partial(rule.init, path=path) if named else rule.init
+def init_at(rule: Rule, **known: Any) -> Callable[..., Any]:
+    """The rule's ``init`` with what it asks for, by keyword, of what is known of the layer; most ask for nothing."""
+    asked = inspect.signature(rule.init).parameters
+    return functools.partial(rule.init, **{name: value for name, value in known.items() if name in asked})
 
 
 def is_layer(node: Any) -> bool:

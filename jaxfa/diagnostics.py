@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.special import entr
 
 from jaxfa.base import LayerFeedback, matrix_of
+from jaxfa.svd import dense
 
 
 class Alignment(NamedTuple):
@@ -99,7 +100,7 @@ def weight_angle(w: jax.Array, feedback: LayerFeedback) -> jax.Array:
 
     Source: as :func:`angle`.
     """
-    return angle(matrix_of(feedback, w), w)
+    return angle(dense(matrix_of(feedback, w)), dense(w))
 
 
 def entropy_rank(matrix: jax.Array) -> jax.Array:

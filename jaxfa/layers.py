@@ -1,20 +1,80 @@
 """The two contractions of the functional core with a rule's backward: dense and convolution."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import lax
 
 from jaxfa.base import LayerFeedback
-from jaxfa.ops import with_feedback
+from jaxfa.ops import INNER, with_feedback
+from jaxfa.svd import Factors
 
 
-def linear(x: jax.Array, w: jax.Array, feedback: LayerFeedback | None = None) -> jax.Array:
+def dot(x: jax.Array, w: jax.Array | Factors) -> jax.Array:
+    """``x w`` over the last axis of ``x``; with factors, ``(x u diag(s)) v^T``."""
+    if isinstance(w, Factors):
+        first, second = w.kernels()
+        h = dot(x, first)
+        with jax.named_scope(INNER):
+            return dot(h, second)
+    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A convolution as a value, channels last: ``x * w``; with factors, a vertical one and then a horizontal one.
+
+    Attributes:
+      strides: one per dimension.
+      padding: a string, or (low, high) pairs.
+      dilation: one per dimension.
+      groups: of channels; with factors, 1.
+    """
+
+    strides: tuple[int, ...]
+    padding: str | tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    def __call__(self, x: jax.Array, w: Any) -> jax.Array:
+        """``(N, spatial..., n)`` to ``(N, spatial..., m)``."""
+        if isinstance(w, Factors):
+            first, second = w.kernels()
+            h = self.along(slice(0, 1))(x, first)
+            with jax.named_scope(INNER):
+                return self.along(slice(1, None))(h, second)
+        spatial = "DHW"[-len(self.strides) :]
+        return lax.conv_general_dilated(
+            x,
+            w,
+            self.strides,
+            self.padding,
+            rhs_dilation=self.dilation,
+            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+            feature_group_count=self.groups,
+        )
+
+    def along(self, axes: slice) -> "Convolution":
+        """What it does along these axes alone, for a window of one pixel along the others."""
+        dims = range(len(self.strides))
+        chosen = dims[axes]
+        padding = self.padding
+        if not isinstance(padding, str):
+            padding = tuple(padding[i] if i in chosen else (0, 0) for i in dims)
+        strides, dilation = (
+            tuple(each[i] if i in chosen else 1 for i in dims) for each in (self.strides, self.dilation)
+        )
+        return Convolution(strides, padding, dilation)
+
+
+def linear(x: jax.Array, w: jax.Array | Factors, feedback: LayerFeedback | None = None) -> jax.Array:
     """A dense layer's product: ``y = x w``, backward ``dw = x^T delta``, ``dx = delta b^T``.
 
     Args:
       x: input, ``(..., n)``.
-      w: weights, ``(n, m)``.
+      w: weights, ``(n, m)``, or their :class:`jaxfa.Factors`.
       feedback: a layer-wise feedback made by ``rule.init(key, w)``; None is ordinary autodiff.
 
     Returns:
@@ -37,16 +97,12 @@ def linear(x: jax.Array, w: jax.Array, feedback: LayerFeedback | None = None) ->
     return _linear(x, w, feedback)
 
 
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
-
-
-_linear = with_feedback(_dot)
+_linear = with_feedback(dot)
 
 
 def conv(
     x: jax.Array,
-    w: jax.Array,
+    w: jax.Array | Factors,
     feedback: LayerFeedback | None = None,
     *,
     strides: int | Sequence[int] = 1,
@@ -58,7 +114,7 @@ def conv(
 
     Args:
       x: input, ``(N, spatial..., n)``, such as NHWC.
-      w: kernel, ``(window..., n / groups, m)``, such as HWIO.
+      w: kernel, ``(window..., n / groups, m)``, such as HWIO, or, without groups, its :class:`jaxfa.Factors`.
       feedback: a layer-wise feedback made by ``rule.init(key, w)``; None is ordinary autodiff.
       strides: step of the window, in pixels, one number or one per dimension.
       padding: ``"SAME"``, ``"VALID"``, or (low, high) pairs in pixels.
@@ -86,20 +142,10 @@ def conv(
             f"conv expects x of shape (N, spatial..., n), w of shape (window..., n / groups, m) with 1 to 3 spatial "
             f"dimensions and m divisible by groups, got {x.shape}, {w.shape} and groups={groups}."
         )
-    spatial = "DHW"[3 - dims :]
-    layout = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-
-    def op(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            x,
-            w,
-            _each(strides, dims),
-            padding if isinstance(padding, str) else tuple(padding),
-            rhs_dilation=_each(dilation, dims),
-            dimension_numbers=layout,
-            feature_group_count=groups,
-        )
-
+    if groups > 1 and isinstance(w, Factors):
+        raise ValueError(f"A convolution in groups has no factors; got groups={groups}.")
+    window = padding if isinstance(padding, str) else tuple(padding)
+    op = Convolution(_each(strides, dims), window, _each(dilation, dims), groups)
     return with_feedback(op)(x, w, feedback)
 
 

@@ -14,6 +14,7 @@ FORWARD = "jaxfa.forward"
 LOCAL = "jaxfa.local"
 TRANSPORT = "jaxfa.transport"
 DIRECT = "jaxfa.direct"
+INNER = "jaxfa.inner"  # a factored layer's second contraction: with the first it is one use of its weights
 
 
 def with_feedback(op: Operation) -> Callable[..., jax.Array]:
@@ -23,7 +24,8 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
     feedback matrix ``b`` of ``w``'s shape that is ``(d op(x, b) / d x)^T delta``, so ``b = w`` is backpropagation.
 
     Args:
-      op: a function ``(x, w) -> y``, linear in ``x`` and linear in ``w``.
+      op: a function ``(x, w) -> y``, linear in ``x`` and linear in ``w``; where ``w`` is a tree, such as
+        :class:`jaxfa.Factors`, differentiable in it.
 
     Returns:
       A function ``(x, w, feedback=None) -> y``. The cotangent of ``feedback`` is the rule's own learning signal;
@@ -59,7 +61,7 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
     def backward(residuals: Any, delta: jax.Array) -> Any:
         x, w, feedback = residuals
         with jax.named_scope(LOCAL):
-            dw = transpose(lambda w: op(x, w), w, delta)
+            dw = _local_gradient(op, x, w, delta)
         with jax.named_scope(TRANSPORT):
             dx = feedback.transport(op, x, w, delta)
             signal = feedback.signal(x, w, delta, dw)
@@ -76,6 +78,14 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
         return forward(*_vary_alike((x, w, feedback)))
 
     return apply
+
+
+def _local_gradient(op: Operation, x: jax.Array, w: Any, delta: jax.Array) -> Any:
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(w)):
+        return transpose(lambda w: op(x, w), w, delta)
+    # Of several factors none is linear alone; what the forward pass computed, too, the compiler finds again.
+    (dw,) = jax.vjp(lambda w: op(x, w), w)[1](delta)
+    return dw
 
 
 def error_wire(logits: Any) -> jax.Array:

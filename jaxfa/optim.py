@@ -60,7 +60,7 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
         return both.init(tree)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        found, state = both.update(_unboxed(updates), state, _unboxed(params), **extra)
+        found, state = both.update(_unboxed(updates), state, tree := _unboxed(params), both=tree, **extra)
         return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(found)), state
 
     return optax.GradientTransformationExtraArgs(init, update)

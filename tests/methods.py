@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import jaxfa
-from jaxfa.base import is_direct, is_feedback
+from jaxfa.base import init_at, is_direct, is_feedback
 
 SIZES = (7, 6, 5, 3)
 
@@ -56,6 +56,9 @@ METHODS = (
     Method("normative_ldfa", jaxfa.normative_ldfa(2), fixed=False),
     Method("grape", jaxfa.grape(averaging=0.5), fixed=False),
     Method("fdfa", jaxfa.fdfa(), fixed=False),
+    Method("ssa", jaxfa.ssa(), fixed=True),
+    Method("ssa_sequential", jaxfa.ssa(parallel=False, gamma=1e-3, retraction=None), fixed=True),
+    Method("ssa_transported", jaxfa.ssa(parallel=False, pull_feedback=True), fixed=False),
     Method("dldfa", jaxfa.dldfa(8), fixed=False, batch=True),
 )
 
@@ -68,6 +71,8 @@ def create(rule: jaxfa.Rule, key: jax.Array, sizes: tuple[int, ...] = SIZES, dty
         {"w": jnp.asarray(rng.normal(size=(n, m)) / np.sqrt(n), dtype), "b": jnp.zeros(m, dtype)}
         for n, m in itertools.pairwise(sizes)
     ]
+    if rule.weights is not None:
+        params = [p | {"w": rule.weights(p["w"], f"layer {i}")} for i, p in enumerate(params)]
     return params, create_feedback(rule, key, params)
 
 
@@ -78,7 +83,8 @@ def create_feedback(rule: jaxfa.Rule, key: jax.Array, params: Any) -> Any:
     if not is_direct(rule):
         return [None, *(rule.init(k, p["w"]) for k, p in zip(keys[1:], params[1:], strict=True))]
     *hidden, logits = [jax.ShapeDtypeStruct((2, *p["b"].shape), p["b"].dtype) for p in params]
-    feedback = [rule.init(k, h, logits) for k, h in zip(keys[1:], hidden, strict=True)]
+    layers = [jaxfa.Layer(jaxfa.linear, h, p["w"]) for h, p in zip(hidden, params[1:], strict=True)]
+    feedback = [init_at(rule, layer=one)(k, one.x, logits) for k, one in zip(keys[1:], layers, strict=True)]
     largest = max(range(len(hidden)), key=lambda i: hidden[i].shape)
     return feedback[largest] if feedback[0].shared else feedback
 

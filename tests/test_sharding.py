@@ -20,6 +20,8 @@ RULES = {
     "kolen_pollack": jaxfa.kolen_pollack(),
     "dfa": jaxfa.dfa(),
     "dfa_shared": jaxfa.dfa(shared=True),
+    "ssa": jaxfa.ssa(),
+    "ssa_sequential": jaxfa.ssa(parallel=False),
     "dkp": jaxfa.dkp(distribution=initializers.glorot_normal()),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

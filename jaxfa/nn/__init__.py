@@ -14,12 +14,16 @@ from jaxfa.nn.conserved import Link as Link
 from jaxfa.nn.conserved import align as align
 from jaxfa.nn.conserved import imbalances as imbalances
 from jaxfa.nn.conserved import links as links
+from jaxfa.nn.convert import export as export
+from jaxfa.nn.convert import factorise as factorise
+from jaxfa.nn.convert import merge as merge
+from jaxfa.nn.convert import prune as prune
 from jaxfa.nn.coverage import Coverage as Coverage
 from jaxfa.nn.coverage import Row as Row
 from jaxfa.nn.errors import errors as errors
 from jaxfa.nn.variables import Feedback as Feedback
 
 __all__ = [
-    "Aligned", "Coverage", "Feedback", "Link", "Row", "align", "alignment", "attach", "errors", "imbalances",
-    "links", "plain", "weight_angles",
+    "Aligned", "Coverage", "Feedback", "Link", "Row", "align", "alignment", "attach", "errors", "export",
+    "factorise", "imbalances", "links", "merge", "plain", "prune", "weight_angles",
 ]  # fmt: skip

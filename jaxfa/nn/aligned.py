@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 
 from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
@@ -11,6 +12,7 @@ from jaxfa.nn.contraction import contractions_of, layer_of, restore, sites_of
 from jaxfa.nn.coverage import Coverage, cover
 from jaxfa.nn.tap import Tap, call_with_wires, remove_tap, taps_of
 from jaxfa.nn.variables import Recorder, abstractly, modules_of, structs
+from jaxfa.svd import is_factors
 
 
 class Aligned(nnx.Module):
@@ -124,7 +126,7 @@ def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
         measure = compare
         for _ in stacks.get("/".join(map(str, path[:-1])), ()):
             measure = jax.vmap(measure)
-        found["/".join(map(str, path))] = measure(ours[...], theirs[...])
+        found["/".join(map(str, path))] = measure(*(_as_array(one.get_value()) for one in (ours, theirs)))
     return found
 
 
@@ -157,6 +159,11 @@ def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
             measure = jax.vmap(measure)
         found[path] = measure(site.matrices(kernel), contraction.feedback.get_value())
     return found
+
+
+def _as_array(value: Any) -> jax.Array:
+    """A parameter as one array; of factors all entries, as one vector."""
+    return ravel_pytree(value)[0] if is_factors(value) else value
 
 
 def _is_traced(tree: Any) -> bool:

@@ -1,5 +1,6 @@
 """Puts a rule on an unmodified NNX model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jaxfa.base import Rule, init_at, is_direct
 from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import uses_of, weights_above
+from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.tap import Tap, check_source, fill_taps, place_tap, record_taps
 from jaxfa.nn.variables import init_stack, modules_of, structs
 from jaxfa.paths import matches
@@ -60,13 +62,17 @@ def attach(
     Source: as each rule.
     """
     _check(model, rule, rngs)
-    at, allow = _globs(at), _globs(allow) or ()
+    globs, allow = _globs(at), _globs(allow) or ()
     weights = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
     _refuse_unmatched("allow", allow, weights, under=True)
     args = None if example is None else structs(example if isinstance(example, tuple) else (example,))
     model = _copy(model)
+    if rule.weights is not None:
+        _refuse_unmatched("at", globs, list(sites_of(model)), under=True)
+        model = factorise_chosen(model, rule.weights, _chooser(globs))
+        globs = None  # what is factored is where the rule goes, all of it
     put = _put_direct if is_direct(rule) else _put_layerwise
-    backprop = put(model, rule, rngs, at, args)
+    backprop = put(model, rule, rngs, globs, args)
     aligned = Aligned(model, rule, args, (*allow, *backprop))
     if args is not None:
         aligned.coverage().refuse()
@@ -91,6 +97,10 @@ def _globs(patterns: str | tuple[str, ...] | None) -> Any:
     return (patterns,) if isinstance(patterns, str) else patterns
 
 
+def _chooser(globs: Any) -> Callable[[str], bool]:
+    return lambda path: globs is None or matches(path, globs, under=True)
+
+
 def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> list[str]:
     """Puts a layer-wise rule on a model; returns the layers that the rule itself leaves to backpropagation."""
     sites = sites_of(model)
@@ -99,10 +109,12 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -
     first = set() if args is None else {path for path, use in uses_of(model, args).items() if use.first}
     backprop = []
     for path, (module, site) in sites.items():
+        if rule.weights is not None and not isinstance(module, Factored):
+            continue
         if path in first or (at is not None and not matches(path, at, under=True)):
             continue
         kernel = module.kernel.get_value()
-        feedback = init_stack(init_at(rule, path), rngs.feedback(), site.layers(kernel), site.matrices(kernel))
+        feedback = init_stack(init_at(rule, path=path), rngs.feedback(), site.layers(kernel), site.matrices(kernel))
         if feedback is None:
             backprop.append(path)
         else:
@@ -118,7 +130,8 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> l
         )
     modules, uses = dict(modules_of(model)), uses_of(model, args)
     if at is None:
-        tapped = [path for path in sites_of(model) if path not in uses or not uses[path].first]
+        sites = [path for path in sites_of(model) if path not in uses or not uses[path].first]
+        tapped = [path for path in sites if rule.weights is None or isinstance(modules[path], Factored)]
     else:
         _refuse_unmatched("at", at, list(modules), under=False)
         tapped = [path for path in modules if path and matches(path, at)]

@@ -10,8 +10,9 @@ from flax import nnx
 from jax import lax
 
 from jaxfa.base import Layer, LayerFeedback
+from jaxfa.nn.factored import Factored
 from jaxfa.nn.variables import Feedback, Recorder, intercept, modules_of, release
-from jaxfa.nn.views import Call, Groups, Matrices, Whole, of_einsum, roles
+from jaxfa.nn.views import Call, Factorised, Groups, Matrices, Whole, of_einsum, roles
 from jaxfa.ops import with_feedback
 
 
@@ -24,7 +25,7 @@ class Site(NamedTuple):
     attribute: str
     operation: Callable[..., jax.Array]
     shape: tuple[int, ...]
-    view: Whole | Groups | Matrices
+    view: Whole | Groups | Matrices | Factorised
 
     def stack(self, kernel: jax.Array) -> tuple[int, ...]:
         """The leading axes of a kernel that count the layers of a stack; ``()`` for a single layer."""
@@ -47,27 +48,30 @@ class Site(NamedTuple):
 
 def find_site(module: Any) -> Site | None:
     """The site of a layer that a rule can be put on; None for any other module."""
+    site = None
     match module:
+        case Factored():
+            site = Site("operation", module.operation, module.shape, Factorised())
         case nnx.Linear():
-            return Site("dot_general", module.dot_general, (module.in_features, module.out_features), Whole((0, 1)))
+            site = Site("dot_general", module.dot_general, (module.in_features, module.out_features), Whole((0, 1)))
         case nnx.LinearGeneral():
             made = module.dot_general_cls() if module.dot_general_cls is not None else module.dot_general
             batch = tuple(module.batch_axis.values())
             shape = (*batch, *module.in_features, *module.out_features)
             view = Matrices(tuple(range(len(shape))), shape, len(batch), len(module.out_features))
-            return Site("dot_general", made or lax.dot_general, shape, view)
+            site = Site("dot_general", made or lax.dot_general, shape, view)
         case nnx.Einsum():
             shape = tuple(module.kernel_shape)
-            return Site("einsum_op", module.einsum_op, shape, of_einsum(module.einsum_str, shape))
+            site = Site("einsum_op", module.einsum_op, shape, of_einsum(module.einsum_str, shape))
         case nnx.Conv() if module.mask is None:
             shape, groups = tuple(module.kernel_shape), module.feature_group_count
             seen = Groups(groups) if groups > 1 else Whole(tuple(range(len(shape))))
-            return Site("conv_general_dilated", module.conv_general_dilated, shape, seen)
+            site = Site("conv_general_dilated", module.conv_general_dilated, shape, seen)
         case nnx.ConvTranspose() if module.mask is None:
             *window, n, m = range(len(module.kernel_shape))
             order = (*window, m, n) if module.transpose_kernel else (*window, n, m)
-            return Site("conv_transpose", BareConvTranspose.of(module), tuple(module.kernel_shape), Whole(order))
-    return None
+            site = Site("conv_transpose", BareConvTranspose.of(module), tuple(module.kernel_shape), Whole(order))
+    return site
 
 
 def sites_of(model: nnx.Module) -> dict[str, tuple[Any, Site]]:
@@ -119,7 +123,7 @@ class Contraction(nnx.Module):
             self.recorder.record(self.path, (bound.op, one))
         return bound.join(run(inputs, self.site.view.matrices(kernel), self.feedback.get_value()))
 
-    def _view(self, subscripts: str | None) -> Whole | Groups | Matrices:
+    def _view(self, subscripts: str | None) -> Whole | Groups | Matrices | Factorised:
         """The kernel's view by the subscripts of this call, which may be others than the layer was made with."""
         made = self.site.view
         if subscripts is None:

@@ -13,6 +13,7 @@ from jaxfa.nn.contraction import Contraction
 from jaxfa.nn.tap import Tap
 from jaxfa.nn.variables import Feedback, modules_of, split_arrays, structs
 from jaxfa.paths import matches
+from jaxfa.svd import is_factors
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
@@ -127,7 +128,7 @@ class _Cover:
         self.taps = {tap.scope: tap.path for tap in taps}
         self.feedback = _feedback_of(aligned.model)
         flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Not(Feedback)))
-        self.shapes = {"/".join(map(str, path)): jnp.shape(leaf.get_value()) for path, leaf in flat}
+        self.shapes = {"/".join(map(str, path)): _shape(leaf.get_value()) for path, leaf in flat}
         self.first = {name for use in result.uses if use.first for name in use.weights}
 
     def table(self) -> Coverage:
@@ -216,6 +217,10 @@ def _describe(feedback: Any) -> str:
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     unit, scale = next(unit for unit in _UNITS if size >= unit[1] or unit[1] == 1)
     return f"{type(feedback).__name__}{shapes} {size / scale:.3g} {unit}"
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return value.shape if is_factors(value) else jnp.shape(value)
 
 
 def _segments(path: Any) -> list[str]:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxfa.base import Rule, init_at
+from jaxfa.base import Layer, Rule, init_at
 from jaxfa.nn.contraction import find_site
+from jaxfa.nn.factored import Factored
 from jaxfa.nn.variables import Feedback, Recorder, abstractly, init_stack, intercept, modules_of, release
 from jaxfa.ops import direct
 
@@ -107,12 +108,14 @@ def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, args: tuple[Any, ..
         logits = seen[rule.source]
         _end_at(model, rule.source, list(seen))
     taps = {path: found for path, found in taps_of(model).items() if not found[0].is_source}
+    owners = {module.feedback_tap.path: module for _, module in modules_of(model) if hasattr(module, "feedback_tap")}
     keys = {path: rngs.feedback() for path in taps}
     shared = None
     for path in sorted(taps, key=lambda path: -seen[path].size):  # a shared feedback is made for the largest
         tap, stack = taps[path]
         if shared is None:
-            value = init_stack(lambda key, path=path: init_at(rule, path)(key, seen[path], logits), keys[path], stack)
+            init = init_at(rule, path=path, layer=_layer(owners[path], seen[path]))
+            value = init_stack(lambda key, path=path, init=init: init(key, seen[path], logits), keys[path], stack)
             if value is None:
                 continue
             tap.feedback = nnx.data(Feedback(value))
@@ -121,6 +124,11 @@ def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, args: tuple[Any, ..
             tap.feedback = nnx.data(shared)
         if shared is not None and stack:
             raise ValueError(f"A feedback shared by all layers can't be inside the stack {path!r}; use one per layer.")
+
+
+def _layer(module: Any, h: Any) -> Layer | None:
+    """The layer that a tapped input enters, for rules that ask; only factored ones are needed."""
+    return Layer(module.operation, h, module.kernel.get_value()) if isinstance(module, Factored) else None
 
 
 def record_taps(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,19 @@ class Groups(NamedTuple):
         return Bound(one.__call__, split, join)
 
 
+class Factorised(NamedTuple):
+    """A kernel of factors, which the layer's operation takes as they are."""
+
+    batch: int = 0
+
+    def matrices(self, kernel: Any) -> Any:
+        return kernel
+
+    def bind(self, call: Call, x: jax.Array) -> Bound:
+        del x
+        return Bound(call.__call__, _same, _same)
+
+
 class Matrices(NamedTuple):
     """A kernel of many axes as matrices ``(inputs, outputs)``, one for each index of its batch axes.
 

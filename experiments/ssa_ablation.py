@@ -1,0 +1,87 @@
+"""What each of SSA's local losses does: all of them, and one left out at a time.
+
+Claim (Roy, Apolinario, Das Biswas and Roy 2025, VGG-13, CIFAR-10): 92.7 with all; 27.1 without the cross-entropy's
+gradient, 83.1 without alignment, 85.4 without orthogonality.
+
+Command: ``python -m experiments run ssa_ablation`` (``--preset paper`` for the published set-up).
+
+All means the literal reading: gradients along the Stiefel manifold, no retraction, ``L_ortho`` against the drift,
+alignment pulls the weights. Without orthogonality there is neither projection nor loss. Two arms are ours: a retraction
+in the place of ``L_ortho``, and alignment that pulls the feedback, which is weight transport.
+
+Neither preset has been run to its end. With the preset ``cpu`` all losses reach 40.1 % in 4 epochs; without the
+cross-entropy accuracy is at chance, 10.2 %, after 2.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxfa
+from experiments import data, ssa_arms, sweep
+from experiments.ssa_arms import NetworkName
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(ssa_arms.Config):
+    """The network, and the reading."""
+
+    network: NetworkName = "vgg13"
+    """The network."""
+    parallel: bool = True
+    """Whether errors reach all layers at once, or one after the other."""
+    out: Path = Path("runs/ssa_ablation")
+    """The folder of the results."""
+
+    arms = ()
+
+
+PRESETS = {
+    "cpu": Config(
+        network="smallconv",
+        epochs=4,
+        images=3000,
+        test_images=2000,
+        seeds=1,
+        learning_rate=2e-3,
+        period=1,
+        multiple=16,
+    ),
+    "paper": Config(epochs=164, batch=100, seeds=5, out=Path("runs/ssa_ablation-paper")),
+}
+PAGE = sweep.Page(
+    "What do SSA's local losses do?",
+    "The gradient of the cross-entropy, alignment, orthogonality: all of them, and one left out at a time. The paper: "
+    "without the first nothing is learned, without one of the others 7 to 10 points are lost.",
+    "Roy, Apolinario, Das Biswas and Roy 2025, VGG-13 on CIFAR-10, last epoch, 5 runs",
+)
+
+
+def run(config: Config) -> Path:
+    """Trains every arm and writes the report.
+
+    Args:
+      config: a :class:`Config`.
+
+    Returns:
+      The path of the report.
+    """
+    dataset = sweep.prepare(config, data.load("cifar10", config.data))
+    return sweep.run(config, PAGE, list(_arms(config, dataset)))
+
+
+def _arms(config: Config, dataset: data.Dataset) -> Iterator[sweep.Arm]:
+    every: dict[str, Any] = {"parallel": config.parallel, "beta": config.beta}
+    literal = every | {"gamma": config.gamma, "retraction": None}
+    arms: dict[str, tuple[str, dict[str, Any], float | None]] = {
+        "all": ("All losses", literal, 92.7),
+        "no-ce": ("No cross-entropy", literal | {"alpha": 0.0}, 27.05),
+        "no-align": ("No alignment", literal | {"beta": 0.0}, 83.12),
+        "no-ortho": ("No orthogonality", literal | {"gamma": 0.0, "project": False}, 85.44),
+        "retraction": ("Retraction in place of a loss", every, None),
+        "transport": ("Weight transport", literal | {"pull_weights": False, "pull_feedback": True}, None),
+    }
+    for name, (title, options, published) in arms.items():
+        task = ssa_arms.ssa(config.network, config, dataset, jaxfa.ssa(**options))
+        yield sweep.Arm(name, title, None, task, published if config.network == "vgg13" else None)

@@ -1,0 +1,173 @@
+"""How the rank of factored weights falls during training: a penalty that makes few singular values carry it, pruning.
+
+Both from Yang, Tang, Wen, Yan, Hu, Li, Li, Chen, "Learning Low-rank Deep Neural Networks via Singular Vector
+Orthogonality Regularization and Singular Value Sparsification", 2020, https://arxiv.org/abs/2004.09031
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxfa.base import is_feedback
+from jaxfa.svd import Factors, by_name, drift, is_factors, map_factors, standardise
+
+
+def hoyer(s: jax.Array) -> jax.Array:
+    """Hoyer's measure of how few singular values carry the weight: ``|s|_1 / |s|_2``, from 1 to ``sqrt(r)``.
+
+    Args:
+      s: ``(..., r)``.
+
+    Returns:
+      ``(...)``; no scale of ``s`` changes it, so that its gradient never shrinks the norm.
+    """
+    return jnp.abs(s).sum(-1) / jnp.linalg.norm(s, axis=-1)
+
+
+def _hoyer_gradient(s: jax.Array) -> jax.Array:
+    """``sign(s) / |s|_2 - |s|_1 s / |s|_2^3``; zero where ``s`` is."""
+    norm = jnp.linalg.norm(s, axis=-1, keepdims=True)
+    safe = jnp.where(norm > 0, norm, 1)
+    return jnp.sign(s) / safe - jnp.abs(s).sum(-1, keepdims=True) * s / safe**3
+
+
+class PenaltyState(NamedTuple):
+    """The state of :func:`hoyer_penalty`.
+
+    Attributes:
+      step: updates so far.
+    """
+
+    step: jax.Array
+
+
+def hoyer_penalty(strength: float | Callable[[jax.Array], jax.Array]) -> optax.GradientTransformation:
+    """Adds the gradient of ``lambda sum_l H(s_l)``, ``H(s) = |s|_1 / |s|_2``, to that of factored layers' ``s``.
+
+    It goes before the optimizer, ``optax.chain(hoyer_penalty(schedule), optax.adam(...))``, and makes the small
+    singular values smaller, for :func:`jaxfa.prune` to drop. The paper adds it "every 10 epochs for the first 30 % of
+    the epochs", for which a schedule is made by the experiments.
+
+    Args:
+      strength: ``lambda``, or a schedule ``step -> lambda``.
+
+    Returns:
+      A transformation of any parameters; those that are not factored pass.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa
+      >>> w, tx = jaxfa.factorise(jnp.diag(jnp.array([4.0, 3.0]))), jaxfa.hoyer_penalty(1.0)
+      >>> updates, _ = tx.update(w.astype(jnp.float32), tx.init(w), w)
+      >>> [round(float(g), 3) for g in updates.s - w.s]
+      [-0.024, 0.032]
+
+    Source: Hoyer, "Non-negative Matrix Factorization with Sparseness Constraints", 2004,
+    https://www.jmlr.org/papers/v5/hoyer04a.html; for singular values Yang et al. (2020), as :func:`jaxfa.factorise`.
+    """
+
+    def update(updates: Any, state: PenaltyState, params: Any = None) -> tuple[Any, PenaltyState]:
+        if params is None:
+            raise ValueError("hoyer_penalty needs the parameters: call update(updates, state, params).")
+        rate = strength(state.step) if callable(strength) else strength
+
+        def add(g: Any, w: Any) -> Any:
+            # A feedback's factors are no weights; and where optax masks an array, there is nothing to add to.
+            if not is_factors(w) or not jax.tree.leaves(w):
+                return g
+            return replace(g, s=g.s + (rate * _hoyer_gradient(w.s)).astype(g.s.dtype))
+
+        found = jax.tree.map(add, updates, params, is_leaf=lambda node: is_factors(node) or is_feedback(node))
+        return found, PenaltyState(state.step + 1)
+
+    return optax.GradientTransformation(lambda params: PenaltyState(jnp.zeros((), int)), update)
+
+
+def prune(
+    params: Any, *others: Any, energy: float = 0.95, multiple: int = 8, tolerance: float = 1e-3
+) -> tuple[Any, ...]:
+    """Drops singular values: keeps the fewest with ``sum s_kept^2 >= energy sum s^2``.
+
+    The arrays really shrink, so it runs outside ``jit``, at the end of an epoch; what is jitted compiles anew for the
+    new shapes. Where ``u`` and ``v`` have drifted from orthonormality ``s`` are no singular values: such a layer is
+    decomposed anew first, and since no optimizer state belongs to the new columns, the layer's starts at zero, and its
+    feedback loses columns as they come. Everywhere else feedback and optimizer state follow their columns exactly.
+
+    Args:
+      params: a tree with :class:`Factors` among its nodes; leading axes, such as seeds', keep one rank.
+      others: trees that hold factors of the same names, such as feedback, optimizer states, averages.
+      energy: in (0, 1]; 1 changes nothing.
+      multiple: ranks are rounded up to whole multiples of it, so that few different programs are compiled.
+      tolerance: the :func:`drift` from which a layer is decomposed anew.
+
+    Returns:
+      ``(params, *others)`` with fewer columns.
+
+    Raises:
+      ValueError: if ``energy`` or ``multiple`` is out of range, or ``params`` has no factors, or two of one name.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa
+      >>> w = jaxfa.factorise(jnp.diag(jnp.array([9.0, 5.0, 1.0])))
+      >>> (pruned,) = jaxfa.prune(w, energy=0.95, multiple=1)
+      >>> pruned.s.tolist()
+      [9.0, 5.0]
+
+    Source: Roy, Apolinario, Das Biswas, Roy, "Feedback Alignment Meets Low-Rank Manifolds: A Structured Recipe for
+    Local Learning", 2025, https://arxiv.org/abs/2510.25594
+    """
+    if not 0.0 < energy <= 1.0 or multiple < 1:
+        raise ValueError(f"prune needs energy in (0, 1] and multiple >= 1, got {energy} and {multiple}.")
+    named = by_name(params)
+    if not named:
+        raise ValueError("prune found no factored weights in the parameters: attach jaxfa.ssa(...) or factorise first.")
+    if energy == 1.0:
+        return params, *others
+    stale = {name for name, w in named.items() if float(drift(w).max()) > tolerance}
+    named |= {name: standardise(named[name]) for name in stale}
+    kept = {name: _kept(np.asarray(w.s, np.float64), energy, multiple) for name, w in named.items()}
+    params = map_factors(lambda w: _take(named[w.name], kept[w.name]), params)
+
+    def follow(w: Factors) -> Factors:
+        return _take(w, kept[w.name]) if w.name in kept else w
+
+    return params, *(map_factors(follow, _restarted(tree, stale)) for tree in others)
+
+
+def ranks(tree: Any) -> Mapping[str, int]:
+    """The rank of each factored layer in a tree of parameters, by name."""
+    return {name: w.s.shape[-1] for name, w in by_name(tree).items()}
+
+
+def _restarted(tree: Any, stale: set[str]) -> Any:
+    """The tree with zeros for what an optimizer knew of the stale layers; a feedback is no such thing."""
+
+    def restart(node: Any) -> Any:
+        fresh = is_factors(node) and node.name in stale
+        return jax.tree.map(jnp.zeros_like, node) if fresh else node
+
+    return jax.tree.map(restart, tree, is_leaf=lambda node: is_factors(node) or is_feedback(node))
+
+
+def _kept(s: np.ndarray, energy: float, multiple: int) -> np.ndarray:
+    """The columns to keep, in their order, ``(..., k)``."""
+    order = np.argsort(-np.abs(s), axis=-1, kind="stable")
+    sums = np.cumsum(np.take_along_axis(s, order, -1) ** 2, axis=-1)
+    needed = int((sums < energy * sums[..., -1:]).sum(-1).max()) + 1
+    count = min(-(-needed // multiple) * multiple, s.shape[-1])
+    return np.sort(order[..., :count], axis=-1)
+
+
+def _take(w: Factors, kept: np.ndarray) -> Factors:
+    index = jnp.asarray(kept)
+
+    def columns(a: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(a, jnp.expand_dims(index, -2), -1)
+
+    # By jax.tree, since an optimizer's state may hold optax's MaskedNode, which has no leaves, in an array's place.
+    u, v = jax.tree.map(columns, (w.u, w.v))
+    return replace(w, u=u, s=jax.tree.map(lambda s: jnp.take_along_axis(s, index, -1), w.s), v=v)

@@ -1,0 +1,247 @@
+"""SSA, learning in SVD space: layers kept as ``u diag(s) v^T``, factored feedback, local losses, Stiefel steps.
+
+Roy, Apolinario, Das Biswas, Roy, "Feedback Alignment Meets Low-Rank Manifolds: A Structured Recipe for Local Learning",
+2025, https://arxiv.org/abs/2510.25594, whose weights are ``(outputs, inputs)``: its ``U`` is our ``v``. Its rank falls
+during training by :func:`hoyer_penalty` and :func:`jaxfa.prune`.
+"""
+
+from dataclasses import field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.nn import initializers
+
+from jaxfa.base import DirectFeedback, Layer, LayerFeedback, Operation, Rule, is_feedback, register, transpose
+from jaxfa.lowrank import orthonormal
+from jaxfa.projection import direct_matrix, project
+from jaxfa.stiefel import Retraction, polar, stiefel
+from jaxfa.svd import Factors, by_name, factorise, is_factors, orthonormal_factors
+
+
+@register
+class FactoredFeedback(LayerFeedback):
+    """Factors in the place of the weights' factors, for an error from the layer above: ``dx = ((d b_v) * b_s) b_u^T``.
+
+    Attributes:
+      b: feedback weights, :class:`jaxfa.Factors` of ``w``'s shape.
+    """
+
+    b: Factors
+
+    def matrix(self, w: Any) -> Any:
+        del w
+        return self.b
+
+
+@register
+class TransportedFactors(FactoredFeedback):
+    """The same, pulled towards the weights' factors: weight transport, under its own name."""
+
+
+@register
+class LiftedFeedback(DirectFeedback):
+    """The output error, lifted to a layer's outputs by a fixed matrix, then through the layer's feedback factors.
+
+    Attributes:
+      b: feedback weights, :class:`jaxfa.Factors` of the layer's shape.
+      lift: from the outputs, the layer's own axes then theirs; None for a layer as wide as they are, whose error is
+        ``e`` itself.
+      op: the layer's operation ``(x, w) -> y``.
+    """
+
+    b: Factors
+    lift: jax.Array | None
+    op: Operation = field(metadata={"static": True})
+
+    def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
+        b = self.b.astype(h.dtype)
+        y = jax.eval_shape(self.op, h, b)
+        delta = e if self.lift is None else project(self.lift, y, e)
+        return transpose(lambda x: self.op(x, b), h, delta.astype(y.dtype))
+
+
+@register
+class TransportedLift(LiftedFeedback):
+    """The same with factors pulled towards the weights' own: weight transport, under its own name."""
+
+
+def ssa(
+    *,
+    parallel: bool = True,
+    rank: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 1e-3,
+    gamma: float = 0.0,
+    pull_weights: bool = True,
+    pull_feedback: bool = False,
+    project: bool = True,
+    retraction: Retraction | None = polar,
+    distribution: Any = None,
+    scale: float = 1.0,
+) -> Rule:
+    """SSA: each layer learns its factors ``u, s, v`` from ``alpha L_CE + beta L_align + gamma L_ortho``.
+
+    With an error ``d`` at a layer's output, ``x`` at its input, ``L_CE``'s pseudo-gradients are the true local ones,
+    ``g_u = x^T (d v * s)``, ``g_s = sum (x u) * (d v)``, ``g_v = d^T (x u * s)``. The others' are exact,
+    ``L_align = |u - b_u|^2 + |s - b_s|^2 + |v - b_v|^2`` and ``L_ortho = |u^T u - 1|^2 + |v^T v - 1|^2`` (Frobenius);
+    :func:`jaxfa.optimizer` adds them before its optimizer and takes its steps of ``u`` and ``v`` along the Stiefel
+    manifold, so that any optax optimizer will do.
+
+    The paper does not say how the output error of ``C`` numbers gets to a layer whose feedback has the shape of its
+    weights. Two readings:
+
+    - ``parallel=True``: ``dx = lift(e) b^T``, the output error lifted by a fixed random matrix to the layer's outputs
+      and returned through its feedback factors. A direct rule: no layer waits for another. Alignment makes ``b`` that
+      layer's own, but not the lift those of the layers above: it is backpropagation at ``b = w`` for the last hidden
+      layer alone.
+    - ``parallel=False``: ``dx = d b^T``, feedback alignment through factors, layer after layer. The reading in which
+      alignment leads to backpropagation.
+
+    Nor does it say what alignment moves. Literally, the weights, towards fixed random factors: their rest is at
+    ``b - g / 2 beta``, so that a large ``beta`` freezes the network there. ``pull_feedback`` moves the feedback towards
+    the weights, which is weight transport, and shows as such in ``coverage()``.
+
+    "Project the updates on the Stiefel manifold" can mean their tangent part alone, ``retraction=None``, beside which
+    ``L_ortho`` keeps the drift small, or the way back onto it, where ``L_ortho`` is zero. Gradients are projected
+    before the optimizer sees them, since Adam's step of a gradient across the manifold has a part along it, and so does
+    not vanish at an optimum; ``L_ortho``'s gradient, which is all across, joins them after that.
+
+    All layers that the rule is put on are factored, the first, the last and those of shortcuts included; biases and
+    norms learn by ``alpha L_CE`` as ever. The feedback is ``w`` turned at random: random orthonormal ``b_u`` and
+    ``b_v``, and the singular values with which the layer starts.
+
+    Args:
+      parallel: how the error gets to a layer, as above.
+      rank: of every layer at the start, as for :func:`jaxfa.factorise`; None is full rank.
+      alpha: of the loss whose gradient is taken, for every parameter.
+      beta: of the alignment.
+      gamma: of the orthogonality; Yang et al. (2020) divide by ``r^2``.
+      pull_weights: whether alignment moves the weights.
+      pull_feedback: whether it moves the feedback, by the same optimizer.
+      project: whether gradients of ``u`` and ``v``, and the steps to retract, are projected on the tangent space.
+      retraction: back onto the manifold, as for :func:`jaxfa.stiefel`; None is none.
+      distribution: of the lift, an initializer ``(key, shape, dtype)`` for ``(m, C)``; as for :func:`jaxfa.dfa`.
+      scale: factor on the feedback's singular values.
+
+    Returns:
+      A :class:`jaxfa.Rule`, direct if ``parallel``; its layers' weights must be factors, which
+      :func:`jaxfa.nn.attach` and :func:`jaxfa.factorise` make.
+
+    Raises:
+      ValueError: if ``alpha``, ``beta`` or ``gamma`` is negative.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxfa
+      >>> w, rule = jaxfa.factorise(jnp.eye(4, 3)), jaxfa.ssa(parallel=False)
+      >>> feedback = rule.init(jax.random.key(0), w)
+      >>> jaxfa.linear(jnp.ones((5, 4)), w, feedback).shape
+      (5, 3)
+
+    Source: Roy, Apolinario, Das Biswas, Roy, "Feedback Alignment Meets Low-Rank Manifolds: A Structured Recipe for
+    Local Learning", 2025, https://arxiv.org/abs/2510.25594; the defaults are ours, since it names no number.
+    """
+    if min(alpha, beta, gamma) < 0:
+        raise ValueError(f"ssa needs alpha, beta and gamma >= 0, got {alpha}, {beta} and {gamma}.")
+    draw = distribution or initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+    def init(key: jax.Array, w: Factors) -> FactoredFeedback:
+        b = _turned(key, w, scale)
+        return TransportedFactors(b) if pull_feedback else FactoredFeedback(b)
+
+    def init_parallel(key: jax.Array, h: Any, logits: Any, *, layer: Layer | None = None) -> LiftedFeedback:
+        if layer is None:
+            raise ValueError(
+                "Parallel SSA delivers errors to the inputs of factored layers alone: give rule.init the layer=Layer("
+                "op, x, w) that h enters; with jaxfa.nn.attach, at= names the layers to factor, not where to tap."
+            )
+        key_b, key_lift = jax.random.split(key)
+        b, y = _turned(key_b, layer.w, scale), jax.eval_shape(layer.op, h, layer.w)
+        lift = None if y.shape == logits.shape else direct_matrix(key_lift, draw, y, logits)
+        return (TransportedLift if pull_feedback else LiftedFeedback)(b, lift, layer.op)
+
+    def learn(tx: optax.GradientTransformation) -> tuple[Any, Any]:
+        nothing = optax.identity()
+        gradients = optax.masked(stiefel(None) if project else nothing, orthonormal_factors)
+        steps = optax.masked(stiefel(retraction, project=project) if retraction else nothing, orthonormal_factors)
+        aligned = _aligned(alpha, beta if pull_weights else 0.0)
+        # A lift is fixed: the optimizer, whose weights may decay, is not shown it.
+        for_feedback = optax.masked(optax.chain(_pull(beta), tx), _feedback_factors)
+        for_params = optax.chain(aligned, gradients, _orthogonal(gamma), tx, steps)
+        return for_params, for_feedback if pull_feedback else optax.set_to_zero()
+
+    def weights(w: jax.Array, path: str) -> Factors:
+        return factorise(w, rank, name=path)
+
+    return Rule(init_parallel if parallel else init, transform=learn, weights=weights)
+
+
+def _turned(key: jax.Array, w: Factors, scale: float) -> Factors:
+    """Weights of the same singular values with random singular vectors."""
+    if not is_factors(w):
+        raise ValueError(f"ssa needs factored weights, jaxfa.factorise(w), got {type(w).__name__} of shape {w.shape}.")
+    key_u, key_v = jax.random.split(key)
+    (n, r), m = w.u.shape, w.v.shape[0]
+    u, v = orthonormal(key_u, (n, r), w.dtype), orthonormal(key_v, (m, r), w.dtype)
+    return replace(w, u=u.astype(w.dtype), s=scale * w.s, v=v.astype(w.dtype))
+
+
+def _feedback_factors(tree: Any) -> Any:
+    """A mask of the factors of all feedback, and of nothing else."""
+
+    def mark(node: Any) -> Any:
+        none = jax.tree.map(lambda _: False, node)
+        return replace(none, b=jax.tree.map(lambda _: True, node.b)) if is_feedback(node) else none
+
+    return jax.tree.map(mark, tree, is_leaf=is_feedback)
+
+
+def _split_by_name(both: Any) -> tuple[dict[str, Factors], dict[str, Factors]]:
+    """The factors of weights and of feedback, each by the name of its layer."""
+    nodes = jax.tree.leaves(both, is_leaf=lambda node: is_feedback(node) or is_factors(node))
+    feedback = [node for node in nodes if is_feedback(node)]
+    return by_name([node for node in nodes if is_factors(node)]), by_name(feedback)
+
+
+def _towards(w: Factors, target: Factors, strength: float) -> Any:
+    return jax.tree.map(lambda a, b: 2 * strength * (a - b.astype(a.dtype)), w, target)
+
+
+def _aligned(alpha: float, beta: float) -> optax.GradientTransformationExtraArgs:
+    """``alpha g`` and, for factors, the gradient of ``beta L_align``."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, both: Any, **_: Any) -> tuple[Any, Any]:
+        _, feedback = _split_by_name(both)
+
+        def learn(g: Any, w: Any) -> Any:
+            g = jax.tree.map(lambda leaf: alpha * leaf, g)
+            pulled = beta and is_factors(w) and w.name in feedback
+            return jax.tree.map(jnp.add, g, _towards(w, feedback[w.name], beta)) if pulled else g
+
+        return jax.tree.map(learn, updates, params, is_leaf=is_factors), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _orthogonal(gamma: float) -> optax.GradientTransformation:
+    """The gradient of ``gamma L_ortho``, ``4 u (u^T u - 1)`` for each factor but ``s``."""
+
+    def add(g: jax.Array, u: jax.Array) -> jax.Array:
+        return g + 4 * gamma * u @ (u.mT @ u - jnp.eye(u.shape[-1], dtype=u.dtype))
+
+    return optax.masked(optax.stateless(lambda g, params: jax.tree.map(add, g, params)), orthonormal_factors)
+
+
+def _pull(beta: float) -> optax.GradientTransformationExtraArgs:
+    """The gradient of ``beta L_align`` for the feedback's factors."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, both: Any, **_: Any) -> tuple[Any, Any]:
+        weights, _ = _split_by_name(both)
+
+        def learn(g: Any, b: Any) -> Any:
+            return replace(g, b=_towards(b.b, weights[b.b.name], beta)) if is_feedback(b) else g
+
+        return jax.tree.map(learn, updates, params, is_leaf=is_feedback), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -1,0 +1,179 @@
+"""SSA on Flax models: factored layers are the dense ones, coverage tells the truth, and there is a way back."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxfa
+import jaxfa.nn
+from jaxfa.nn.factored import Factored
+from tests.networks import MLP, TRAINED, Block, ConvNet, Residual, Scanned, alignment, inputs, loss
+
+READINGS = {"parallel": jaxfa.ssa(), "sequential": jaxfa.ssa(parallel=False)}
+every_reading = pytest.mark.parametrize("rule", READINGS.values(), ids=READINGS)
+
+
+class Strided(nnx.Module):
+    """Convolutions of several kinds, one of them used at two places, batch norm, a head."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 4, (3, 5), strides=2, padding=((1, 1), (2, 2)), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.same = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+        self.again = self.same
+        self.down = nnx.Conv(4, 5, (1, 1), strides=(2, 1), padding="VALID", use_bias=False, rngs=rngs)
+        self.head = nnx.Linear(5 * 2 * 4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.stem(x)))
+        x = nnx.relu(self.down(nnx.relu(self.same(x))))
+        return self.head(x.reshape(x.shape[0], -1))
+
+
+def attach(model, rule, x, **options):
+    return jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=x, **options)
+
+
+MODELS = {"mlp": (MLP, inputs(9, 6)), "convolutions": (Strided, inputs(9, 8, 8, 3))}
+every_model = pytest.mark.parametrize(("make", "x"), MODELS.values(), ids=MODELS)
+
+
+@every_reading
+@every_model
+def test_at_full_rank_the_model_is_the_dense_one_and_so_is_what_comes_back(rule, make, x, x64):
+    model = make(nnx.Rngs(0))
+    aligned = attach(model, rule, x)
+    expected = make(nnx.Rngs(0))(x)  # batch norm's statistics move with every call
+    chex.assert_trees_all_close(aligned(x), expected, atol=1e-5)
+    assert not any(isinstance(module, Factored) for _, module in nnx.iter_modules(model))
+    for back in (jaxfa.nn.merge(aligned), jaxfa.nn.export(aligned)):
+        assert type(back) is make
+        assert not any(type(module).__module__.startswith("jaxfa") for _, module in nnx.iter_modules(back))
+        chex.assert_trees_all_close(back(x), expected, atol=1e-5)
+    merged = nnx.state(jaxfa.nn.merge(aligned), nnx.Param)
+    chex.assert_trees_all_close(nnx.to_pure_dict(merged), nnx.to_pure_dict(nnx.state(model, nnx.Param)), atol=1e-5)
+
+
+def test_an_exported_model_is_thin_even_where_singular_values_are_negative():
+    aligned = attach(Strided(nnx.Rngs(0)), jaxfa.ssa(rank=3), inputs(2, 8, 8, 3))
+    for layer in (aligned.model.same, aligned.model.head):
+        kernel = layer.kernel.get_value()
+        layer.kernel.set_value(type(kernel)(kernel.u, -kernel.s, kernel.v, kernel.shape, kernel.name))
+    thin = jaxfa.nn.export(aligned)
+    assert [layer.kernel.shape for layer in thin.same.layers] == [(3, 1, 4, 3), (1, 3, 3, 4)]
+    assert thin.same is thin.again
+    x = inputs(2, 8, 8, 3)
+    aligned.eval(), thin.eval()
+    chex.assert_trees_all_close(thin(x), aligned(x), atol=1e-5)
+
+
+def test_coverage_tells_both_readings_apart():
+    rows = {name: attach(MLP(nnx.Rngs(0)), rule, inputs(9, 6)).coverage().rows for name, rule in READINGS.items()}
+    assert [row[:4] for row in rows["parallel"]] == [
+        ("fc1", (6, 8), "direct, input of fc2", "not needed: first"),
+        ("fc2", (8, 8), "direct, input of fc3", "not needed: input tapped"),
+        ("fc3", (8, 3), "exact: last", "not needed: input tapped"),
+    ]
+    assert [row[:4] for row in rows["sequential"]] == [
+        ("fc1", (6, 8), "through feedback", "not needed: first"),
+        ("fc2", (8, 8), "through feedback", "through its feedback"),
+        ("fc3", (8, 3), "exact: last", "through its feedback"),
+    ]
+    pulled = attach(MLP(nnx.Rngs(0)), jaxfa.ssa(pull_feedback=True), inputs(9, 6))
+    assert "TransportedLift" in str(pulled.coverage())
+
+
+def test_factored_layers_by_backpropagation_are_told_as_that():
+    model = jaxfa.nn.factorise(MLP(nnx.Rngs(0)))
+    rows = attach(model, jaxfa.backprop(), inputs(9, 6)).coverage().rows
+    assert [row.arrives for row in rows] == ["backpropagation", "backpropagation", "exact: last"]
+    # A layer left dense in the middle would hand its error on by its own weights.
+    with pytest.raises(ValueError, match=r"'fc2' sends the error on to 'fc1/"):
+        attach(MLP(nnx.Rngs(0)), jaxfa.ssa(parallel=False), inputs(9, 6), at=("fc1", "fc3"))
+    allowed = attach(MLP(nnx.Rngs(0)), jaxfa.ssa(), inputs(9, 6), at=("fc1", "fc2"), allow="fc3")
+    assert isinstance(allowed.model.fc3, nnx.Linear)
+
+
+@every_reading
+def test_the_last_layer_is_exact_and_the_others_are_not(rule):
+    x = inputs(9, 6)
+    found = alignment(attach(MLP(nnx.Rngs(0)), rule, x), x)
+    assert found["fc3/kernel"].angle < 0.1
+    assert found["fc1/kernel"].angle > 5
+    exact = alignment(attach(jaxfa.nn.factorise(MLP(nnx.Rngs(0))), jaxfa.backprop(), x), x)
+    assert max(float(one.angle) for one in exact.values()) == 0
+
+
+def test_any_rule_goes_on_factored_layers():
+    x = inputs(9, 6)
+    for rule in (jaxfa.dfa(), jaxfa.fa()):
+        found = alignment(attach(jaxfa.nn.factorise(MLP(nnx.Rngs(0)), 3), rule, x), x)
+        assert found["fc1/kernel"].angle > 5
+
+
+def test_residual_networks_take_errors_by_the_shortcut_if_allowed():
+    x = inputs(9, 6)
+    with pytest.raises(ValueError, match="on 3 ways at once"):
+        attach(Residual(nnx.Rngs(0)), jaxfa.ssa(), x)
+    aligned = attach(Residual(nnx.Rngs(0)), jaxfa.ssa(), x, allow=("stem", "blocks"))
+    assert "direct, input of blocks/1/up and direct, input of head" in str(aligned.coverage())
+    attach(Residual(nnx.Rngs(0)), jaxfa.ssa(parallel=False), x)
+
+
+@every_reading
+def test_training_and_pruning_with_an_nnx_optimizer(rule):
+    x = inputs(9, 6)
+    sizes = (6, 32, 32, 3)
+    aligned = attach(MLP(nnx.Rngs(0), sizes), rule, x)
+    optimizer = nnx.Optimizer(aligned, jaxfa.optimizer(optax.adam(1e-2), rule), wrt=TRAINED)
+
+    @nnx.jit
+    def step(aligned, optimizer):
+        value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, TRAINED))(aligned, x)
+        optimizer.update(aligned, grads)
+        return value
+
+    first = [step(aligned, optimizer) for _ in range(20)]
+    before = jaxfa.nn.merge(aligned)(x)
+    jaxfa.nn.prune(aligned, optimizer, energy=0.7)
+    assert {layer.kernel.get_value().s.size for layer in (aligned.model.fc2, aligned.model.fc1)} < {6, 8, 16, 24}
+    assert aligned.model.fc2.kernel.get_value().s.size < 32
+    assert np.abs(aligned(x) - before).max() > 0
+    second = [step(aligned, optimizer) for _ in range(40)]
+    assert second[-1] < first[-1] < first[0]
+
+
+def test_what_has_no_factors_is_refused():
+    x, rule = inputs(9, 8, 8, 3), jaxfa.ssa()
+    with pytest.raises(ValueError, match="without groups"):
+        attach(ConvNet(nnx.Rngs(0)), rule, x)
+    attach(ConvNet(nnx.Rngs(0)), rule, x, at=("conv1", "head"), allow="conv2")
+    with pytest.raises(ValueError, match="stack of layers"):
+        attach(Scanned(nnx.Rngs(0)), rule, inputs(9, 6))
+    with pytest.raises(ValueError, match="matches nothing"):
+        attach(MLP(nnx.Rngs(0)), rule, inputs(9, 6), at="fc9")
+    with pytest.raises(ValueError, match="no layer to factor"):
+        jaxfa.nn.factorise(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    for circular in ("CIRCULAR", "REFLECT"):
+        with pytest.raises(ValueError, match="No factors can take the place"):
+            jaxfa.nn.factorise(nnx.Conv(2, 2, (3, 3), padding=circular, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="has no factored layers"):
+        jaxfa.nn.merge(Block(4, nnx.Rngs(0)))
+
+
+def test_a_layer_keeps_its_dtype_and_takes_any_batch():
+    conv = nnx.Conv(2, 3, (3, 3), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    factored = jaxfa.nn.factorise(conv)
+    for x in (inputs(5, 5, 2), inputs(2, 4, 5, 5, 2)):
+        assert factored(x).dtype == conv(x).dtype == jnp.bfloat16
+        assert factored(x).shape == conv(x).shape
+    nested = inputs(2, 4, 6)
+    linear = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+    chex.assert_trees_all_close(jaxfa.nn.factorise(linear)(nested), linear(nested), atol=1e-6)
+    graph, state = nnx.split(jaxfa.nn.factorise(linear))
+    again = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
+    chex.assert_trees_all_equal(again(nested), jaxfa.nn.factorise(linear)(nested))

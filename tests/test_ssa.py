@@ -1,0 +1,191 @@
+"""SSA: its two readings against backpropagation and closed forms, its local losses, and what alignment moves."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxfa
+from jaxfa.svd import Factors, drift
+from tests.methods import batch, create, forward, loss, signals, train
+
+KEY = jax.random.PRNGKey(0)
+
+
+def with_feedback_of(params, feedback):
+    """The same feedback with the weights themselves in the place of its factors."""
+    return [None if b is None else type(b)(p["w"]) for p, b in zip(params, feedback, strict=True)]
+
+
+def test_the_sequential_reading_with_the_weights_own_factors_is_backpropagation(x64):
+    params, feedback = create(jaxfa.ssa(parallel=False), KEY)
+    own = with_feedback_of(params, feedback)
+    true = signals(params, None, *batch())[0]
+    chex.assert_trees_all_close(signals(params, own, *batch())[0], true, atol=1e-13)
+    pseudo = signals(params, feedback, *batch())[0]
+    assert np.linalg.norm(pseudo[0]["w"].u - true[0]["w"].u) > 0.3 * np.linalg.norm(true[0]["w"].u)
+
+
+def test_the_parallel_reading_with_the_weights_own_factors_is_backpropagation_in_the_last_hidden_layer_alone(x64):
+    params, feedback = create(jaxfa.ssa(), KEY)
+    own = [type(b)(p["w"], b.lift, b.op) for p, b in zip(params[1:], feedback, strict=True)]
+    pseudo, true = signals(params, own, *batch())[0], signals(params, None, *batch())[0]
+    chex.assert_trees_all_close(pseudo[1:], true[1:], atol=1e-13)
+    assert np.linalg.norm(pseudo[0]["w"].u - true[0]["w"].u) > 0.3 * np.linalg.norm(true[0]["w"].u)
+
+
+def test_the_parallel_reading_is_its_closed_form(x64):
+    rng = np.random.default_rng(0)
+    e, h = jnp.asarray(rng.normal(size=(4, 3))), jnp.zeros((4, 6))
+    layer = jaxfa.Layer(jaxfa.linear, h, jaxfa.factorise(jnp.asarray(rng.normal(size=(6, 5)))))
+    b = jaxfa.ssa().init(KEY, h, e, layer=layer)
+    expected = (((e @ b.lift.T) @ b.b.v) * b.b.s[None]) @ b.b.u.T
+    chex.assert_trees_all_close(b.deliver(h, e), expected, atol=1e-13)
+    # In a convolution the lift has an entry for each pixel, and the error returns through the transposed pair.
+    op = functools.partial(jaxfa.conv, strides=2)
+    h, w = jnp.zeros((4, 8, 8, 2)), jaxfa.factorise(jnp.asarray(rng.normal(size=(3, 3, 2, 5))), 4)
+    b = jaxfa.ssa().init(KEY, h, e, layer=jaxfa.Layer(op, h, w))
+    assert b.lift.shape == (4, 4, 5, 3)
+    delta = jnp.einsum("nc,hwmc->nhwm", e, b.lift)
+    expected = jax.vjp(lambda h: op(h, b.b.dense()), h)[1](delta)[0]
+    chex.assert_trees_all_close(b.deliver(h, e), expected, atol=1e-12)
+
+
+def test_the_feedback_is_the_weights_turned_at_random(x64):
+    w = jaxfa.factorise(jnp.asarray(np.random.default_rng(0).normal(size=(9, 6))), 4, name="fc")
+    b = jaxfa.ssa(parallel=False, scale=0.5).init(KEY, w).b
+    assert drift(b) < 1e-13
+    chex.assert_trees_all_equal((b.s, b.shape, b.name), (0.5 * w.s, w.shape, "fc"))
+    assert jaxfa.diagnostics.angle(b.dense(), w.dense()) > 45
+
+
+def plain_step(rule, rate=0.1):
+    """The updates of one SGD step, and what they were of."""
+    params, feedback = create(rule, KEY)
+    tx = jaxfa.optimizer(optax.sgd(rate), rule)
+    both = params, feedback
+    grads = signals(*both, *batch())
+    return jax.jit(tx.update)(grads, tx.init(both), both)[0], both, grads[0]
+
+
+def test_local_losses_add_their_exact_gradients(x64):
+    alpha, beta, gamma = 0.7, 0.2, 0.3
+    options = {"alpha": alpha, "beta": beta, "gamma": gamma, "project": False, "retraction": None}
+    rule = jaxfa.ssa(parallel=False, **options)
+    params, feedback = create(rule, KEY)
+    params = jax.tree.map(lambda leaf: 1.1 * leaf, params)
+
+    def local(params):
+        total = 0.0
+        for p, b in zip(params, feedback, strict=True):
+            u, s, v = p["w"].u, p["w"].s, p["w"].v
+            total += gamma * (((u.T @ u - jnp.eye(s.size)) ** 2).sum() + ((v.T @ v - jnp.eye(s.size)) ** 2).sum())
+            if b is not None:
+                total += beta * sum(((x - y) ** 2).sum() for x, y in ((u, b.b.u), (s, b.b.s), (v, b.b.v)))
+        return total
+
+    tx = jaxfa.optimizer(optax.sgd(0.1), rule)
+    grads = signals(params, feedback, *batch())
+    updates = jax.jit(tx.update)(grads, tx.init((params, feedback)), (params, feedback))[0][0]
+    expected = jax.tree.map(lambda g, own: -0.1 * (alpha * g + own), grads[0], jax.jit(jax.grad(local))(params))
+    chex.assert_trees_all_close(updates, expected, atol=1e-13)
+
+
+def test_steps_stay_on_the_manifold_or_along_it(x64):
+    for options, largest in (({}, 1e-13), ({"retraction": None}, 1e-2), ({"retraction": None, "project": False}, 1.0)):
+        updates, (params, _), _ = plain_step(jaxfa.ssa(parallel=False, beta=0.1, **options))
+        after = optax.apply_updates(params, updates[0])
+        drifts = max(float(drift(p["w"])) for p in after)
+        assert largest / 100 < drifts + (largest < 1e-12) < largest + (largest < 1e-12), (options, drifts)
+
+
+def run(rule, steps, tx=None):
+    init, step = train(rule, tx or optax.sgd(0.1))
+    both = create(rule, KEY)
+    state, step = init(both), jax.jit(step)
+    for _ in range(steps):
+        both, state = step(both, state, *batch(), KEY)
+    return both
+
+
+def test_the_orthogonality_loss_holds_what_only_steps_along_the_manifold_let_go(x64):
+    drifts = []
+    for gamma in (0.0, 0.1):
+        rule = jaxfa.ssa(parallel=False, beta=0.0, gamma=gamma, retraction=None)
+        params, _ = run(rule, 60, optax.sgd(0.5))
+        drifts.append(max(float(drift(p["w"])) for p in params))
+    assert drifts[1] < 0.3 * drifts[0]
+
+
+def test_literal_alignment_pulls_the_weights_to_the_feedback_and_freezes_them_there(x64):
+    rule = jaxfa.ssa(parallel=False, alpha=0.0, beta=1.0)
+    (params, feedback), (_, before) = run(rule, 300), create(rule, KEY)
+    chex.assert_trees_all_equal(feedback, before)
+    for p, b in zip(params[1:], feedback[1:], strict=True):
+        chex.assert_trees_all_close(p["w"], b.b, atol=1e-6)
+
+
+def test_alignment_may_pull_the_feedback_instead_which_is_weight_transport_by_name(x64):
+    rule = jaxfa.ssa(parallel=False, alpha=0.0, beta=1.0, pull_weights=False, pull_feedback=True)
+    (params, feedback), (before, _) = run(rule, 100), create(rule, KEY)
+    chex.assert_trees_all_close(params, before, atol=1e-12)
+    assert "Transported" in type(feedback[1]).__name__
+    for p, b in zip(params[1:], feedback[1:], strict=True):
+        chex.assert_trees_all_close(p["w"], b.b, atol=1e-6)
+    both = run(jaxfa.ssa(parallel=False, alpha=0.0, beta=0.1, pull_feedback=True), 1)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), both, create(rule, KEY))
+    assert min(jax.tree.leaves((moved[0][1]["w"].u, moved[1][1].b.u))) > 1e-6
+
+
+def test_weight_decay_never_touches_the_lift(x64):
+    rule = jaxfa.ssa(pull_feedback=True, beta=0.1)
+    _, before = create(rule, KEY)
+    _, after = run(rule, 3, optax.adamw(0.1, weight_decay=0.5))
+    chex.assert_trees_all_equal(after[0].lift, before[0].lift)
+    assert np.abs(after[0].b.u - before[0].b.u).max() > 1e-2
+
+
+def test_alignment_brings_the_sequential_pseudo_gradient_nearer_to_the_true_one(x64):
+    def angle(beta):
+        params, feedback = run(jaxfa.ssa(parallel=False, beta=beta), 300)
+        pseudo, true = signals(params, feedback, *batch())[0], signals(params, None, *batch())[0]
+        return float(jaxfa.diagnostics.angle(pseudo[-2]["b"], true[-2]["b"]))
+
+    assert angle(0.05) < angle(0.0) - 5
+
+
+def test_training_goes_on_after_pruning_and_the_step_costs_less(x64):
+    rule = jaxfa.ssa(parallel=False)
+    init, step = train(rule, optax.adam(1e-3))
+    both = create(rule, KEY, (64, 64, 64, 3))
+    x, y = jnp.asarray(np.random.default_rng(0).normal(size=(8, 64))), batch()[1]
+    state = init(both)
+    cost = jaxfa.diagnostics.flops(step, both, state, x, y, KEY)
+    params, feedback, state = jaxfa.prune(*both, state, energy=0.5)
+    assert jaxfa.diagnostics.flops(step, (params, feedback), state, x, y, KEY) < 0.6 * cost
+    before = loss(params, None, x, y)
+    step = jax.jit(step)
+    for _ in range(60):
+        (params, feedback), state = step((params, feedback), state, x, y, KEY)
+    assert loss(params, None, x, y) < before
+    assert forward(params, None, x).shape == (8, 3)
+
+
+def test_wrong_use_is_told():
+    w = jaxfa.factorise(jnp.eye(4, 3))
+    with pytest.raises(ValueError, match="alpha, beta and gamma >= 0"):
+        jaxfa.ssa(beta=-1.0)
+    with pytest.raises(ValueError, match="needs factored weights"):
+        jaxfa.ssa(parallel=False).init(KEY, w.dense())
+    with pytest.raises(ValueError, match="inputs of factored layers alone"):
+        jaxfa.ssa().init(KEY, jnp.ones((5, 4)), jnp.ones((5, 2)))
+    rule = jaxfa.ssa(parallel=False)
+    both = [w, w], [rule.init(KEY, w), rule.init(KEY, w)]
+    tx = jaxfa.optimizer(optax.sgd(0.1), rule)
+    with pytest.raises(ValueError, match="a name of its own"):
+        tx.update(both, tx.init(both), both)
+    assert isinstance(rule.weights(jnp.eye(3), "fc"), Factors)

@@ -1,0 +1,106 @@
+"""Steps that keep columns orthonormal."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import jaxfa
+from jaxfa.stiefel import cayley, polar, qr, tangent
+
+KEYS = jax.random.split(jax.random.PRNGKey(0), 2)
+RETRACTIONS = {"polar": polar, "qr": qr, "cayley": cayley}
+every_retraction = pytest.mark.parametrize("retraction", RETRACTIONS.values(), ids=RETRACTIONS)
+
+
+def start(n=9, r=4):
+    u = jnp.linalg.qr(jax.random.normal(KEYS[0], (n, r)))[0]
+    return u, jax.random.normal(KEYS[1], (n, r))
+
+
+def off(u):
+    return jnp.abs(u.mT @ u - jnp.eye(u.shape[-1])).max()
+
+
+def test_a_tangent_step_is_a_projection_that_leaves_the_columns_orthonormal_to_first_order(x64):
+    u, d = start()
+    along = tangent(u, d)
+    chex.assert_trees_all_close(u.T @ along, -(along.T @ u), atol=1e-14)
+    chex.assert_trees_all_close(tangent(u, along), along, atol=1e-14)
+    np.testing.assert_allclose(jnp.vdot(d - along, along), 0, atol=1e-13)
+    ratio = off(u + 1e-3 * along) / off(u + 1e-4 * along)
+    np.testing.assert_allclose(ratio, 100, rtol=1e-3)
+    np.testing.assert_allclose(off(u + 1e-3 * d) / off(u + 1e-4 * d), 10, rtol=0.01)  # control: not along it
+
+
+@every_retraction
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 100.0])
+def test_retractions_keep_columns_orthonormal(retraction, size, x64):
+    u, d = start()
+    assert off(retraction(u, size * tangent(u, d))) < 1e-13
+    u, d = u.astype(jnp.float32), d.astype(jnp.float32)
+    assert off(retraction(u, size * tangent(u, d))) < 2e-6
+
+
+@every_retraction
+def test_retractions_agree_with_the_step_to_first_order(retraction, x64):
+    u, d = start()
+    along = tangent(u, d)
+    errors = [jnp.linalg.norm(retraction(u, t * along) - (u + t * along)) for t in (1e-2, 1e-3)]
+    np.testing.assert_allclose(errors[0] / errors[1], 100, rtol=0.05)
+
+
+def test_the_polar_retraction_is_the_nearest_and_not_the_others(x64):
+    u, d = start()
+    y = u + d
+    left, _, right = jnp.linalg.svd(y, full_matrices=False)
+    chex.assert_trees_all_close(polar(u, d), left @ right, atol=1e-12)
+    assert jnp.linalg.norm(qr(u, d) - left @ right) > 0.1
+    chex.assert_trees_all_close(jax.vmap(polar)(jnp.stack([u, u]), jnp.stack([d, 0 * d]))[0], left @ right, atol=1e-12)
+
+
+@every_retraction
+def test_adam_finds_the_nearest_orthonormal_columns_if_it_sees_the_projected_gradient(retraction, x64):
+    u, target = start()
+    best = jnp.linalg.svd(target, compute_uv=False).sum()
+
+    def found(tx):
+        def step(carry, _):
+            params, state = carry
+            grads = jax.grad(lambda p: -jnp.vdot(p["u"], target) + p["b"].sum())(params)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), off(params["u"])
+
+        params = {"u": u, "b": jnp.ones(3)}
+        (params, _), drifts = jax.jit(lambda carry: lax.scan(step, carry, length=200))((params, tx.init(params)))
+        assert drifts.max() < 1e-12
+        assert params["b"][0] < 0
+        return jnp.vdot(params["u"], target) / best
+
+    after, before = (optax.masked(jaxfa.stiefel(way), {"u": True, "b": False}) for way in (retraction, None))
+    adam = optax.adamw(optax.cosine_decay_schedule(0.1, 200), weight_decay=0.1)
+    assert found(optax.chain(before, adam, after)) > 0.999
+    assert jnp.vdot(u, target) / best < found(optax.chain(adam, after)) < 0.95
+
+
+def test_without_a_retraction_it_drifts_and_without_a_projection_more(x64):
+    u, d = start()
+
+    def drift(**options):
+        tx = jaxfa.stiefel(None, **options)
+        return off(u + tx.update(0.1 * d, tx.init(u), u)[0])
+
+    assert 1e-4 < drift() < 0.5 * drift(project=False)
+
+
+def test_what_is_no_tall_matrix_is_refused():
+    tx = jaxfa.stiefel()
+    for wrong in (jnp.ones(3), jnp.ones((2, 3))):
+        with pytest.raises(ValueError, match="r <= n"):
+            tx.update(wrong, tx.init(wrong), wrong)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx.update(jnp.eye(3), tx.init(jnp.eye(3)))
