@@ -6,7 +6,38 @@ discard how unlike the outputs' Jacobians are in size.
 
 Command: ``python -m experiments run grape_ablation`` (``--preset paper`` for all of CIFAR-100).
 
-Every arm is one option of :func:`jaxfa.grape` away from the literal rule, but for the last group.
+Every arm is one option of :func:`jaxfa.grape` away from the literal rule, but for signs, which all but the first two
+have, and for the last group. ``separate`` bounds what better scales of the perturbations could give: it has none of the
+noise that layers make for each other.
+
+Measured with the preset ``cpu`` (ResNet-20 of width 8, CIFAR-10 averaged to 16 x 16 pixels, 4000 training and the first
+2000 test images, 5 epochs of 80 steps, one seed: a standard error of 1 point; last epoch, which is the best but for
+DFA's; angle of all layers but the last, mean; time of a step relative to backpropagation's), in 31 min on two CPU cores
+that many others used; one rate, 3e-3, for all, that of backpropagation, not tuned further:
+
+===================================  ========  =====  ====
+.                                    accuracy  angle  time
+===================================  ========  =====  ====
+bp                                   36.4      0      1
+dfa                                  20.9      90     .89
+as published                         28.7      59     1.66
+as published, columns of units       30.6      61     1.88
+signs                                29.1      65     1.48
+signs, one derivative for each       31.7      43     2.15
+tile 4                               30.6      54     1.47
+tile 1 (a matrix per channel)        30.1      51     1.39
+running mean, .9                     30.6      56     1.36
+running mean, .98                    31.7      62     1.39
+magnitudes kept                      30.0      63     1.34
+FDFA                                 29.5      66     1.31
+tile 4, running mean .9              30.6      56     1.33
+tile 4, FDFA                         31.8      57     1.39
+===================================  ========  =====  ====
+
+Learned feedback without any calibration closes half of the gap between DFA and backpropagation. Whatever lowers the
+variance is ahead of the literal rule, by 1 to 3 points: the sign is the claim's, but one seed does not tell the
+variants apart, and the default stays the literal rule but for its perturbations. The step's time is mostly noise of the
+machine. The preset ``paper`` has not been run.
 """
 
 import dataclasses
