@@ -30,8 +30,8 @@ running mean, .9                     30.6      56     1.36
 running mean, .98                    31.7      62     1.39
 magnitudes kept                      30.0      63     1.34
 FDFA                                 29.5      66     1.31
-tile 4, running mean .9              30.6      56     1.33
-tile 4, FDFA                         31.8      57     1.39
+tile 4, running mean .9              30.6      60     1.33
+tile 4, FDFA                         31.8      62     1.39
 ===================================  ========  =====  ====
 
 Learned feedback without any calibration closes half of the gap between DFA and backpropagation. Whatever lowers the
