@@ -31,7 +31,9 @@ def panels(folder: Path, rows: Sequence[Any], metric: Metric) -> list[tuple[Any,
     drawn = []
     for row in rows:
         history, reference = histories[row.name], histories[row.reference]
-        angle = plots.angles(parts[row.name], top) if max(_angles(parts[row.name]), default=0.0) > 1 else ""
+        # Comparisons with NaN are false: before the first step a feedback of zeros has no angle.
+        turned = any(angle > 1 for angle in _angles(parts[row.name]))
+        angle = plots.angles(parts[row.name], top) if turned else ""
         drawn.append((row, {"metric": plots.course(history, reference, row.color, metric, limits), "angle": angle}))
     return drawn
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments import data, grape_ablation, grape_deep, grape_schedule, grape_shallow, sweep_report
+from experiments import courses, data, grape_ablation, grape_deep, grape_schedule, grape_shallow, plots, sweep_report
 from experiments.data import Dataset
 from experiments.models import MLP
 
@@ -108,6 +108,14 @@ def test_variants_of_the_ablation_are_rules_of_their_own(images):
     assert made["tile-1"].b.shape == (1, 1, 2, 3)
     assert made["mean-0.9"].mean is not None
     assert not made["fdfa"].b.any()
+
+
+def test_an_angle_that_is_not_there_yet_hides_no_others():
+    def record(epoch, angle):
+        return {"epoch": epoch, "test_accuracy": [0.1], "test_loss": [1.0], "angle": {"a": [angle], "b": [0.0]}}
+
+    assert "<svg" in plots.angles(courses.by_part([record(0, None), record(1, 60.0)]), 100)
+    assert np.isnan(courses.by_part([record(0, None)])[0]["angle"]["a"][0])
 
 
 def test_shrinking_averages_squares():
