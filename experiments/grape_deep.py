@@ -7,7 +7,28 @@ Command: ``python -m experiments run grape_deep`` (``--preset paper`` for the pu
 
 The control that the paper lacks stands beside every network: as many steps of backpropagation, and no others. ResNets
 are tapped after every block, inside which the backward is exact; the others after every layer. The paper states neither
-taps nor rates; every rule's rate is its own, chosen on held-out images.
+taps nor rates. Every rule may have a rate of its own; none was tuned.
+
+Measured with the preset ``cpu`` (ResNet-20 of width 8, CIFAR-10 averaged to 16 x 16 pixels, 4000 training and the first
+2000 test images, 5 epochs of 80 steps, Adam at 3e-3, the control at 1e-2, one seed: a standard error of 1 point; last
+epoch; GrAPE with tiles of 4 pixels; angle of all layers but the last, mean; time of a step relative to
+backpropagation's), in 8 min on two CPU cores that others used, too:
+
+========================  ========  =====  ====
+.                         accuracy  angle  time
+========================  ========  =====  ====
+backpropagation           36.4      0      1
+DFA                       20.9      90     .86
+DFA, calibrated           23.4      88     .88
+GrAPE                     30.6      54     1.37
+GrAPE, calibrated         30.2      54     1.37
+those five steps alone    11.3      0      1.02
+========================  ========  =====  ====
+
+Learned feedback is far ahead of fixed, without any calibration. Five true gradients in 400 steps do little here, which
+go through the rule's own Adam (``grape_schedule`` has arms that give them an optimizer of their own): the published
+leap is not seen, and a run this short cannot deny it. Neither the other networks nor the preset ``paper`` have been
+run, so that whether GrAPE passes 45 % on CIFAR-100 without calibration is open.
 """
 
 import dataclasses
@@ -116,7 +137,7 @@ class Config(sweep.Config):
 PRESETS = {
     # One seed: on a CPU, XLA runs the convolutions of several seeds at once many times slower.
     "cpu": Config(
-        networks=("vgg16", "resnet20"),
+        networks=("resnet20",),
         dataset="cifar10",
         shrink=2,
         scale=0.5,

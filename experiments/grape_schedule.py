@@ -7,6 +7,8 @@ Command: ``python -m experiments run grape_schedule`` (``--preset paper`` for th
 Beside the fixed schedule stands the paper's open question: a true gradient is computed once an epoch, and used where
 its cosine with the rule's has fallen under a threshold; true gradients with an optimizer of their own, since in the
 rule's Adam one of many weighs little; and the control: as many steps of backpropagation, no others.
+
+Neither preset has been run to its end yet: there are no numbers.
 """
 
 import dataclasses

@@ -15,7 +15,7 @@ from jaxfa.dkp import dkp as dkp
 from jaxfa.dldfa import dldfa as dldfa
 from jaxfa.drtp import drtp as drtp
 from jaxfa.fa import fa as fa
-from jaxfa.grape import fdfa as fdfa
+from jaxfa.fdfa import fdfa as fdfa
 from jaxfa.grape import grape as grape
 from jaxfa.kolen_pollack import kolen_pollack as kolen_pollack
 from jaxfa.layers import conv as conv

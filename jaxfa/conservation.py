@@ -25,31 +25,18 @@ convolutions and exactly for finite steps is derived above and tested in ``tests
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxfa.base import matrix_of
-
-
-class Pair(NamedTuple):
-    """A layer's parameters with the weights that read its ``m`` units; or, in the same places, a step of them.
-
-    Attributes:
-      w: ``(n, m)`` or ``(window..., n, m)``.
-      above: ``(m, p)`` or ``(window..., m, p)``; ``(s m, p)`` for a map of ``s`` pixels flattened with channels last.
-      bias: ``(m,)``, or None.
-    """
-
-    w: jax.Array
-    above: jax.Array
-    bias: jax.Array | None = None
+from jaxfa.pair import Pair, incoming, outgoing
 
 
 def half_square(pair: Pair) -> jax.Array:
     """``1/2 |w_j|^2 + 1/2 bias_j^2`` of every unit, ``(m,)``: over all steps, the drift of :func:`quantity`."""
-    return 0.5 * _incoming(pair, pair)
+    return 0.5 * incoming(pair, pair)
 
 
 def overlap(pair: Pair, feedback: Any = None) -> jax.Array:
@@ -74,7 +61,7 @@ def overlap(pair: Pair, feedback: Any = None) -> jax.Array:
 
     Source: as :func:`quantity`.
     """
-    return _outgoing(pair, pair.above, feedback)
+    return outgoing(pair, pair.above, feedback)
 
 
 def quantity(pair: Pair, feedback: Any = None) -> jax.Array:
@@ -127,7 +114,7 @@ def imbalance(pair: Pair, step: Pair, feedback: Any = None) -> jax.Array:
 
     Source: as :func:`quantity`.
     """
-    return _incoming(pair, step) - _outgoing(pair, step.above, feedback)
+    return incoming(pair, step) - outgoing(pair, step.above, feedback)
 
 
 def alignment_bound(pair: Pair, feedback: Any = None) -> jax.Array:
@@ -182,7 +169,7 @@ def shrink(pair: Pair, feedback: Any, ratio: float = 0.5) -> Pair:
     """
     if not 0 < ratio < 1:
         raise ValueError(f"shrink needs a ratio between 0 and 1, got {ratio}.")
-    room, square = 2 * ratio * overlap(pair, feedback), _incoming(pair, pair)
+    room, square = 2 * ratio * overlap(pair, feedback), incoming(pair, pair)
     needs = (room > 0) & (square > room)
     scale = jnp.where(needs, jnp.sqrt(jnp.where(needs, room, 1) / jnp.where(needs, square, 1)), 1)
     w = (pair.w * jnp.expand_dims(scale, range(pair.w.ndim - 1))).astype(pair.w.dtype)
@@ -248,35 +235,3 @@ def minimum_norm(x: jax.Array, y: jax.Array) -> jax.Array:
     Source: as :func:`quantity`, its second theorem.
     """
     return jnp.linalg.lstsq(x, y)[0]
-
-
-def _incoming(pair: Pair, other: Pair) -> jax.Array:
-    """``<w_j, w'_j> + bias_j bias'_j`` of every unit."""
-    product = _wide(pair.w) * _wide(other.w)
-    square = product.sum(range(product.ndim - 1))
-    if pair.bias is None or other.bias is None:
-        return square
-    return square + _wide(pair.bias) * _wide(other.bias)
-
-
-def _outgoing(pair: Pair, above: jax.Array, feedback: Any) -> jax.Array:
-    """``<above_j, b_j>`` of every unit; pixels of a flattened map and taps of a window are summed over."""
-    m, (rows, p) = pair.w.shape[-1], above.shape[-2:]
-    if rows % m:
-        raise ValueError(
-            f"Weights {above.shape} do not read the {m} units of weights {pair.w.shape}: expected (..., {m}, p), or a "
-            f"multiple of {m} rows after flattening. A convolution in groups is several pairs."
-        )
-    if feedback is None:
-        b = pair.above
-    elif isinstance(feedback, jax.Array):
-        b = feedback
-    else:
-        b = matrix_of(feedback, pair.above)
-    if b.size != above.size:
-        raise ValueError(f"This feedback {b.shape} is not for weights {above.shape}: it must have as many entries.")
-    return (_wide(above) * _wide(b.reshape(above.shape))).reshape(-1, m, p).sum((0, 2))
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

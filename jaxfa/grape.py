@@ -1,64 +1,18 @@
 """GrAPE: direct feedback that learns to be the Jacobian of the output, from forward-mode derivatives alone.
 
 Caillon, Fagnou, Delattre, Allauzen, "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees", 2026,
-https://openreview.net/forum?id=kasbbmwk3s; its ancestor is from Bacho, Chu, "Low-variance Forward Gradients using
-Direct Feedback Alignment and momentum", 2024, https://arxiv.org/abs/2212.07282
+https://openreview.net/forum?id=kasbbmwk3s
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import field, replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import DirectFeedback, Initializer, Rule, is_feedback, register
-from jaxfa.projection import direct_matrix, project, random_signs, shared_axes
-
-
-@register
-class JacobianFeedback(DirectFeedback):
-    """A matrix from the outputs to one layer that learns to be the transposed Jacobian ``d logits / d h``.
-
-    Attributes:
-      b: feedback weights, the layer's own axes, then the outputs: ``(n, C)``, ``(H, W, n, C)``, or ``(t, t, n, C)``
-        for a tile that repeats over the map.
-      mean: the running mean of the Jacobian's estimates, as ``b``; None if none is kept.
-      own: the layer's own axes, such as ``(H, W, n)``.
-      outputs: how many axes the outputs have.
-    """
-
-    b: jax.Array
-    mean: jax.Array | None
-    own: tuple[int, ...] = field(metadata={"static": True})
-    outputs: int = field(default=1, metadata={"static": True})
-
-    def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
-        batch = h.shape[: h.ndim - len(self.own)]
-        tile = jax.ShapeDtypeStruct((*batch, *self.tile), h.dtype)
-        return self.spread(project(self.b, tile, e), len(batch))
-
-    @property
-    def repeats(self) -> int:
-        """How many positions share one matrix."""
-        return math.prod(self.own) // math.prod(self.tile)
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """The leading axes that count the layers of a stack."""
-        return self.b.shape[: self.b.ndim - len(self.own) - self.outputs]
-
-    @property
-    def tile(self) -> tuple[int, ...]:
-        """The shape of the layer's own part of ``b``."""
-        return self.b.shape[len(self.stack) : len(self.stack) + len(self.own)]
-
-    def spread(self, values: jax.Array, batch: int) -> jax.Array:
-        """Repeats a tile's values over the map; the first ``batch`` axes are left alone."""
-        counts = [size // part for size, part in zip(self.own, self.tile, strict=True)]
-        return values if self.tile == self.own else jnp.tile(values, (*[1] * batch, *counts))
+from jaxfa.base import Initializer, Rule
+from jaxfa.jacobian import JacobianFeedback, jacobian_rule
+from jaxfa.projection import random_signs
 
 
 def grape(
@@ -133,128 +87,9 @@ def grape(
         b = b + learning_rate * (unit(j) - cosine * b / norm) / norm
         return (unit(b) if column_norm else b).reshape(feedback.b.shape) / size
 
-    return _rule(
-        turn, _unit_columns, averaging, tile, partial(_estimates, perturbation=perturbation, separate=separate)
+    return jacobian_rule(
+        turn, _unit_columns, averaging=averaging, tile=tile, perturbation=perturbation, separate=separate
     )
-
-
-def fdfa(
-    *,
-    learning_rate: float = 0.03,
-    tile: int | None = None,
-    perturbation: Initializer = random_signs,
-    separate: bool = False,
-) -> Rule:
-    """Forward direct feedback: ``dh_l = e B_l^T`` with ``B_l`` the running mean of the Jacobian's estimates.
-
-    GrAPE's ancestor: ``B_l <- B_l - eta (B_l - <p_l y'^T>)`` with the same perturbations. It keeps the Jacobian's size
-    beside its direction. ``B`` starts at zero, so that the hidden layers stand still at first.
-
-    Args:
-      learning_rate: ``eta``, how far one batch moves ``B``; ours.
-      tile: as for :func:`grape`.
-      perturbation: as for :func:`grape`.
-      separate: as for :func:`grape`.
-
-    Returns:
-      A direct :class:`jaxfa.Rule` whose ``refine`` must run to learn.
-
-    Raises:
-      ValueError: if ``tile`` is below 1.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxfa
-      >>> rule, h = jaxfa.fdfa(learning_rate=1.0), jnp.ones((9999, 1))
-      >>> feedback = [rule.init(jax.random.key(0), h, h)]
-      >>> (feedback,) = rule.refine(lambda taps: 3 * (h + taps[0]), feedback, jax.random.key(1))
-      >>> 2.8 < float(feedback.b[0, 0]) < 3.2
-      True
-
-    Source: Bacho, Chu, "Low-variance Forward Gradients using Direct Feedback Alignment and momentum", 2024,
-    https://arxiv.org/abs/2212.07282
-    """
-
-    def follow(feedback: JacobianFeedback, estimate: jax.Array) -> jax.Array:
-        return feedback.b + learning_rate * (estimate - feedback.b)
-
-    return _rule(
-        follow, jax.nn.initializers.zeros, 0.0, tile, partial(_estimates, perturbation=perturbation, separate=separate)
-    )
-
-
-def _rule(
-    turn: Callable[..., jax.Array],
-    distribution: Initializer,
-    averaging: float,
-    tile: int | None,
-    estimate: Callable[..., list[jax.Array]],
-) -> Rule:
-    """A rule whose feedback ``turn``s to each new estimate, or running mean, of the Jacobian."""
-    if not 0.0 <= averaging < 1.0:
-        raise ValueError(f"averaging must be in [0, 1), got {averaging}.")
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile must be a number of pixels from 1, or None for the whole map, got {tile}.")
-
-    def init(key: jax.Array, h: Any, logits: Any) -> JacobianFeedback:
-        k = shared_axes(h, logits)
-        *positions, n = h.shape[k:]
-        sides = [size if tile is None else min(tile, size) for size in positions]
-        if any(size % side for size, side in zip(positions, sides, strict=True)):
-            raise ValueError(
-                f"Tiles of {tile} do not divide an activation of {h.shape[k:]}; choose 1, None or a divisor."
-            )
-        b = direct_matrix(key, distribution, jax.ShapeDtypeStruct((*h.shape[:k], *sides, n), h.dtype), logits)
-        feedback = JacobianFeedback(b, None, tuple(h.shape[k:]), len(logits.shape) - k)
-        b = b / math.sqrt(feedback.repeats)
-        return replace(feedback, b=b, mean=jnp.zeros_like(b) if averaging else None)
-
-    def learn(feedback: JacobianFeedback, estimate: jax.Array) -> JacobianFeedback:
-        if feedback.stack:
-            return jax.vmap(learn)(feedback, estimate)
-        if feedback.mean is None:
-            return replace(feedback, b=turn(feedback, estimate))
-        mean = averaging * feedback.mean + (1 - averaging) * estimate
-        return replace(feedback, b=turn(feedback, mean), mean=mean)
-
-    def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:
-        nodes, structure = jax.tree.flatten(feedback, is_leaf=is_feedback)
-        found = estimate(lambda taps: forward(jax.tree.unflatten(structure, taps)), nodes, key)
-        return jax.tree.unflatten(structure, [learn(node, one) for node, one in zip(nodes, found, strict=True)])
-
-    return Rule(init, refine)
-
-
-def _estimates(
-    forward: Callable[..., jax.Array], nodes: list[Any], key: jax.Array, *, perturbation: Initializer, separate: bool
-) -> list[jax.Array]:
-    """Unbiased estimates of the Jacobian of the logits in every tapped activation, each shaped as its ``b``."""
-    # One number for each layer of a stack: whatever the activations' shapes are, it can be added to them.
-    logits = jax.eval_shape(forward, [jnp.zeros(node.stack) for node in nodes])
-    batches = [logits.shape[: logits.ndim - node.outputs] for node in nodes]
-    keys = jax.random.split(key, len(nodes))
-    tiles = [
-        perturbation(key, (*node.stack, *batch, *node.tile), node.b.dtype)
-        for key, batch, node in zip(keys, batches, nodes, strict=True)
-    ]
-    tangents = [
-        node.spread(p, len(node.stack) + len(batch)) for p, batch, node in zip(tiles, batches, nodes, strict=True)
-    ]
-    zeros = [jnp.zeros_like(tangent) for tangent in tangents]
-    if separate:
-        alone = (
-            [t if i == j else z for j, (t, z) in enumerate(zip(tangents, zeros, strict=True))]
-            for i in range(len(nodes))
-        )
-        answers = [jax.jvp(forward, (zeros,), (some,))[1] for some in alone]
-    else:
-        answers = [jax.jvp(forward, (zeros,), (tangents,))[1]] * len(nodes)
-
-    def correlate(p: jax.Array, y: jax.Array, batch: tuple[int, ...], node: JacobianFeedback) -> jax.Array:
-        axes = range(len(batch))
-        found = jnp.tensordot(p, y.astype(p.dtype), ([len(node.stack) + axis for axis in axes], list(axes)))
-        return found / (math.prod(batch) * node.repeats)
-
-    return list(map(correlate, tiles, answers, batches, nodes))
 
 
 def _unit_columns(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import jaxfa
-from jaxfa.grape import JacobianFeedback, _estimates
+from jaxfa.jacobian import JacobianFeedback, jacobian_estimates
 from jaxfa.projection import random_signs
 
 KEY = jax.random.PRNGKey(3)
@@ -63,7 +63,7 @@ def jacobians(forward, nodes):
 
 
 def samples(forward, nodes, count, separate=False, perturbation=jax.random.normal):
-    one = jax.jit(lambda key: _estimates(forward, nodes, key, perturbation=perturbation, separate=separate))
+    one = jax.jit(lambda key: jacobian_estimates(forward, nodes, key, perturbation=perturbation, separate=separate))
     return [np.asarray(found) for found in lax.map(one, jax.random.split(KEY, count), batch_size=500)]
 
 
@@ -161,7 +161,11 @@ def test_a_step_is_the_gradient_of_the_cosines_with_that_estimate(name, norm_axi
         for norm in (False, True)
     )
     for node, estimate, *moved in zip(
-        nodes, _estimates(forward, nodes, KEY, perturbation=random_signs, separate=False), after, normed, strict=True
+        nodes,
+        jacobian_estimates(forward, nodes, KEY, perturbation=random_signs, separate=False),
+        after,
+        normed,
+        strict=True,
     ):
         arrays = (node.b, estimate, *(one.b for one in moved))
         b, j, free, unit = (np.asarray(array).reshape(-1, array.shape[-1]) for array in arrays)
@@ -190,7 +194,7 @@ def test_a_running_mean_is_one(x64):
     start = [replace(node, b=jnp.ones_like(node.b), mean=jnp.ones_like(node.b)) for node in nodes]
     after = rule.refine(forward, start, KEY)
     for node, estimate in zip(
-        after, _estimates(forward, nodes, KEY, perturbation=random_signs, separate=False), strict=True
+        after, jacobian_estimates(forward, nodes, KEY, perturbation=random_signs, separate=False), strict=True
     ):
         np.testing.assert_allclose(node.mean, 0.75 + 0.25 * estimate, rtol=1e-12)
     plain = [replace(node, mean=None) for node in start]
@@ -201,7 +205,7 @@ def test_fdfa_is_the_running_mean_itself(x64):
     forward, nodes = network("conv")
     after = jaxfa.fdfa(learning_rate=0.25).refine(forward, [replace(n, b=jnp.ones_like(n.b)) for n in nodes], KEY)
     for node, estimate in zip(
-        after, _estimates(forward, nodes, KEY, perturbation=random_signs, separate=False), strict=True
+        after, jacobian_estimates(forward, nodes, KEY, perturbation=random_signs, separate=False), strict=True
     ):
         np.testing.assert_allclose(node.b, 0.75 + 0.25 * estimate, rtol=1e-12)
 
