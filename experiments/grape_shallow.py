@@ -9,8 +9,8 @@ The paper states neither networks nor rates. The network is that of its ancestor
 Every rule may have a rate of its own; none was tuned.
 
 Measured with the preset ``cpu`` (4000 training and the first 2000 test images, 4 epochs of 62 steps, Adam at 1e-3 for
-all, one seed: a standard error of up to 1 point; accuracy after the last epoch, gap to backpropagation and the published
-gap; time of a step relative to backpropagation's), in 20 min on two CPU cores that others used, too:
+all, one seed: a standard error of up to 1 point; accuracy after the last epoch, gap to backpropagation between best
+epochs and the published gap), in 20 min on two CPU cores that others used, too:
 
 =====  =====================  =====================  =====================
 .      MNIST                  CIFAR-10               CIFAR-100
@@ -21,8 +21,8 @@ dfa    86.9  -8.4 (-.4)       33.5  -15.5 (-5.3)     2.9  -8.7 (-9.7)
 grape  93.7  -1.6 (-.2)       43.5  -5.5 (-1.6)      8.2  -3.3 (-6.2)
 =====  =====================  =====================  =====================
 
-Time of a step: fa .96 to 1.05, dfa .80 to .97, grape 1.49 to 1.79. GrAPE closes 81 %, 65 % and 62 % of the gap between
-DFA and backpropagation (published: 50 %, 71 %, 36 %), but 250 steps are far from convergence, where the published gaps
+Time of a step relative to backpropagation's: fa .96 to 1.05, dfa .80 to .97, grape 1.49 to 1.79. GrAPE closes 82, 65 and 62 % of the gap between
+DFA and backpropagation (published: 47, 71 and 36 %), but 250 steps are far from convergence, where the published gaps
 were measured: these do not compare with them. The preset ``paper`` has not been run.
 """
 
