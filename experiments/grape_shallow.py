@@ -21,9 +21,10 @@ dfa    86.9  -8.4 (-.4)       33.5  -15.5 (-5.3)     2.9  -8.7 (-9.7)
 grape  93.7  -1.6 (-.2)       43.5  -5.5 (-1.6)      8.2  -3.3 (-6.2)
 =====  =====================  =====================  =====================
 
-Time of a step relative to backpropagation's: fa .96 to 1.05, dfa .80 to .97, grape 1.49 to 1.79. GrAPE closes 82, 65 and 62 % of the gap between
-DFA and backpropagation (published: 47, 71 and 36 %), but 250 steps are far from convergence, where the published gaps
-were measured: these do not compare with them. The preset ``paper`` has not been run.
+Time of a step relative to backpropagation's: fa .96 to 1.05, dfa .80 to .97, grape 1.49 to 1.79. GrAPE closes 82, 65
+and 62 % of the gap between DFA and backpropagation (published: 47, 71 and 36 %), but 250 steps are far from
+convergence, where the published gaps were measured: these do not compare with them. The preset ``paper`` has not been
+run.
 """
 
 import dataclasses
