@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # Numbers, theory and experiments do not depend on the versions as the interfaces do.
 BEYOND_OLDEST := $(wildcard tests/test_experiments*.py tests/test_*theory.py tests/test_ldfa*.py tests/test_grape.py tests/test_conservation.py tests/test_ssa.py tests/test_nn_ssa.py tests/test_real_data.py tests/test_rules.py tests/test_contract.py)
 
-.PHONY: setup demo test test-oldest lint clean
+.PHONY: setup demo test test-all test-oldest lint clean
 
 setup: $(VENV)/ready
 
@@ -19,6 +19,9 @@ demo: setup
 	$(RUN) -m experiments run compare
 
 test: setup
+	$(RUN) -m pytest -n 2 -m "not long"
+
+test-all: setup
 	$(RUN) -m pytest -n 2
 
 test-oldest: $(VENV)-oldest/ready

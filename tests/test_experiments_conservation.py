@@ -130,7 +130,7 @@ def test_sweeps_hand_the_flag_on(tmp_path, monkeypatch):
     assert seen == [True, False]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_experiment_reports_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", lambda name, folder=None: mock() if name != "digits" else DIGITS)
     monkeypatch.setattr(conservation, "STARTS", {"aligned": conservation.STARTS["aligned"]})

@@ -40,6 +40,7 @@ def arms(experiment, **changes):
     return list(experiment._arms(config, dataset))
 
 
+@pytest.mark.long
 def test_one_table_is_trained_and_reported(images, tmp_path, monkeypatch):
     def small(shape, classes, scale, rngs):
         return MLP(shape, classes, (4,), rngs=rngs)

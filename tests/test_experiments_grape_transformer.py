@@ -28,6 +28,7 @@ def configured(folder, **options):
     return Config(**{"corpus": "shakespeare", "data": folder, "epochs": 1, "out": folder / "run", **SIZE, **options})
 
 
+@pytest.mark.long
 def test_every_arm_two_steps_and_the_report(play, capsys):
     config = configured(play, calibrations=(1,))
     page = grape_transformer.run(config).read_text()

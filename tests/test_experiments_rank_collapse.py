@@ -166,6 +166,7 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.mark.long
 def test_the_experiment_and_its_report(tiny, optimized, tmp_path):
     arms = ("fa-muon", "bp-norm-rank-2")
     config = rank_collapse.Config(**SMALL, arms=arms, images=None, test_images=None, out=tmp_path / "run")

@@ -53,7 +53,7 @@ RUNS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("experiment", "options", "arms"), RUNS.values(), ids=RUNS)
 def test_every_experiment_runs_and_reports(experiment, options, arms, tiny, tmp_path):
     page = experiment.run(experiment.Config(**TINY, **options, out=tmp_path)).read_text()
@@ -72,6 +72,7 @@ def test_every_experiment_runs_and_reports(experiment, options, arms, tiny, tmp_
         assert found["costs"]["SSA, 0.125 of full rank"]["training"] < found["costs"]["backpropagation"]["training"]
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_with_the_ranks_it_had(tiny, tmp_path):
     config = ssa_cifar10.Config(**(TINY | {"epochs": 3}), out=tmp_path)
     dataset = data.first(tiny, 32, 12)
@@ -89,7 +90,7 @@ def test_a_killed_run_goes_on_with_the_ranks_it_had(tiny, tmp_path):
             checkpoint.restore(manager, Trainer(other, [0]).init())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["vgg13", "resnet32"])
 def test_the_published_networks_take_both_readings(name, mock):
     config = dataclasses.replace(ssa_cifar10.Config(**TINY), scale=0.05)
