@@ -57,7 +57,7 @@ METHODS = (
     Method("grape", jaxfa.grape(averaging=0.5), fixed=False),
     Method("fdfa", jaxfa.fdfa(), fixed=False),
     Method("ssa", jaxfa.ssa(), fixed=True),
-    Method("ssa_sequential", jaxfa.ssa(parallel=False, gamma=1e-3, retraction=None), fixed=True),
+    Method("ssa_sequential", jaxfa.ssa(parallel=False, gamma=1e-3), fixed=True),
     Method("ssa_transported", jaxfa.ssa(parallel=False, pull_feedback=True), fixed=False),
     Method("dldfa", jaxfa.dldfa(8), fixed=False, batch=True),
 )
