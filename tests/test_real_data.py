@@ -30,7 +30,7 @@ if PACK.exists():
         assert mnist.test_images.shape == (10000, 28, 28, 1)
         assert np.bincount(mnist.test_labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
-    @pytest.mark.slow
+    @pytest.mark.long
     @pytest.mark.parametrize("method", METHODS, ids=str)
     def test_every_rule_learns_mnist_far_above_chance(mnist, method):
         images = (mnist.train_images.reshape(len(mnist.train_images), -1) / 127.5 - 1).astype(np.float32)
