@@ -1,6 +1,7 @@
 """Every custom VJP of the project: feedback layer by layer, and feedback straight from the output."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -140,28 +141,48 @@ def direct(h: jax.Array, wire: jax.Array, feedback: DirectFeedback | None) -> tu
     if feedback is None:
         return h, wire
     _check_family(feedback, DirectFeedback, "direct", "jaxfa.linear(x, w, feedback)")
-    return lax.stop_gradient(h), _inject(*_vary_alike((h, wire, feedback)))
+    return lax.stop_gradient(h), listen(_deliver, wire, (h, feedback))
 
 
-@jax.custom_vjp
-def _inject(h: jax.Array, wire: jax.Array, feedback: DirectFeedback) -> jax.Array:
-    del h, feedback
-    return wire
-
-
-def _inject_forward(h: jax.Array, wire: jax.Array, feedback: DirectFeedback) -> tuple[jax.Array, Any]:
-    return wire, (h, feedback)
-
-
-def _inject_backward(residuals: Any, e: jax.Array) -> Any:
-    h, feedback = residuals
+def _deliver(tree: tuple[jax.Array, DirectFeedback], e: jax.Array) -> Any:
+    h, feedback = tree
     with jax.named_scope(DIRECT):
         dh = feedback.deliver(h, e)
         signal = feedback.signal(h, e)
-    return _cotangent(dh, h, feedback), e, _cotangent(signal, feedback, feedback)
+    return _cotangent(dh, h, feedback), _cotangent(signal, feedback, feedback)
 
 
-_inject.defvjp(_inject_forward, _inject_backward)
+def listen(backward: Callable[[Any, jax.Array], Any], wire: jax.Array, tree: Any) -> jax.Array:
+    """Lets a tree learn from the error on a wire: its cotangent is ``backward(tree, e)``, whatever it was used for.
+
+    Args:
+      backward: ``(tree, e) -> cotangents``, shaped as the tree; it may close over no traced value.
+      wire: the error wire, ``(N, ..., C)``.
+      tree: what learns; its arrays are kept until the error comes.
+
+    Returns:
+      The wire, unchanged; it hands ``e`` on.
+    """
+    wire, tree = _vary_alike((wire, tree))
+    return _listen(backward, wire, tree)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _listen(backward: Any, wire: jax.Array, tree: Any) -> jax.Array:
+    del backward, tree
+    return wire
+
+
+def _listen_forward(backward: Any, wire: jax.Array, tree: Any) -> tuple[jax.Array, Any]:
+    del backward
+    return wire, tree
+
+
+def _listen_backward(backward: Any, tree: Any, e: jax.Array) -> Any:
+    return e, backward(tree, e)
+
+
+_listen.defvjp(_listen_forward, _listen_backward)
 
 
 def _cotangent(tree: Any, primal: Any, feedback: Any) -> Any:
