@@ -73,7 +73,7 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
     def apply(x: jax.Array, w: jax.Array, feedback: LayerFeedback | None = None) -> jax.Array:
         if feedback is None:
             return op(x, w)
-        _check_family(feedback, LayerFeedback, "with_feedback, linear and conv", "jaxfa.direct(h, wire, feedback)")
+        check_family(feedback, LayerFeedback, "with_feedback, linear and conv", "jaxfa.direct(h, wire, feedback)")
         # Whole numbers, such as pixels, have no gradient; the rule's backward is told of a float that nothing uses.
         x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(w.dtype)
         return forward(*_vary_alike((x, w, feedback)))
@@ -140,11 +140,12 @@ def direct(h: jax.Array, wire: jax.Array, feedback: DirectFeedback | None) -> tu
     """
     if feedback is None:
         return h, wire
-    _check_family(feedback, DirectFeedback, "direct", "jaxfa.linear(x, w, feedback)")
-    return lax.stop_gradient(h), listen(_deliver, wire, (h, feedback))
+    check_family(feedback, DirectFeedback, "direct", "jaxfa.linear(x, w, feedback)")
+    return lax.stop_gradient(h), listen(deliver, wire, (h, feedback))
 
 
-def _deliver(tree: tuple[jax.Array, DirectFeedback], e: jax.Array) -> Any:
+def deliver(tree: tuple[jax.Array, DirectFeedback], e: jax.Array) -> Any:
+    """What an activation and its feedback learn from the output error ``e``, shaped as the pair."""
     h, feedback = tree
     with jax.named_scope(DIRECT):
         dh = feedback.deliver(h, e)
@@ -214,7 +215,8 @@ def _vary_alike(arrays: Any) -> Any:
     return jax.tree.map(lambda leaf: lax.pcast(leaf, tuple(sorted(union - axes(leaf), key=repr)), to="varying"), arrays)
 
 
-def _check_family(feedback: Any, family: type, here: str, there: str) -> None:
+def check_family(feedback: Any, family: type, here: str, there: str) -> None:
+    """Refuses what is no feedback of that family, and says where one of the other goes."""
     if not isinstance(feedback, family):
         raise TypeError(
             f"jaxfa's {here} take a feedback of the class {family.__name__}, got {type(feedback).__name__}. Make one "
