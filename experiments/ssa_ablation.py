@@ -34,8 +34,6 @@ class Config(ssa_arms.Config):
     out: Path = Path("runs/ssa_ablation")
     """The folder of the results."""
 
-    arms = ()
-
 
 PRESETS = {
     "cpu": Config(

@@ -27,14 +27,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.progress import Progress
 
 import jaxfa
-from experiments import data, figures, records, ssa_arms, sweep
+from experiments import data, figures, ssa_arms, sweep
 from experiments.ssa_arms import NetworkName
 from experiments.task import Task
-from experiments.train import train
-from experiments.trainer import Trainer
 
 TITLES = {
     "dfa": "DFA",
@@ -60,8 +57,6 @@ class Config(ssa_arms.Config):
     """The network."""
     out: Path = Path("runs/ssa_alignment")
     """The folder of the results."""
-
-    arms = ()
 
 
 PRESETS = {
@@ -90,17 +85,8 @@ def run(config: Config) -> Path:
       The path of the report.
     """
     dataset = sweep.prepare(config, data.load("cifar10", config.data))
-    identity = records.identity("ssa_alignment", config, ("loop", "save_every", "out", "data", "fresh"))
-    records.open_run(config.out, identity, fresh=config.fresh)
-    seeds, histories = range(config.seed, config.seed + config.seeds), {}
-    with Progress() as progress:
-        for name, task in _tasks(config, dataset).items():
-            own = identity | {"arm": name}
-            trainer, folder = Trainer(task, seeds, config.loop), config.out / name
-            histories[name] = train(
-                trainer, config.epochs, folder=folder, config=own, save_every=config.save_every, progress=progress
-            )
-    return write(config.out, histories)
+    trained = sweep.train_each(config, sweep.open_run(config), _tasks(config, dataset))
+    return write(config.out, {one.name: one.history for one in trained})
 
 
 def _tasks(config: Config, dataset: data.Dataset) -> dict[str, Task]:

@@ -34,14 +34,12 @@ import jax
 import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
-from rich.progress import Progress
 
 import jaxfa
 import jaxfa.nn
 from experiments import data, figures, operations, records, ssa_arms, sweep, timing
 from experiments.ssa_arms import NetworkName
 from experiments.task import Task
-from experiments.train import train
 from experiments.trainer import Trainer
 
 LINES = {"inference": "inference", "training": "training step", "memory": "memory kept"}
@@ -57,8 +55,6 @@ class Config(ssa_arms.Config):
     """Of full rank: what a step would cost if every layer fell to it."""
     out: Path = Path("runs/ssa_cost")
     """The folder of the results."""
-
-    arms = ()
 
 
 PRESETS = {
@@ -87,16 +83,11 @@ def run(config: Config) -> Path:
       The path of the report.
     """
     dataset = sweep.prepare(config, data.load("cifar10", config.data))
-    identity = records.identity("ssa_cost", config, ("loop", "save_every", "out", "data", "fresh"))
-    records.open_run(config.out, identity, fresh=config.fresh)
     bp = ssa_arms.dense(config.network, config, dataset, jaxfa.backprop())
     dfa = ssa_arms.dense(config.network, config, dataset, jaxfa.dfa(), taps=True)
     ssa = ssa_arms.ssa(config.network, config, dataset, jaxfa.ssa(beta=config.beta))
-    seeds = range(config.seed, config.seed + config.seeds)
-    with Progress() as progress:
-        trainer, folder = Trainer(ssa, seeds, config.loop), config.out / "ssa"
-        history = train(trainer, config.epochs, folder=folder, config=identity, progress=progress)
-    ranks = [{layer: int(max(of)) for layer, of in record["rank"].items()} for record in history]
+    (trained,) = sweep.train_each(config, sweep.open_run(config), {"ssa": ssa})
+    ranks = [{layer: int(max(of)) for layer, of in record["rank"].items()} for record in trained.history]
     costs = {"backpropagation": cost(bp), "DFA": cost(dfa)}
     counted: dict[tuple[int, ...], dict[str, float]] = {}
     for one in ranks:
