@@ -32,7 +32,9 @@ def tiny(monkeypatch):
 
 
 def hidden():
-    make = lambda: nnx.Sequential(*(nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0)) for _ in range(2)))  # noqa: E731
+    def make():
+        return nnx.Sequential(*(nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0)) for _ in range(2)))
+
     return hidden_kernels(nnx.eval_shape(make), but=("layers/0",))
 
 
@@ -126,7 +128,7 @@ def test_measured_ranks_are_those_of_the_equations(tiny):
     matrices = hidden_kernels(nnx.eval_shape(lambda: make(nnx.Rngs(0))), but=("layers/0", "head"))
     remember = spectra.remember(5, 4096, matrices)
     optimizer = optax.chain(remember, optax.sgd(0.05), remember)
-    task = Task(make, jaxfa.fa(), optimizer, tiny._replace(augmented=False), 16)
+    task = Task(make, jaxfa.fa(), optimizer, tiny._replace(augmented=False), 16, diagnostics=True)
     trainer = RankTrainer(task, [0], probe=24)
     state = trainer.init()
     state, _ = trainer.advance(state, trainer.shuffle(state), 3)
@@ -150,6 +152,7 @@ def test_measured_ranks_are_those_of_the_equations(tiny):
         assert ranks[kind]["layers/1"] == pytest.approx(rank(h1.T @ delta2), rel=1e-3)
         assert ranks[kind]["layers/0"] == pytest.approx(rank(x.T @ delta1), rel=1e-3)
     assert found["probe_loss"][0] == pytest.approx(-np.log(p[np.arange(24), labels]).mean(), rel=1e-4)
+    assert found["update_rank"]["layers/0"][0] > 1
     for kind in ("gradients", "updates"):
         assert list(ranks[kind]) == ["layers/1"]
         assert 1.5 < ranks[kind]["layers/1"] < 3.01
@@ -169,7 +172,7 @@ def optimized():
 @pytest.mark.long
 def test_the_experiment_and_its_report(tiny, optimized, tmp_path):
     arms = ("fa-muon", "bp-norm-rank-2")
-    config = rank_collapse.Config(**SMALL, arms=arms, images=None, test_images=None, out=tmp_path / "run")
+    config = rank_collapse.Config(**SMALL, trainings=arms, images=None, test_images=None, out=tmp_path / "run")
     page = rank_collapse.run(config)
     text = page.read_text()
     assert (page.parent / "figure.png").stat().st_size > 1000
@@ -201,7 +204,10 @@ def history(losses, ranks):
 def test_ranks_at_a_matched_loss_lie_between_epochs():
     slow, fast = history([2.3, 2.1, 1.8], [10, 20, 30]), history([2.3, 1.9, 1.0], [10, 50, 60])
     assert rank_report.matched_loss({"fa": slow, "bp": fast, "bp-norm-rank-1": history([2.3, 2.2], [1, 1])}) == 1.8
-    at = lambda one, level: rank_report.at_loss(one, np.array([[10.0, 20.0, 30.0]]), level)[0]  # noqa: E731
+
+    def at(one, level):
+        return rank_report.at_loss(one, np.array([[10.0, 20.0, 30.0]]), level)[0]
+
     assert at(slow, 2.0) == pytest.approx(20 + 10 / 3)
     assert at(slow, 2.5) == 10
     assert at(fast, 1.9) == 20
@@ -246,7 +252,7 @@ def test_switchable_networks(normalised):
     ("options", "message"),
     [
         ({"window": 0}, "window must be at least 1, got 0"),
-        ({"arms": ()}, "arms must name one of bp, "),
+        ({"trainings": ()}, "trainings must name one of bp, "),
         ({"rate": 0.0}, "rate must be positive"),
     ],
 )
