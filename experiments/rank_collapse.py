@@ -60,20 +60,22 @@ from threadpoolctl import threadpool_limits
 
 import jaxfa
 from experiments import data, rank_report, records, spectra, sweep
+from experiments.cnn import PoolingCNN
+from experiments.models import ResNet
 from experiments.optimizers import hidden_kernels
 from experiments.rank_arms import ARMS, ArmName
 from experiments.ranks import RankTrainer
-from experiments.switchable import CNN, INITIALIZER, ResNet18
 from experiments.task import Task
 
 NetworkName = Literal["cnn", "resnet18"]
+INITIALIZER = nnx.initializers.he_normal()
 
 
 class Network(NamedTuple):
     """What is trained on what.
 
     Attributes:
-      make: ``(shape, classes, widths, *, normalised, rngs) -> module``.
+      make: ``(shape, classes, widths, *, normalised, kernel_init, rngs) -> module``.
       data: the data set's name.
       first: the path of the first layer, which Muon leaves out, as it does the head.
       rates: the learning rate of each arm.
@@ -87,13 +89,13 @@ class Network(NamedTuple):
 
 NETWORKS: dict[NetworkName, Network] = {
     "cnn": Network(
-        CNN,
+        PoolingCNN,
         "cifar10",
         "layers/0",
         {"bp": 0.03, "bp-norm": 0.03, "fa": 0.001, "fa-muon": 0.002, "fa-norm": 0.03, "fa-norm-muon": 0.05},
     ),
     "resnet18": Network(
-        ResNet18,
+        partial(ResNet, repeats=2),
         "cifar100",
         "stem",
         {"bp": 0.03, "bp-norm": 0.1, "fa": 0.01, "fa-muon": 0.02, "fa-norm": 0.1, "fa-norm-muon": 0.02},
@@ -196,7 +198,8 @@ def task(config: Config, name: ArmName, dataset: data.Dataset) -> Task:
     shape, classes = dataset.train_images.shape[1:], dataset.classes
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
-        return network.make(shape, classes, config.widths, normalised=arm.normalised, rngs=rngs)
+        options = {"normalised": arm.normalised, "kernel_init": INITIALIZER}
+        return network.make(shape, classes, config.widths, **options, rngs=rngs)
 
     hidden = hidden_kernels(nnx.eval_shape(lambda: make(nnx.Rngs(0))), but=(network.first, "head"))
     filled = len(dataset.train_labels) // config.batch

@@ -55,7 +55,7 @@ def maker(name: NetworkName, config: Config, dataset: Dataset) -> Callable[[nnx.
     makers: dict[NetworkName, Callable[[nnx.Rngs], nnx.Module]] = {
         "smallconv": lambda rngs: ConvNet(shape, classes, rngs=rngs),
         "vgg13": lambda rngs: VGG(shape, classes, widths=tuple(map(wide, (64, 128, 256, 512, 512))), rngs=rngs),
-        "resnet32": lambda rngs: ResNet(shape, classes, depth=32, width=wide(16), rngs=rngs),
+        "resnet32": lambda rngs: ResNet(shape, classes, tuple(map(wide, (16, 32, 64))), repeats=5, rngs=rngs),
     }
     return makers[name]
 

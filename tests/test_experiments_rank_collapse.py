@@ -1,6 +1,7 @@
 """Rank collapse: what changes spectra, what is measured of them, and the experiment on mock images."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,11 @@ from flax import nnx
 
 import jaxfa
 from experiments import data, rank_collapse, rank_report, records, spectra
+from experiments.cnn import PoolingCNN
 from experiments.data import Dataset
-from experiments.models import MLP
+from experiments.models import MLP, ResNet
 from experiments.optimizers import hidden_kernels
 from experiments.ranks import RankTrainer
-from experiments.switchable import CNN, ResNet18
 from experiments.task import Task
 
 PARAMS = {"layers": {i: {"kernel": jnp.zeros((3, 3, 4, 6)), "bias": jnp.zeros(6)} for i in range(2)}}
@@ -229,7 +230,7 @@ def test_ranks_at_a_matched_loss_lie_between_epochs():
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-def test_switchable_networks(normalised):
+def test_normalisation_can_be_left_out(normalised):
     def shapes(network, classes):
         def make():
             return network((32, 32, 3), classes, normalised=normalised, rngs=nnx.Rngs(0))
@@ -240,12 +241,12 @@ def test_switchable_networks(normalised):
         assert logits.shape == (2, classes)
         return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
-    params = shapes(ResNet18, 100)
+    params = shapes(partial(ResNet, widths=(64, 128, 256, 512), repeats=2), 100)
     assert sum(name.endswith("kernel") for name in params) == 18 + 3
     assert 11.1e6 < sum(leaf.size for leaf in params.values()) < 11.3e6
     assert any("norm" in name for name in params) == normalised
-    assert ("stem/conv/bias" in params) != normalised
-    assert shapes(CNN, 10)["head/kernel"].shape == (2 * 2 * 128, 10)
+    assert ("stem/layers/0/conv/bias" in params) != normalised
+    assert shapes(PoolingCNN, 10)["head/kernel"].shape == (2 * 2 * 128, 10)
 
 
 @pytest.mark.parametrize(
