@@ -36,17 +36,8 @@ class Config(ssa_arms.Config):
 
 
 PRESETS = {
-    "cpu": Config(
-        network="smallconv",
-        epochs=4,
-        images=3000,
-        test_images=2000,
-        seeds=1,
-        learning_rate=2e-3,
-        period=1,
-        multiple=16,
-    ),
-    "paper": Config(epochs=164, batch=100, seeds=5, out=Path("runs/ssa_ablation-paper")),
+    "cpu": Config(network="smallconv", epochs=4, images=3000, test_images=2000, **ssa_arms.CPU),
+    "paper": Config(**ssa_arms.PAPER, seeds=5, out=Path("runs/ssa_ablation-paper")),
 }
 PAGE = sweep.Page(
     "What do SSA's local losses do?",

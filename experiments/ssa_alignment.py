@@ -60,18 +60,8 @@ class Config(ssa_arms.Config):
 
 
 PRESETS = {
-    "cpu": Config(
-        network="smallconv",
-        epochs=4,
-        images=3000,
-        test_images=500,
-        seeds=1,
-        learning_rate=2e-3,
-        period=1,
-        multiple=16,
-        beta=1e-2,
-    ),
-    "paper": Config(epochs=164, batch=100, seeds=5, out=Path("runs/ssa_alignment-paper")),
+    "cpu": Config(network="smallconv", epochs=4, images=3000, test_images=500, beta=1e-2, **ssa_arms.CPU),
+    "paper": Config(**ssa_arms.PAPER, seeds=5, out=Path("runs/ssa_alignment-paper")),
 }
 
 

@@ -58,18 +58,8 @@ class Config(ssa_arms.Config):
 
 
 PRESETS = {
-    # One seed: on a CPU, XLA runs the convolutions of several seeds at once many times slower.
-    "cpu": Config(
-        networks=("smallconv",),
-        epochs=6,
-        images=4000,
-        test_images=2000,
-        seeds=1,
-        learning_rate=2e-3,
-        period=1,
-        multiple=16,
-    ),
-    "paper": Config(epochs=164, batch=100, seeds=5, out=Path("runs/ssa_cifar10-paper")),
+    "cpu": Config(networks=("smallconv",), epochs=6, images=4000, test_images=2000, **ssa_arms.CPU),
+    "paper": Config(**ssa_arms.PAPER, seeds=5, out=Path("runs/ssa_cifar10-paper")),
 }
 PAGE = sweep.Page(
     "Learning in SVD space",

@@ -58,18 +58,8 @@ class Config(ssa_arms.Config):
 
 
 PRESETS = {
-    "cpu": Config(
-        network="smallconv",
-        epochs=4,
-        images=1000,
-        test_images=500,
-        seeds=1,
-        learning_rate=2e-3,
-        period=1,
-        multiple=16,
-        energy=0.9,
-    ),
-    "paper": Config(epochs=164, batch=100, seeds=1, out=Path("runs/ssa_cost-paper")),
+    "cpu": Config(network="smallconv", epochs=4, images=1000, test_images=500, energy=0.9, **ssa_arms.CPU),
+    "paper": Config(**ssa_arms.PAPER, seeds=1, out=Path("runs/ssa_cost-paper")),
 }
 
 

@@ -187,6 +187,17 @@ def test_the_experiment_and_its_report(tiny, optimized, tmp_path):
         rank_collapse.run(dataclasses.replace(config, window=3))
 
 
+@pytest.mark.long
+def test_resnet18_runs_and_stands_beside_the_published_numbers(tiny, optimized, tmp_path):
+    options = SMALL | {"widths": (2, 3), "epochs": 1, "images": None, "test_images": None}
+    config = rank_collapse.Config(**options, network="resnet18", trainings=("fa", "fa-norm"), out=tmp_path / "run")
+    text = rank_collapse.run(config).read_text()
+    assert all(f">{number}<" in text for number in ("1.4", "37.1"))
+    found = records.read(config.out / "fa-norm")[-1]["rank"]
+    assert len(found["error"]) == 1 + 2 * 4 + 1 + 1  # the stem, four blocks, one shortcut, the head
+    assert set(found["error"]) - set(found["gradients"]) == {"stem/layers/0/conv", "head"}
+
+
 def history(losses, ranks):
     def kinds(*names, rank):
         return {kind: {"a": [rank], "b": [3 * rank]} for kind in names}
