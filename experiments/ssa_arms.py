@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from experiments import sweep
+from experiments.augment import crop_and_flip
 from experiments.data import Dataset
 from experiments.models import ConvNet, ResNet
 from experiments.task import Task
@@ -75,6 +77,8 @@ def dense(name: NetworkName, config: Config, dataset: Dataset, rule: jaxfa.Rule,
         at=("stem", "blocks/*") if residual and taps else None,
         # SSA delivers to every layer's input, from where errors go on by the shortcuts, too, which have no weights.
         allow=("stem", "blocks") if residual and rule.weights is not None else (),
+        # An eighth of the side, as is usual: four pixels of CIFAR's.
+        augment=partial(crop_and_flip, padding=dataset.train_images.shape[1] // 8),
     )
 
 

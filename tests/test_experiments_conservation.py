@@ -75,10 +75,10 @@ def test_errors_add_up_to_the_gradient_of_the_bias(name, rule):
 
 
 def test_diagnostics_are_those_of_the_matrices_and_leave_the_training_alone(tmp_path):
-    histories = {}
-    for on in (True, False):
-        trainer = Trainer(task(diagnostics=on), (0, 1))
-        histories[on] = train(trainer, 1, folder=tmp_path / str(on), config={})
+    trainers = {on: Trainer(task(diagnostics=on), (0, 1)) for on in (True, False)}
+    histories = {on: train(trainer, 1, folder=tmp_path / str(on), config={}) for on, trainer in trainers.items()}
+    with pytest.raises(ValueError, match="trained without diagnostics: choose another --out"):
+        train(trainers[True], 2, folder=tmp_path / "False", config={})
     first, last = histories[True]
     names = ("error_rank", "update_rank", "drift", "imbalance")
     for record in histories[False]:

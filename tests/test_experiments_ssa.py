@@ -2,13 +2,26 @@
 
 import dataclasses
 import json
+import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 import jaxfa
-from experiments import checkpoint, data, records, ssa_ablation, ssa_alignment, ssa_arms, ssa_cifar10, ssa_cost, timing
+from experiments import (
+    checkpoint,
+    data,
+    records,
+    ssa_ablation,
+    ssa_accuracy,
+    ssa_alignment,
+    ssa_arms,
+    ssa_cost,
+    sweep,
+    timing,
+)
 from experiments.__main__ import EXPERIMENTS
 from experiments.data import Dataset
 from experiments.models import MLP
@@ -44,8 +57,8 @@ def tiny(mock, monkeypatch):
 RUNS = {
     "ssa_ablation": (ssa_ablation, {}, ["all", "no-ce", "no-align", "no-ortho", "retraction", "transport"]),
     "ssa_alignment": (ssa_alignment, {"network": "vgg13"}, list(ssa_alignment.TITLES)),
-    "ssa_cifar10": (
-        ssa_cifar10,
+    "ssa_accuracy": (
+        ssa_accuracy,
         {"networks": ("vgg13",)},
         [f"vgg13-{arm}" for arm in ("bp", "svd_bp", "dfa", "ssa", "ssa-sequential")],
     ),
@@ -74,7 +87,7 @@ def test_every_experiment_runs_and_reports(experiment, options, arms, tiny, tmp_
 
 @pytest.mark.long
 def test_a_killed_run_goes_on_with_the_ranks_it_had(tiny, tmp_path):
-    config = ssa_cifar10.Config(**(TINY | {"epochs": 3}), out=tmp_path)
+    config = ssa_accuracy.Config(**(TINY | {"epochs": 3}), out=tmp_path)
     dataset = data.first(tiny, 32, 12)
     task = ssa_arms.ssa("vgg13", config, dataset, jaxfa.ssa())
     options = {"config": {}, "save_every": 1}
@@ -93,7 +106,7 @@ def test_a_killed_run_goes_on_with_the_ranks_it_had(tiny, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["vgg13", "resnet32"])
 def test_the_published_networks_take_both_readings(name, mock):
-    config = dataclasses.replace(ssa_cifar10.Config(**TINY), scale=0.05)
+    config = dataclasses.replace(ssa_accuracy.Config(**TINY), scale=0.05)
     dataset = mock._replace(train_images=np.zeros((32, 32, 32, 3), np.uint8), train_labels=np.zeros(32, np.int32))
     layers = {}
     for parallel in (True, False):
@@ -106,7 +119,31 @@ def test_the_published_networks_take_both_readings(name, mock):
     assert jax.eval_shape(svd.init).params
 
 
+@pytest.mark.long
+def test_the_imagenet_preset_takes_two_steps_on_images_of_tfds(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+
+    def load(source, *, split, batch_size):
+        images = rng.integers(0, 256, (8 if split == "train" else 2, 64, 64, 3), dtype=np.uint8)
+        return {"image": images, "label": 990 + np.arange(len(images))}
+
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", SimpleNamespace(load=load, as_numpy=lambda tree: tree))
+    preset = ssa_accuracy.PRESETS["imagenet"]
+    config = dataclasses.replace(preset, batch=4, scale=0.05, data=tmp_path)
+    dataset = sweep.prepare(config, data.load(config.dataset, config.data))
+    arms = {arm.name: arm for name in config.networks for arm in ssa_accuracy._arms(config, name, dataset)}
+    rules = ("bp", "svd_bp", "dfa", "ssa", "ssa-sequential")
+    assert list(arms) == [f"{name}-{rule}" for name in ("vgg13", "resnet32") for rule in rules]
+    assert not any(arm.published for arm in arms.values())  # of images of another size
+    trainer = Trainer(arms["vgg13-ssa"].task, [0])
+    state = trainer.init()
+    state, losses = trainer.advance(state, trainer.shuffle(state), trainer.steps)
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    assert state.params["model"]["head"]["kernel"].shape[-1] == 1000
+
+
 def test_they_are_registered_and_refuse_an_impossible_energy():
     assert set(RUNS) <= set(EXPERIMENTS)
     with pytest.raises(ValueError, match="energy must be in"):
-        ssa_cifar10.Config(energy=0.0)
+        ssa_accuracy.Config(energy=0.0)
