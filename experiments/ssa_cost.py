@@ -58,7 +58,13 @@ class Config(ssa_arms.Config):
 
 
 PRESETS = {
-    "cpu": Config(network="smallconv", epochs=4, images=1000, test_images=500, energy=0.9, **ssa_arms.CPU),
+    "cpu": Config(
+        network="smallconv",
+        epochs=6,
+        images=4000,
+        test_images=2000,
+        **(ssa_arms.CPU | {"hoyer": 1.0, "multiple": 8}),
+    ),
     "paper": Config(**ssa_arms.PAPER, seeds=1, out=Path("runs/ssa_cost-paper")),
 }
 
