@@ -32,7 +32,7 @@ machine: the quartiles of SSA's reach from 1.8 to 3.1. The preset ``paper`` has 
 
 Neither has ``imagenet``, but for two steps on mock images. Published top-1 accuracies of ImageNet (backpropagation, SVD
 training, SSA: VGG-13 71.6, 71.4, 69.7, ResNet-32 74.3, 72.9, 69.4) do not stand beside ours: the paper does not tell
-the size of its images, which must be larger, nor the widths of its networks. Epochs and batch are our choice.
+the size of its images, surely larger, nor the widths of its networks. Epochs and batch are our choice.
 """
 
 import dataclasses
