@@ -56,6 +56,8 @@ class Config(ssa_arms.Config):
     out: Path = Path("runs/ssa_cost")
     """The folder of the results."""
 
+    arms = ("fractions",)
+
 
 PRESETS = {
     "cpu": Config(
