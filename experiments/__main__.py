@@ -25,8 +25,8 @@ from experiments import (
     rank_collapse,
     report,
     ssa_ablation,
-    ssa_alignment,
     ssa_cifar10,
+    ssa_alignment,
     ssa_cost,
     sweep_report,
 )
@@ -48,8 +48,8 @@ EXPERIMENTS = {
     "ldfa_vit": ldfa_vit,
     "rank_collapse": rank_collapse,
     "ssa_ablation": ssa_ablation,
-    "ssa_alignment": ssa_alignment,
     "ssa_cifar10": ssa_cifar10,
+    "ssa_alignment": ssa_alignment,
     "ssa_cost": ssa_cost,
 }
 _COMMANDS = ("list", "run", "report")

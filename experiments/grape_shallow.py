@@ -36,7 +36,7 @@ import optax
 
 import jaxfa
 from experiments import data, sweep
-from experiments.cnn import CNN
+from experiments.cnn import ShallowCNN
 from experiments.task import Task
 
 Name = Literal["mnist", "cifar10", "cifar100"]
@@ -112,7 +112,7 @@ def _task(config: Config, dataset: data.Dataset, rule: jaxfa.Rule, rate: float) 
     # The ancestor's: 5 % less every epoch of a hundred, and no augmentation.
     schedule = optax.exponential_decay(rate, steps * config.epochs / 100, 0.95)
     return Task(
-        make=lambda rngs: CNN(shape, classes, rngs=rngs),
+        make=lambda rngs: ShallowCNN(shape, classes, rngs=rngs),
         rule=rule,
         optimizer=optax.adam(schedule),
         data=dataset,

@@ -29,6 +29,7 @@ from jaxfa.optim import calibrate as calibrate
 from jaxfa.optim import optimizer as optimizer
 from jaxfa.rank import hoyer_penalty as hoyer_penalty
 from jaxfa.rank import prune as prune
+from jaxfa.rank import ranks as ranks
 from jaxfa.sign_symmetric import brsf as brsf
 from jaxfa.sign_symmetric import frsf as frsf
 from jaxfa.sign_symmetric import usf as usf
@@ -46,6 +47,6 @@ __all__ = [
     "DirectFeedback", "DirectMatrix", "Factors", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop",
     "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp", "dldfa", "drtp",
     "error_wire", "fa", "factorise", "fdfa", "frsf", "grape", "hoyer_penalty", "kolen_pollack", "ldfa", "linear",
-    "normative_ldfa", "optimizer", "orthonormal_factors", "prune", "register", "ssa", "stiefel", "update_stack", "usf",
-    "weight_mirror", "with_feedback",
+    "normative_ldfa", "optimizer", "orthonormal_factors", "prune", "ranks", "register", "ssa", "stiefel", "update_stack",
+    "usf", "weight_mirror", "with_feedback",
 ]  # fmt: skip
