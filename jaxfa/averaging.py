@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxfa.estimate import Estimate, measured
+from jaxfa.estimate import Estimate
 
 # (running mean, its precision, an estimate) -> the estimate's weight in the new mean, the new mean's precision.
 Gain = Callable[[jax.Array, jax.Array, Estimate], tuple[jax.Array | float, jax.Array]]
@@ -39,7 +39,9 @@ def kalman(drift: float = 0.03) -> Gain:
         raise ValueError(f"drift must be from 0, got {drift}.")
 
     def gain(mean: jax.Array, precision: jax.Array, estimate: Estimate) -> tuple[jax.Array, jax.Array]:
-        noise = measured(estimate.variance)
+        noise = estimate.variance
+        if noise is None:
+            raise ValueError("kalman measures noise by the spread of a batch: give refine two examples or more.")
         # |mean|^2 has the mean's own variance in it. In units of that variance nothing is divided by zero.
         signal = jnp.maximum(precision * jnp.sum(jnp.square(mean)) - 1, 0)
         prior = precision / (1 + drift**2 * signal)

@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxfa.base import Initializer
+from jaxfa.projection import random_signs
+
+# How much the square of an example's amplitude differs from its mean, 1.
+_DEPTH = 0.5
 
 
 class Estimate(NamedTuple):
@@ -16,7 +20,8 @@ class Estimate(NamedTuple):
     Attributes:
       jacobian: the estimate, as the feedback's ``b``.
       variance: an unbiased estimate of ``E |J^ - J|^2``, one number for each layer of a stack; None for one example.
-      part: likewise of the outputs' mean square movement that came from this layer alone, ``s_l^2 |J_l|^2``.
+      part: what of the outputs' mean square movement came from this layer, ``s_l^2 <|J_l|^2>``, without bias; None
+        for a layer whose scale is fixed.
       whole: the outputs' mean square movement, from all layers; for each layer of a stack the same.
     """
 
@@ -24,15 +29,6 @@ class Estimate(NamedTuple):
     variance: jax.Array | None
     part: jax.Array | None
     whole: jax.Array
-
-
-def measured(value: jax.Array | None) -> jax.Array:
-    """What one example alone can't tell."""
-    if value is None:
-        raise ValueError(
-            "The noise of an estimate is measured from the spread of its examples: give refine two examples or more."
-        )
-    return value
 
 
 def jacobian_estimates(
@@ -43,10 +39,8 @@ def jacobian_estimates(
     logits = jax.eval_shape(forward, [jnp.zeros(node.stack) for node in nodes])
     batches = [logits.shape[: logits.ndim - node.outputs] for node in nodes]
     keys = jax.random.split(key, len(nodes))
-    tiles = [
-        perturbation(key, (*node.stack, *batch, *node.tile), node.b.dtype)
-        for key, batch, node in zip(keys, batches, nodes, strict=True)
-    ]
+    drawn = [_draw(*one, perturbation) for one in zip(keys, batches, nodes, strict=True)]
+    tiles = [p for p, _ in drawn]
     tangents = [
         _along(node.scale, node.spread(p, len(node.stack) + len(batch)))
         for p, batch, node in zip(tiles, batches, nodes, strict=True)
@@ -60,24 +54,39 @@ def jacobian_estimates(
         answers = [jax.jvp(forward, (zeros,), (some,))[1] for some in alone]
     else:
         answers = [jax.jvp(forward, (zeros,), (tangents,))[1]] * len(nodes)
-    return list(map(_correlate, tiles, answers, nodes))
+    return [_correlate(*one, y, node) for one, y, node in zip(drawn, answers, nodes, strict=True)]
 
 
-def _correlate(p: jax.Array, y: jax.Array, node: Any) -> Estimate:
+def _draw(
+    key: jax.Array, batch: tuple[int, ...], node: Any, perturbation: Initializer
+) -> tuple[jax.Array, jax.Array | None]:
+    """A perturbation of variance 1 and, of a layer whose scale is learned, by what its examples' powers differ from it.
+
+    What the outputs' movement has to do with those powers is the layer's part in it: the one number that a shared
+    derivative hides. They add ``_DEPTH^2`` times its own part to a layer's variance, nothing to that of others.
+    """
+    p = perturbation(key, (*node.stack, *batch, *node.tile), node.b.dtype)
+    if node.log_scale is None:
+        return p, None
+    powers = _DEPTH * random_signs(jax.random.fold_in(key, 1), (*node.stack, *batch), p.dtype)
+    return _along(jnp.sqrt(1 + powers), p), powers
+
+
+def _correlate(p: jax.Array, powers: jax.Array | None, y: jax.Array, node: Any) -> Estimate:
     """What one derivative ``y`` along the perturbations ``scale p`` tells of one node's layers."""
     stack, batch = len(node.stack), y.ndim - node.outputs
     examples, y = math.prod(y.shape[:batch]), y.astype(p.dtype)
     over = (list(range(stack, stack + batch)), list(range(batch)))
     found = jnp.tensordot(p, y, over) / examples
     unit = 1 / (node.scale * node.repeats)
-    jacobian = _along(unit, found)
-    whole = jnp.full(node.stack, jnp.mean(_power(y, batch)))
-    if examples < 2:
-        return Estimate(jacobian, None, None, whole)
-    squares = jnp.tensordot(_power(p, stack + batch), _power(y, batch), over) / examples
-    size = _power(found, stack)
-    variance = (squares - size) / (examples - 1)
-    return Estimate(jacobian, jnp.square(unit) * variance, size - variance, whole)
+    moved = _power(y, batch)
+    squares = jnp.tensordot(_power(p, stack + batch), moved, over) / examples
+    return Estimate(
+        jacobian=_along(unit, found),
+        variance=jnp.square(unit) * (squares - _power(found, stack)) / (examples - 1) if examples > 1 else None,
+        part=None if powers is None else jnp.tensordot(powers, moved, over) / (examples * _DEPTH**2),
+        whole=jnp.full(node.stack, jnp.mean(moved)),
+    )
 
 
 def _along(factors: jax.Array, array: jax.Array) -> jax.Array:

@@ -56,8 +56,8 @@ def grape(
       perturbation: ``(key, shape, dtype) -> p``, of mean 0 and variance 1. Random signs are the quickest, and of all
         white noise that of least variance; the paper's is ``jax.random.normal``.
       scaling: from 0 to 1, how fast the layers' perturbations ``s_l p_l`` come to the scales of least variance, ``s_l ~
-        n_l^(1/4) / |J_l|``, by which the layers move the outputs in the proportion of ``sqrt(n_l)``; 0, the paper's, is
-        a scale of 1 for all. The estimates have no bias at any scale.
+        n_l^(1/4) / |J_l|``, by which layers move the outputs in the proportion of ``sqrt(n_l)``; 0, the paper's, is a
+        scale of 1 for all. The estimates have no bias at any scale.
       column_norm: whether the columns get norm 1. It discards how unlike in size the outputs' Jacobians are.
       norm_axis: what a column is: 0, what belongs to one output; 1, to one unit of the layer. The paper leaves it open.
       separate: one derivative for each layer instead of one for all: ``L`` times the cost, about ``1 / L`` of the
@@ -69,7 +69,7 @@ def grape(
 
     Raises:
       ValueError: if ``averaging`` is not in [0, 1), ``tile`` below 1, ``norm_axis`` neither 0 nor 1, ``scaling`` not
-        in [0, 1] or together with ``separate``; from ``refine``, if noise is to be measured in one example.
+        in [0, 1] or together with ``separate``.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxfa.averaging import Gain, constant
 from jaxfa.base import DirectFeedback, Initializer, Rule, is_feedback, register
-from jaxfa.estimate import Estimate, jacobian_estimates, measured
+from jaxfa.estimate import Estimate, jacobian_estimates
 from jaxfa.projection import direct_matrix, project, shared_axes
 
 
@@ -127,11 +127,13 @@ def _check(averaging: float | Gain, tile: int | None, separate: bool, scaling: f
 
 def rescale(nodes: list[Any], found: list[Estimate], rate: float) -> list[Any]:
     """Moves every layer's scale towards the one of least variance, ``s_l ~ n_l^(1/4) / |J_l|``."""
-    # All layers move the outputs at once, so that with u_l = s_l^2 |J_l|^2, how much of it is l's, the variances in
-    # units of |J_l|^2 add up to sum_l n_l (1 + sum_m u_m / u_l) / N, m not l. Each pair's n_l u_m / u_l + n_m u_l / u_m
+    # All layers move the outputs at once, so that with u_l = s_l^2 <|J_l|^2>, how much of it is l's, the variances in
+    # units of <|J_l|^2> add up to sum_l n_l (1 + sum_m u_m / u_l) / N, m not l. A pair's n_l u_m / u_l + n_m u_l / u_m
     # is least where u_l : u_m = sqrt(n_l) : sqrt(n_m), which one u, sqrt(n), gives all pairs at once. Robbins and
     # Monro's steps rest there; the clipping is for small batches; the scales' product stays 1.
-    shares = [jnp.where(one.whole > 0, jnp.clip(measured(one.part) / one.whole, -1, 1), 0) for one in found]
+    shares = [
+        jnp.where(one.whole > 0, jnp.clip(one.part / one.whole, -1, 1), 0) for one in found if one.part is not None
+    ]
     sides = [math.sqrt(math.prod(node.tile)) for node in nodes]
     whole = sum(side * math.prod(node.stack) for side, node in zip(sides, nodes, strict=True))
     total = sum(jnp.sum(share) for share in shares)

@@ -35,11 +35,11 @@ def scaled(nodes, scales):
     return [replace(node, log_scale=jnp.log(jnp.asarray(s))) for node, s in zip(nodes, scales, strict=True)]
 
 
-def relative_variances(nodes, matrices, scales, own=-1):
-    """Theory's, of one estimate from nine examples."""
+def relative_variances(nodes, matrices, scales):
+    """Theory's, of one estimate from nine examples: signs' with amplitudes whose fourth moment is 1.25."""
     n = np.array([node.own[0] for node in nodes])
     u = np.square(scales) * np.array([np.sum(np.square(j)) for j in matrices])
-    return (n + own + n * (u.sum() - u) / u) / 9
+    return (1.25 * n - 1 + n * (u.sum() - u) / u) / 9
 
 
 def measured(found, matrices):
@@ -64,7 +64,7 @@ def test_scales_leave_the_estimates_unbiased(name, x64):
 
 def test_the_variance_of_scaled_perturbations_is_that_of_theory_and_least_at_the_best_scales(x64):
     forward, nodes, matrices = uneven()
-    optimum = best(nodes, matrices)
+    optimum, sizes = best(nodes, matrices), [node.own[0] for node in nodes]
     random = np.exp(np.random.default_rng(1).normal(size=(3, 3))) * optimum
     totals = []
     for scales in (optimum, np.ones(3), *random):
@@ -73,9 +73,9 @@ def test_the_variance_of_scaled_perturbations_is_that_of_theory_and_least_at_the
         np.testing.assert_allclose(measured(found, matrices), expected, rtol=0.05)
         totals.append(sum(expected))
     assert totals[0] == min(totals)
-    np.testing.assert_allclose(totals[0], (sum(np.sqrt(node.own[0]) for node in nodes) ** 2 - 3) / 9, rtol=1e-9)
+    np.testing.assert_allclose(totals[0], (sum(np.sqrt(n) for n in sizes) ** 2 + sum(sizes) / 4 - 3) / 9, rtol=1e-9)
     # The loud layer's noise, which one derivative per layer would keep apart, is what they take away.
-    apart = sum(node.own[0] - 1 for node in nodes) / 9
+    apart = sum(1.25 * n - 1 for n in sizes) / 9
     assert totals[0] - apart < 0.05 * (totals[1] - apart)
 
 
@@ -110,30 +110,29 @@ def test_scaling_finds_the_best_scales(x64):
     np.testing.assert_allclose(course[1000:].mean(0), logarithms - logarithms.mean(), atol=0.1)
 
 
-@pytest.mark.parametrize("name", ["dense", "conv"])
 @pytest.mark.parametrize("perturbation", [jax.random.normal, random_signs])
-def test_the_noise_is_measured_without_bias(perturbation, name, x64):
-    forward, nodes = network(name)
-    # Examples of one Jacobian, and no other spread between them, which would count as noise of the batch, too.
-    linear = jax.linearize(forward, [jnp.zeros((9, *node.own)) for node in nodes])[1]
-    alike = [jnp.mean(jax.jacrev(linear)([jnp.zeros((9, *n.own)) for n in nodes])[i], 0) for i, n in enumerate(nodes)]
-    means = [jnp.sum(j, 1) for j in alike]  # (output, own...)
-
-    def same(taps):
-        return sum(
-            jnp.einsum("b...,o...->bo", tap + jnp.zeros((9, *j.shape[1:])), j)
-            for tap, j in zip(taps, means, strict=True)
-        )
-
-    found = samples(same, scaled(nodes, (0.5, 2.0)), 16000, perturbation=perturbation, of=estimates)
-    movement = [s**2 * np.sum(np.square(j)) for s, j in zip((0.5, 2.0), means, strict=True)]
-    for one, j, moved in zip(found, means, movement, strict=True):
-        variance = np.mean(
-            np.sum(np.square(one.jacobian - np.moveaxis(np.asarray(j), 0, -1)), tuple(range(1, j.ndim + 1)))
-        )
+def test_the_noise_is_measured_without_bias(perturbation, x64):
+    forward, nodes, matrices = uneven(factors=(1.0, 3.0, 2.0))
+    scales = (0.5, 1.0, 2.0)
+    found = samples(forward, scaled(nodes, scales), 16000, perturbation=perturbation, of=estimates)
+    expected = [s**2 * np.sum(np.square(j)) for s, j in zip(scales, matrices, strict=True)]
+    for one, j, part in zip(found, matrices, expected, strict=True):
+        variance = np.mean(np.sum(np.square(one.jacobian - np.asarray(j)), (1, 2)))
         np.testing.assert_allclose(one.variance.mean(), variance, rtol=0.03)
-        np.testing.assert_allclose(one.part.mean(), moved, rtol=0.05, atol=0.01 * sum(movement))
-        np.testing.assert_allclose(one.whole.mean(), sum(movement), rtol=0.05)
+        np.testing.assert_allclose(one.part.mean(), part, rtol=0.05, atol=0.03 * sum(expected))
+        np.testing.assert_allclose(one.whole.mean(), sum(expected), rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["dense", "conv"])
+def test_a_layers_part_is_of_each_examples_own_jacobian(name, x64):
+    forward, nodes = network(name)
+    full = jax.jacrev(forward)([jnp.zeros((9, *node.own)) for node in nodes])
+    found = samples(forward, scaled(nodes, (1.0, 2.0)), 16000, perturbation=random_signs, of=estimates)
+    squares = [np.sum(np.square(np.einsum("bob...->bo...", np.asarray(j)))) / 9 for j in full]
+    whole = squares[0] + 4 * squares[1]
+    for one, part in zip(found, (squares[0], 4 * squares[1]), strict=True):
+        np.testing.assert_allclose(one.part.mean(), part, rtol=0.05, atol=0.03 * whole)
+        np.testing.assert_allclose(one.whole.mean(), whole, rtol=0.05)
 
 
 class Walk(NamedTuple):
@@ -222,10 +221,10 @@ def test_a_network_that_nothing_moves_teaches_the_filter_nothing():
 
 
 def test_a_batch_of_one_example_tells_no_noise():
-    for rule in (jaxfa.grape(averaging=kalman()), jaxfa.fdfa(scaling=0.1)):
-        feedback = [rule.init(KEY, jnp.ones((1, 3)), jnp.ones((1, 2)))]
-        with pytest.raises(ValueError, match="two examples or more"):
-            rule.refine(lambda taps: (jnp.ones((1, 3)) + taps[0]) @ jnp.ones((3, 2)), feedback, KEY)
+    rule = jaxfa.grape(averaging=kalman())
+    feedback = [rule.init(KEY, jnp.ones((1, 3)), jnp.ones((1, 2)))]
+    with pytest.raises(ValueError, match="two examples or more"):
+        rule.refine(lambda taps: (jnp.ones((1, 3)) + taps[0]) @ jnp.ones((3, 2)), feedback, KEY)
 
 
 def test_what_can_not_be_is_refused():
