@@ -64,6 +64,7 @@ class Variant(NamedTuple):
 
 
 _NORMAL = jax.random.normal
+_KALMAN = jaxfa.kalman(0.1)
 VARIANTS = {
     "literal": Variant("As published", jaxfa.grape(perturbation=_NORMAL)),
     "per-unit": Variant("As published", jaxfa.grape(perturbation=_NORMAL, norm_axis=1)),
@@ -74,16 +75,18 @@ VARIANTS = {
     "tile-1": Variant("Repeated feedback", jaxfa.grape(tile=1)),
     "mean-0.9": Variant("Running mean", jaxfa.grape(averaging=0.9)),
     "mean-0.98": Variant("Running mean", jaxfa.grape(averaging=0.98)),
-    "kalman-0.03": Variant("Running mean", jaxfa.grape(averaging=jaxfa.kalman(0.03))),
-    "kalman-0.1": Variant("Running mean", jaxfa.grape(averaging=jaxfa.kalman(0.1))),
-    "kalman-0.3": Variant("Running mean", jaxfa.grape(averaging=jaxfa.kalman(0.3))),
+    "kalman": Variant("Running mean", jaxfa.grape(averaging=_KALMAN)),
     "magnitudes": Variant("Magnitudes kept", jaxfa.grape(column_norm=False)),
     "fdfa": Variant("Magnitudes kept", jaxfa.fdfa()),
     "tile-4-mean": Variant("Together", jaxfa.grape(tile=4, averaging=0.9)),
-    "tile-4-kalman": Variant("Together", jaxfa.grape(tile=4, averaging=jaxfa.kalman(0.1))),
+    "tile-4-kalman": Variant("Together", jaxfa.grape(tile=4, averaging=_KALMAN)),
     "tile-4-scaled": Variant("Together", jaxfa.grape(tile=4, scaling=0.3)),
-    "tile-4-scaled-kalman": Variant("Together", jaxfa.grape(tile=4, scaling=0.3, averaging=jaxfa.kalman(0.1))),
-    "kalman-0.1-fast": Variant("Together", jaxfa.grape(averaging=jaxfa.kalman(0.1), learning_rate=0.3)),
+    "tile-4-scaled-kalman": Variant("Together", jaxfa.grape(tile=4, scaling=0.3, averaging=_KALMAN)),
+    # The mean lags already: B may follow it faster. Beside it the control that follows as fast without a mean.
+    "tile-4-scaled-kalman-fast": Variant(
+        "Together", jaxfa.grape(learning_rate=0.3, tile=4, scaling=0.3, averaging=_KALMAN)
+    ),
+    "tile-4-scaled-fast": Variant("Together", jaxfa.grape(learning_rate=0.3, tile=4, scaling=0.3)),
     "tile-4-fdfa": Variant("Together", jaxfa.fdfa(tile=4)),
 }
 

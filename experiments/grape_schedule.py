@@ -24,9 +24,9 @@ those steps alone, every epoch        11.3  11.3
 backpropagation                       36.4  36.4
 ====================================  ====  =====
 
-Five true gradients in 400 steps lift DFA by 2.5 points, and less where they are rarer, as claimed; GrAPE is where it was,
-within the error. To take them only where the measured cosine is low loses nothing. With momentum of their own at .1 they
-do harm: steps so large throw the rule off. The published leap is not seen; epochs of 80 steps, 5 of them, can't deny it.
+Five true gradients in 400 steps lift DFA by 2.5 points, and less where they are rarer, as claimed; GrAPE is where it
+was, within the error. To take them only where the measured cosine is low loses nothing. With momentum of their own at
+.1 they do harm: so large a step throws the rule off. The published leap is not seen; a run this short can't deny it.
 The preset ``paper`` has not been run.
 """
 

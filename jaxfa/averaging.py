@@ -11,7 +11,7 @@ from jaxfa.estimate import Estimate
 Gain = Callable[[jax.Array, jax.Array, Estimate], tuple[jax.Array | float, jax.Array]]
 
 
-def kalman(drift: float = 0.03) -> Gain:
+def kalman(drift: float = 0.1) -> Gain:
     """Averages as long as it pays: the weights of a Kalman filter, by each layer's own noise.
 
     The Jacobian is taken for a random walk of steps ``q = (drift |J|)^2``, seen through the noise ``r`` of an estimate,
@@ -30,7 +30,7 @@ def kalman(drift: float = 0.03) -> Gain:
 
     Example:
       >>> import jaxfa
-      >>> rule = jaxfa.grape(averaging=jaxfa.kalman(0.03))
+      >>> rule = jaxfa.grape(averaging=jaxfa.kalman(0.1))
 
     Source: Kalman, "A New Approach to Linear Filtering and Prediction Problems", 1960,
     https://doi.org/10.1115/1.3662552
