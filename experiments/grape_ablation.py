@@ -42,6 +42,7 @@ machine. The preset ``paper`` has not been run.
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,31 +64,30 @@ class Variant(NamedTuple):
     rule: jaxfa.Rule
 
 
+_plain = partial(jaxfa.grape, averaging=0.0, scaling=0.0)
 _NORMAL = jax.random.normal
-_KALMAN = jaxfa.kalman(0.1)
 VARIANTS = {
-    "literal": Variant("As published", jaxfa.grape(perturbation=_NORMAL)),
-    "per-unit": Variant("As published", jaxfa.grape(perturbation=_NORMAL, norm_axis=1)),
-    "signs": Variant("Perturbations", jaxfa.grape()),
-    "separate": Variant("Perturbations", jaxfa.grape(separate=True)),
-    "scaled": Variant("Perturbations", jaxfa.grape(scaling=0.3)),
-    "tile-4": Variant("Repeated feedback", jaxfa.grape(tile=4)),
-    "tile-1": Variant("Repeated feedback", jaxfa.grape(tile=1)),
-    "mean-0.9": Variant("Running mean", jaxfa.grape(averaging=0.9)),
-    "mean-0.98": Variant("Running mean", jaxfa.grape(averaging=0.98)),
-    "kalman": Variant("Running mean", jaxfa.grape(averaging=_KALMAN)),
-    "magnitudes": Variant("Magnitudes kept", jaxfa.grape(column_norm=False)),
+    "literal": Variant("As published", _plain(perturbation=_NORMAL)),
+    "per-unit": Variant("As published", _plain(perturbation=_NORMAL, norm_axis=1)),
+    "signs": Variant("Perturbations", _plain()),
+    "separate": Variant("Perturbations", _plain(separate=True)),
+    "scaled": Variant("Perturbations", _plain(scaling=0.3)),
+    "tile-4": Variant("Repeated feedback", _plain(tile=4)),
+    "tile-1": Variant("Repeated feedback", _plain(tile=1)),
+    "mean-0.9": Variant("Running mean", _plain(averaging=0.9)),
+    "mean-0.98": Variant("Running mean", _plain(averaging=0.98)),
+    "kalman": Variant("Running mean", _plain(averaging=jaxfa.kalman())),
+    "magnitudes": Variant("Magnitudes kept", _plain(column_norm=False)),
     "fdfa": Variant("Magnitudes kept", jaxfa.fdfa()),
-    "tile-4-mean": Variant("Together", jaxfa.grape(tile=4, averaging=0.9)),
-    "tile-4-kalman": Variant("Together", jaxfa.grape(tile=4, averaging=_KALMAN)),
-    "tile-4-scaled": Variant("Together", jaxfa.grape(tile=4, scaling=0.3)),
-    "tile-4-scaled-kalman": Variant("Together", jaxfa.grape(tile=4, scaling=0.3, averaging=_KALMAN)),
+    "tile-4-fdfa": Variant("Magnitudes kept", jaxfa.fdfa(tile=4)),
+    "tile-4-mean": Variant("Together", _plain(tile=4, averaging=0.9)),
+    "tile-4-kalman": Variant("Together", _plain(tile=4, averaging=jaxfa.kalman())),
+    "tile-4-scaled": Variant("Together", _plain(tile=4, scaling=0.3)),
+    "default": Variant("Together", jaxfa.grape()),
+    "tile-4-default": Variant("Together", jaxfa.grape(tile=4)),
     # The mean lags already: B may follow it faster. Beside it the control that follows as fast without a mean.
-    "tile-4-scaled-kalman-fast": Variant(
-        "Together", jaxfa.grape(learning_rate=0.3, tile=4, scaling=0.3, averaging=_KALMAN)
-    ),
-    "tile-4-scaled-fast": Variant("Together", jaxfa.grape(learning_rate=0.3, tile=4, scaling=0.3)),
-    "tile-4-fdfa": Variant("Together", jaxfa.fdfa(tile=4)),
+    "tile-4-default-fast": Variant("Together", jaxfa.grape(tile=4, learning_rate=0.3)),
+    "tile-4-scaled-fast": Variant("Together", _plain(tile=4, scaling=0.3, learning_rate=0.3)),
 }
 
 

@@ -41,7 +41,9 @@ def kalman(drift: float = 0.1) -> Gain:
     def gain(mean: jax.Array, precision: jax.Array, estimate: Estimate) -> tuple[jax.Array, jax.Array]:
         noise = estimate.variance
         if noise is None:
-            raise ValueError("kalman measures noise by the spread of a batch: give refine two examples or more.")
+            raise ValueError(
+                "kalman measures noise by the spread of a batch: give refine two examples or more, or averaging=0.0."
+            )
         # |mean|^2 has the mean's own variance in it. In units of that variance nothing is divided by zero.
         signal = jnp.maximum(precision * jnp.sum(jnp.square(mean)) - 1, 0)
         prior = precision / (1 + drift**2 * signal)

@@ -122,7 +122,9 @@ def _check(averaging: float | Gain, tile: int | None, separate: bool, scaling: f
     if not 0.0 <= scaling <= 1.0:
         raise ValueError(f"scaling must be from 0 to 1, got {scaling}.")
     if separate and scaling:
-        raise ValueError("separate derivatives make each other no noise that scaling could lower; choose one of them.")
+        raise ValueError(
+            "Separate derivatives make each other no noise that scaling could lower: give scaling=0.0 with separate."
+        )
 
 
 def rescale(nodes: list[Any], found: list[Estimate], rate: float) -> list[Any]:

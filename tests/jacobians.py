@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from jaxfa.projection import random_signs
 
 KEY = jax.random.PRNGKey(3)
 SIZES = (6, 7, 5, 4)
+
+# GrAPE as published, but for its signs, and without state of its own beside B.
+literal = partial(jaxfa.grape, averaging=0.0, scaling=0.0)
 
 
 def dense(taps, x, weights):

@@ -13,7 +13,7 @@ from jax import lax
 import jaxfa
 from jaxfa.jacobian import JacobianFeedback
 from jaxfa.projection import random_signs
-from tests.jacobians import KEY, estimate, jacobians, network, samples
+from tests.jacobians import KEY, estimate, jacobians, literal, network, samples
 
 
 @pytest.mark.parametrize("name", ["dense", "conv"])
@@ -106,7 +106,7 @@ def test_a_step_is_the_gradient_of_the_cosines_with_that_estimate(name, norm_axi
     forward, nodes = network(name)
     nodes = [replace(node, b=jax.random.normal(KEY, node.b.shape)) for node in nodes]
     after, normed = (
-        jaxfa.grape(learning_rate=0.3, norm_axis=norm_axis, column_norm=norm, epsilon=0.0).refine(forward, nodes, KEY)
+        literal(learning_rate=0.3, norm_axis=norm_axis, column_norm=norm, epsilon=0.0).refine(forward, nodes, KEY)
         for norm in (False, True)
     )
     for node, found, *moved in zip(nodes, estimate(forward, nodes, KEY), after, normed, strict=True):
@@ -133,14 +133,14 @@ def test_the_cosine_of_one_sample_is_within_the_papers_bounds(x64):
 
 def test_a_running_mean_is_one(x64):
     forward, nodes = network("dense")
-    rule = jaxfa.grape(averaging=0.75)
+    rule = literal(averaging=0.75)
     ones = [jnp.ones_like(node.b) for node in nodes]
     start = [replace(node, b=one, mean=one, precision=jnp.zeros(())) for node, one in zip(nodes, ones, strict=True)]
     after = rule.refine(forward, start, KEY)
     for node, j in zip(after, estimate(forward, nodes, KEY), strict=True):
         np.testing.assert_allclose(node.mean, 0.75 + 0.25 * j, rtol=1e-12)
     plain = [replace(node, mean=None) for node in start]
-    assert not np.allclose(after[0].b, jaxfa.grape().refine(forward, plain, KEY)[0].b)
+    assert not np.allclose(after[0].b, literal().refine(forward, plain, KEY)[0].b)
 
 
 def test_fdfa_is_the_running_mean_itself(x64):
@@ -150,7 +150,9 @@ def test_fdfa_is_the_running_mean_itself(x64):
         np.testing.assert_allclose(node.b, 0.75 + 0.25 * j, rtol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [jaxfa.grape(averaging=0.97, learning_rate=0.1), jaxfa.fdfa(learning_rate=0.01)])
+@pytest.mark.parametrize(
+    "rule", [jaxfa.grape(), literal(averaging=0.97, learning_rate=0.1), jaxfa.fdfa(learning_rate=0.01)]
+)
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_on_a_fixed_network_it_finds_the_jacobian(rule, name, x64):
     forward, nodes = network(name)

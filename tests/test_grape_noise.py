@@ -96,7 +96,7 @@ def test_no_scales_nearby_are_better(x64):
 
 def test_scaling_finds_the_best_scales(x64):
     forward, nodes, matrices = uneven()
-    rule = jaxfa.grape(scaling=0.05)
+    rule = jaxfa.grape(averaging=0.0, scaling=0.05)
     shapes = [jax.ShapeDtypeStruct((9, *node.own), jnp.float64) for node in nodes]
     start = [rule.init(KEY, h, jax.ShapeDtypeStruct((9, 4), jnp.float64)) for h in shapes]
 
@@ -213,7 +213,7 @@ def test_a_network_that_nothing_moves_teaches_the_filter_nothing():
     assert precision == 0
     weight, precision = kalman()(jnp.zeros(3), precision, Estimate(jnp.ones(3), jnp.asarray(4.0), None, None))
     assert (weight, precision) == (1, 0.25)
-    rule = jaxfa.grape(averaging=kalman(), scaling=0.5)
+    rule = jaxfa.grape()
     feedback = [rule.init(KEY, jnp.ones((5, 3)), jnp.ones((5, 2)))]
     (after,) = rule.refine(lambda taps: (jnp.ones((5, 3)) + taps[0]) @ jnp.zeros((3, 2)), feedback, KEY)
     np.testing.assert_allclose(after.b, feedback[0].b, rtol=1e-6)
@@ -221,7 +221,7 @@ def test_a_network_that_nothing_moves_teaches_the_filter_nothing():
 
 
 def test_a_batch_of_one_example_tells_no_noise():
-    rule = jaxfa.grape(averaging=kalman())
+    rule = jaxfa.grape()
     feedback = [rule.init(KEY, jnp.ones((1, 3)), jnp.ones((1, 2)))]
     with pytest.raises(ValueError, match="two examples or more"):
         rule.refine(lambda taps: (jnp.ones((1, 3)) + taps[0]) @ jnp.ones((3, 2)), feedback, KEY)
@@ -230,7 +230,7 @@ def test_a_batch_of_one_example_tells_no_noise():
 def test_what_can_not_be_is_refused():
     with pytest.raises(ValueError, match="scaling must be from 0 to 1"):
         jaxfa.grape(scaling=-0.1)
-    with pytest.raises(ValueError, match="choose one of them"):
+    with pytest.raises(ValueError, match="give scaling"):
         jaxfa.fdfa(scaling=0.1, separate=True)
     with pytest.raises(ValueError, match="drift must be from 0"):
         kalman(-1.0)
