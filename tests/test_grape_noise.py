@@ -1,6 +1,7 @@
 """The noise of GrAPE's estimates: measured without bias, lowered by the perturbations' scales, averaged by Kalman."""
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -51,9 +52,8 @@ def best(nodes, matrices):
     return [node.own[0] ** 0.25 / float(jnp.linalg.norm(j)) for node, j in zip(nodes, matrices, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["dense", "conv"])
-def test_scales_leave_the_estimates_unbiased(name, x64):
-    forward, nodes = network(name)
+def test_scales_leave_the_estimates_unbiased(x64):
+    forward, nodes = network("conv")
     found = samples(forward, scaled(nodes, (0.5, 3.0)), 8000, perturbation=random_signs)
     for one, true in zip(found, jacobians(forward, nodes), strict=True):
         # Were there a bias, the mean's error would be more than its samples' spread explains.
@@ -65,10 +65,10 @@ def test_scales_leave_the_estimates_unbiased(name, x64):
 def test_the_variance_of_scaled_perturbations_is_that_of_theory_and_least_at_the_best_scales(x64):
     forward, nodes, matrices = uneven()
     optimum, sizes = best(nodes, matrices), [node.own[0] for node in nodes]
-    random = np.exp(np.random.default_rng(1).normal(size=(3, 3))) * optimum
+    random = np.exp(np.random.default_rng(1).normal(size=3)) * optimum
     totals = []
-    for scales in (optimum, np.ones(3), *random):
-        found = samples(forward, scaled(nodes, scales), 8000, perturbation=random_signs)
+    for scales in (optimum, np.ones(3), random):
+        found = samples(forward, scaled(nodes, scales), 6000, perturbation=random_signs)
         expected = relative_variances(nodes, matrices, scales)
         np.testing.assert_allclose(measured(found, matrices), expected, rtol=0.05)
         totals.append(sum(expected))
@@ -215,7 +215,8 @@ def test_a_network_that_nothing_moves_teaches_the_filter_nothing():
     assert (weight, precision) == (1, 0.25)
     rule = jaxfa.grape()
     feedback = [rule.init(KEY, jnp.ones((5, 3)), jnp.ones((5, 2)))]
-    (after,) = rule.refine(lambda taps: (jnp.ones((5, 3)) + taps[0]) @ jnp.zeros((3, 2)), feedback, KEY)
+    dead = partial(rule.refine, lambda taps: (jnp.ones((5, 3)) + taps[0]) @ jnp.zeros((3, 2)))
+    (after,) = jax.jit(dead)(feedback, KEY)
     np.testing.assert_allclose(after.b, feedback[0].b, rtol=1e-6)
     assert after.log_scale == 0
 
