@@ -64,14 +64,14 @@ class Variant(NamedTuple):
     rule: jaxfa.Rule
 
 
-_plain = partial(jaxfa.grape, averaging=0.0, scaling=0.0)
+_plain = partial(jaxfa.grape, scaling=0.0)
 _NORMAL = jax.random.normal
 VARIANTS = {
     "literal": Variant("As published", _plain(perturbation=_NORMAL)),
     "per-unit": Variant("As published", _plain(perturbation=_NORMAL, norm_axis=1)),
     "signs": Variant("Perturbations", _plain()),
     "separate": Variant("Perturbations", _plain(separate=True)),
-    "scaled": Variant("Perturbations", _plain(scaling=0.3)),
+    "scaled": Variant("Perturbations", jaxfa.grape()),
     "tile-4": Variant("Repeated feedback", _plain(tile=4)),
     "tile-1": Variant("Repeated feedback", _plain(tile=1)),
     "mean-0.9": Variant("Running mean", _plain(averaging=0.9)),
@@ -83,11 +83,8 @@ VARIANTS = {
     "tile-4-mean": Variant("Together", _plain(tile=4, averaging=0.9)),
     "tile-4-kalman": Variant("Together", _plain(tile=4, averaging=jaxfa.kalman())),
     "tile-4-scaled": Variant("Together", _plain(tile=4, scaling=0.3)),
-    "default": Variant("Together", jaxfa.grape()),
-    "tile-4-default": Variant("Together", jaxfa.grape(tile=4)),
-    # The mean lags already: B may follow it faster. Beside it the control that follows as fast without a mean.
-    "tile-4-default-fast": Variant("Together", jaxfa.grape(tile=4, learning_rate=0.3)),
-    "tile-4-scaled-fast": Variant("Together", _plain(tile=4, scaling=0.3, learning_rate=0.3)),
+    "scaled-kalman": Variant("Together", _plain(scaling=0.3, averaging=jaxfa.kalman())),
+    "tile-4-scaled-kalman": Variant("Together", _plain(tile=4, scaling=0.3, averaging=jaxfa.kalman())),
 }
 
 

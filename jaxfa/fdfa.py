@@ -28,7 +28,7 @@ def fdfa(
       learning_rate: ``eta``, how far one batch moves ``B``; ours.
       tile: as for :func:`jaxfa.grape`.
       perturbation: as for :func:`jaxfa.grape`.
-      scaling: as for :func:`jaxfa.grape`.
+      scaling: as for :func:`jaxfa.grape`, but by default 0, the paper's.
       separate: as for :func:`jaxfa.grape`.
 
     Returns:

@@ -10,18 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxfa.averaging import Gain, kalman
+from jaxfa.averaging import Gain
 from jaxfa.base import Initializer, Rule
 from jaxfa.jacobian import JacobianFeedback, jacobian_rule
 from jaxfa.projection import random_signs
-
-_KALMAN = kalman()
 
 
 def grape(
     *,
     learning_rate: float = 0.05,
-    averaging: float | Gain = _KALMAN,
+    averaging: float | Gain = 0.0,
     tile: int | None = None,
     perturbation: Initializer = random_signs,
     scaling: float = 0.3,
@@ -41,9 +39,9 @@ def grape(
     token's logits in its own activation. Under batch normalisation in training mode what examples do to each other adds
     variance, no bias. ``refine`` runs the model in its present mode and changes nothing of it but the feedback.
 
-    The paper's rule to the letter is ``grape(averaging=0.0, scaling=0.0, perturbation=jax.random.normal)``. The
-    defaults go beyond it where its own analysis points, to the estimate's noise; ``experiments/grape_ablation`` has the
-    evidence, by which ``tile=4`` helps deep convolutional networks, too.
+    The paper's rule to the letter is ``grape(scaling=0.0, perturbation=jax.random.normal)``. The defaults lower the
+    estimate's noise, where its own analysis points; in deep convolutional networks ``grape(tile=4,
+    averaging=jaxfa.kalman())`` lowers it most. ``experiments/grape_ablation`` has the evidence.
 
     Weights are never perturbed, though the paper does so where they have fewer dimensions. A dense layer's never have,
     and examples share the noise that they make: more variance at the same cost. A kernel has if it is smaller than the
@@ -52,9 +50,9 @@ def grape(
 
     Args:
       learning_rate: ``eta_B`` of that sum; the paper's mean over ``C`` outputs has the rate ``C`` times this one. Ours.
-      averaging: how the estimates are averaged over time before that step: :func:`jaxfa.kalman`, by which each layer's
-        noise says for how long; or how much of the last mean the new one keeps, from 0 to below 1; 0, the paper's, is
-        this batch's estimate alone. The mean takes as much memory as ``B``.
+      averaging: how much of the last running mean of ``J_l`` the new one keeps, from 0 to below 1; 0, the paper's, is
+        this batch's estimate alone. Or :func:`jaxfa.kalman`, by which each layer's noise says how much. The mean takes
+        as much memory as ``B``.
       tile: the side, in pixels, of a piece of ``B`` that repeats over the map; None is the full ``B``, 1 a matrix per
         channel. Below a global average pool the Jacobian repeats likewise, with the stride from the layer to the pool
         as its period (borders aside): that tile loses nothing. The perturbation is tiled, too, so that its dimension

@@ -151,7 +151,8 @@ def test_fdfa_is_the_running_mean_itself(x64):
 
 
 @pytest.mark.parametrize(
-    "rule", [jaxfa.grape(), literal(averaging=0.97, learning_rate=0.1), jaxfa.fdfa(learning_rate=0.01)]
+    "rule",
+    [jaxfa.grape(averaging=jaxfa.kalman()), literal(averaging=0.97, learning_rate=0.1), jaxfa.fdfa(learning_rate=0.01)],
 )
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_on_a_fixed_network_it_finds_the_jacobian(rule, name, x64):

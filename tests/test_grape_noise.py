@@ -96,7 +96,7 @@ def test_no_scales_nearby_are_better(x64):
 
 def test_scaling_finds_the_best_scales(x64):
     forward, nodes, matrices = uneven()
-    rule = jaxfa.grape(averaging=0.0, scaling=0.05)
+    rule = jaxfa.grape(scaling=0.05)
     shapes = [jax.ShapeDtypeStruct((9, *node.own), jnp.float64) for node in nodes]
     start = [rule.init(KEY, h, jax.ShapeDtypeStruct((9, 4), jnp.float64)) for h in shapes]
 
@@ -213,7 +213,7 @@ def test_a_network_that_nothing_moves_teaches_the_filter_nothing():
     assert precision == 0
     weight, precision = kalman()(jnp.zeros(3), precision, Estimate(jnp.ones(3), jnp.asarray(4.0), None, None))
     assert (weight, precision) == (1, 0.25)
-    rule = jaxfa.grape()
+    rule = jaxfa.grape(averaging=kalman())
     feedback = [rule.init(KEY, jnp.ones((5, 3)), jnp.ones((5, 2)))]
     dead = partial(rule.refine, lambda taps: (jnp.ones((5, 3)) + taps[0]) @ jnp.zeros((3, 2)))
     (after,) = jax.jit(dead)(feedback, KEY)
@@ -222,7 +222,7 @@ def test_a_network_that_nothing_moves_teaches_the_filter_nothing():
 
 
 def test_a_batch_of_one_example_tells_no_noise():
-    rule = jaxfa.grape()
+    rule = jaxfa.grape(averaging=kalman())
     feedback = [rule.init(KEY, jnp.ones((1, 3)), jnp.ones((1, 2)))]
     with pytest.raises(ValueError, match="two examples or more"):
         rule.refine(lambda taps: (jnp.ones((1, 3)) + taps[0]) @ jnp.ones((3, 2)), feedback, KEY)
