@@ -25,8 +25,8 @@ from experiments import (
     rank_collapse,
     report,
     ssa_ablation,
-    ssa_cifar10,
     ssa_alignment,
+    ssa_cifar10,
     ssa_cost,
     sweep_report,
 )

@@ -203,7 +203,7 @@ def _arms(config: Config, dataset: data.Dataset, name: NetworkName) -> Iterator[
 
 def grape(config: Config) -> jaxfa.Rule:
     """GrAPE as a configuration asks for it."""
-    return jaxfa.grape(tile=config.tile, averaging=config.averaging)
+    return jaxfa.grape(tile=config.tile, averaging=config.averaging, scaling=0.0)
 
 
 def task(

@@ -98,7 +98,7 @@ def _arms(config: Config, name: Name) -> Iterator[sweep.Arm]:
         "bp": ("backpropagation", jaxfa.backprop(), config.learning_rate),
         "fa": ("FA", jaxfa.fa(), config.fa_rate),
         "dfa": ("DFA", jaxfa.dfa(), config.dfa_rate),
-        "grape": ("GrAPE", jaxfa.grape(), config.grape_rate),
+        "grape": ("GrAPE", jaxfa.grape(scaling=0.0), config.grape_rate),
     }
     for rule, (title, value, rate) in rules.items():
         task = _task(config, dataset, value, rate)
