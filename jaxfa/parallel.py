@@ -8,18 +8,18 @@ such as ``data``, are the compiler's: what a rule takes from a batch, it takes f
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxfa.ops import listen
-from jaxfa.stack import Block, check_feedback, check_stack, is_unrolled, sweep
+from jaxfa.ops import deliver, listen
+from jaxfa.stack import Block, check_feedback, check_stack, gradients, input_error, is_unrolled, sweep
 
 DATA, LAYER = "data", "layer"
-_LAYERS = PartitionSpec(LAYER)
+_LAYERS, _KEPT = PartitionSpec(LAYER), PartitionSpec(None, LAYER)
 
 
 def mesh(*, data: int = 1, layer: int = 1, **others: int) -> Mesh:
@@ -63,6 +63,7 @@ def pipeline(
     *,
     mesh: Mesh,
     microbatches: int,
+    schedule: str,
     unroll: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs :func:`jaxfa.direct_stack` on ``S`` devices, or groups of them, each of which owns ``L / S`` of the blocks.
@@ -103,7 +104,7 @@ def pipeline(
       >>> @jax.jit
       ... def loss(w):
       ...     h, wire = jaxfa.parallel.pipeline(
-      ...         lambda w, h: jnp.tanh(h @ w), w, x, jaxfa.error_wire(x), feedback, mesh=mesh, microbatches=2)
+      ...         lambda w, h: jnp.tanh(h @ w), w, x, jaxfa.error_wire(x), feedback, mesh=mesh, microbatches=2, schedule="stream")
       ...     return ((h + wire) ** 2).sum()
       >>> jax.grad(loss)(w).shape
       (6, 4, 4)
@@ -112,49 +113,70 @@ def pipeline(
     """
     layers = check_stack(block, params, h)
     _check_sizes(mesh, layers, h.shape[0], microbatches)
+    if schedule not in _SCHEDULES:
+        raise ValueError(f"schedule must be one of {sorted(_SCHEDULES)}, got {schedule!r}.")
+    sizes = _Sizes(microbatches, mesh.shape.get(DATA, 1), is_unrolled(block, params, h, unroll))
+    run_block, learn = _SCHEDULES[schedule]
     on = partial(jax.shard_map, mesh=mesh, axis_names={LAYER})
-    straight = is_unrolled(block, params, h, unroll)
-    data = mesh.shape.get(DATA, 1)
-    stages = partial(_stages, block, straight, microbatches, data)
-    run = on(stages, in_specs=_LAYERS, out_specs=_LAYERS)
     # One copy for each stage: XLA (jax 0.10) cannot sum what is replicated over an axis of one device.
     copies = jnp.broadcast_to(h, (mesh.shape[LAYER], *h.shape))
     # What follows would else be computed by every stage, on all of the last one's output.
     spread = NamedSharding(mesh, PartitionSpec(tuple(axis for axis in (DATA, LAYER) if axis in mesh.shape)))
     if feedback is None:
-        return lax.with_sharding_constraint(_gathered(run(params, copies)[0], data), spread), wire
+        plain = partial(_stages, lambda p, h: (block(p, h), None), sizes)
+        end, _, _ = on(plain, in_specs=_LAYERS, out_specs=(_LAYERS, _LAYERS, _KEPT))(params, copies)
+        return lax.with_sharding_constraint(_gathered(end, sizes.data), spread), wire
     feedback = check_feedback(feedback, layers)
-    end, starts = run(*lax.stop_gradient((params, copies)))
+    run = on(partial(_stages, partial(run_block, block), sizes), in_specs=_LAYERS, out_specs=(_LAYERS, _LAYERS, _KEPT))
+    end, *kept = run(*lax.stop_gradient((params, copies)))
 
     def backward(tree: Any, e: jax.Array) -> Any:
-        params, _, feedback, starts = tree
-        learn_own = partial(_learn_own, block, layers if straight else 1)
-        learn = on(learn_own, in_specs=(_LAYERS, _LAYERS, _LAYERS, PartitionSpec()), out_specs=_LAYERS)
-        dparams, dh, signals = learn(params, starts, feedback, e)
-        return dparams, dh[0], signals, jnp.zeros_like(starts)
+        params, _, feedback, kept = tree
+        specs = (_LAYERS, _LAYERS, (_LAYERS, _KEPT), PartitionSpec())
+        own = on(partial(learn, block, sizes), in_specs=specs, out_specs=_LAYERS)
+        dparams, dh, signals = own(params, feedback, tuple(kept), e)
+        return dparams, dh[0], signals, None
 
-    end = lax.with_sharding_constraint(_gathered(end, data), spread)
-    return end, listen(backward, wire, (params, h, feedback, starts))
+    end = lax.with_sharding_constraint(_gathered(end, sizes.data), spread)
+    return end, listen(backward, wire, (params, h, feedback, tuple(kept)))
 
 
-def _stages(block: Block, straight: bool, microbatches: int, data: int, params: Any, h: jax.Array) -> Any:
-    """One stage's part of the forward pass: its part of the stack's output, and the input of its first block."""
+class _Sizes(NamedTuple):
+    microbatches: int
+    data: int
+    straight: bool
+
+    def unroll(self, count: int) -> int:
+        return count if self.straight else 1
+
+
+def _stages(run_block: Any, sizes: _Sizes, params: Any, h: jax.Array) -> Any:
+    """One stage's forward pass: its part of the stack's output, its first block's input, what its blocks keep."""
     stages, stage = lax.axis_size(LAYER), lax.axis_index(LAYER)
-    layers = len(jax.tree.leaves(params)[0])
-    ticks = microbatches + stages - 1
-    parts = _dealt(h[0], microbatches, data)
+    parts = _dealt(h[0], sizes.microbatches, sizes.data)
+    layers, ticks = len(jax.tree.leaves(params)[0]), len(parts) + stages - 1
+
+    def own(start: jax.Array) -> Any:
+        return lax.scan(lambda h, p: run_block(p, h), start, params, unroll=sizes.unroll(layers))
 
     def tick(carry: Any, t: jax.Array) -> Any:
-        arrived, starts, ends = carry
-        start = jnp.where(stage == 0, parts[jnp.minimum(t, microbatches - 1)], arrived)
-        end, _ = lax.scan(lambda h, p: (block(p, h), None), start, params, unroll=layers if straight else 1)
-        starts, ends = (_put(whole, one, t - stage) for whole, one in ((starts, start), (ends, end)))
-        return (lax.ppermute(end, LAYER, [(s, s + 1) for s in range(stages - 1)]), starts, ends), None
+        arrived, kept = carry
+        start = jnp.where(stage == 0, parts[jnp.minimum(t, len(parts) - 1)], arrived)
+        end, saved = own(start)
+        kept = jax.tree.map(lambda whole, one: _put(whole, one, t - stage), kept, (end, start, saved))
+        return (lax.ppermute(end, LAYER, [(s, s + 1) for s in range(stages - 1)]), kept), None
 
     # In the bubbles, too, blocks run on real examples: on zeros their derivative may be none.
-    first = parts[0], jnp.zeros_like(parts), jnp.zeros_like(parts)
-    (_, starts, ends), _ = lax.scan(tick, first, jnp.arange(ticks), unroll=ticks if straight else 1)
-    return _scatter(_gathered(ends, data), data), _gathered(starts, data)[None]
+    end, saved = jax.eval_shape(own, parts[0])
+    empty = jax.tree.map(lambda one: _empty((len(parts), *one.shape), one.dtype), (end, end, saved))
+    (_, (ends, starts, saved)), _ = lax.scan(
+        tick, (parts[0], empty), jnp.arange(ticks), unroll=sizes.unroll(ticks)
+    )
+    return _scatter(_gathered(ends, sizes.data), sizes.data), _gathered(starts, sizes.data)[None], saved
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return lax.pcast(jnp.zeros(shape, dtype), LAYER, to="varying")
 
 
 def _put(whole: jax.Array, one: jax.Array, i: jax.Array) -> jax.Array:
@@ -175,9 +197,62 @@ def _scatter(end: jax.Array, data: int) -> jax.Array:
     return own[None]
 
 
-def _learn_own(block: Block, layers: int, params: Any, start: jax.Array, feedback: Any, e: jax.Array) -> Any:
-    dparams, dh, signals = sweep(block, layers, (params, start[0], feedback), e)
+def _run_only(block: Block, p: Any, h: jax.Array) -> tuple[jax.Array, None]:
+    return block(p, h), None
+
+
+def _sweep_own(block: Block, sizes: _Sizes, params: Any, feedback: Any, kept: Any, e: jax.Array) -> Any:
+    """What a stage's blocks learn, from a second sweep through them."""
+    start, layers = kept[0][0], len(jax.tree.leaves(params)[0])
+    dparams, dh, signals = sweep(block, sizes.unroll(layers), (params, start, feedback), e)
     return dparams, dh[None], signals
+
+
+def _run_and_keep(block: Block, p: Any, h: jax.Array) -> tuple[jax.Array, Any]:
+    out, residuals, is_new, _ = _linearised(block, p, h)
+    return out, (out, [one for one, new in zip(residuals, is_new, strict=True) if new])
+
+
+def _linearised(block: Block, p: Any, h: jax.Array) -> Any:
+    """A block's output, and the residuals of its derivative in ``p``; new are those but ``p``, ``h`` and the output."""
+    out, vjp = jax.vjp(lambda p: block(p, h), p)
+    residuals, structure = jax.tree.flatten(vjp)
+    known = {id(leaf) for leaf in jax.tree.leaves((p, h, out))}
+    return out, residuals, [id(one) not in known for one in residuals], structure
+
+
+def _pull_back(block: Block, p: Any, h: jax.Array, out: jax.Array, kept: Any, delta: jax.Array) -> Any:
+    # Traced again for its structure alone: all that it computes is replaced by what was kept, and dropped.
+    again, residuals, is_new, structure = _linearised(block, p, h)
+    rest = iter(kept)
+    values = [next(rest) if new else out if one is again else one for one, new in zip(residuals, is_new, strict=True)]
+    return gradients(jax.tree.unflatten(structure, values), delta, p)
+
+
+def _learn_from_kept(block: Block, sizes: _Sizes, params: Any, feedback: Any, kept: Any, e: jax.Array) -> Any:
+    """What a stage's blocks learn, from what the forward pass kept."""
+    start, saved = kept
+    layers = len(jax.tree.leaves(params)[0])
+
+    def layer(h: jax.Array, layer: Any) -> Any:
+        p, f, (out, residuals) = layer
+        delta, signal = deliver((_gathered(out, sizes.data), f), e)
+
+        def add(total: Any, part: Any) -> Any:
+            return jax.tree.map(_add, total, _pull_back(block, p, *part)), None
+
+        parts = h, out, residuals, _dealt(delta, sizes.microbatches, sizes.data)
+        total, _ = lax.scan(add, jax.tree.map(jnp.zeros_like, p), parts, unroll=sizes.unroll(sizes.microbatches))
+        return out, (total, signal)
+
+    by_layer = params, feedback, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), saved)
+    first = _dealt(start[0], sizes.microbatches, sizes.data)
+    _, (dparams, signals) = lax.scan(layer, first, by_layer, unroll=sizes.unroll(layers))
+    return dparams, input_error(block, params, start[0], feedback, e)[None], signals
+
+
+def _add(total: jax.Array, one: jax.Array) -> jax.Array:
+    return total + one if jnp.issubdtype(total.dtype, jnp.inexact) else total
 
 
 def _dealt(h: jax.Array, parts: int, data: int) -> jax.Array:
@@ -216,3 +291,6 @@ def _check_sizes(mesh: Mesh, layers: int, examples: int, microbatches: int) -> N
 def _divisors(number: int) -> str:
     *some, last = [str(one) for one in range(1, number + 1) if number % one == 0]
     return f"{', '.join(some)} or {last}" if some else last
+
+
+_SCHEDULES: dict[str, Any] = {"parallel": (_run_and_keep, _learn_from_kept), "stream": (_run_only, _sweep_own)}
