@@ -33,6 +33,8 @@ from jaxfa.sign_symmetric import brsf as brsf
 from jaxfa.sign_symmetric import frsf as frsf
 from jaxfa.sign_symmetric import usf as usf
 from jaxfa.ssa import ssa as ssa
+from jaxfa.stack import direct_stack as direct_stack
+from jaxfa.stack_update import update_stack as update_stack
 from jaxfa.stiefel import stiefel as stiefel
 from jaxfa.svd import Factors as Factors
 from jaxfa.svd import factorise as factorise
@@ -42,8 +44,8 @@ from jaxfa.weight_mirror import weight_mirror as weight_mirror
 __version__ = "0.1.0"
 __all__ = [
     "DirectFeedback", "DirectMatrix", "Factors", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop",
-    "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "dkp", "dldfa", "drtp",
+    "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp", "dldfa", "drtp",
     "error_wire", "fa", "factorise", "fdfa", "frsf", "grape", "hoyer_penalty", "kolen_pollack", "ldfa", "linear",
-    "normative_ldfa", "optimizer", "orthonormal_factors", "prune", "register", "ssa", "stiefel", "usf",
+    "normative_ldfa", "optimizer", "orthonormal_factors", "prune", "register", "ssa", "stiefel", "update_stack", "usf",
     "weight_mirror", "with_feedback",
 ]  # fmt: skip

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from jaxfa.base import DirectFeedback
@@ -22,7 +21,14 @@ Block = Callable[[Any, jax.Array], jax.Array]
 
 
 def direct_stack(
-    block: Block, params: Any, h: jax.Array, wire: jax.Array, feedback: Any, *, schedule: str, unroll: bool | None = None
+    block: Block,
+    params: Any,
+    h: jax.Array,
+    wire: jax.Array,
+    feedback: Any,
+    *,
+    schedule: str,
+    unroll: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs ``L`` blocks, each of which has its error straight from the output: ``h_{l+1} = block(params_l, h_l)``.
 
@@ -74,13 +80,15 @@ def direct_stack(
     if schedule not in _SCHEDULES:
         raise ValueError(f"schedule must be one of {sorted(_SCHEDULES)}, got {schedule!r}.")
     layers = check_stack(block, params, h)
-    straight = layers if _is_unrolled(block, params, h, unroll) else 1
+    straight = layers if is_unrolled(block, params, h, unroll) else 1
     if feedback is None:
         return lax.scan(lambda h, p: (block(p, h), None), h, params, unroll=straight)[0], wire
-    return _SCHEDULES[schedule](block, straight, params, h, wire, check_feedback(feedback, layers))
+    return _SCHEDULES[schedule](block, straight, (params, h, check_feedback(feedback, layers)), wire)
 
 
-def _stored(block: Block, unroll: int, params: Any, h: jax.Array, wire: jax.Array, feedback: Any) -> Any:
+def _stored(block: Block, unroll: int, tree: Any, wire: jax.Array) -> Any:
+    params, h, feedback = tree
+
     def step(carry: Any, layer: Any) -> tuple[Any, None]:
         (h, wire), (p, f) = carry, layer
         return direct(block(p, h), wire, f), None
@@ -88,7 +96,9 @@ def _stored(block: Block, unroll: int, params: Any, h: jax.Array, wire: jax.Arra
     return lax.scan(step, (h, wire), (params, feedback), unroll=unroll)[0]
 
 
-def _parallel(block: Block, unroll: int, params: Any, h: jax.Array, wire: jax.Array, feedback: Any) -> Any:
+def _parallel(block: Block, unroll: int, tree: Any, wire: jax.Array) -> Any:
+    params, h, feedback = tree
+
     def step(h: jax.Array, p: Any) -> Any:
         out, vjp = jax.vjp(lambda p: block(p, h), p)
         return out, (out, vjp)
@@ -98,12 +108,13 @@ def _parallel(block: Block, unroll: int, params: Any, h: jax.Array, wire: jax.Ar
     def backward(tree: Any, e: jax.Array) -> Any:
         params, h, feedback, saved = tree
 
-        def learn(f: Any, saved: Any) -> Any:
+        def learn_from(f: Any, saved: Any) -> Any:
             out, vjp = saved
             delta, signal = deliver((out, f), e)
-            return *vjp(delta), signal
+            return _gradients(vjp, delta, first), signal
 
-        each = jax.vmap(learn) if unroll == 1 else _one_by_one(learn, unroll)
+        first = jax.tree.map(lambda leaf: leaf[0], params)
+        each = jax.vmap(learn_from) if unroll == 1 else _one_by_one(learn_from, unroll)
         dparams, signals = each(feedback, saved)
         return dparams, input_error(block, params, h, feedback, e), signals, jax.tree.map(jnp.zeros_like, saved)
 
@@ -114,10 +125,11 @@ def _one_by_one(function: Callable[..., Any], count: int) -> Callable[..., Any]:
     return lambda *xs: lax.scan(lambda _, x: (None, function(*x)), None, xs, unroll=count)[1]
 
 
-def _stream(block: Block, unroll: int, params: Any, h: jax.Array, wire: jax.Array, feedback: Any) -> Any:
+def _stream(block: Block, unroll: int, tree: Any, wire: jax.Array) -> Any:
+    params, h, _ = tree
     constant = lax.stop_gradient((h, params))
     end = lax.scan(lambda h, p: (block(p, h), None), *constant, unroll=unroll)[0]
-    return end, listen(partial(_sweep, block, unroll), wire, (params, h, feedback))
+    return end, listen(partial(_sweep, block, unroll), wire, tree)
 
 
 def _sweep(block: Block, unroll: int, tree: Any, e: jax.Array) -> Any:
@@ -126,7 +138,7 @@ def _sweep(block: Block, unroll: int, tree: Any, e: jax.Array) -> Any:
     ordered = lax.optimization_barrier if unroll > 1 else lambda values: values
 
     def step(h: jax.Array, layer: Any) -> Any:
-        out, *learned = learn(block, *layer, h, e)
+        out, *learned = learn(block, layer, h, e)
         return ordered((out, learned))
 
     start, e = ordered((h, e))
@@ -134,11 +146,18 @@ def _sweep(block: Block, unroll: int, tree: Any, e: jax.Array) -> Any:
     return dparams, input_error(block, params, h, feedback, e), signals
 
 
-def learn(block: Block, p: Any, f: DirectFeedback, h: jax.Array, e: jax.Array) -> tuple[jax.Array, Any, Any]:
-    """One block's output, its parameters' gradient and its feedback's signal."""
+def learn(block: Block, pair: tuple[Any, DirectFeedback], h: jax.Array, e: jax.Array) -> tuple[jax.Array, Any, Any]:
+    """One block's output, and what its parameters and its feedback learn."""
+    p, f = pair
     out, vjp = jax.vjp(lambda p: block(p, h), p)
     delta, signal = deliver((out, f), e)
-    return out, *vjp(delta), signal
+    return out, _gradients(vjp, delta, p), signal
+
+
+def _gradients(vjp: Any, delta: jax.Array, p: Any) -> Any:
+    # Keys and counters have gradients of a type of their own, which no loop can carry.
+    (dp,) = vjp(delta)
+    return jax.tree.map(lambda d, leaf: jnp.zeros_like(leaf) if d.dtype == jax.dtypes.float0 else d, dp, p)
 
 
 def input_error(block: Block, params: Any, h: jax.Array, feedback: Any, e: jax.Array) -> jax.Array:
@@ -146,6 +165,49 @@ def input_error(block: Block, params: Any, h: jax.Array, feedback: Any, e: jax.A
     p, f = jax.tree.map(lambda leaf: leaf[0], (params, feedback))
     out, vjp = jax.vjp(lambda h: block(p, h), h)
     return vjp(deliver((out, f), e)[0])[0]
+
+
+def check_stack(block: Block, params: Any, h: jax.Array) -> int:
+    """The number of blocks; refuses trees whose arrays differ in it, and blocks that can't follow each other."""
+    layers = count_layers(params, "params")
+    first = jax.tree.map(lambda leaf: jax.typeof(leaf[0]), params)
+    out = jax.eval_shape(block, first, h)
+    if jax.tree.structure(out) != jax.tree.structure(h) or (out.shape, out.dtype) != (h.shape, h.dtype):
+        raise ValueError(
+            f"A stack's block must return an array like the one it gets: expected {h.dtype}{h.shape}, got {out}. Put "
+            f"what changes the shape or dtype before or after the stack."
+        )
+    return layers
+
+
+def check_feedback(feedback: Any, layers: int) -> Any:
+    """The stack's feedback with a leading axis for its blocks."""
+    check_family(feedback, DirectFeedback, "direct_stack", "jaxfa.linear(x, w, feedback) inside the block")
+    if feedback.shared:
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (layers, *leaf.shape)), feedback)
+    found = count_layers(feedback, "the feedback")
+    if found != layers:
+        raise ValueError(
+            f"{layers} blocks need as many feedbacks, got {found}: make them with jax.vmap(rule.init, (0, None, None))"
+            f"(jax.random.split(key, {layers}), h, logits)."
+        )
+    return feedback
+
+
+def count_layers(tree: Any, name: str) -> int:
+    """The size of the one leading axis that all arrays of a stack's tree share."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(f"Every array in {name} of a stack has one leading axis for its blocks, got {sorted(sizes)}.")
+    return sizes.pop()[0]
+
+
+def is_unrolled(block: Block, params: Any, h: jax.Array, unroll: bool | None) -> bool:
+    """Whether a stack runs as straight code: as asked, else convolutions on a CPU."""
+    if unroll is not None:
+        return unroll
+    first = jax.tree.map(lambda leaf: leaf[0], params)
+    return jax.default_backend() == "cpu" and "conv_general_dilated" in str(jax.make_jaxpr(block)(first, h))
 
 
 _SCHEDULES = {"stored": _stored, "parallel": _parallel, "stream": _stream}

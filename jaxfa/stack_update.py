@@ -1,0 +1,82 @@
+"""The update of a stack of blocks, each made as its block's gradient is known, so that no gradients are kept."""
+
+from typing import Any
+
+import jax
+import optax
+from jax import lax
+
+from jaxfa.stack import Block, check_feedback, check_stack, count_layers, input_error, is_unrolled, learn
+
+
+def update_stack(
+    block: Block,
+    both: tuple[Any, Any],
+    h: jax.Array,
+    e: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    state: Any,
+    unroll: bool | None = None,
+) -> tuple[tuple[Any, Any], Any, jax.Array]:
+    """Streams through a stack once more and updates each block at once: no gradient outlives its block, either.
+
+    The same as the streamed gradient of :func:`direct_stack` followed by ``jax.vmap(optimizer.update)``; for
+    transformations that treat every entry alike (SGD, Adam, decay, schedules) also as ``optimizer.update`` on the
+    whole stack. Others, such as a global norm's clip, see one block at a time.
+
+    Args:
+      block: as for :func:`direct_stack`, as are ``h`` and ``unroll``.
+      both: ``(params, feedback)``, all arrays with a leading axis ``L``. Donate them and ``state`` to ``jax.jit``, and
+        the update is done in place.
+      h: the input of the first block.
+      e: the output error, ``(N, ..., C)``: the loss's gradient in the wire.
+      optimizer: of one block's pair, such as ``jaxfa.optimizer(optax.adam(1e-3), rule)``.
+      state: its states, ``jax.vmap(optimizer.init)(both)``.
+      unroll: see :func:`direct_stack`.
+
+    Returns:
+      ``(both, state, dh)``, ``dh`` being the error at ``h``, before the update.
+
+    Raises:
+      TypeError, ValueError: as :func:`direct_stack`; and if ``state`` has arrays without the leading axis.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxfa, optax
+      >>> rule, x, w = jaxfa.dfa(), jnp.ones((5, 4)), 0.1 * jnp.ones((6, 4, 4))
+      >>> feedback = jax.vmap(rule.init, (0, None, None))(jax.random.split(jax.random.key(0), 6), x, x)
+      >>> optimizer = jaxfa.optimizer(optax.adam(1e-3), rule)
+      >>> state = jax.vmap(optimizer.init)((w, feedback))
+      >>> block = lambda w, h: jnp.tanh(h @ w)
+      >>> h, wire = jaxfa.direct_stack(block, w, x, jaxfa.error_wire(x), None, schedule="stream")
+      >>> e = jax.grad(lambda wire: ((h + wire) ** 2).sum())(wire)
+      >>> (w, feedback), state, dx = jaxfa.update_stack(block, (w, feedback), x, e, optimizer=optimizer, state=state)
+
+    Source: as :func:`direct_stack`.
+    """
+    layers = check_stack(block, both[0], h)
+    check_feedback(both[1], layers)
+    if count_layers(state, "the optimizer's state") != layers:
+        raise ValueError(f"The optimizer's state is not of these {layers} blocks: make it by jax.vmap(optimizer.init).")
+    straight = layers if is_unrolled(block, both[0], h, unroll) else 1
+    dh = input_error(block, both[0], h, both[1], e)
+
+    def at(layer: Any, trees: Any) -> Any:
+        return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False), trees)
+
+    def put(layer: Any, trees: Any, values: Any) -> Any:
+        return jax.tree.map(lambda leaf, one: lax.dynamic_update_index_in_dim(leaf, one, layer, 0), trees, values)
+
+    def step(layer: Any, carry: Any) -> Any:
+        # What was learned is written one block later. XLA would fuse a write with the sums that make its value, and
+        # as these read the same stack, copy the whole of it for each block.
+        h, trees, last = carry
+        trees = put((layer - 1) % layers, trees, last)
+        pair, own = at(layer, trees)
+        h, *signals = learn(block, pair, h, e)
+        updates, own = optimizer.update(tuple(signals), own, pair)
+        return h, trees, (optax.apply_updates(pair, updates), own)
+
+    trees = both, state
+    _, trees, last = lax.fori_loop(0, layers, step, (h, trees, at(layers - 1, trees)), unroll=straight)
+    return *put(layers - 1, trees, last), dh
