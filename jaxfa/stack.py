@@ -133,6 +133,7 @@ def _stream(block: Block, unroll: int, tree: Any, wire: jax.Array) -> Any:
 
 
 def sweep(block: Block, unroll: int, tree: Any, e: jax.Array) -> Any:
+    """What a stack's parameters, input and feedback learn from ``e``, in a second forward sweep."""
     params, h, feedback = tree
     # In straight code the compiler would find that it has computed all this in the forward pass, and keep that.
     ordered = lax.optimization_barrier if unroll > 1 else lambda values: values
@@ -155,6 +156,7 @@ def learn(block: Block, pair: tuple[Any, DirectFeedback], h: jax.Array, e: jax.A
 
 
 def gradients(vjp: Any, delta: jax.Array, p: Any) -> Any:
+    """One block's gradient; zeros where a parameter has none."""
     # Keys and counters have gradients of a type of their own, which no loop can carry.
     (dp,) = vjp(delta)
     return jax.tree.map(lambda d, leaf: jnp.zeros_like(leaf) if d.dtype == jax.dtypes.float0 else d, dp, p)
