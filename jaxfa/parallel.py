@@ -7,6 +7,7 @@ Alignment Provides Learning in Deep Neural Networks", 2016, https://arxiv.org/ab
 such as ``data``, are the compiler's: what a rule takes from a batch, it takes from the whole one.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -43,9 +44,7 @@ def mesh(*, data: int = 1, layer: int = 1, **others: int) -> Mesh:
       {'data': 1, 'layer': 1}
     """
     sizes = {DATA: data, LAYER: layer} | others
-    needed = 1
-    for size in sizes.values():
-        needed *= size
+    needed = math.prod(sizes.values())
     if min(sizes.values()) < 1 or needed > jax.device_count():
         raise ValueError(
             f"A mesh of {sizes} needs {needed} devices, and JAX sees {jax.device_count()}: choose sizes from 1 whose "
@@ -65,6 +64,7 @@ def pipeline(
     mesh: Mesh,
     microbatches: int,
     schedule: str,
+    taps: jax.Array | None = None,
     unroll: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs :func:`jaxfa.direct_stack` on ``S`` devices, or groups of them, each of which owns ``L / S`` of the blocks.
@@ -83,7 +83,7 @@ def pipeline(
     that what follows, such as the head and the loss, is computed in ``data x layer`` parts.
 
     With ``feedback=None`` the pipeline is differentiated as it is, in both modes; its gradient goes back stage by
-    stage.
+    stage. Then ``taps`` may be added to what the blocks return, as GrAPE's and FDFA's ``refine`` asks for.
 
     Args:
       block: as for :func:`jaxfa.direct_stack`.
@@ -94,6 +94,7 @@ def pipeline(
       mesh: a mesh with an axis ``"layer"`` of size ``S``, from :func:`mesh` or ``jax.make_mesh``.
       microbatches: ``M``; ``N`` is a multiple of ``M`` and of ``S``, each times the size of the axis ``"data"``.
       schedule: see above; with ``feedback=None`` it has no effect.
+      taps: ``(L, N, ..., n)``, or a number for each block, ``(L,)``; with ``feedback=None`` alone.
       unroll: as for :func:`jaxfa.direct_stack`; the ticks, too, then follow each other in straight code.
 
     Returns:
@@ -101,8 +102,8 @@ def pipeline(
 
     Raises:
       TypeError: if the feedback is not a :class:`jaxfa.DirectFeedback`.
-      ValueError: if layers or examples cannot be divided so, the message having the sizes that can; and as for
-        :func:`jaxfa.direct_stack`.
+      ValueError: if layers or examples cannot be divided so, the message having the sizes that can; if there are taps
+        and a feedback; and as for :func:`jaxfa.direct_stack`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa.parallel
@@ -120,6 +121,8 @@ def pipeline(
 
     Source: see the module's.
     """
+    if LAYER not in mesh.shape:
+        raise ValueError(f"pipeline needs a mesh with an axis {LAYER!r}, got {dict(mesh.shape)}: make one with mesh().")
     layers = check_stack(block, params, h)
     _check_sizes(mesh, layers, h.shape[0], microbatches)
     if schedule not in SCHEDULES:
@@ -142,15 +145,17 @@ def pipeline(
         dparams, dh, signals = learn_own((params, feedback, kept), e)
         return dparams, dh[0], signals, None
 
-    if feedback is None:
+    if feedback is None and taps is None:
         return forward(lambda p, h: (block(p, h), None), params, copies)[0], wire
+    if feedback is None:
+        return forward(lambda p, h: (block(p[0], h) + p[1], None), params, copies, taps)[0], wire
+    if taps is not None:
+        raise ValueError("pipeline adds taps to the plain network alone: give feedback=None with taps.")
     end, kept = forward(partial(run_block, block), *lax.stop_gradient((params, copies)))
     return end, listen(backward, wire, (params, h, check_feedback(feedback, layers), kept))
 
 
 def _check_sizes(mesh: Mesh, layers: int, examples: int, microbatches: int) -> None:
-    if LAYER not in mesh.shape:
-        raise ValueError(f"pipeline needs a mesh with an axis {LAYER!r}, got {dict(mesh.shape)}: make one with mesh().")
     stages, data = mesh.shape[LAYER], mesh.shape.get(DATA, 1)
     if layers % stages:
         raise ValueError(

@@ -31,30 +31,41 @@ class Sizes(NamedTuple):
         return count if self.straight else 1
 
 
-def run_stage(run_block: Any, sizes: Sizes, params: Any, h: jax.Array) -> Any:
-    """One stage's forward pass: its part of the stack's output, its first block's input, what its blocks keep."""
+def run_stage(run_block: Any, sizes: Sizes, params: Any, h: jax.Array, taps: jax.Array | None = None) -> Any:
+    """One stage's forward pass: its part of the stack's output, its first block's input, what its blocks keep.
+
+    With taps, blocks run on pairs of their parameters and their tap.
+    """
     stages, stage = lax.axis_size(LAYER), lax.axis_index(LAYER)
     parts = _dealt(h[0], sizes.microbatches, sizes.data)
     layers, ticks = len(jax.tree.leaves(params)[0]), len(parts) + stages - 1
 
-    def own(start: jax.Array) -> Any:
-        return lax.scan(lambda h, p: run_block(p, h), start, params, unroll=sizes.unroll(layers))
+    def own(start: jax.Array, t: Any) -> Any:
+        blocks = params if taps is None else (params, _taps_of(taps, t - stage, sizes))
+        return lax.scan(lambda h, p: run_block(p, h), start, blocks, unroll=sizes.unroll(layers))
 
     def tick(carry: Any, t: jax.Array) -> Any:
         arrived, kept = carry
         start = jnp.where(stage == 0, parts[jnp.minimum(t, len(parts) - 1)], arrived)
-        end, saved = own(start)
+        end, saved = own(start, t)
         put = partial(_put, i=t - stage)
         kept = put(kept[0], end), put(kept[1], start), jax.tree.map(partial(put, axis=1), kept[2], saved)
         return (lax.ppermute(end, LAYER, [(s, s + 1) for s in range(stages - 1)]), kept), None
 
     # In the bubbles, too, blocks run on real examples: on zeros their derivative may be none.
     saved = jax.tree.map(
-        lambda one: _empty((layers, len(parts), *one.shape[1:]), one.dtype), jax.eval_shape(own, parts[0])[1]
+        lambda one: _empty((layers, len(parts), *one.shape[1:]), one.dtype), jax.eval_shape(own, parts[0], 0)[1]
     )
     first = parts[0], (jnp.zeros_like(parts), jnp.zeros_like(parts), saved)
     (_, (ends, starts, saved)), _ = lax.scan(tick, first, jnp.arange(ticks), unroll=sizes.unroll(ticks))
     return _scatter(gathered(ends, sizes.data), sizes.data), (gathered(starts, sizes.data)[None], saved)
+
+
+def _taps_of(taps: jax.Array, microbatch: jax.Array, sizes: Sizes) -> jax.Array:
+    if taps.ndim == 1:
+        return taps
+    dealt = jax.vmap(partial(_dealt, parts=sizes.microbatches, data=sizes.data))(taps)
+    return dealt[:, jnp.clip(microbatch, 0, sizes.microbatches - 1)]
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
