@@ -76,7 +76,7 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
         check_family(feedback, LayerFeedback, "with_feedback, linear and conv", "jaxfa.direct(h, wire, feedback)")
         # Whole numbers, such as pixels, have no gradient; the rule's backward is told of a float that nothing uses.
         x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(w.dtype)
-        return forward(*_vary_alike((x, w, feedback)))
+        return forward(*vary_alike((x, w, feedback)))
 
     return apply
 
@@ -164,7 +164,7 @@ def listen(backward: Callable[[Any, jax.Array], Any], wire: jax.Array, tree: Any
     Returns:
       The wire, unchanged; it hands ``e`` on.
     """
-    wire, tree = _vary_alike((wire, tree))
+    wire, tree = vary_alike((wire, tree))
     return _listen(backward, wire, tree)
 
 
@@ -200,7 +200,7 @@ def _cotangent(tree: Any, primal: Any, feedback: Any) -> Any:
     return jax.tree.map(cast, tree, primal)
 
 
-def _vary_alike(arrays: Any) -> Any:
+def vary_alike(arrays: Any) -> Any:
     """Under ``shard_map``, lets every array vary over the mesh axes that one of them varies over.
 
     A backward pass of our own must return cotangents that vary as their primals do. Weights and feedback are

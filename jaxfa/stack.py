@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfa.base import DirectFeedback
-from jaxfa.ops import check_family, deliver, direct, listen
+from jaxfa.ops import check_family, deliver, direct, listen, vary_alike
 
 Block = Callable[[Any, jax.Array], jax.Array]
 
@@ -82,8 +82,14 @@ def direct_stack(
     layers = check_stack(block, params, h)
     straight = layers if is_unrolled(block, params, h, unroll) else 1
     if feedback is None:
-        return lax.scan(lambda h, p: (block(p, h), None), h, params, unroll=straight)[0], wire
-    return _SCHEDULES[schedule](block, straight, (params, h, check_feedback(feedback, layers)), wire)
+        return _forward(block, straight, *vary_alike((params, h))), wire
+    # Under shard_map a loop's carry varies as its first value does.
+    tree, wire = vary_alike(((params, h, check_feedback(feedback, layers)), wire))
+    return _SCHEDULES[schedule](block, straight, tree, wire)
+
+
+def _forward(block: Block, unroll: int, params: Any, h: jax.Array) -> jax.Array:
+    return lax.scan(lambda h, p: (block(p, h), None), h, params, unroll=unroll)[0]
 
 
 def _stored(block: Block, unroll: int, tree: Any, wire: jax.Array) -> Any:
@@ -127,24 +133,35 @@ def _one_by_one(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 
 def _stream(block: Block, unroll: int, tree: Any, wire: jax.Array) -> Any:
     params, h, _ = tree
-    constant = lax.stop_gradient((h, params))
-    end = lax.scan(lambda h, p: (block(p, h), None), *constant, unroll=unroll)[0]
+    end = _forward(block, unroll, *lax.stop_gradient((params, h)))
     return end, listen(partial(sweep, block, unroll), wire, tree)
 
 
 def sweep(block: Block, unroll: int, tree: Any, e: jax.Array) -> Any:
     """What a stack's parameters, input and feedback learn from ``e``, in a second forward sweep."""
     params, h, feedback = tree
+
     # In straight code the compiler would find that it has computed all this in the forward pass, and keep that.
-    ordered = lax.optimization_barrier if unroll > 1 else lambda values: values
+    ordered = after if unroll > 1 else lambda values, known: values
 
-    def step(h: jax.Array, layer: Any) -> Any:
+    def step(carry: Any, layer: Any) -> Any:
+        h, e = carry
         out, *learned = learn(block, layer, h, e)
-        return ordered((out, learned))
+        return ordered((out, e), learned), learned
 
-    start, e = ordered((h, e))
-    dparams, signals = lax.scan(step, start, (params, feedback), unroll=unroll)[1]
+    _, (dparams, signals) = lax.scan(step, ordered((h, e), e), (params, feedback), unroll=unroll)
     return dparams, input_error(block, params, h, feedback, e), signals
+
+
+def after(values: Any, known: Any) -> Any:
+    """The values, bit for bit, but not before those in ``known`` are, for all that the compiler can tell.
+
+    An ``optimization_barrier`` would say so, too, but XLA drops it on a CPU before it looks for common subexpressions;
+    and elementwise operations it would fuse, with all that leads to them from block to block.
+    """
+    first = sum(jnp.ravel(leaf)[0] for leaf in jax.tree.leaves(known) if jnp.issubdtype(leaf.dtype, jnp.inexact))
+    lost = partial(jax.tree.map, lambda leaf: jnp.full_like(leaf, jnp.nan))
+    return lax.cond(jnp.isnan(first), lost, lambda tree: tree, values)
 
 
 def learn(block: Block, pair: tuple[Any, DirectFeedback], h: jax.Array, e: jax.Array) -> tuple[jax.Array, Any, Any]:
@@ -171,13 +188,12 @@ def input_error(block: Block, params: Any, h: jax.Array, feedback: Any, e: jax.A
 
 def check_stack(block: Block, params: Any, h: jax.Array) -> int:
     """The number of blocks; refuses trees whose arrays differ in it, and blocks that can't follow each other."""
-    layers = count_layers(params, "params")
-    first = jax.tree.map(lambda leaf: jax.typeof(leaf[0]), params)
-    out = jax.eval_shape(block, first, h)
-    if jax.tree.structure(out) != jax.tree.structure(h) or (out.shape, out.dtype) != (h.shape, h.dtype):
+    layers = _layers(params, "params")
+    out = jax.eval_shape(partial(_first, block), params, h)
+    if not isinstance(out, jax.ShapeDtypeStruct) or (out.shape, out.dtype) != (h.shape, h.dtype):
         raise ValueError(
-            f"A stack's block must return an array like the one it gets: expected {h.dtype}{h.shape}, got {out}. Put "
-            f"what changes the shape or dtype before or after the stack."
+            f"A stack's block must return an array like the one it gets: expected {h.dtype}{list(h.shape)}, got {out}. "
+            f"Put what changes the shape or dtype before or after the stack."
         )
     return layers
 
@@ -187,7 +203,7 @@ def check_feedback(feedback: Any, layers: int) -> Any:
     check_family(feedback, DirectFeedback, "direct_stack", "jaxfa.linear(x, w, feedback) inside the block")
     if feedback.shared:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (layers, *leaf.shape)), feedback)
-    found = count_layers(feedback, "the feedback")
+    found = _layers(feedback, "the feedback")
     if found != layers:
         raise ValueError(
             f"{layers} blocks need as many feedbacks, got {found}: make them with jax.vmap(rule.init, (0, None, None))"
@@ -196,7 +212,7 @@ def check_feedback(feedback: Any, layers: int) -> Any:
     return feedback
 
 
-def count_layers(tree: Any, name: str) -> int:
+def _layers(tree: Any, name: str) -> int:
     """The size of the one leading axis that all arrays of a stack's tree share."""
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}
     if len(sizes) != 1 or sizes == {()}:
@@ -208,8 +224,13 @@ def is_unrolled(block: Block, params: Any, h: jax.Array, unroll: bool | None) ->
     """Whether a stack runs as straight code: as asked, else convolutions on a CPU."""
     if unroll is not None:
         return unroll
-    first = jax.tree.map(lambda leaf: leaf[0], params)
-    return jax.default_backend() == "cpu" and "conv_general_dilated" in str(jax.make_jaxpr(block)(first, h))
+    if jax.default_backend() != "cpu":
+        return False
+    return "conv_general_dilated" in str(jax.make_jaxpr(partial(_first, block))(params, h))
+
+
+def _first(block: Block, params: Any, h: jax.Array) -> jax.Array:
+    return block(jax.tree.map(lambda leaf: leaf[0], params), h)
 
 
 _SCHEDULES = {"stored": _stored, "parallel": _parallel, "stream": _stream}

@@ -3,10 +3,11 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxfa.stack import Block, check_feedback, check_stack, count_layers, input_error, is_unrolled, learn
+from jaxfa.stack import Block, check_feedback, check_stack, input_error, is_unrolled, learn
 
 
 def update_stack(
@@ -56,8 +57,11 @@ def update_stack(
     """
     layers = check_stack(block, both[0], h)
     check_feedback(both[1], layers)
-    if count_layers(state, "the optimizer's state") != layers:
-        raise ValueError(f"The optimizer's state is not of these {layers} blocks: make it by jax.vmap(optimizer.init).")
+    if any(jnp.shape(leaf)[:1] != (layers,) for leaf in jax.tree.leaves(state)):
+        raise ValueError(
+            f"Every array in the optimizer's state has a leading axis for these {layers} blocks: make it by "
+            f"jax.vmap(optimizer.init)(both)."
+        )
     straight = layers if is_unrolled(block, both[0], h, unroll) else 1
     dh = input_error(block, both[0], h, both[1], e)
 
