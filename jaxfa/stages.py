@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxfa.ops import deliver
+from jaxfa.ops import deliver, vary_alike
 from jaxfa.stack import Block, gradients, input_error, sweep
 
 LAYER = "layer"
@@ -99,7 +99,7 @@ def _sweep_own(block: Block, sizes: Sizes, own: Any, e: jax.Array) -> Any:
     """What a stage's blocks learn, from a second sweep through them."""
     params, feedback, (start, _) = own
     layers = len(jax.tree.leaves(params)[0])
-    dparams, dh, signals = sweep(block, sizes.unroll(layers), (params, start[0], feedback), e)
+    dparams, dh, signals = sweep(block, sizes.unroll(layers), *vary_alike(((params, start[0], feedback), e)))
     return dparams, dh[None], signals
 
 

@@ -48,8 +48,8 @@ BLOCKS = {
     "dense": (dense, {"w": draw(0, LAYERS, 5, 5), "b": draw(1, LAYERS, 5)}, draw(2, EXAMPLES, 5), (EXAMPLES,)),
     "attention": (
         attention,
-        {k: draw(i, LAYERS, 5, 5) for i, k in enumerate("qkv")},
-        draw(3, EXAMPLES, 4, 5),
+        {k: draw(i, LAYERS, 6, 6) for i, k in enumerate("qkv")},
+        draw(3, EXAMPLES, 4, 6),
         (EXAMPLES, 4),
     ),
     "conv": (conv, draw(4, 4, 3, 3, 2, 2), draw(5, EXAMPLES, 4, 4, 2), (EXAMPLES,)),
@@ -143,8 +143,9 @@ def test_a_transformer_whose_blocks_use_an_axis_of_their_own(x64):
     chex.assert_trees_all_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_convolutions_in_straight_code(x64):
-    check(jaxfa.dfa(), 2, 2, name="conv")
+@every_schedule
+def test_convolutions_in_straight_code(schedule, x64):
+    check(jaxfa.dfa(), 2, 2, name="conv", schedule=schedule)
 
 
 def test_without_feedback_it_is_backpropagation(x64):

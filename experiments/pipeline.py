@@ -1,0 +1,252 @@
+"""Pipelines: what layers on several devices cost, with the error broadcast to all and with the error sent back.
+
+Claim (ours; the update unlocking of Nokland 2016, which nobody has shipped): direct feedback has no backward bubble,
+since all stages learn at once, and sends about half of the bytes of GPipe's pipeline (Huang et al. 2019).
+
+Command: ``python -m experiments run pipeline``; times again, on cores that nothing else uses, with ``--fresh``.
+
+One stack of residual layers ``h + relu(h w)``. For ``S`` stages and ``M`` microbatches the step is compiled, for forced
+CPU devices, and its program read: the bytes that its collectives send, loops counted by their turns, and the bytes of
+temporaries per device (XLA's, weights aside). Beside them stands what :mod:`experiments.pipeline_model` expects. Four
+pipelines: backpropagation as autodiff has it; rematerialised, as in GPipe's paper; direct feedback with what the
+derivatives need kept (``parallel``); and with a second sweep from each stage's inputs (``stream``).
+
+Then steps are timed for ``S = 2``: two CPU devices on two cores, against the same method on one core, each process
+bound to its cores and the rounds interleaved. The bound of the speed-up is the critical path's, if nothing but the
+bubbles were lost. ``cores`` is CPU time by wall time: below 1 on one core, others were using it, too.
+"""
+
+import contextlib
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.progress import track
+
+from experiments import figures, pipeline_worker, records
+from experiments.pipeline_model import METHODS, cost
+from experiments.pipeline_steps import Network
+
+COLORS = dict(zip(METHODS, (figures.GREY, figures.INK, figures.BLUE, figures.GREEN), strict=True))
+ARMS = ("backpropagation", "direct, parallel", "direct, stream")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The stack, the pipelines that are counted, and the one that is timed."""
+
+    layers: int = 64
+    """Of the stack whose programs are counted; all stages must divide it."""
+    width: int = 256
+    """Units of a layer."""
+    outputs: int = 10
+    """Classes."""
+    examples: int = 8192
+    """Of a batch."""
+    stages: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
+    """Counted with the first number of microbatches."""
+    microbatches: tuple[int, ...] = (32, 8, 16, 64, 128)
+    """Counted with eight stages, or the most there are."""
+    timed_layers: int = 8
+    """Of the stack that is timed."""
+    timed_width: int = 512
+    """Its units."""
+    timed_examples: int = 4096
+    """Its batch."""
+    timed_microbatches: int = 8
+    """Its microbatches, on two stages."""
+    steps: int = 2
+    """In a round."""
+    rounds: int = 15
+    """Of timing; 0 leaves it out."""
+    out: Path = Path("runs/pipeline")
+    """The folder of the results."""
+    fresh: bool = False
+    """Whether to delete what is there."""
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that are none."""
+        records.refuse_below_one(self, "layers", "width", "outputs", "examples", "timed_layers", "steps")
+        if any(self.layers % stages for stages in self.stages):
+            raise ValueError(f"stages must divide the {self.layers} layers, got {self.stages}.")
+
+
+PRESETS = {
+    "cpu": Config(),
+    "paper": Config(
+        layers=128,
+        width=1024,
+        examples=65536,
+        stages=(2, 4, 8, 16, 32, 64, 128),
+        microbatches=(128, 8, 16, 32, 64, 256, 512),
+        timed_layers=16,
+        timed_width=1024,
+        timed_examples=16384,
+        timed_microbatches=16,
+        rounds=45,
+        out=Path("runs/pipeline-paper"),
+    ),
+}
+
+
+def run(config: Config) -> Path:
+    """Counts and times; keeps what an earlier run of the same configuration found.
+
+    Args:
+      config: a :class:`Config`.
+
+    Returns:
+      The path of the report.
+    """
+    records.open_run(config.out, records.identity("pipeline", config, ("out", "fresh")), fresh=config.fresh)
+    counts = _kept(config.out / "counts.json", lambda: _count(config))
+    times = _kept(config.out / "times.json", lambda: _time(config)) if config.rounds else {}
+    return write(config, counts, times)
+
+
+def _kept(path: Path, make: Any) -> Any:
+    if not path.exists():
+        records.write_json(path, make())
+    return records.read_json(path)
+
+
+def points(config: Config) -> list[tuple[int, int]]:
+    """The pairs ``(S, M)`` that are counted."""
+    first, *others = config.microbatches
+    fixed = 8 if 8 in config.stages else max(config.stages)
+    return [(stages, first) for stages in config.stages] + [(fixed, microbatches) for microbatches in others]
+
+
+def _count(config: Config) -> list[dict[str, Any]]:
+    network = Network(config.layers, config.width, config.outputs, config.examples)
+    task = {"network": network._asdict(), "points": points(config)}
+    total = len(points(config)) * len(METHODS)
+    found = []
+    for one in track(pipeline_worker.count(task), "counting", total):
+        expected = cost(METHODS[one["arm"]], one["stages"], one["microbatches"], network)
+        found.append(one | {"model": expected._asdict()})
+    return found
+
+
+def _time(config: Config) -> dict[str, Any]:
+    network = Network(config.timed_layers, config.timed_width, config.outputs, config.timed_examples)
+    task = {"network": network._asdict(), "microbatches": config.timed_microbatches, "steps": config.steps}
+    with contextlib.ExitStack() as stack:
+        runs = {
+            (arm, cores): stack.enter_context(pipeline_worker.timed(task | {"arm": arm}, cores))
+            for arm in ARMS
+            for cores in (1, 2)
+        }
+        for one in runs.values():
+            one()
+        rounds = [{which: one() for which, one in runs.items()} for _ in track(range(config.rounds), "timing")]
+    return {arm: _summary(arm, rounds, config.timed_microbatches, network) for arm in ARMS}
+
+
+def _summary(arm: str, rounds: list[Any], microbatches: int, network: Network) -> dict[str, Any]:
+    seconds = {cores: [one[arm, cores][0] for one in rounds] for cores in (1, 2)}
+    ratios = [alone / both for alone, both in zip(seconds[1], seconds[2], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {
+        "milliseconds": {cores: 1e3 * statistics.median(times) for cores, times in seconds.items()},
+        "cores": {
+            cores: statistics.median(one[arm, cores][1] / one[arm, cores][0] for one in rounds) for cores in (1, 2)
+        },
+        "speedup": middle,
+        "quartiles": [low, high],
+        "fastest": min(seconds[1]) / min(seconds[2]),
+        "bound": cost(METHODS[arm], 2, microbatches, network).speedup,
+    }
+
+
+def write(config: Config, counts: list[dict[str, Any]], times: dict[str, Any]) -> Path:
+    """Draws bytes, memory and bubbles against the number of stages, and the measured speed-up; writes the table.
+
+    Args:
+      config: the configuration.
+      counts: of each arm at each point.
+      times: of each arm that was timed.
+
+    Returns:
+      The path of the page.
+    """
+    with figures.style():
+        drawn = Figure(figsize=(10.4, 3.2), layout="constrained")
+        sent, kept, bubble, speed = drawn.subplots(1, 4)
+        _lines(
+            sent, config, counts, lambda one: sum(one["sent"].values()) / 1e9, lambda one: one["model"]["sent"] / 1e9
+        )
+        _lines(kept, config, counts, lambda one: one["kept"] / 2**20, lambda one: one["model"]["kept"] / 2**20)
+        _lines(bubble, config, counts, lambda one: one["model"]["bubble"], None)
+        for axes, title in ((sent, "sent in a step (GB)"), (kept, "temporaries per device (MiB)"), (bubble, "bubble")):
+            axes.set_title(title, color=figures.INK)
+            axes.set_xlabel(f"stages S, M = {config.microbatches[0]}")
+        sent.set_yscale("log")
+        kept.set_yscale("log")
+        bubble.set_ylim(bottom=0)
+        _speedups(speed, times)
+        handles, labels = sent.get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    caption = (
+        "Lines: read off the compiled programs (the bubble: from ticks). Crosses: the model. Right: speed-up of two "
+        "cores over one, median and quartiles over rounds; the bar's outline is the critical path's bound."
+    )
+    table = _table(counts, times)
+    for row in table:
+        print(" | ".join(row))
+    return figures.write(config.out, drawn, title="Layers on several devices", caption=caption, table=table)
+
+
+def _lines(axes: Axes, config: Config, counts: list[dict[str, Any]], value: Any, model: Any) -> None:
+    for arm, color in COLORS.items():
+        chosen = {one["stages"]: one for one in counts if one["arm"] == arm}
+        chosen |= {
+            one["stages"]: one for one in counts if one["arm"] == arm and one["microbatches"] == config.microbatches[0]
+        }
+        stages = sorted(config.stages)
+        style = "--" if arm.endswith("rematerialised") or arm.endswith("stream") else "-"
+        axes.plot(stages, [value(chosen[s]) for s in stages], style, color=color, label=arm)
+        if model:
+            axes.plot(stages, [model(chosen[s]) for s in stages], "x", color=color, markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(stages, [str(s) for s in stages])
+    axes.minorticks_off()
+
+
+def _speedups(axes: Axes, times: dict[str, Any]) -> None:
+    axes.set_title("speed-up, two cores", color=figures.INK)
+    for i, (arm, one) in enumerate(times.items()):
+        low, high = one["quartiles"]
+        axes.bar(i, one["bound"], color="none", edgecolor=COLORS[arm], linewidth=1)
+        axes.bar(i, one["speedup"], color=COLORS[arm])
+        axes.plot([i, i], [low, high], color=figures.VERMILLION, linewidth=1.2)
+    axes.set_xticks(range(len(times)), [arm.replace(", ", "\n") for arm in times], fontsize=7)
+
+
+def _table(counts: list[dict[str, Any]], times: dict[str, Any]) -> list[list[str]]:
+    table = [["method", "S", "M", "ticks", "bubble", "MB sent", "model", "MiB kept", "model"]]
+    for one in counts:
+        model, sent = one["model"], sum(one["sent"].values())
+        sizes = (
+            f"{sent / 1e6:.1f}",
+            f"{model['sent'] / 1e6:.1f}",
+            f"{one['kept'] / 2**20:.0f}",
+            f"{model['kept'] / 2**20:.0f}",
+        )
+        point = str(one["stages"]), str(one["microbatches"]), str(model["ticks"]), f"{model['bubble']:.3f}"
+        table.append([one["arm"], *point, *sizes])
+    for arm, one in times.items():
+        ms, cores = one["milliseconds"], one["cores"]
+        low, high = one["quartiles"]
+        cells = f"{ms['1']:.0f} ms, cores {cores['1']:.2f}", f"{ms['2']:.0f} ms, cores {cores['2']:.2f}"
+        ends = (
+            f"{one['speedup']:.2f}",
+            f"{low:.2f}-{high:.2f}",
+            f"fastest {one['fastest']:.2f}",
+            f"bound {one['bound']:.2f}",
+        )
+        table.append([f"{arm}: two cores over one", *cells, *ends, "", ""])
+    return table
