@@ -5,7 +5,9 @@ import re
 from collections import defaultdict
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-_COLLECTIVE = re.compile(r"= (.+?) (all-\w+|collective-\w+|reduce-scatter|ragged-all-to-all)(-start)?\(")
+_COLLECTIVE = re.compile(
+    r"= (.+?) (all-(?:gather|reduce|to-all)|collective-\w+|reduce-scatter|ragged-all-to-all)(-start)?\("
+)
 
 
 def sent(text: str, devices: int) -> dict[str, int]:

@@ -48,7 +48,7 @@ class Config:
     """Of a batch."""
     stages: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     """Counted with the first number of microbatches."""
-    microbatches: tuple[int, ...] = (32, 8, 16, 64, 128)
+    microbatches: tuple[int, ...] = (32, 8, 128)
     """Counted with eight stages, or the most there are."""
     timed_layers: int = 8
     """Of the stack that is timed."""
@@ -177,15 +177,16 @@ def write(config: Config, counts: list[dict[str, Any]], times: dict[str, Any]) -
         drawn = Figure(figsize=(10.4, 3.2), layout="constrained")
         sent, kept, bubble, speed = drawn.subplots(1, 4)
         _lines(
-            sent, config, counts, lambda one: sum(one["sent"].values()) / 1e9, lambda one: one["model"]["sent"] / 1e9
+            sent, config, counts, lambda one: sum(one["sent"].values()) / 1e6, lambda one: one["model"]["sent"] / 1e6
         )
         _lines(kept, config, counts, lambda one: one["kept"] / 2**20, lambda one: one["model"]["kept"] / 2**20)
         _lines(bubble, config, counts, lambda one: one["model"]["bubble"], None)
-        for axes, title in ((sent, "sent in a step (GB)"), (kept, "temporaries per device (MiB)"), (bubble, "bubble")):
+        for axes, title in ((sent, "sent in a step (MB)"), (kept, "temporaries per device (MiB)"), (bubble, "bubble")):
             axes.set_title(title, color=figures.INK)
             axes.set_xlabel(f"stages S, M = {config.microbatches[0]}")
-        sent.set_yscale("log")
-        kept.set_yscale("log")
+        for axes in (sent, kept):
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         bubble.set_ylim(bottom=0)
         _speedups(speed, times)
         handles, labels = sent.get_legend_handles_labels()
@@ -201,19 +202,16 @@ def write(config: Config, counts: list[dict[str, Any]], times: dict[str, Any]) -
 
 
 def _lines(axes: Axes, config: Config, counts: list[dict[str, Any]], value: Any, model: Any) -> None:
+    first = config.microbatches[0]
     for arm, color in COLORS.items():
-        chosen = {one["stages"]: one for one in counts if one["arm"] == arm}
-        chosen |= {
-            one["stages"]: one for one in counts if one["arm"] == arm and one["microbatches"] == config.microbatches[0]
-        }
+        chosen = {one["stages"]: one for one in counts if (one["arm"], one["microbatches"]) == (arm, first)}
         stages = sorted(config.stages)
-        style = "--" if arm.endswith("rematerialised") or arm.endswith("stream") else "-"
+        style = "--" if METHODS[arm].again else "-"
         axes.plot(stages, [value(chosen[s]) for s in stages], style, color=color, label=arm)
         if model:
             axes.plot(stages, [model(chosen[s]) for s in stages], "x", color=color, markersize=4)
     axes.set_xscale("log", base=2)
     axes.set_xticks(stages, [str(s) for s in stages])
-    axes.minorticks_off()
 
 
 def _speedups(axes: Axes, times: dict[str, Any]) -> None:

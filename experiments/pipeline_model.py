@@ -97,4 +97,6 @@ def _kept(method: Method, stages: int, microbatches: int, network: Network) -> f
     if method.again:
         # The stage's inputs and its outputs; then what learning from all examples, or from one microbatch, takes.
         return 8 * ticks * units + gradients + (8 * units if method.local else 4 * units + layers / microbatches)
-    return ticks * (layers + 4 * units) + 4 * units + gradients
+    # Learning from all examples at once takes an error and a copy; a loop of one turn is none and shares them.
+    learning = 8 * units if method.local and own > 1 else 0
+    return ticks * (layers + 4 * units) + 4 * units + learning + gradients

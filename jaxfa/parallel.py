@@ -91,7 +91,7 @@ def pipeline(
       h: the input of the first block, ``(N, ..., n)``.
       wire: the error wire, ``(N, ..., C)``.
       feedback: as for :func:`jaxfa.direct_stack`.
-      mesh: a mesh with an axis ``"layer"`` of size ``S``, from :func:`mesh` or ``jax.make_mesh``.
+      mesh: a mesh with an axis ``"layer"`` of size ``S``, from :func:`mesh`, or ``jax.make_mesh`` with ``Auto``.
       microbatches: ``M``; ``N`` is a multiple of ``M`` and of ``S``, each times the size of the axis ``"data"``.
       schedule: see above; with ``feedback=None`` it has no effect.
       taps: ``(L, N, ..., n)``, or a number for each block, ``(L,)``; with ``feedback=None`` alone.
@@ -123,6 +123,8 @@ def pipeline(
     """
     if LAYER not in mesh.shape:
         raise ValueError(f"pipeline needs a mesh with an axis {LAYER!r}, got {dict(mesh.shape)}: make one with mesh().")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(f"pipeline needs a mesh of Auto axes, got {mesh.axis_types}: make one with mesh().")
     layers = check_stack(block, params, h)
     _check_sizes(mesh, layers, h.shape[0], microbatches)
     if schedule not in SCHEDULES:
