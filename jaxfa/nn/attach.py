@@ -11,6 +11,7 @@ from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import uses_of, weights_above
 from jaxfa.nn.factored import Factored, factorise_chosen
+from jaxfa.nn.stream import check_streams
 from jaxfa.nn.tap import Tap, check_source, fill_taps, place_tap, record_taps
 from jaxfa.nn.variables import init_stack, modules_of, structs
 from jaxfa.paths import matches
@@ -24,6 +25,7 @@ def attach(
     at: str | tuple[str, ...] | None = None,
     example: Any = None,
     allow: str | tuple[str, ...] = (),
+    schedule: str = "stored",
 ) -> Aligned:
     """Puts a rule on a model that knows nothing of it.
 
@@ -42,13 +44,16 @@ def attach(
         the gradient is traced and every contraction accounted for now; without it, whenever the model is traced.
         Direct rules need it.
       allow: globs of layers that may pass errors on by backpropagation.
+      schedule: ``"stored"`` keeps every activation for the backward pass, as autodiff does; ``"stream"``, for direct
+        rules with ``at=``, keeps none: the model runs once more when the error is known, and every tapped block learns
+        as it runs, so that memory is set by the largest block. The gradients are the same.
 
     Returns:
       An :class:`Aligned` with a copy of the model.
 
     Raises:
-      ValueError: if a contraction with weights would stay backpropagation unnoticed, if a glob matches nothing, or if
-        a direct rule has no example.
+      ValueError: if a contraction with weights would stay backpropagation unnoticed, if a glob matches nothing, if
+        a direct rule has no example, or if a model can't be streamed.
       TypeError: if the model or rule is of another type.
 
     Example:
@@ -62,6 +67,8 @@ def attach(
     Source: as each rule.
     """
     _check(model, rule, rngs)
+    if schedule not in ("stored", "stream"):
+        raise ValueError(f"schedule must be 'stored' or 'stream', got {schedule!r}.")
     globs, allow = _globs(at), _globs(allow) or ()
     weights = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
     _refuse_unmatched("allow", allow, weights, under=True)
@@ -73,7 +80,10 @@ def attach(
         globs = None  # what is factored is where the rule goes, all of it
     put = _put_direct if is_direct(rule) else _put_layerwise
     backprop = put(model, rule, rngs, globs, args)
-    aligned = Aligned(model, rule, args, (*allow, *backprop))
+    streams = schedule == "stream"
+    if streams:
+        check_streams(model, rule)
+    aligned = Aligned(model, rule, args, (*allow, *backprop), streams=streams)
     if args is not None:
         aligned.coverage().refuse()
     return aligned

@@ -18,7 +18,10 @@ class Wire(nnx.Variable):
 
 
 class Tap(nnx.Module):
-    """What a tapped module carries: its feedback and, during a pass, its wire; at a rule's source, all the wires."""
+    """What a tapped module carries: its feedback and, during a pass, its wire; at a rule's source, all the wires.
+
+    During a streaming sweep it has a teacher, which lets the module learn as it runs (``stream.py``).
+    """
 
     def __init__(self, path: str, *, at_input: bool) -> None:
         self.path = path
@@ -29,6 +32,7 @@ class Tap(nnx.Module):
         self.is_source = False
         self.shift = nnx.data(None)
         self.recorder: Recorder | None = None
+        self.teacher: Any = None
 
     @property
     def scope(self) -> str:
@@ -77,6 +81,9 @@ def _tapped_input(self: Any, own_call: Any, h: jax.Array, *args: Any, **kwargs: 
 
 
 def _tapped_output(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    tap = self.feedback_tap
+    if tap.teacher is not None and tap.feedback is not None:
+        return tap.teacher.teach(tap, self, own_call, args, kwargs)
     return self.feedback_tap(own_call(self, *args, **kwargs))
 
 
