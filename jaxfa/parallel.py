@@ -70,8 +70,9 @@ def pipeline(
     """Runs :func:`jaxfa.direct_stack` on ``S`` devices, or groups of them, each of which owns ``L / S`` of the blocks.
 
     Forward, ``M`` microbatches stream from stage to stage in ``M + S - 1`` ticks. Backward there are no ticks: all
-    stages learn at once, each on the whole batch, so that the update is the single device's. Only a block that looks at
-    its batch, as batch normalisation does, sees a microbatch. What a stage keeps until the error comes, and does then:
+    stages learn at once, each on the whole batch, so that the update is the single device's. Only what a block itself
+    makes of its batch, such as batch normalisation's statistics and dropout's masks, it makes of each microbatch. What
+    a stage keeps until the error comes, and does then:
 
     - ``"parallel"``: what the derivatives of its blocks need, as autodiff keeps it; with ``jax.checkpoint(block)``
       their inputs alone.
@@ -79,8 +80,8 @@ def pipeline(
       and drops its activations at once.
 
     Under ``jit``, put ``params``, ``feedback`` and their optimizer's state on the mesh by their leading axis,
-    ``jax.NamedSharding(mesh, P("layer"))``, and the batch by ``P("data")``. The output is spread over both axes, so
-    that what follows, such as the head and the loss, is computed in ``data x layer`` parts.
+    ``jax.sharding.NamedSharding(mesh, P("layer"))``, and the batch by ``P("data")``. The output is spread over both
+    axes, so that what follows, such as the head and the loss, is computed in ``data x layer`` parts.
 
     With ``feedback=None`` the pipeline is differentiated as it is, in both modes; its gradient goes back stage by
     stage. Then ``taps`` may be added to what the blocks return, as GrAPE's and FDFA's ``refine`` asks for.

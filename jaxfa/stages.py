@@ -52,10 +52,10 @@ def run_stage(run_block: Any, sizes: Sizes, params: Any, h: jax.Array, taps: jax
         kept = put(kept[0], end), put(kept[1], start), jax.tree.map(partial(put, axis=1), kept[2], saved)
         return (lax.ppermute(end, LAYER, [(s, s + 1) for s in range(stages - 1)]), kept), None
 
-    # In the bubbles, too, blocks run on real examples: on zeros their derivative may be none.
     saved = jax.tree.map(
         lambda one: _empty((layers, len(parts), *one.shape[1:]), one.dtype), jax.eval_shape(own, parts[0], 0)[1]
     )
+    # In the bubbles, too, blocks run on real examples: on zeros their derivative may be none.
     first = parts[0], (jnp.zeros_like(parts), jnp.zeros_like(parts), saved)
     (_, (ends, starts, saved)), _ = lax.scan(tick, first, jnp.arange(ticks), unroll=sizes.unroll(ticks))
     return _scatter(gathered(ends, sizes.data), sizes.data), (gathered(starts, sizes.data)[None], saved)
