@@ -40,15 +40,17 @@ def run_stage(run_block: Any, sizes: Sizes, params: Any, h: jax.Array, taps: jax
     parts = _dealt(h[0], sizes.microbatches, sizes.data)
     layers, ticks = len(jax.tree.leaves(params)[0]), len(parts) + stages - 1
 
-    def own(start: jax.Array, t: Any) -> Any:
-        blocks = params if taps is None else (params, _taps_of(taps, t - stage, sizes))
+    def own(start: jax.Array, m: Any) -> Any:
+        blocks = params if taps is None else (params, _taps_of(taps, m, sizes))
         return lax.scan(lambda h, p: run_block(p, h), start, blocks, unroll=sizes.unroll(layers))
 
     def tick(carry: Any, t: jax.Array) -> Any:
         arrived, kept = carry
-        start = jnp.where(stage == 0, parts[jnp.minimum(t, len(parts) - 1)], arrived)
-        end, saved = own(start, t)
-        put = partial(_put, i=t - stage)
+        # In its bubbles a stage writes what the first microbatch then replaces, and the last once more.
+        m = jnp.clip(t - stage, 0, len(parts) - 1)
+        start = jnp.where(stage == 0, parts[m], arrived)
+        end, saved = own(start, m)
+        put = partial(lax.dynamic_update_index_in_dim, index=m, axis=0)
         kept = put(kept[0], end), put(kept[1], start), jax.tree.map(partial(put, axis=1), kept[2], saved)
         return (lax.ppermute(end, LAYER, [(s, s + 1) for s in range(stages - 1)]), kept), None
 
@@ -61,22 +63,15 @@ def run_stage(run_block: Any, sizes: Sizes, params: Any, h: jax.Array, taps: jax
     return _scatter(gathered(ends, sizes.data), sizes.data), (gathered(starts, sizes.data)[None], saved)
 
 
-def _taps_of(taps: jax.Array, microbatch: jax.Array, sizes: Sizes) -> jax.Array:
+def _taps_of(taps: jax.Array, m: jax.Array, sizes: Sizes) -> jax.Array:
     if taps.ndim == 1:
         return taps
     dealt = jax.vmap(partial(_dealt, parts=sizes.microbatches, data=sizes.data))(taps)
-    return dealt[:, jnp.clip(microbatch, 0, sizes.microbatches - 1)]
+    return dealt[:, m]
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return lax.pcast(jnp.zeros(shape, dtype), LAYER, to="varying")
-
-
-def _put(whole: jax.Array, one: jax.Array, *, i: jax.Array, axis: int = 0) -> jax.Array:
-    """Sets entry ``i``, if there is one."""
-    at = jnp.clip(i, 0, whole.shape[axis] - 1)
-    there = lax.dynamic_index_in_dim(whole, at, axis, keepdims=False)
-    return lax.dynamic_update_index_in_dim(whole, jnp.where(at == i, one, there), at, axis)
 
 
 def _scatter(end: jax.Array, data: int) -> jax.Array:

@@ -21,6 +21,7 @@ from tests.methods import METHODS
 LAYERS, EXAMPLES, OUTPUTS = 8, 16, 3
 MESHES = [(data, devices // data) for devices in (1, 2, 4, 8) for data in (1, 2, 4, 8) if data <= devices]
 DLDFA = jaxfa.dldfa(2)  # its signals are statistics of the batch
+HALVES = slice(0, EXAMPLES // 2), slice(EXAMPLES // 2, None)
 CORNERS = [(1, 1), (8, 1), (1, 8), (4, 2)]
 DIRECT = {m.name: m.rule for m in METHODS if is_direct(m.rule) and not m.name.startswith("ssa")}
 every_mesh = pytest.mark.parametrize(("data", "layer"), MESHES)
@@ -127,6 +128,15 @@ def test_on_every_mesh_batch_statistics_are_those_of_the_whole_batch(data, layer
     _, (grads, signals) = check(DLDFA, data, layer, schedule="stream")
     assert float(jnp.abs(signals.p).min()) > 0
     assert layer == 1 or grads["stack"]["w"].sharding.spec[0] == "layer"
+
+
+def test_a_part_of_the_batch_has_other_statistics(x64):
+    # The control: were signals those of each device's examples, or of each microbatch's, it would show above.
+    block, params, feedback, (x, y) = create(DLDFA)
+    halves = [learned(block, params, feedback, (x[part], y[part]))[1][1] for part in HALVES]
+    whole = learned(block, params, feedback, (x, y))[1][1]
+    mean = jax.tree.map(lambda *both: sum(both) / 2, *halves)
+    assert float(jnp.abs(mean.p - whole.p).max()) > 1e-2 * float(jnp.abs(whole.p).max())
 
 
 @pytest.mark.long
