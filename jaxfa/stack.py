@@ -117,7 +117,7 @@ def _parallel(block: Block, unroll: int, tree: Any, wire: jax.Array) -> Any:
         def learn_from(f: Any, saved: Any) -> Any:
             out, vjp = saved
             delta, signal = deliver((out, f), e)
-            return _gradients(vjp, delta, first), signal
+            return gradients(vjp, delta, first), signal
 
         first = jax.tree.map(lambda leaf: leaf[0], params)
         each = jax.vmap(learn_from) if unroll == 1 else _one_by_one(learn_from, unroll)
@@ -134,10 +134,11 @@ def _one_by_one(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 def _stream(block: Block, unroll: int, tree: Any, wire: jax.Array) -> Any:
     params, h, _ = tree
     end = _forward(block, unroll, *lax.stop_gradient((params, h)))
-    return end, listen(partial(_sweep, block, unroll), wire, tree)
+    return end, listen(partial(sweep, block, unroll), wire, tree)
 
 
-def _sweep(block: Block, unroll: int, tree: Any, e: jax.Array) -> Any:
+def sweep(block: Block, unroll: int, tree: Any, e: jax.Array) -> Any:
+    """What a stack's parameters, input and feedback learn from ``e``, in a second forward sweep."""
     params, h, feedback = tree
 
     # In straight code the compiler would find that it has computed all this in the forward pass, and keep that.
@@ -172,10 +173,11 @@ def learn(block: Block, pair: tuple[Any, DirectFeedback], h: jax.Array, e: jax.A
     p, f = pair
     out, vjp = jax.vjp(lambda p: block(p, h), p)
     delta, signal = deliver((out, f), e)
-    return out, _gradients(vjp, delta, p), signal
+    return out, gradients(vjp, delta, p), signal
 
 
-def _gradients(vjp: Any, delta: jax.Array, p: Any) -> Any:
+def gradients(vjp: Any, delta: jax.Array, p: Any) -> Any:
+    """One block's gradient; zeros where a parameter has none."""
     # Keys and counters have gradients of a type of their own, which no loop can carry.
     (dp,) = vjp(delta)
     return jax.tree.map(lambda d, leaf: jnp.zeros_like(leaf) if d.dtype == jax.dtypes.float0 else d, dp, p)

@@ -1,8 +1,8 @@
-"""What every test runs under: two CPU devices, no silent broadcasting, double precision where a test asks for it."""
+"""What every test runs under: eight CPU devices, no silent broadcasting, double precision where a test asks for it."""
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
