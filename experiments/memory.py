@@ -1,0 +1,143 @@
+"""Memory and time of a step against depth: backpropagation and rematerialisation, direct feedback stored and streamed.
+
+Claim: direct feedback needs no activations kept. Nokland (2016) says it, and no library delivers it:
+:func:`jaxfa.direct_stack` does for stacks of equal blocks, ``jaxfa.nn.attach(..., schedule="stream")`` for any model of
+blocks. Streamed, memory does not grow with depth; nor does it, gradients included, when each block is updated at once
+(:func:`jaxfa.update_stack`).
+
+Command: ``python -m experiments run memory``
+
+Memory is what the compiled program allocates beside its inputs and outputs (``memory_analysis``), so that parameters,
+their gradients and the optimizer's state are not in it; where the device counts, its peak is there, too. A step is the
+gradient of all parameters; the fused one also updates them. The stack: ``h + relu(h w + b)``, the block for which
+backpropagation has least to keep. The time is the median of interleaved rounds.
+"""
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import memory_figure, memory_steps, records
+
+Measurement = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The networks, and where the results go."""
+
+    depths: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
+    """Blocks of the stack."""
+    timed: int = 64
+    """The depth at which steps are timed, one of these."""
+    width: int = 128
+    """Units of a block."""
+    batch: int = 8192
+    """Measurements of a step of the stack."""
+    repeats: tuple[int, ...] = (1, 3, 5)
+    """Blocks in each of a ResNet's three stages: 3 is ResNet-20."""
+    timed_repeats: int = 3
+    """The ResNet whose steps are timed, one of these."""
+    images: int = 128
+    """Measurements of a step of the ResNet."""
+    pixels: int = 32
+    """Width and height of the ResNet's images."""
+    rounds: int = 9
+    """Rounds of timing."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    out: Path = Path("runs/memory")
+    """The folder of the results; a finished measurement is kept."""
+    fresh: bool = False
+    """Whether to delete what the folder holds."""
+
+
+PRESETS = {
+    "cpu": Config(),
+    "paper": Config(
+        depths=(4, 16, 64, 256, 1024), width=1024, repeats=(1, 3, 9, 18), images=1024, out=Path("runs/memory-paper")
+    ),
+}
+
+
+def run(config: Config) -> Path:
+    """Measures what is missing, draws the figure, prints the table.
+
+    Returns:
+      The path of the report.
+
+    Raises:
+      ValueError: if the folder holds another configuration, or what is to be timed is none of the networks.
+    """
+    for name, one, all_ in (
+        ("timed", config.timed, config.depths),
+        ("timed_repeats", config.timed_repeats, config.repeats),
+    ):
+        if one not in all_:
+            raise ValueError(f"{name} must be one of {all_}, got {one}.")
+    records.open_run(config.out, records.identity("memory", config, ("out", "fresh")), fresh=config.fresh)
+    path = config.out / "memory.json"
+    if not path.exists():
+        records.write_json(path, {"stack": stack(config), "resnet": resnet(config)})
+    return memory_figure.write(config, records.read_json(path))
+
+
+def stack(config: Config) -> list[Measurement]:
+    """Memory of every method at every depth, and the time at one."""
+    return [
+        row
+        for depth in config.depths
+        for row in _measure(depth, memory_steps.stack(config, depth), config.rounds if depth == config.timed else 0)
+    ]
+
+
+def resnet(config: Config) -> list[Measurement]:
+    """The same of ResNets."""
+    return [
+        row
+        for repeats in config.repeats
+        for row in _measure(
+            6 * repeats + 2,
+            memory_steps.resnet(config, repeats),
+            config.rounds if repeats == config.timed_repeats else 0,
+        )
+    ]
+
+
+def _measure(depth: int, made: memory_steps.Steps, rounds: int) -> list[Measurement]:
+    steps = {name: (step.lower(*args).compile(), args) for name, (step, args) in made.items()}
+    rows: dict[str, Measurement] = {name: {"method": name, "depth": depth} for name in steps}
+    for name, (step, _) in steps.items():
+        rows[name]["temporary"] = step.memory_analysis().temp_size_in_bytes
+    if rounds:
+        for name in sorted(steps, key=lambda name: rows[name]["temporary"]):
+            rows[name]["peak"] = _peak(*steps[name])
+        for name, times in _times(steps, rounds).items():
+            rows[name] |= times
+    return list(rows.values())
+
+
+def _peak(step: Any, args: Any) -> int | None:
+    """The device's peak since the process began: from the smallest program to the largest it is each one's own."""
+    jax.block_until_ready(step(*args))
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _times(steps: dict[str, tuple[Any, Any]], rounds: int) -> dict[str, Measurement]:
+    """Seconds of a step, and the ratio to backpropagation's in the same round with its quartiles."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, (step, args) in steps.items():
+            started = time.perf_counter()
+            jax.block_until_ready(step(*args))
+            seconds[name].append(time.perf_counter() - started)
+    bases = seconds[memory_steps.REFERENCE]
+    times = {}
+    for name, own in seconds.items():
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(own, bases, strict=True)], n=4)
+        times[name] = {"seconds": statistics.median(own), "ratio": middle, "low": low, "high": high}
+    return times

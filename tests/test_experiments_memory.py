@@ -1,0 +1,36 @@
+"""The experiment on memory: what it claims holds at a small size, and its report says what was measured."""
+
+import dataclasses
+
+import pytest
+
+from experiments import memory, memory_figure, records
+from experiments.memory_steps import FUSED, REFERENCE, REMATERIALISED, STORED, STREAMED
+
+TINY = memory.Config(depths=(2, 16), timed=2, width=8, batch=512, repeats=(1,), timed_repeats=1, images=4, pixels=8)
+
+
+@pytest.mark.slow
+def test_streamed_memory_is_flat_and_the_report_says_so(tmp_path):
+    config = dataclasses.replace(TINY, rounds=2, out=tmp_path)
+    page = memory.run(config)
+    found = records.read_json(tmp_path / "memory.json")
+    size = {(one["method"], one["depth"]): one["temporary"] for one in found["stack"]}
+    for flat in (STREAMED, FUSED):
+        assert size[flat, 16] <= 1.3 * size[flat, 2]
+    # The controls grow.
+    for growing in (REFERENCE, REMATERIALISED, STORED):
+        assert size[growing, 16] > 2 * size[growing, 2]
+    (head, *rows), text = memory_figure.table(found)[:7], page.read_text()
+    assert head[1:3] == ["2", "16"]
+    assert len(rows) == 6
+    assert f"{size[STREAMED, 2] / 2**20:.1f}" in text
+    assert all(one["low"] <= one["ratio"] <= one["high"] for one in found["resnet"])
+    before = (tmp_path / "memory.json").read_bytes()
+    assert memory.run(config) == page  # a finished measurement is kept
+    assert (tmp_path / "memory.json").read_bytes() == before
+
+
+def test_what_is_timed_must_be_measured(tmp_path):
+    with pytest.raises(ValueError, match=r"timed must be one of \(2, 16\), got 3"):
+        memory.run(dataclasses.replace(TINY, timed=3, out=tmp_path))
