@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 # Numbers, theory and experiments do not depend on the versions as the interfaces do.
-BEYOND_OLDEST := $(wildcard tests/test_experiments*.py tests/test_*theory.py tests/test_ldfa*.py tests/test_grape.py tests/test_conservation.py tests/test_ssa.py tests/test_nn_ssa.py tests/test_real_data.py tests/test_rules.py tests/test_contract.py)
+BEYOND_OLDEST := $(wildcard tests/test_experiments*.py tests/test_*theory.py tests/test_ldfa*.py tests/test_grape*.py tests/test_conservation.py tests/test_ssa.py tests/test_nn_ssa.py tests/test_real_data.py tests/test_rules.py tests/test_contract.py)
 
 .PHONY: setup demo test test-all test-oldest lint clean
 

@@ -50,8 +50,8 @@ EXPERIMENTS = {
     "pipeline": pipeline,
     "rank_collapse": rank_collapse,
     "ssa_ablation": ssa_ablation,
-    "ssa_alignment": ssa_alignment,
     "ssa_cifar10": ssa_cifar10,
+    "ssa_alignment": ssa_alignment,
     "ssa_cost": ssa_cost,
 }
 _COMMANDS = ("list", "run", "report")

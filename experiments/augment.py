@@ -5,19 +5,20 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Shifts each image by up to four pixels, black coming in, and mirrors half of them.
+def crop_and_flip(key: jax.Array, images: jax.Array, *, padding: int = 4) -> jax.Array:
+    """Shifts each image by up to so many pixels, black coming in, and mirrors half of them.
 
     Args:
       key: a PRNG key; it is consumed.
       images: ``(N, H, W, C)``.
+      padding: the most pixels that an image is shifted by.
 
     Returns:
       Images of the same shape and dtype.
     """
     shift_key, flip_key = jax.random.split(key)
-    padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
-    shifts = jax.random.randint(shift_key, (len(images), 2), 0, 9)
+    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    shifts = jax.random.randint(shift_key, (len(images), 2), 0, 2 * padding + 1)
     cropped = jax.vmap(lambda image, s: lax.dynamic_slice(image, (s[0], s[1], 0), images.shape[1:]))(padded, shifts)
     return _flip(flip_key, cropped)
 

@@ -52,33 +52,30 @@ preset ``paper`` has not been run.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import jaxfa
 import jaxfa.nn
-from experiments import conservation_figure, conservation_laws, data, figures, models, records
+from experiments import conservation_figure, conservation_laws, data, figures, models, records, sweep
 from experiments.data import DatasetName
 from experiments.task import Task
-from experiments.train import train
-from experiments.trainer import Trainer
 
 RATES = (0.1, 0.01, 0.001)
 HORIZON = 2.0  # learning rate times steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(sweep.Options):
     """How long to follow the law, and what to train from an aligned start."""
 
     steps: int = 500
@@ -99,21 +96,12 @@ class Config:
     """Of plain gradient descent; by default each start's own, see ``LEARNING_RATES``."""
     seeds: int = 3
     """How many trainings of each start, and of regressions."""
-    seed: int = 0
-    """The first seed; the others follow it."""
-    split: Literal["test", "validation"] = "test"
-    """What accuracy is of: the test set, or a tenth of the training set held out, for every choice that is tuned."""
-    diagnostics: bool = False
-    """Whether every epoch's record has, by layer, effective ranks and how far what is conserved has drifted."""
     out: Path = Path("runs/conservation")
     """The folder of the results; trainings that were killed go on from their last checkpoint there."""
-    data: Path | None = None
-    """The folder of the cached data sets; by default what JAXFA_DATA names, else ./data."""
-    fresh: bool = False
-    """Whether to delete the results that are there."""
 
     def __post_init__(self) -> None:
-        records.refuse_below_one(self, "steps", "iterations", "epochs", "images", "batch", "seeds")
+        super().__post_init__()
+        records.refuse_below_one(self, "steps", "iterations", "batch")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
 
@@ -163,8 +151,7 @@ def run(config: Config) -> Path:
       FileNotFoundError: if a data set is not there.
       FloatingPointError: if a training diverges.
     """
-    identity = records.identity("conservation", config, ("diagnostics", "out", "data", "fresh"))
-    records.open_run(config.out, identity, fresh=config.fresh)
+    identity = sweep.open_run(config)
     trained = {str(name): _train(config, identity, name) for name in config.datasets}
     laws = follow(config)
     records.write_json(config.out / "results.json", conservation_figure.numbers(laws))
@@ -197,35 +184,23 @@ def follow(config: Config) -> conservation_figure.Laws:
 
 def _train(config: Config, identity: dict[str, Any], name: DatasetName) -> dict[str, list[dict[str, Any]]]:
     """The records of every start."""
-    dataset = data.load(name, config.data)
-    dataset = data.hold_out(dataset) if config.split == "validation" else dataset
     # A fully connected network: shifted and mirrored images are none of its affairs.
-    dataset = data.on_device(data.first(dataset, config.images, None)._replace(augmented=False))
-    seeds = range(config.seed, config.seed + config.seeds)
-    found = {}
-    with Progress() as progress:
-        for start, task in _tasks(config, name, dataset):
-            folder = config.out / name / start.replace(", ", "-").replace(" ", "_")
-            own = identity | {"dataset": name, "start": start}
-            trainer = Trainer(task, seeds)
-            found[start] = train(trainer, config.epochs, folder=folder, config=own, progress=progress)
-    return found
+    dataset = sweep.prepare(config, data.load(name, config.data)._replace(augmented=False))
+    folders = {start: f"{name}/{start.replace(', ', '-').replace(' ', '_')}" for start in STARTS}
+    tasks = {folders[start]: _task(config, name, dataset, start) for start in STARTS}
+    trained = sweep.train_each(config, identity, tasks)
+    return {start: one.history for start, one in zip(STARTS, trained, strict=True)}
 
 
-def _tasks(config: Config, name: DatasetName, dataset: data.Dataset) -> Iterator[tuple[str, Task]]:
+def _task(config: Config, name: DatasetName, dataset: data.Dataset, start: str) -> Task:
     shape, classes = dataset.train_images.shape[1:], dataset.classes
-    rates = LEARNING_RATES.get(name, LEARNING_RATES["cifar10"])
-    for start, (rule, prepare) in STARTS.items():
-        rate = config.learning_rate or rates[start]
-        yield (
-            start,
-            Task(
-                make=lambda rngs: models.MLP(shape, classes, config.hidden, rngs=rngs),
-                rule=rule(),
-                optimizer=optax.sgd(rate),
-                data=dataset,
-                batch=config.batch,
-                prepare=prepare,
-                diagnostics=config.diagnostics,
-            ),
-        )
+    rule, prepare = STARTS[start]
+    rate = config.learning_rate or LEARNING_RATES.get(name, LEARNING_RATES["cifar10"])[start]
+    return Task(
+        make=lambda rngs: models.MLP(shape, classes, config.hidden, rngs=rngs),
+        rule=rule(),
+        optimizer=optax.sgd(rate),
+        data=dataset,
+        batch=config.batch,
+        prepare=prepare,
+    )

@@ -2,7 +2,11 @@
 
 A cached file ``FOLDER/NAME.npz`` holds uint8 ``train_images`` and ``test_images`` (N, H, W, C) and integer
 ``train_labels`` and ``test_labels`` (N,). The folder is what a flag or ``JAXFA_DATA`` names, else ``./data``. Where a
-file is missing, TFDS makes it, once; offline ``python ../shared/data/unpack.py FOLDER --npz`` makes all four.
+file is missing, TFDS makes it, once; offline ``python ../shared/data/unpack.py FOLDER --npz`` makes all but ImageNet.
+
+ImageNet is that of Chrabaszcz, Loshchilov and Hutter (2017, https://arxiv.org/abs/1707.08819), every image 64 x 64:
+15.7 GB, which fit on one accelerator of 80 GB beside a training. The test images are its 50,000 validation images,
+which published accuracies are of.
 """
 
 import os
@@ -17,9 +21,12 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"]
+DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet64"]
 
-_CLASSES = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
+_CLASSES = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100, "imagenet64": 1000}
+_NATURAL = ("cifar10", "cifar100", "imagenet64")
+# TFDS's name and its split for testing, where they are not ours.
+_TFDS = {"imagenet64": ("imagenet_resized/64x64", "validation")}
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -124,8 +131,10 @@ def on_device(data: Dataset) -> Dataset:
 
 def channel_moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean and the standard deviation of every channel of uint8 images ``(N, H, W, C)``, each ``(C,)``."""
-    # From the histogram: exact, and without a copy of the images in floating point.
-    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
+    # From the histogram: exact, and without a copy of the images in wider numbers, but for some at a time.
+    parts = [images[i : i + 10_000] for i in range(0, len(images), 10_000)]
+    channels = range(images.shape[-1])
+    counts = np.stack([sum(np.bincount(part[..., c].ravel(), minlength=256) for part in parts) for c in channels])
     levels = np.arange(256)
     mean = counts @ levels / counts.sum(1)
     variance = counts @ levels**2 / counts.sum(1) - mean**2
@@ -162,8 +171,7 @@ def _read(name: str, path: Path) -> Dataset:
                 f"{labels.shape}. Delete the file and prepare it again."
             )
     labels = (train_labels.astype(np.int32), test_labels.astype(np.int32))
-    augmented = name.startswith("cifar")
-    return Dataset(train_images, labels[0], test_images, labels[1], _CLASSES[name], augmented)
+    return Dataset(train_images, labels[0], test_images, labels[1], _CLASSES[name], name in _NATURAL)
 
 
 def _prepare(name: str, path: Path) -> None:
@@ -172,13 +180,14 @@ def _prepare(name: str, path: Path) -> None:
     except ImportError as error:
         raise FileNotFoundError(
             f"No cached data set at {path}. Where a network is, install TFDS (pip install 'jaxfa[tfds]') and run this "
-            f"again; offline run `python ../shared/data/unpack.py {path.parent} --npz`; or name another folder with "
-            f"--data or JAXFA_DATA; or choose digits, which needs no file."
+            f"again; offline run `python ../shared/data/unpack.py {path.parent} --npz`, unless for ImageNet; or name "
+            f"another folder with --data or JAXFA_DATA; or choose digits, which needs no file."
         ) from error
     arrays: dict[str, np.ndarray] = {}
-    for split in ("train", "test"):
-        whole = tfds.as_numpy(tfds.load(name, split=split, batch_size=-1))
-        arrays |= {f"{split}_images": whole["image"], f"{split}_labels": whole["label"].astype(np.uint8)}
+    source, test = _TFDS.get(name, (name, "test"))
+    for split, found in (("train", "train"), ("test", test)):
+        whole = tfds.as_numpy(tfds.load(source, split=found, batch_size=-1))
+        arrays |= {f"{split}_images": whole["image"], f"{split}_labels": whole["label"].astype(np.int32)}
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed when complete: a kill half way leaves no half file under the real name.
     partial = path.with_suffix(".partial.npz")

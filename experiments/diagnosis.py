@@ -1,11 +1,10 @@
 """What any training can log of its layers besides their angles: ranks, and what feedback alignment conserves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 import jaxfa
@@ -62,10 +61,3 @@ def _imbalance(link: jaxfa.nn.Link, step: jaxfa.nn.Link) -> jax.Array:
     both = (imbalance(link.pair, one, link.feedback) for one in (step.pair, own))
     above, below = (jnp.abs(found).sum() for found in both)
     return above / below
-
-
-def factor_ranks(params: Any, layers: Sequence[str]) -> dict[str, Any]:
-    """``{"rank": {layer: (seeds,)}}`` of layers whose weights are factors, in this order; nothing where none is."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, jaxfa.Factors))
-    ranks = {leaf.name: np.full(len(leaf.s), leaf.s.shape[-1]) for leaf in leaves if isinstance(leaf, jaxfa.Factors)}
-    return {"rank": {layer: ranks[layer] for layer in layers if layer in ranks}} if ranks else {}

@@ -79,8 +79,9 @@ def _vgg16(shape: Any, classes: int, scale: float, rngs: Any) -> VGG:
     return VGG(shape, classes, widths=_scaled((64, 128, 256, 512, 512), scale), repeats=(2, 2, 3, 3, 3), rngs=rngs)
 
 
-def _resnet(shape: Any, classes: int, scale: float, rngs: Any, *, depth: int) -> ResNet:
-    return ResNet(shape, classes, depth=depth, width=round(16 * scale), rngs=rngs)
+def _resnet(shape: Any, classes: int, scale: float, rngs: Any, *, repeats: int) -> ResNet:
+    width = round(16 * scale)
+    return ResNet(shape, classes, (width, 2 * width, 4 * width), repeats=repeats, rngs=rngs)
 
 
 def _published(bp: float, dfa: float, dfa_c: float, grape: float, grape_c: float) -> dict[tuple[str, int], float]:
@@ -92,10 +93,10 @@ NETWORKS: dict[NetworkName, Network] = {
     "alexnet": Network("AlexNet", _alexnet, None, _published(64.61, 42.59, 49.37, 45.45, 62.63)),
     "vgg16": Network("VGG-16", _vgg16, None, _published(70.33, 1.00, 29.40, 32.40, 56.93)),
     "resnet20": Network(
-        "ResNet-20", partial(_resnet, depth=20), _BLOCKS, _published(68.72, 20.94, 59.80, 24.28, 64.82)
+        "ResNet-20", partial(_resnet, repeats=3), _BLOCKS, _published(68.72, 20.94, 59.80, 24.28, 64.82)
     ),
     "resnet56": Network(
-        "ResNet-56", partial(_resnet, depth=56), _BLOCKS, _published(71.42, 24.29, 62.43, 29.33, 66.92)
+        "ResNet-56", partial(_resnet, repeats=9), _BLOCKS, _published(71.42, 24.29, 62.43, 29.33, 66.92)
     ),
 }
 
@@ -202,7 +203,7 @@ def _arms(config: Config, dataset: data.Dataset, name: NetworkName) -> Iterator[
 
 def grape(config: Config) -> jaxfa.Rule:
     """GrAPE as a configuration asks for it."""
-    return jaxfa.grape(tile=config.tile, averaging=config.averaging)
+    return jaxfa.grape(tile=config.tile, averaging=config.averaging, scaling=0.0)
 
 
 def task(

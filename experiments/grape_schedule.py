@@ -8,7 +8,26 @@ Beside the fixed schedule stands the paper's open question: a true gradient is c
 its cosine with the rule's has fallen under a threshold; true gradients with an optimizer of their own, since in the
 rule's Adam one of many weighs little; and the control: as many steps of backpropagation, no others.
 
-Neither preset has been run to its end yet: there are no numbers.
+Measured with the preset ``cpu`` (ResNet-20 of width 8, CIFAR-10 averaged to 16 x 16 pixels, 4000 training and the first
+2000 test images, 5 epochs of 80 steps, one seed: a standard error of 1 point; last epoch; GrAPE with tiles of 4 pixels;
+nothing tuned), in 26 min on two CPU cores that many others used:
+
+====================================  ====  =====
+.                                     DFA   GrAPE
+====================================  ====  =====
+never calibrated                      20.9  30.6
+every 5 epochs (once)                 21.9  29.8
+every epoch                           23.4  30.2
+every epoch where the cosine is low   23.5  30.8
+every epoch, an optimizer of its own  19.1  19.8
+those steps alone, every epoch        11.3  11.3
+backpropagation                       36.4  36.4
+====================================  ====  =====
+
+Five true gradients in 400 steps lift DFA by 2.5 points, and less where they are rarer, as claimed; GrAPE is where it
+was, within the error. To take them only where the measured cosine is low loses nothing. With momentum of their own at
+.1 they do harm: so large a step throws the rule off. The published leap is not seen; a run this short can't deny it.
+The preset ``paper`` has not been run.
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ import optax
 
 import jaxfa
 from experiments import data, sweep
-from experiments.cnn import CNN
+from experiments.cnn import ShallowCNN
 from experiments.task import Task
 
 Name = Literal["mnist", "cifar10", "cifar100"]
@@ -98,7 +98,7 @@ def _arms(config: Config, name: Name) -> Iterator[sweep.Arm]:
         "bp": ("backpropagation", jaxfa.backprop(), config.learning_rate),
         "fa": ("FA", jaxfa.fa(), config.fa_rate),
         "dfa": ("DFA", jaxfa.dfa(), config.dfa_rate),
-        "grape": ("GrAPE", jaxfa.grape(), config.grape_rate),
+        "grape": ("GrAPE", jaxfa.grape(scaling=0.0), config.grape_rate),
     }
     for rule, (title, value, rate) in rules.items():
         task = _task(config, dataset, value, rate)
@@ -112,7 +112,7 @@ def _task(config: Config, dataset: data.Dataset, rule: jaxfa.Rule, rate: float) 
     # The ancestor's: 5 % less every epoch of a hundred, and no augmentation.
     schedule = optax.exponential_decay(rate, steps * config.epochs / 100, 0.95)
     return Task(
-        make=lambda rngs: CNN(shape, classes, rngs=rngs),
+        make=lambda rngs: ShallowCNN(shape, classes, rngs=rngs),
         rule=rule,
         optimizer=optax.adam(schedule),
         data=dataset,

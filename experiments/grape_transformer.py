@@ -170,7 +170,7 @@ def _arms(config: Config, dataset: data.Dataset) -> Iterator[sweep.Arm]:
         raise ValueError(f"calibrations must divide an epoch's {epoch} steps (--steps), got {config.calibrations}.")
     bp = _task(config, dataset, config.learning_rate, epoch)
     yield sweep.Arm("bp", "Backpropagation", None, bp, PUBLISHED_BP if same else None)
-    grape = jaxfa.grape(learning_rate=config.feedback_rate)
+    grape = jaxfa.grape(learning_rate=config.feedback_rate, scaling=0.0)
     rules = {"dfa": ("DFA", jaxfa.dfa(), config.dfa_rate), "grape": ("GrAPE", grape, config.grape_rate)}
     for name, (title, rule, rate) in rules.items():
         plain = _task(config, dataset, rate, epoch)._replace(rule=rule, at=TAPS)

@@ -44,15 +44,13 @@ from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
-from rich.progress import Progress
 
 import jaxfa
-from experiments import cost_report, data, operations, records, timing
+from experiments import cost_report, data, operations, records, sweep, timing
 from experiments.ldfa_rank_mlp import FEEDBACK_RATE
 from experiments.models import MLP
 from experiments.optimizers import adam
 from experiments.task import Task
-from experiments.train import train
 from experiments.trainer import Trainer
 from experiments.vgg import VGG
 
@@ -66,8 +64,8 @@ LEARNED = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(sweep.Options):
     """The ranks, and what to reach."""
 
     networks: tuple[NetworkName, ...] = ("mlp", "vgg")
@@ -94,21 +92,18 @@ class Config:
     """Of P."""
     seeds: int = 2
     """How many trainings at each rank, side by side."""
-    seed: int = 0
-    """The first seed; the others follow it."""
     out: Path = Path("runs/ldfa_cost")
     """The folder of the results; a killed run goes on from its last checkpoint there."""
-    data: Path | None = None
-    """The folder of the cached data sets; by default what JAXFA_DATA names, else ./data."""
-    fresh: bool = False
-    """Whether to delete the results that are there."""
+
+    arms = ("networks", "ranks", "target")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.fractions or min(self.fractions) <= 0 or max(self.fractions) > 1:
             raise ValueError(f"fractions must be in (0, 1], got {self.fractions}.")
         if not 0 < self.target < 1:
             raise ValueError(f"target must be an accuracy between 0 and 1, got {self.target}.")
-        records.refuse_below_one(self, "images", "test_images", "epochs", "width", "seeds")
+        records.refuse_below_one(self, "width")
 
 
 PRESETS = {
@@ -131,10 +126,8 @@ def run(config: Config) -> Path:
       FileNotFoundError: if CIFAR-10 is not there.
       FloatingPointError: if a training diverges.
     """
-    whole = data.load("cifar10", config.data)
-    dataset = data.on_device(data.first(whole, config.images, config.test_images))
-    identity = records.identity("ldfa_cost", config, ("networks", "ranks", "out", "data", "fresh", "target"))
-    records.open_run(config.out, identity, fresh=config.fresh)
+    dataset = sweep.prepare(config, data.load("cifar10", config.data))
+    identity = sweep.open_run(config)
     steps: dict[str, Any] = {name: step_costs(config, name, dataset) for name in config.networks}
     curve = reach(config, dataset, identity)
     records.write_json(config.out / "results.json", {"steps": steps, "reach": curve})
@@ -175,7 +168,7 @@ def step_costs(config: Config, name: NetworkName, dataset: data.Dataset) -> dict
         "theory": {},
         "step": [],
     }
-    trainers = {"bp": Trainer(task(config, name, dataset, None), [config.seed])}
+    trainers = {"bp": Trainer(task(config, name, dataset, None), [config.seed], config.loop)}
     for label, (learn_p, learn_q) in LEARNED.items():
         lines["backward"][label], lines["theory"][label] = [], []
         for fraction in config.fractions:
@@ -186,7 +179,7 @@ def step_costs(config: Config, name: NetworkName, dataset: data.Dataset) -> dict
             lines["theory"][label].append(by_theory / whole)
             if learn_p and learn_q:
                 lines["step"].append(found.step / reference.step)
-                trainers[str(fraction)] = Trainer(chosen, [config.seed])
+                trainers[str(fraction)] = Trainer(chosen, [config.seed], config.loop)
     times = timing.measure(trainers, config.out / f"timing-{name}.json", reference="bp")["steps"]
     return lines | {"fractions": config.fractions, "time": times, "reference": reference._asdict()}
 
@@ -199,24 +192,20 @@ def rule(config: Config, rank: float, learn_p: bool = True, learn_q: bool = True
 
 def reach(config: Config, dataset: data.Dataset, identity: dict[str, Any]) -> dict[str, Any]:
     """Operations to the target accuracy by backpropagation and at every rank, one number or NaN per seed."""
+    ranks = {"bp": None, **{f"rank-{rank}": rank for rank in config.ranks}}
+    rules = {name: None if rank is None else rule(config, rank) for name, rank in ranks.items()}
+    tasks = {name: task(config, "mlp", dataset, chosen) for name, chosen in rules.items()}
     found: dict[str, Any] = {}
-    seeds = range(config.seed, config.seed + config.seeds)
-    with Progress() as progress:
-        for rank in (None, *config.ranks):
-            name = "bp" if rank is None else f"rank-{rank}"
-            chosen = task(config, "mlp", dataset, None if rank is None else rule(config, rank))
-            trainer = Trainer(chosen, seeds)
-            own = identity | {"rank": rank}
-            history = train(trainer, config.epochs, folder=config.out / name, config=own, progress=progress)
-            steps = np.array([record["step"] for record in history[1:]], float)
-            accuracy = np.array([record["test_accuracy"] for record in history[1:]])
-            reached = accuracy >= config.target
-            first = [float(steps[i.argmax()]) if i.any() else None for i in reached.T]
-            cost = operations.count(chosen).step
-            found[name] = {
-                "rank": rank,
-                "steps": first,
-                "operations": [None if step is None else cost * step for step in first],
-                "accuracy": accuracy[-1].tolist(),
-            }
+    for name, _, history in sweep.train_each(config, identity, tasks):
+        steps = np.array([record["step"] for record in history[1:]], float)
+        accuracy = np.array([record["test_accuracy"] for record in history[1:]])
+        reached = accuracy >= config.target
+        first = [float(steps[i.argmax()]) if i.any() else None for i in reached.T]
+        cost = operations.count(tasks[name]).step
+        found[name] = {
+            "rank": ranks[name],
+            "steps": first,
+            "operations": [None if step is None else cost * step for step in first],
+            "accuracy": accuracy[-1].tolist(),
+        }
     return found

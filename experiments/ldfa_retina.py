@@ -41,23 +41,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import jaxfa
-from experiments import checkpoint, data, figures, receptive_fields, records
+from experiments import checkpoint, data, figures, receptive_fields, records, sweep
 from experiments.optimizers import adam
 from experiments.receptive_fields import Result
 from experiments.retina import Retina
 from experiments.task import Task
-from experiments.train import train
-from experiments.trainer import State, Trainer
+from experiments.trainer import State
 
 PROBES = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(sweep.Options):
     """The network, the ranks, and for how long."""
 
     ranks: tuple[int, ...] = (16, 4, 2, 1)
@@ -88,17 +86,14 @@ class Config:
     """Of P."""
     seeds: int = 2
     """How many trainings at each rank."""
-    seed: int = 0
-    """The first seed; the others follow it."""
     out: Path = Path("runs/ldfa_retina")
     """The folder of the results; a killed run goes on from its last checkpoint there."""
-    data: Path | None = None
-    """The folder of the cached data sets; by default what JAXFA_DATA names, else ./data."""
-    fresh: bool = False
-    """Whether to delete the results that are there."""
+
+    arms = ("ranks",)
 
     def __post_init__(self) -> None:
-        records.refuse_below_one(self, "hidden", "window", "images", "test_images", "epochs", "batch", "seeds")
+        super().__post_init__()
+        records.refuse_below_one(self, "hidden", "window", "batch")
         if not self.ranks or min(self.ranks) < 1 or max(self.ranks) > self.cortex[0]:
             raise ValueError(f"ranks must be from 1 to the cortex's {self.cortex[0]} channels, got {self.ranks}.")
 
@@ -127,25 +122,23 @@ def run(config: Config) -> Path:
       FloatingPointError: if a training diverges.
     """
     dataset = grey(data.load("cifar10", config.data), config)
-    identity = records.identity("ldfa_retina", config, ("ranks", "out", "data", "fresh"))
-    records.open_run(config.out, identity, fresh=config.fresh)
+    identity = sweep.open_run(config)
     results: dict[str, Result] = {}
-    with Progress() as progress:
-        for rank in (None, *config.ranks):
-            name = "backpropagation" if rank is None else f"rank {rank}"
-            before, after, accuracies = [], [], []
-            # One after the other: vectorised over seeds, XLA:CPU's wide convolutions are ten times slower.
-            for seed in range(config.seed, config.seed + config.seeds):
-                trainer = Trainer(task(config, dataset, rank), [seed])
-                before.append(fields(config, dataset, trainer.init()))
-                folder, own = config.out / f"{name}-seed-{seed}".replace(" ", "-"), identity | {"rank": rank}
-                last = train(trainer, config.epochs, folder=folder, config=own, progress=progress)[-1]
-                with checkpoint.checkpoints(folder) as manager:
-                    _, state = checkpoint.restore(manager, trainer.init()) or (0, trainer.init())
-                after.append(fields(config, dataset, state))
-                accuracies += last["test_accuracy"]
-            results = results or {"untrained": receptive_fields.describe(before)}
-            results[name] = receptive_fields.describe(after, accuracies)
+    for rank in (None, *config.ranks):
+        name = "backpropagation" if rank is None else f"rank {rank}"
+        before, after, accuracies = [], [], []
+        # One after the other: vectorised over seeds, XLA:CPU's wide convolutions are ten times slower.
+        for seed in range(config.seed, config.seed + config.seeds):
+            alone, folder = dataclasses.replace(config, seed=seed, seeds=1), f"{name}-seed-{seed}".replace(" ", "-")
+            (trained,) = sweep.train_each(alone, identity, {folder: task(config, dataset, rank)})
+            start = trained.trainer.init()
+            with checkpoint.checkpoints(config.out / folder) as manager:
+                _, end = checkpoint.restore(manager, start) or (0, start)
+            before.append(fields(config, dataset, start))
+            after.append(fields(config, dataset, end))
+            accuracies += trained.history[-1]["test_accuracy"]
+        results = results or {"untrained": receptive_fields.describe(before)}
+        results[name] = receptive_fields.describe(after, accuracies)
     return _write(config, results)
 
 
@@ -165,9 +158,8 @@ def grey(dataset: data.Dataset, config: Config) -> data.Dataset:
             light = light.reshape(len(light), light.shape[1] // 2, 2, light.shape[2] // 2, 2).mean((2, 4))
         return np.round(light).astype(np.uint8)[..., None]
 
-    dataset = data.first(dataset, config.images, config.test_images)
     train, test = convert(dataset.train_images), convert(dataset.test_images)
-    return data.on_device(dataset._replace(train_images=train, test_images=test, augmented=False))
+    return sweep.prepare(config, dataset._replace(train_images=train, test_images=test, augmented=False))
 
 
 def task(config: Config, dataset: data.Dataset, rank: int | None) -> Task:

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 ModelName = Literal["mlp", "lenet", "convnet", "resnet20"]
 Shape = tuple[int, int, int]
+DEFAULT = nnx.initializers.lecun_normal()  # Flax's own
 
 
 class MLP(nnx.Module):
@@ -86,62 +88,92 @@ class ConvNet(nnx.Module):
         return self.head(x.reshape(x.shape[0], -1))
 
 
-class Stem(nnx.Module):
-    """The first convolution of a ResNet, with normalisation and ReLU."""
+class Convolution(nnx.Module):
+    """A convolution with batch normalisation, or in its place with biases.
 
-    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(channels, width, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
+    Args:
+      channels: of the input.
+      width: channels of the output.
+      window: the kernel's height and width.
+      stride: of the output's pixels.
+      normalised: whether batch normalisation follows.
+      kernel_init: how the kernel is drawn.
+      rngs: keys for the weights.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        window: int = 3,
+        stride: int = 1,
+        *,
+        normalised: bool,
+        kernel_init: nnx.Initializer,
+        rngs: nnx.Rngs,
+    ):
+        sizes = {"kernel_size": (window, window), "strides": stride}
+        self.conv = nnx.Conv(channels, width, **sizes, use_bias=not normalised, kernel_init=kernel_init, rngs=rngs)
+        # Statistics forget at PyTorch's default rate, which short trainings need.
+        self.norm = nnx.data(nnx.BatchNorm(width, momentum=0.9, rngs=rngs) if normalised else None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``(N, H, W, channels)`` to ``(N, H, W, width)``."""
-        return nnx.relu(self.norm(self.conv(x)))
+        """``(N, H, W, channels)`` to ``(N, H / stride, W / stride, width)``."""
+        x = self.conv(x)
+        return x if self.norm is None else self.norm(x)
 
 
 class Block(nnx.Module):
     """Two convolutions around a shortcut, which is a strided 1x1 convolution where the shape changes."""
 
-    def __init__(self, channels: int, width: int, stride: int, *, rngs: nnx.Rngs):
-        self.conv1 = nnx.Conv(channels, width, (3, 3), strides=stride, use_bias=False, rngs=rngs)
-        self.norm1 = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
-        self.conv2 = nnx.Conv(width, width, (3, 3), use_bias=False, rngs=rngs)
-        self.norm2 = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
-        self.has_projection = stride != 1 or channels != width
-        if self.has_projection:
-            self.projection = nnx.Conv(channels, width, (1, 1), strides=stride, use_bias=False, rngs=rngs)
-            self.projection_norm = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
+    def __init__(self, channels: int, width: int, stride: int, **options: Any):
+        self.first = Convolution(channels, width, stride=stride, **options)
+        self.second = Convolution(width, width, **options)
+        changes = stride != 1 or channels != width
+        self.shortcut = nnx.data(Convolution(channels, width, 1, stride, **options) if changes else None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(N, H, W, channels)`` to ``(N, H / stride, W / stride, width)``."""
-        shortcut = self.projection_norm(self.projection(x)) if self.has_projection else x
-        x = nnx.relu(self.norm1(self.conv1(x)))
-        return nnx.relu(self.norm2(self.conv2(x)) + shortcut)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return nnx.relu(self.second(nnx.relu(self.first(x))) + shortcut)
 
 
 class ResNet(nnx.Module):
-    """ResNet for small images: three stages of equally many blocks; other arguments as :class:`MLP`.
+    """ResNet for small images: a 3x3 stem without pooling, then stages of equally many blocks.
+
+    By default ResNet-20; five repeats make ResNet-32, nine ResNet-56, widths of 64 to 512 and two repeats ResNet-18.
 
     Args:
-      shape: as :class:`MLP`.
-      classes: likewise.
-      depth: how many layers, ``6 k + 2``: 20, 32, 56.
-      width: the channels of the first stage.
-      rngs: likewise.
-
-    Raises:
-      ValueError: if the depth is not ``6 k + 2``.
+      shape: an image's ``(H, W, C)``.
+      classes: number of outputs.
+      widths: channels of the stages; every stage but the first halves the image.
+      repeats: how many blocks each stage has.
+      normalised: whether batch normalisation follows every convolution.
+      kernel_init: how kernels are drawn.
+      rngs: keys for the weights.
 
     Source: He et al., "Deep Residual Learning for Image Recognition", 2016, https://arxiv.org/abs/1512.03385
     """
 
-    def __init__(self, shape: Shape, classes: int, *, depth: int = 20, width: int = 16, rngs: nnx.Rngs):
-        blocks, rest = divmod(depth - 2, 6)
-        if rest or blocks < 1:
-            raise ValueError(f"A ResNet for small images has 6 k + 2 layers, such as 20 or 56, got depth={depth}.")
-        widths = (width, *(width * scale for scale in (1, 2, 4) for _ in range(blocks)))
-        self.stem = Stem(shape[2], width, rngs=rngs)
-        self.blocks = nnx.List([Block(n, m, m // n, rngs=rngs) for n, m in pairwise(widths)])
-        self.head = nnx.Linear(widths[-1], classes, rngs=rngs)
+    def __init__(
+        self,
+        shape: Shape,
+        classes: int,
+        widths: tuple[int, ...] = (16, 32, 64),
+        *,
+        repeats: int = 3,
+        normalised: bool = True,
+        kernel_init: nnx.Initializer = DEFAULT,
+        rngs: nnx.Rngs,
+    ):
+        options: dict[str, Any] = {"normalised": normalised, "kernel_init": kernel_init, "rngs": rngs}
+        # With its ReLU, so that direct rules tap it as they tap a block: where the next layer reads.
+        self.stem = nnx.Sequential(Convolution(shape[2], widths[0], **options), nnx.relu)
+        channels = (widths[0], *(width for width in widths for _ in range(repeats)))
+        strides = [2 if i and i % repeats == 0 else 1 for i in range(repeats * len(widths))]
+        pairs = zip(pairwise(channels), strides, strict=True)
+        self.blocks = nnx.List([Block(n, m, stride, **options) for (n, m), stride in pairs])
+        self.head = nnx.Linear(widths[-1], classes, kernel_init=kernel_init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Images ``(N, H, W, C)`` to logits ``(N, classes)``."""
@@ -154,11 +186,14 @@ class ResNet(nnx.Module):
 def max_pool(x: jax.Array) -> jax.Array:
     """2x2 max-pooling of ``(N, H, W, C)``; an odd last row or column is dropped.
 
-    A maximum over a reshaped axis: XLA:CPU's gradient of a windowed one is eight times slower.
+    Maxima of pairs: XLA:CPU's gradient of a windowed one is eight times slower, and that of a maximum over axes divides
+    by how many are equal to it, which is none where XLA computes the input twice and rounds it otherwise.
     """
     n, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(n, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    x = x.reshape(n, height // 2, 2, width // 2, 2, channels)
+    x = jnp.maximum(x[:, :, 0], x[:, :, 1])
+    return jnp.maximum(x[:, :, :, 0], x[:, :, :, 1])
 
 
 class Architecture(NamedTuple):

@@ -50,32 +50,32 @@ the error of one seed, and FA with Muon alone, published far ahead of FA, is not
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import optax
 from flax import nnx
-from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
 import jaxfa
-from experiments import data, rank_report, records, spectra
+from experiments import data, rank_report, records, spectra, sweep
+from experiments.cnn import PoolingCNN
+from experiments.models import ResNet
 from experiments.optimizers import hidden_kernels
 from experiments.rank_arms import ARMS, ArmName
 from experiments.ranks import RankTrainer
-from experiments.switchable import CNN, INITIALIZER, ResNet18
 from experiments.task import Task
-from experiments.train import train
-from experiments.trainer import Loop
 
 NetworkName = Literal["cnn", "resnet18"]
+INITIALIZER = nnx.initializers.he_normal()
 
 
 class Network(NamedTuple):
     """What is trained on what.
 
     Attributes:
-      make: ``(shape, classes, widths, *, normalised, rngs) -> module``.
+      make: ``(shape, classes, widths, *, normalised, kernel_init, rngs) -> module``.
       data: the data set's name.
       first: the path of the first layer, which Muon leaves out, as it does the head.
       rates: the learning rate of each arm.
@@ -89,13 +89,13 @@ class Network(NamedTuple):
 
 NETWORKS: dict[NetworkName, Network] = {
     "cnn": Network(
-        CNN,
+        PoolingCNN,
         "cifar10",
         "layers/0",
         {"bp": 0.03, "bp-norm": 0.03, "fa": 0.001, "fa-muon": 0.002, "fa-norm": 0.03, "fa-norm-muon": 0.05},
     ),
     "resnet18": Network(
-        ResNet18,
+        partial(ResNet, repeats=2),
         "cifar100",
         "stem",
         {"bp": 0.03, "bp-norm": 0.1, "fa": 0.01, "fa-muon": 0.02, "fa-norm": 0.1, "fa-norm-muon": 0.02},
@@ -103,14 +103,14 @@ NETWORKS: dict[NetworkName, Network] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The network, the arms, and for how long."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(sweep.Options):
+    """The network, the trainings, and for how long."""
 
     network: NetworkName = "cnn"
     """A convolutional network on CIFAR-10, or ResNet-18 on CIFAR-100."""
-    arms: tuple[ArmName, ...] = tuple(ARMS)
-    """The trainings: a rule, with or without normalisation, by SGD unless Muon is named; then the controls."""
+    trainings: tuple[ArmName, ...] = tuple(ARMS)
+    """What to train: a rule, with or without normalisation, by SGD unless Muon is named; then the controls."""
     widths: tuple[int, ...] = (16, 32, 64, 64)
     """Channels of the convolutions, or of the stages."""
     epochs: int = 10
@@ -137,44 +137,25 @@ class Config:
     """Images that the ranks within a batch are of."""
     seeds: int = 1
     """How many trainings of each arm, side by side."""
-    seed: int = 0
-    """The first seed; the others follow it."""
-    split: Literal["test", "validation"] = "test"
-    """What accuracy is of: the test set, or a tenth of the training set held out, for every choice that is tuned."""
-    loop: Loop = "auto"
-    """One compiled step per batch or a scan over many; auto chooses by the backend. Both draw the same numbers."""
-    save_every: int = 10
-    """Epochs from one checkpoint to the next; the last is always saved."""
     out: Path = Path("runs/rank_collapse")
     """The folder of the results; a killed run goes on from its last checkpoint there."""
-    data: Path | None = None
-    """The folder of the cached data sets; by default what JAXFA_DATA names, else ./data."""
-    fresh: bool = False
-    """Whether to delete the results that are there."""
+
+    arms = ("trainings",)
 
     def __post_init__(self) -> None:
-        sizes = ("epochs", "steps", "images", "test_images", "batch", "window", "sketch", "probe", "seeds")
-        records.refuse_below_one(self, *sizes, "save_every")
-        if not self.arms:
-            raise ValueError(f"arms must name one of {', '.join(ARMS)}, or more.")
+        super().__post_init__()
+        records.refuse_below_one(self, "steps", "batch", "window", "sketch", "probe")
+        if not self.trainings:
+            raise ValueError(f"trainings must name one of {', '.join(ARMS)}, or more.")
         if self.rate is not None and not self.rate > 0:
             raise ValueError(f"rate must be positive, got {self.rate}.")
-
-    def total(self) -> int:
-        """All steps of a training."""
-        filled = (self.images or 50_000) // self.batch
-        return self.epochs * min(self.steps or filled, filled)
-
-    def schedule(self, rate: float) -> optax.Schedule:
-        """A learning rate that falls to a hundredth; at zero there would be no update to measure."""
-        return optax.cosine_decay_schedule(rate, self.total(), alpha=0.01)
 
 
 PRESETS = {
     "cpu": Config(),
     "paper": Config(
         network="resnet18",
-        arms=("bp", "bp-norm", "fa", "fa-muon", "fa-norm", "fa-norm-muon"),
+        trainings=("bp", "bp-norm", "fa", "fa-muon", "fa-norm", "fa-norm-muon"),
         widths=(64, 128, 256, 512),
         epochs=100,
         steps=None,
@@ -201,27 +182,13 @@ def run(config: Config) -> Path:
       FileNotFoundError: if the data set is not there.
       FloatingPointError: if a training diverges.
     """
-    dataset = data.load(NETWORKS[config.network].data, config.data)
-    if config.split == "validation":
-        dataset = data.hold_out(dataset)
-    dataset = data.on_device(data.first(dataset, config.images, config.test_images))
-    ignored = ("arms", "loop", "save_every", "out", "data", "fresh")
-    identity = records.identity("rank_collapse", config, ignored)
-    records.open_run(config.out, identity, fresh=config.fresh)
-    seeds = range(config.seed, config.seed + config.seeds)
-    histories: dict[str, Any] = {}
+    dataset = sweep.prepare(config, data.load(NETWORKS[config.network].data, config.data))
+    tasks: dict[str, Task] = {name: task(config, name, dataset) for name in config.trainings}
+    make = partial(RankTrainer, probe=config.probe)
     # LAPACK's threads spin while they wait, which on a shared machine makes seconds of a small SVD's milliseconds.
-    with threadpool_limits(1), Progress() as progress:
-        for name in config.arms:
-            trainer = RankTrainer(task(config, name, dataset), seeds, config.loop, probe=config.probe)
-            histories[name] = train(
-                trainer,
-                config.epochs,
-                folder=config.out / name,
-                config=identity | {"arm": name},
-                save_every=config.save_every,
-                progress=progress,
-            )
+    with threadpool_limits(1):
+        trained = sweep.train_each(config, sweep.open_run(config), tasks, make)
+        histories = {one.name: one.history for one in trained}
     return rank_report.write(config.out, config.network, histories)
 
 
@@ -231,11 +198,14 @@ def task(config: Config, name: ArmName, dataset: data.Dataset) -> Task:
     shape, classes = dataset.train_images.shape[1:], dataset.classes
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
-        return network.make(shape, classes, config.widths, normalised=arm.normalised, rngs=rngs)
+        options = {"normalised": arm.normalised, "kernel_init": INITIALIZER}
+        return network.make(shape, classes, config.widths, **options, rngs=rngs)
 
     hidden = hidden_kernels(nnx.eval_shape(lambda: make(nnx.Rngs(0))), but=(network.first, "head"))
-    rate = config.schedule(config.rate or network.rates[arm.rate_of or name])
-    optimizer = arm.optimizer(hidden, rate, config.schedule(config.adam_rate), config.weight_decay)
+    filled = len(dataset.train_labels) // config.batch
+    total = config.epochs * min(config.steps or filled, filled)
+    rate = _falling(config.rate or network.rates[arm.rate_of or name], total)
+    optimizer = arm.optimizer(hidden, rate, _falling(config.adam_rate, total), config.weight_decay)
     remember = spectra.remember(config.window, config.sketch, hidden)
     return Task(
         make=make,
@@ -246,3 +216,8 @@ def task(config: Config, name: ArmName, dataset: data.Dataset) -> Task:
         batch=config.batch,
         steps=config.steps,
     )
+
+
+def _falling(rate: float, steps: int) -> optax.Schedule:
+    """A learning rate that falls to a hundredth; at zero there would be no update to measure."""
+    return optax.cosine_decay_schedule(rate, steps, alpha=0.01)

@@ -9,8 +9,26 @@ All means the literal reading: gradients along the Stiefel manifold, no retracti
 alignment pulls the weights. Without orthogonality there is neither projection nor loss. Two arms are ours: a retraction
 in the place of ``L_ortho``, and alignment that pulls the feedback, which is weight transport.
 
-Neither preset has been run to its end. With the preset ``cpu`` all losses reach 40.1 % in 4 epochs; without the
-cross-entropy accuracy is at chance, 10.2 %, after 2.
+Measured with the preset ``cpu`` (the network of three convolutions, 16 to 64 channels; 3000 training and the first
+2000 test images, 4 epochs of 46 steps, one seed: a standard error of 1.1 points; last epoch, also each one's best;
+angles of the convolutions to backpropagation, from the first; the rank of the third at the end, of 96), in 4 min on
+two CPU cores that others used, too:
+
+============================  ========  ===========  ====
+.                             accuracy  angles       rank
+============================  ========  ===========  ====
+all losses                    40.1      122, 82, 88  80
+no cross-entropy              11.2      100, 99, 91  64
+no alignment                  40.4      126, 84, 87  80
+no orthogonality              40.0      95, 84, 83   64
+retraction in place of loss   41.2      92, 91, 86   80
+weight transport              39.4      87, 89, 87   80
+============================  ========  ===========  ====
+
+Without the gradient of the cross-entropy nothing is learned, less than published (27.1 %). The two other losses change
+nothing that one seed could tell in 184 steps, where the paper loses 7 to 10 points: here ``L_align`` at the weight .001
+has not moved the angles, by which no layer but the head follows backpropagation yet. A step of every arm takes the time
+of the first within 4 %. The preset ``paper`` has not been run.
 """
 
 import dataclasses
@@ -34,21 +52,10 @@ class Config(ssa_arms.Config):
     out: Path = Path("runs/ssa_ablation")
     """The folder of the results."""
 
-    arms = ()
-
 
 PRESETS = {
-    "cpu": Config(
-        network="smallconv",
-        epochs=4,
-        images=3000,
-        test_images=2000,
-        seeds=1,
-        learning_rate=2e-3,
-        period=1,
-        multiple=16,
-    ),
-    "paper": Config(epochs=164, batch=100, seeds=5, out=Path("runs/ssa_ablation-paper")),
+    "cpu": Config(network="smallconv", epochs=4, images=3000, test_images=2000, **ssa_arms.CPU),
+    "paper": Config(**ssa_arms.PAPER, seeds=5, out=Path("runs/ssa_ablation-paper")),
 }
 PAGE = sweep.Page(
     "What do SSA's local losses do?",

@@ -1,10 +1,11 @@
 """Sweeps: trains named arms that differ in one quantity, such as a rank, times them, and shows ours beside published.
 
-An experiment makes its arms and calls :func:`run`; a sweep that was killed goes on where it was.
+An experiment makes its arms and calls :func:`run`; a sweep that was killed goes on where it was. One that has figures
+of its own takes only the trainings, from :func:`train_each`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -60,8 +61,8 @@ class Page(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What every sweep can be told; experiments add their own."""
+class Options:
+    """What every experiment that trains can be told; experiments add their own."""
 
     epochs: int = 10
     """Passes over the training images."""
@@ -69,10 +70,6 @@ class Config:
     """How many of the training images; by default all."""
     test_images: int | None = None
     """How many of the test images; by default all."""
-    batch: int = 64
-    """Examples per step."""
-    learning_rate: float = 1e-3
-    """Of Adam, before it decays."""
     seeds: int = 3
     """How many trainings of each arm, side by side."""
     seed: int = 0
@@ -92,23 +89,105 @@ class Config:
     fresh: bool = False
     """Whether to delete the results that are there."""
 
-    arms: ClassVar[tuple[str, ...]] = ("ranks",)
+    arms: ClassVar[tuple[str, ...]] = ()
     """The fields that choose arms: more of them may join the results that are there."""
 
     def __post_init__(self) -> None:
-        records.refuse_below_one(self, "epochs", "batch", "seeds", "save_every", "images", "test_images")
+        records.refuse_below_one(self, "epochs", "seeds", "save_every", "images", "test_images")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """What most sweeps can be told, too."""
+
+    batch: int = 64
+    """Examples per step."""
+    learning_rate: float = 1e-3
+    """Of Adam, before it decays."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        records.refuse_below_one(self, "batch")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
 
 
-def prepare(config: Config, dataset: data.Dataset) -> data.Dataset:
+def prepare(config: Options, dataset: data.Dataset) -> data.Dataset:
     """The part of a data set that a configuration asks for, on the device."""
     if config.split == "validation":
         dataset = data.hold_out(dataset)
     return data.on_device(data.first(dataset, config.images, config.test_images))
 
 
-def run(config: Config, page: Page, arms: Sequence[Arm]) -> Path:
+def open_run(config: Options) -> dict[str, Any]:
+    """Makes or finds the folder that all trainings of an experiment share.
+
+    Args:
+      config: the experiment's configuration.
+
+    Returns:
+      What their results depend on, and so what a folder that is there must be of.
+
+    Raises:
+      ValueError: if the folder holds another run.
+    """
+    ignored = ("loop", "diagnostics", "save_every", "out", "data", "fresh", *config.arms)
+    identity = records.identity(type(config).__module__.rpartition(".")[2], config, ignored)
+    records.open_run(config.out, identity, fresh=config.fresh)
+    return identity
+
+
+class Trained(NamedTuple):
+    """A training that is done.
+
+    Attributes:
+      name: the task's.
+      trainer: what trained it.
+      history: its records, from epoch 0.
+    """
+
+    name: str
+    trainer: Trainer
+    history: list[dict[str, Any]]
+
+
+def train_each(
+    config: Options,
+    identity: dict[str, Any],
+    tasks: Mapping[str, Task],
+    make: Callable[[Task, Sequence[int], Loop], Trainer] = Trainer,
+) -> Iterator[Trained]:
+    """Trains tasks one after the other as a configuration asks, each in a folder of its name.
+
+    Args:
+      config: the experiment's configuration.
+      identity: from :func:`open_run`.
+      tasks: what to train, by name.
+      make: what makes a trainer of a task, the seeds and the loop.
+
+    Yields:
+      Each training when it is done: nothing is trained before it is asked for.
+
+    Raises:
+      ValueError: if a folder holds another run.
+      FloatingPointError: if a training diverges.
+    """
+    seeds = range(config.seed, config.seed + config.seeds)
+    with _progress() as progress:
+        for name, task in tasks.items():
+            trainer = make(task._replace(diagnostics=config.diagnostics), seeds, config.loop)
+            history = train(
+                trainer,
+                config.epochs,
+                folder=config.out / name,
+                config=identity | {"arm": name},
+                save_every=config.save_every,
+                progress=progress,
+            )
+            yield Trained(name, trainer, history)
+
+
+def run(config: Options, page: Page, arms: Sequence[Arm]) -> Path:
     """Trains every arm, times its steps, writes the report.
 
     Args:
@@ -126,9 +205,7 @@ def run(config: Config, page: Page, arms: Sequence[Arm]) -> Path:
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise ValueError(f"Every arm needs a name of its own, got {names}.")
-    ignored = ("loop", "diagnostics", "save_every", "out", "data", "fresh", *config.arms)
-    identity = records.identity(type(config).__module__.rpartition(".")[2], config, ignored)
-    records.open_run(config.out, identity, fresh=config.fresh)
+    identity = open_run(config)
     described = [{key: value for key, value in arm._asdict().items() if key != "task"} for arm in arms]
     for arm in described:
         arm["reference"] = arm["reference"] or names[0]
@@ -138,22 +215,15 @@ def run(config: Config, page: Page, arms: Sequence[Arm]) -> Path:
     return sweep_report.write(config.out)
 
 
-def _train(config: Config, identity: dict[str, Any], arms: Sequence[Arm]) -> None:
-    seeds = range(config.seed, config.seed + config.seeds)
-    references = {arm.reference or arms[0].name for arm in arms}
+def _train(config: Options, identity: dict[str, Any], arms: Sequence[Arm]) -> None:
+    references = {arm.name: arm.reference or arms[0].name for arm in arms}
     kept: dict[str, Trainer] = {}
-    with _progress() as progress:
-        for arm in arms:
-            task = arm.task._replace(diagnostics=config.diagnostics)
-            trainer = Trainer(task, seeds, config.loop)
-            folder = config.out / arm.name
-            found = identity | {"arm": arm.name}
-            train(trainer, config.epochs, folder=folder, config=found, save_every=config.save_every, progress=progress)
-            reference = arm.reference or arms[0].name
-            # Only references stay: a compiled arm and its states can be large.
-            kept |= {arm.name: trainer} if arm.name in references else {}
-            pair = {reference: kept[reference], arm.name: trainer}
-            timing.measure(pair, folder / "timing.json", reference=reference)
+    for name, trainer, _ in train_each(config, identity, {arm.name: arm.task for arm in arms}):
+        # Only references stay: a compiled arm and its states can be large.
+        kept |= {name: trainer} if name in references.values() else {}
+        reference = references[name]
+        pair = {reference: kept[reference], name: trainer}
+        timing.measure(pair, config.out / name / "timing.json", reference=reference)
 
 
 def _table(rows: Sequence[sweep_report.Row], metric: Metric) -> Table:

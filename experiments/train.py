@@ -35,10 +35,15 @@ def train(
       One record per epoch, from 0 (before the first step).
 
     Raises:
-      ValueError: if the folder or its checkpoint is of another configuration, or damaged.
+      ValueError: if the folder or its checkpoint is of another configuration, or damaged, or diagnostics are asked for
+        that its records lack.
       FloatingPointError: if a loss is not finite.
     """
     records.open_run(folder, config)
+    if trainer.task.diagnostics and any("error_rank" not in record for record in records.read(folder)):
+        raise ValueError(
+            f"{folder} holds epochs that were trained without diagnostics: choose another --out, or --fresh."
+        )
     (folder / "coverage.txt").write_text(f"{trainer.coverage}\n")
     with checkpoint.checkpoints(folder) as manager:
         state = trainer.init()

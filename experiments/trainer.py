@@ -19,7 +19,7 @@ from jax import lax
 import jaxfa
 import jaxfa.nn
 from experiments.data import normalize
-from experiments.diagnosis import diagnose, factor_ranks
+from experiments.diagnosis import diagnose
 from experiments.seeds import side_by_side
 from experiments.task import Task
 
@@ -132,9 +132,14 @@ class Trainer:
             "angle": {layer: found.angle for layer, found in kernels.items()},
             "norm_ratio": {layer: found.norm_ratio for layer, found in kernels.items()},
             **({"calibrations": jax.device_get(state.optimizer.calibrations)} if self.task.calibrate else {}),
-            **factor_ranks(state.params, [row.layer for row in self.coverage.rows]),
+            **self._ranks(state),
             **(self._diagnostics(state) if self.task.diagnostics else {}),
         }
+
+    def _ranks(self, state: State) -> dict[str, Any]:
+        ranks = jaxfa.ranks(state.params)
+        layers = [row.layer for row in self.coverage.rows if row.layer in ranks]
+        return {"rank": {layer: np.full(len(self.seeds), ranks[layer]) for layer in layers}} if layers else {}
 
     def _diagnostics(self, state: State) -> dict[str, Any]:
         # Seed by seed: jaxlib 0.10.2's batched decompositions can hang on CPUs.

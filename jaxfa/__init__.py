@@ -2,6 +2,7 @@
 
 from jaxfa import conservation as conservation
 from jaxfa import diagnostics as diagnostics
+from jaxfa.averaging import kalman as kalman
 from jaxfa.base import DirectFeedback as DirectFeedback
 from jaxfa.base import FixedFeedback as FixedFeedback
 from jaxfa.base import Layer as Layer
@@ -29,6 +30,7 @@ from jaxfa.optim import calibrate as calibrate
 from jaxfa.optim import optimizer as optimizer
 from jaxfa.rank import hoyer_penalty as hoyer_penalty
 from jaxfa.rank import prune as prune
+from jaxfa.rank import ranks as ranks
 from jaxfa.sign_symmetric import brsf as brsf
 from jaxfa.sign_symmetric import frsf as frsf
 from jaxfa.sign_symmetric import usf as usf
@@ -45,7 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DirectFeedback", "DirectMatrix", "Factors", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop",
     "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp", "dldfa", "drtp",
-    "error_wire", "fa", "factorise", "fdfa", "frsf", "grape", "hoyer_penalty", "kolen_pollack", "ldfa", "linear",
-    "normative_ldfa", "optimizer", "orthonormal_factors", "prune", "register", "ssa", "stiefel", "update_stack", "usf",
-    "weight_mirror", "with_feedback",
+    "error_wire", "fa", "factorise", "fdfa", "frsf", "grape", "hoyer_penalty", "kalman", "kolen_pollack", "ldfa",
+    "linear", "normative_ldfa", "optimizer", "orthonormal_factors", "prune", "ranks", "register", "ssa", "stiefel",
+    "update_stack", "usf", "weight_mirror", "with_feedback",
 ]  # fmt: skip

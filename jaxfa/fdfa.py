@@ -16,6 +16,7 @@ def fdfa(
     learning_rate: float = 0.03,
     tile: int | None = None,
     perturbation: Initializer = random_signs,
+    scaling: float = 0.0,
     separate: bool = False,
 ) -> Rule:
     """Forward direct feedback: ``dh_l = e B_l^T`` with ``B_l`` the running mean of the Jacobian's estimates.
@@ -27,13 +28,14 @@ def fdfa(
       learning_rate: ``eta``, how far one batch moves ``B``; ours.
       tile: as for :func:`jaxfa.grape`.
       perturbation: as for :func:`jaxfa.grape`.
+      scaling: as for :func:`jaxfa.grape`, but by default 0, the paper's.
       separate: as for :func:`jaxfa.grape`.
 
     Returns:
       A direct :class:`jaxfa.Rule` whose ``refine`` must run to learn.
 
     Raises:
-      ValueError: if ``tile`` is below 1.
+      ValueError: as for :func:`jaxfa.grape`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -50,5 +52,12 @@ def fdfa(
     def follow(feedback: JacobianFeedback, estimate: jax.Array) -> jax.Array:
         return feedback.b + learning_rate * (estimate - feedback.b)
 
-    zeros = jax.nn.initializers.zeros
-    return jacobian_rule(follow, zeros, averaging=0.0, tile=tile, perturbation=perturbation, separate=separate)
+    return jacobian_rule(
+        follow,
+        jax.nn.initializers.zeros,
+        averaging=0.0,
+        tile=tile,
+        perturbation=perturbation,
+        separate=separate,
+        scaling=scaling,
+    )

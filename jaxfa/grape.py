@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxfa.averaging import Gain
 from jaxfa.base import Initializer, Rule
 from jaxfa.jacobian import JacobianFeedback, jacobian_rule
 from jaxfa.projection import random_signs
@@ -18,9 +19,10 @@ from jaxfa.projection import random_signs
 def grape(
     *,
     learning_rate: float = 0.05,
-    averaging: float = 0.0,
+    averaging: float | Gain = 0.0,
     tile: int | None = None,
     perturbation: Initializer = random_signs,
+    scaling: float = 0.3,
     column_norm: bool = True,
     norm_axis: int = 0,
     separate: bool = False,
@@ -37,10 +39,20 @@ def grape(
     token's logits in its own activation. Under batch normalisation in training mode what examples do to each other adds
     variance, no bias. ``refine`` runs the model in its present mode and changes nothing of it but the feedback.
 
+    The paper's rule to the letter is ``grape(scaling=0.0, perturbation=jax.random.normal)``. The defaults lower the
+    estimate's noise, where its own analysis points; in deep convolutional networks ``grape(tile=4,
+    averaging=jaxfa.kalman())`` lowers it most. ``experiments/grape_ablation`` has the evidence.
+
+    Weights are never perturbed, though the paper does so where they have fewer dimensions. A dense layer's never have,
+    and examples share the noise that they make: more variance at the same cost. A kernel has if it is smaller than the
+    map, and then tells nothing of that part of the Jacobian that its patches don't see: a bias. A ``tile`` lowers the
+    dimensions without either.
+
     Args:
       learning_rate: ``eta_B`` of that sum; the paper's mean over ``C`` outputs has the rate ``C`` times this one. Ours.
-      averaging: from 0 to below 1, how much of the last running mean of ``J_l`` the new one keeps; 0, the paper's, is
-        this batch's estimate alone.
+      averaging: how much of the last running mean of ``J_l`` the new one keeps, from 0 to below 1; 0, the paper's, is
+        this batch's estimate alone. Or :func:`jaxfa.kalman`, by which each layer's noise says how much. The mean takes
+        as much memory as ``B``.
       tile: the side, in pixels, of a piece of ``B`` that repeats over the map; None is the full ``B``, 1 a matrix per
         channel. Below a global average pool the Jacobian repeats likewise, with the stride from the layer to the pool
         as its period (borders aside): that tile loses nothing. The perturbation is tiled, too, so that its dimension
@@ -48,6 +60,9 @@ def grape(
         count as pixels do.
       perturbation: ``(key, shape, dtype) -> p``, of mean 0 and variance 1. Random signs are the quickest, and of all
         white noise that of least variance; the paper's is ``jax.random.normal``.
+      scaling: from 0 to 1, how fast the layers' perturbations ``s_l p_l`` come to the scales of least variance, ``s_l ~
+        n_l^(1/4) / |J_l|``, by which layers move the outputs in the proportion of ``sqrt(n_l)``; 0, the paper's, is a
+        scale of 1 for all. The estimates have no bias at any scale.
       column_norm: whether the columns get norm 1. It discards how unlike in size the outputs' Jacobians are.
       norm_axis: what a column is: 0, what belongs to one output; 1, to one unit of the layer. The paper leaves it open.
       separate: one derivative for each layer instead of one for all: ``L`` times the cost, about ``1 / L`` of the
@@ -58,7 +73,8 @@ def grape(
       A direct :class:`jaxfa.Rule` whose ``refine`` must run to learn.
 
     Raises:
-      ValueError: if ``averaging`` is not in [0, 1), ``tile`` below 1, or ``norm_axis`` neither 0 nor 1.
+      ValueError: if ``averaging`` is not in [0, 1), ``tile`` below 1, ``norm_axis`` neither 0 nor 1, ``scaling`` not
+        in [0, 1], or not 0 with ``separate``; from ``refine``, if :func:`jaxfa.kalman` gets a batch of one example.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -88,7 +104,13 @@ def grape(
         return (unit(b) if column_norm else b).reshape(feedback.b.shape) / size
 
     return jacobian_rule(
-        turn, _unit_columns, averaging=averaging, tile=tile, perturbation=perturbation, separate=separate
+        turn,
+        _unit_columns,
+        averaging=averaging,
+        tile=tile,
+        perturbation=perturbation,
+        separate=separate,
+        scaling=scaling,
     )
 
 

@@ -1,4 +1,4 @@
-"""What direct rules share that learn the Jacobian of the output: its estimate from one forward-mode derivative."""
+"""What direct rules share that learn the Jacobian of the output: their feedback, which follows its estimates."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxfa.averaging import Gain, constant
 from jaxfa.base import DirectFeedback, Initializer, Rule, is_feedback, register
+from jaxfa.estimate import Estimate, jacobian_estimates
 from jaxfa.projection import direct_matrix, project, shared_axes
 
 
@@ -23,12 +25,16 @@ class JacobianFeedback(DirectFeedback):
       mean: the running mean of the Jacobian's estimates, as ``b``; None if none is kept.
       own: the layer's own axes, such as ``(H, W, n)``.
       outputs: how many axes the outputs have.
+      precision: of the running mean, one over its variance; zero if nothing is known yet or nobody asks.
+      log_scale: the logarithm of the perturbation's scale; None is a scale of 1.
     """
 
     b: jax.Array
     mean: jax.Array | None
     own: tuple[int, ...] = field(metadata={"static": True})
     outputs: int = field(default=1, metadata={"static": True})
+    precision: jax.Array | None = None
+    log_scale: jax.Array | None = None
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
         batch = h.shape[: h.ndim - len(self.own)]
@@ -39,6 +45,11 @@ class JacobianFeedback(DirectFeedback):
     def repeats(self) -> int:
         """How many positions share one matrix."""
         return math.prod(self.own) // math.prod(self.tile)
+
+    @property
+    def scale(self) -> jax.Array:
+        """Of the perturbation, for each layer of a stack."""
+        return jnp.ones(self.stack, self.b.dtype) if self.log_scale is None else jnp.exp(self.log_scale)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -60,16 +71,14 @@ def jacobian_rule(
     turn: Callable[[JacobianFeedback, jax.Array], jax.Array],
     distribution: Initializer,
     *,
-    averaging: float,
+    averaging: float | Gain,
     tile: int | None,
     perturbation: Initializer,
     separate: bool,
+    scaling: float,
 ) -> Rule:
     """A rule whose feedback ``turn``s to each new estimate, or running mean, of the Jacobian."""
-    if not 0.0 <= averaging < 1.0:
-        raise ValueError(f"averaging must be in [0, 1), got {averaging}.")
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile must be a number of pixels from 1, or None for the whole map, got {tile}.")
+    _check(averaging, tile, separate, scaling)
     estimate = partial(jacobian_estimates, perturbation=perturbation, separate=separate)
 
     def init(key: jax.Array, h: Any, logits: Any) -> JacobianFeedback:
@@ -82,53 +91,55 @@ def jacobian_rule(
             )
         b = direct_matrix(key, distribution, jax.ShapeDtypeStruct((*h.shape[:k], *sides, n), h.dtype), logits)
         feedback = JacobianFeedback(b, None, tuple(h.shape[k:]), len(logits.shape) - k)
-        b = b / math.sqrt(feedback.repeats)
-        return replace(feedback, b=b, mean=jnp.zeros_like(b) if averaging else None)
+        b, zero = b / math.sqrt(feedback.repeats), jnp.zeros((), b.dtype)
+        mean, precision = (jnp.zeros_like(b), zero) if averaging else (None, None)
+        return replace(feedback, b=b, mean=mean, precision=precision, log_scale=zero if scaling else None)
 
-    def learn(feedback: JacobianFeedback, estimate: jax.Array) -> JacobianFeedback:
+    def learn(feedback: JacobianFeedback, estimate: Estimate) -> JacobianFeedback:
         if feedback.stack:
             return jax.vmap(learn)(feedback, estimate)
-        if feedback.mean is None:
-            return replace(feedback, b=turn(feedback, estimate))
-        mean = averaging * feedback.mean + (1 - averaging) * estimate
-        return replace(feedback, b=turn(feedback, mean), mean=mean)
+        if feedback.mean is None or feedback.precision is None:
+            return replace(feedback, b=turn(feedback, estimate.jacobian))
+        gain = averaging if callable(averaging) else constant(1 - averaging)
+        weight, precision = gain(feedback.mean, feedback.precision, estimate)
+        mean = (1 - weight) * feedback.mean + weight * estimate.jacobian
+        return replace(feedback, b=turn(feedback, mean), mean=mean, precision=precision)
 
     def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:
         nodes, structure = jax.tree.flatten(feedback, is_leaf=is_feedback)
         found = estimate(lambda taps: forward(jax.tree.unflatten(structure, taps)), nodes, key)
-        return jax.tree.unflatten(structure, [learn(node, one) for node, one in zip(nodes, found, strict=True)])
+        nodes = [learn(node, one) for node, one in zip(nodes, found, strict=True)]
+        return jax.tree.unflatten(structure, rescale(nodes, found, scaling) if scaling else nodes)
 
     return Rule(init, refine)
 
 
-def jacobian_estimates(
-    forward: Callable[..., jax.Array], nodes: list[Any], key: jax.Array, *, perturbation: Initializer, separate: bool
-) -> list[jax.Array]:
-    """Unbiased estimates of the Jacobian of the logits in every tapped activation, each shaped as its ``b``."""
-    # One number for each layer of a stack: whatever the activations' shapes are, it can be added to them.
-    logits = jax.eval_shape(forward, [jnp.zeros(node.stack) for node in nodes])
-    batches = [logits.shape[: logits.ndim - node.outputs] for node in nodes]
-    keys = jax.random.split(key, len(nodes))
-    tiles = [
-        perturbation(key, (*node.stack, *batch, *node.tile), node.b.dtype)
-        for key, batch, node in zip(keys, batches, nodes, strict=True)
-    ]
-    tangents = [
-        node.spread(p, len(node.stack) + len(batch)) for p, batch, node in zip(tiles, batches, nodes, strict=True)
-    ]
-    zeros = [jnp.zeros_like(tangent) for tangent in tangents]
-    if separate:
-        alone = (
-            [t if i == j else z for j, (t, z) in enumerate(zip(tangents, zeros, strict=True))]
-            for i in range(len(nodes))
+def _check(averaging: float | Gain, tile: int | None, separate: bool, scaling: float) -> None:
+    if not callable(averaging) and not 0.0 <= averaging < 1.0:
+        raise ValueError(f"averaging must be in [0, 1) or a value such as kalman(), got {averaging}.")
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile must be a number of pixels from 1, or None for the whole map, got {tile}.")
+    if not 0.0 <= scaling <= 1.0:
+        raise ValueError(f"scaling must be from 0 to 1, got {scaling}.")
+    if separate and scaling:
+        raise ValueError(
+            "Separate derivatives make each other no noise that scaling could lower: give scaling=0.0 with separate."
         )
-        answers = [jax.jvp(forward, (zeros,), (some,))[1] for some in alone]
-    else:
-        answers = [jax.jvp(forward, (zeros,), (tangents,))[1]] * len(nodes)
 
-    def correlate(p: jax.Array, y: jax.Array, batch: tuple[int, ...], node: JacobianFeedback) -> jax.Array:
-        axes = range(len(batch))
-        found = jnp.tensordot(p, y.astype(p.dtype), ([len(node.stack) + axis for axis in axes], list(axes)))
-        return found / (math.prod(batch) * node.repeats)
 
-    return list(map(correlate, tiles, answers, batches, nodes))
+def rescale(nodes: list[Any], found: list[Estimate], rate: float) -> list[Any]:
+    """Moves every layer's scale towards the one of least variance, ``s_l ~ n_l^(1/4) / |J_l|``."""
+    # All layers move the outputs at once, so that with u_l = s_l^2 <|J_l|^2>, how much of it is l's, the variances in
+    # units of <|J_l|^2> add up to sum_l n_l (1 + sum_m u_m / u_l) / N, m not l. A pair's n_l u_m / u_l + n_m u_l / u_m
+    # is least where u_l : u_m = sqrt(n_l) : sqrt(n_m), which one u, sqrt(n), gives all pairs at once. Robbins and
+    # Monro's steps rest there; the clipping is for small batches; the scales' product stays 1.
+    shares = [
+        jnp.where(one.whole > 0, jnp.clip(one.part / one.whole, -1, 1), 0) for one in found if one.part is not None
+    ]
+    sides = [math.sqrt(math.prod(node.tile)) for node in nodes]
+    whole = sum(side * math.prod(node.stack) for side, node in zip(sides, nodes, strict=True))
+    total = sum(jnp.sum(share) for share in shares)
+    return [
+        replace(node, log_scale=node.log_scale - rate * (share - side / whole * total))
+        for node, share, side in zip(nodes, shares, sides, strict=True)
+    ]

@@ -4,7 +4,7 @@ Both from Yang, Tang, Wen, Yan, Hu, Li, Li, Chen, "Learning Low-rank Deep Neural
 Orthogonality Regularization and Singular Value Sparsification", 2020, https://arxiv.org/abs/2004.09031
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -138,8 +138,25 @@ def prune(
     return params, *(map_factors(follow, _restarted(tree, stale)) for tree in others)
 
 
-def ranks(tree: Any) -> Mapping[str, int]:
-    """The rank of each factored layer in a tree of parameters, by name."""
+def ranks(tree: Any) -> dict[str, int]:
+    """The rank of each factored layer.
+
+    Args:
+      tree: parameters; leading axes of the factors, such as seeds', share a rank.
+
+    Returns:
+      Ranks by the layers' names; nothing where no layer is factored.
+
+    Raises:
+      ValueError: if two layers have one name.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa
+      >>> jaxfa.ranks({"head": jaxfa.factorise(jnp.eye(3, 2), name="head"), "bias": jnp.zeros(2)})
+      {'head': 2}
+
+    Source: as :func:`prune`, after which it is smaller.
+    """
     return {name: w.s.shape[-1] for name, w in by_name(tree).items()}
 
 

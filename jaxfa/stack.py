@@ -160,8 +160,12 @@ def after(values: Any, known: Any) -> Any:
     and elementwise operations it would fuse, with all that leads to them from block to block.
     """
     first = sum(jnp.ravel(leaf)[0] for leaf in jax.tree.leaves(known) if jnp.issubdtype(leaf.dtype, jnp.inexact))
-    lost = partial(jax.tree.map, lambda leaf: jnp.full_like(leaf, jnp.nan))
+    lost = partial(jax.tree.map, _undefined)
     return lax.cond(jnp.isnan(first), lost, lambda tree: tree, values)
+
+
+def _undefined(leaf: jax.Array) -> jax.Array:
+    return jnp.full_like(leaf, jnp.nan) if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.zeros_like(leaf)
 
 
 def learn(block: Block, pair: tuple[Any, DirectFeedback], h: jax.Array, e: jax.Array) -> tuple[jax.Array, Any, Any]:

@@ -13,7 +13,23 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments import conservation, conservation_figure, conservation_laws, data, records, sweep, timing
+from experiments import (
+    conservation,
+    conservation_figure,
+    conservation_laws,
+    data,
+    ldfa_cost,
+    ldfa_linear,
+    ldfa_retina,
+    rank_collapse,
+    records,
+    ssa_ablation,
+    ssa_alignment,
+    ssa_arms,
+    ssa_cost,
+    sweep,
+)
+from experiments.__main__ import EXPERIMENTS
 from experiments.data import Dataset
 from experiments.models import MLP
 from experiments.task import Task
@@ -30,7 +46,9 @@ def mock(classes=4):
 
 
 def task(rule=None, tx=None, **options):
-    make = lambda rngs: MLP((4, 4, 1), 4, (6, 5), rngs=rngs)  # noqa: E731
+    def make(rngs):
+        return MLP((4, 4, 1), 4, (6, 5), rngs=rngs)
+
     return Task(make, rule or jaxfa.fa(), tx or optax.sgd(0.1), mock(), 16, **options)
 
 
@@ -57,10 +75,10 @@ def test_errors_add_up_to_the_gradient_of_the_bias(name, rule):
 
 
 def test_diagnostics_are_those_of_the_matrices_and_leave_the_training_alone(tmp_path):
-    histories = {}
-    for on in (True, False):
-        trainer = Trainer(task(diagnostics=on), (0, 1))
-        histories[on] = train(trainer, 1, folder=tmp_path / str(on), config={})
+    trainers = {on: Trainer(task(diagnostics=on), (0, 1)) for on in (True, False)}
+    histories = {on: train(trainer, 1, folder=tmp_path / str(on), config={}) for on, trainer in trainers.items()}
+    with pytest.raises(ValueError, match="trained without diagnostics: choose another --out"):
+        train(trainers[True], 2, folder=tmp_path / "False", config={})
     first, last = histories[True]
     names = ("error_rank", "update_rank", "drift", "imbalance")
     for record in histories[False]:
@@ -119,15 +137,38 @@ def test_imbalance_tells_what_the_network_breaks_from_what_the_optimizer_does(ru
     assert normalised or max(found.values()) < 1e-5
 
 
-def test_sweeps_hand_the_flag_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "measure", lambda *_, **__: {})
+TINY = {"images": 32, "test_images": 32, "seeds": 1}
+FAMILIES = {
+    "conservation": (conservation, {"datasets": ("digits",), "batch": 16}),
+    "ldfa_cost": (ldfa_cost, {"networks": ()}),
+    "ldfa_retina": (ldfa_retina, {"ranks": (2,), "batch": 16}),
+    "rank_collapse": (rank_collapse, {"trainings": ("fa",), "batch": 16}),
+    "ssa_ablation": (ssa_ablation, {"batch": 16}),  # a sweep, as most
+    "ssa_alignment": (ssa_alignment, {"batch": 16, "network": "vgg13"}),
+    "ssa_cost": (ssa_cost, {"batch": 16}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_experiment_hands_the_flag_to_its_trainings(name, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(sweep, "Trainer", lambda task, *_: seen.append(task.diagnostics) or 1 / 0)
+    monkeypatch.setattr(sweep, "train", lambda trainer, *_, **__: seen.append(trainer.task.diagnostics) or 1 / 0)
+    monkeypatch.setattr(ssa_arms, "maker", lambda *_: task().make)
+    monkeypatch.setattr(rank_collapse, "task", lambda *_: task())
+    monkeypatch.setattr(ldfa_cost, "task", lambda *_: task())
+    monkeypatch.setattr(ldfa_retina, "task", lambda *_: task())
+    monkeypatch.setattr(ldfa_retina, "grey", lambda dataset, config: dataset)
+    monkeypatch.setattr(data, "load", lambda *_: mock())
+    experiment, options = FAMILIES[name]
     for on in (True, False):
-        config = sweep.Config(out=tmp_path / "run", diagnostics=on)
         with pytest.raises(ZeroDivisionError):
-            sweep.run(config, sweep.Page("", "", ""), [sweep.Arm("bp", "bp", None, task())])
+            experiment.run(experiment.Config(**TINY, **options, diagnostics=on, out=tmp_path))
     assert seen == [True, False]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
+def test_no_experiment_that_trains_lacks_the_flag(experiment):
+    assert hasattr(experiment.Config, "diagnostics") == (experiment is not ldfa_linear)
 
 
 @pytest.mark.long

@@ -29,8 +29,11 @@ def test_digits_are_real_stratified_and_the_same_every_time():
     assert not digits.augmented
 
 
-@pytest.mark.parametrize(("name", "shape"), [("mnist", (28, 28, 1)), ("cifar100", (32, 32, 3))])
-def test_cached_file_from_the_folder_or_the_variable(name, shape, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "shape", "classes"),
+    [("mnist", (28, 28, 1), 10), ("cifar100", (32, 32, 3), 100), ("imagenet64", (64, 64, 3), 1000)],
+)
+def test_cached_file_from_the_folder_or_the_variable(name, shape, classes, tmp_path, monkeypatch):
     expected = arrays(shape=shape)
     np.savez(tmp_path / f"{name}.npz", **expected)
     monkeypatch.setenv("JAXFA_DATA", str(tmp_path))
@@ -38,8 +41,8 @@ def test_cached_file_from_the_folder_or_the_variable(name, shape, tmp_path, monk
         for key, value in expected.items():
             np.testing.assert_array_equal(getattr(found, key), value)
         assert found.train_labels.dtype == np.int32
-        assert found.augmented == name.startswith("cifar")
-        assert found.classes == (100 if name == "cifar100" else 10)
+        assert found.augmented == (name != "mnist")
+        assert found.classes == classes
 
 
 def test_missing_file_names_the_ways_out(tmp_path, monkeypatch):
@@ -61,6 +64,27 @@ def test_tfds_fills_the_cache_once(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found.train_images, expected["train_images"])
     assert calls == [("fashion_mnist", "train", -1), ("fashion_mnist", "test", -1)]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["fashion_mnist.npz"]
+
+
+def test_tfds_fills_imagenet_from_its_validation_images(tmp_path, monkeypatch):
+    images = arrays(shape=(64, 64, 3))["train_images"]
+
+    def load(name, *, split, batch_size):
+        assert name == "imagenet_resized/64x64"
+        chosen = {"train": slice(None), "validation": slice(2)}[split]
+        return {"image": images[chosen], "label": np.arange(994, 1000)[chosen]}
+
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", SimpleNamespace(load=load, as_numpy=lambda tree: tree))
+    found = data.load("imagenet64", tmp_path)
+    assert found.train_labels.tolist() == list(range(994, 1000))
+    np.testing.assert_array_equal(found.test_images, images[:2])
+
+
+def test_moments_of_a_channel_are_those_of_all_images():
+    images = np.random.default_rng(0).integers(0, 256, (10_007, 2, 2, 3), np.uint8)
+    mean, deviation = data.channel_moments(images)
+    np.testing.assert_allclose(mean, images.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(deviation, images.std((0, 1, 2)), rtol=1e-6)
 
 
 def damaged(kind):

@@ -19,6 +19,7 @@ from experiments import (
     operations,
     receptive_fields,
     records,
+    sweep,
     timing,
 )
 from experiments.data import Dataset
@@ -116,7 +117,7 @@ def untrained(trainer, epochs, **_):
 
 
 def test_retina_reports(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(ldfa_retina, "train", untrained)
+    monkeypatch.setattr(sweep, "train", untrained)
     config = ldfa_retina.Config(ranks=(2,), **RETINA, batch=64, seeds=1, out=tmp_path / "run")
     has_report(ldfa_retina.run(config), "untrained", "backpropagation", "rank 2", "4 of 4", "50.0")
 
@@ -175,7 +176,7 @@ def test_convolutions_cost_what_the_theory_says(tiny):
 
 def test_cost_reports(tiny, tmp_path, monkeypatch):
     time = {"milliseconds": 1.0, "ratio": 0.9, "low": 0.8, "high": 1.0}
-    monkeypatch.setattr(ldfa_cost, "train", untrained)
+    monkeypatch.setattr(sweep, "train", untrained)
     monkeypatch.setattr(timing, "measure", lambda trainers, *_, **__: {"steps": dict.fromkeys(trainers, time)})
     monkeypatch.setattr(ldfa_cost, "LEARNED", {"P and Q learned": (True, True)})
     monkeypatch.setattr(cost_report, "COLORS", {"P and Q learned": "#0072b2"})

@@ -9,8 +9,8 @@ from flax import nnx
 
 import jaxfa
 from experiments import models
+from experiments.cnn import PoolingCNN
 from experiments.optimizers import hidden_kernels, is_hidden, muon
-from experiments.switchable import CNN, ResNet18
 from experiments.vgg import VGG
 from experiments.vit import ViT
 from tests import networks
@@ -34,7 +34,7 @@ def build(name):
     return models.architecture(name, (32, 32, 3)).make((32, 32, 3), 10, rngs=nnx.Rngs(0))
 
 
-BLOCK = ("conv1", "conv2")
+BLOCK = ("first/conv", "second/conv")
 STRIDED = [2 * i + j for i in (1, 2) for j in (1, 2)]
 # name: (model, first and last, the layers that are Muon's)
 CASES = {
@@ -44,7 +44,7 @@ CASES = {
     "resnet20": (
         lambda: build("resnet20"),
         ("stem", "head"),
-        {f"blocks/{i}/{conv}" for i in range(9) for conv in BLOCK} | {f"blocks/{i}/projection" for i in (3, 6)},
+        {f"blocks/{i}/{conv}" for i in range(9) for conv in BLOCK} | {f"blocks/{i}/shortcut/conv" for i in (3, 6)},
     ),
     "vgg": (
         lambda: VGG(SHAPE, 10, widths=(4, 8), rngs=nnx.Rngs(0)),
@@ -57,15 +57,14 @@ CASES = {
         {f"blocks/0/attention/{name}" for name in ("query", "key", "value", "out")} | {"blocks/0/fc1", "blocks/0/fc2"},
     ),
     "cnn": (
-        lambda: CNN(SHAPE, 10, (4, 6, 8), normalised=False, rngs=nnx.Rngs(0)),
+        lambda: PoolingCNN(SHAPE, 10, (4, 6, 8), normalised=False, rngs=nnx.Rngs(0)),
         ("layers/0", "head"),
         {"layers/1/conv", "layers/2/conv"},
     ),
     "resnet18": (
-        lambda: ResNet18(SHAPE, 10, (4, 6, 8, 10), normalised=True, rngs=nnx.Rngs(0)),
+        lambda: models.ResNet(SHAPE, 10, (4, 6, 8, 10), repeats=2, rngs=nnx.Rngs(0)),
         ("stem", "head"),
-        {f"blocks/{i}/{conv}/conv" for i in range(8) for conv in ("first", "second")}
-        | {f"blocks/{i}/shortcut/conv" for i in (2, 4, 6)},
+        {f"blocks/{i}/{conv}" for i in range(8) for conv in BLOCK} | {f"blocks/{i}/shortcut/conv" for i in (2, 4, 6)},
     ),
     "separable": (lambda: Separable(nnx.Rngs(0)), ("conv", "head"), {"pointwise"}),
     "scanned": (lambda: networks.Scanned(nnx.Rngs(0)), ("stem", "head"), {"blocks/up", "blocks/down"}),

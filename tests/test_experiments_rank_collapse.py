@@ -1,6 +1,7 @@
 """Rank collapse: what changes spectra, what is measured of them, and the experiment on mock images."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,11 @@ from flax import nnx
 
 import jaxfa
 from experiments import data, rank_collapse, rank_report, records, spectra
+from experiments.cnn import PoolingCNN
 from experiments.data import Dataset
-from experiments.models import MLP
+from experiments.models import MLP, ResNet
 from experiments.optimizers import hidden_kernels
 from experiments.ranks import RankTrainer
-from experiments.switchable import CNN, ResNet18
 from experiments.task import Task
 
 PARAMS = {"layers": {i: {"kernel": jnp.zeros((3, 3, 4, 6)), "bias": jnp.zeros(6)} for i in range(2)}}
@@ -32,7 +33,9 @@ def tiny(monkeypatch):
 
 
 def hidden():
-    make = lambda: nnx.Sequential(*(nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0)) for _ in range(2)))  # noqa: E731
+    def make():
+        return nnx.Sequential(*(nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0)) for _ in range(2)))
+
     return hidden_kernels(nnx.eval_shape(make), but=("layers/0",))
 
 
@@ -126,7 +129,7 @@ def test_measured_ranks_are_those_of_the_equations(tiny):
     matrices = hidden_kernels(nnx.eval_shape(lambda: make(nnx.Rngs(0))), but=("layers/0", "head"))
     remember = spectra.remember(5, 4096, matrices)
     optimizer = optax.chain(remember, optax.sgd(0.05), remember)
-    task = Task(make, jaxfa.fa(), optimizer, tiny._replace(augmented=False), 16)
+    task = Task(make, jaxfa.fa(), optimizer, tiny._replace(augmented=False), 16, diagnostics=True)
     trainer = RankTrainer(task, [0], probe=24)
     state = trainer.init()
     state, _ = trainer.advance(state, trainer.shuffle(state), 3)
@@ -150,6 +153,7 @@ def test_measured_ranks_are_those_of_the_equations(tiny):
         assert ranks[kind]["layers/1"] == pytest.approx(rank(h1.T @ delta2), rel=1e-3)
         assert ranks[kind]["layers/0"] == pytest.approx(rank(x.T @ delta1), rel=1e-3)
     assert found["probe_loss"][0] == pytest.approx(-np.log(p[np.arange(24), labels]).mean(), rel=1e-4)
+    assert found["update_rank"]["layers/0"][0] > 1
     for kind in ("gradients", "updates"):
         assert list(ranks[kind]) == ["layers/1"]
         assert 1.5 < ranks[kind]["layers/1"] < 3.01
@@ -169,7 +173,7 @@ def optimized():
 @pytest.mark.long
 def test_the_experiment_and_its_report(tiny, optimized, tmp_path):
     arms = ("fa-muon", "bp-norm-rank-2")
-    config = rank_collapse.Config(**SMALL, arms=arms, images=None, test_images=None, out=tmp_path / "run")
+    config = rank_collapse.Config(**SMALL, trainings=arms, images=None, test_images=None, out=tmp_path / "run")
     page = rank_collapse.run(config)
     text = page.read_text()
     assert (page.parent / "figure.png").stat().st_size > 1000
@@ -181,6 +185,17 @@ def test_the_experiment_and_its_report(tiny, optimized, tmp_path):
     assert max(ranks) <= 2.001
     with pytest.raises(ValueError, match="another configuration: window was 2, is now 3"):
         rank_collapse.run(dataclasses.replace(config, window=3))
+
+
+@pytest.mark.long
+def test_resnet18_runs_and_stands_beside_the_published_numbers(tiny, optimized, tmp_path):
+    options = SMALL | {"widths": (2, 3), "epochs": 1, "images": None, "test_images": None}
+    config = rank_collapse.Config(**options, network="resnet18", trainings=("fa", "fa-norm"), out=tmp_path / "run")
+    text = rank_collapse.run(config).read_text()
+    assert all(f">{number}<" in text for number in ("1.4", "37.1"))
+    found = records.read(config.out / "fa-norm")[-1]["rank"]
+    assert len(found["error"]) == 1 + 2 * 4 + 1 + 1  # the stem, four blocks, one shortcut, the head
+    assert set(found["error"]) - set(found["gradients"]) == {"stem/layers/0/conv", "head"}
 
 
 def history(losses, ranks):
@@ -201,7 +216,10 @@ def history(losses, ranks):
 def test_ranks_at_a_matched_loss_lie_between_epochs():
     slow, fast = history([2.3, 2.1, 1.8], [10, 20, 30]), history([2.3, 1.9, 1.0], [10, 50, 60])
     assert rank_report.matched_loss({"fa": slow, "bp": fast, "bp-norm-rank-1": history([2.3, 2.2], [1, 1])}) == 1.8
-    at = lambda one, level: rank_report.at_loss(one, np.array([[10.0, 20.0, 30.0]]), level)[0]  # noqa: E731
+
+    def at(one, level):
+        return rank_report.at_loss(one, np.array([[10.0, 20.0, 30.0]]), level)[0]
+
     assert at(slow, 2.0) == pytest.approx(20 + 10 / 3)
     assert at(slow, 2.5) == 10
     assert at(fast, 1.9) == 20
@@ -223,7 +241,7 @@ def test_ranks_at_a_matched_loss_lie_between_epochs():
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-def test_switchable_networks(normalised):
+def test_normalisation_can_be_left_out(normalised):
     def shapes(network, classes):
         def make():
             return network((32, 32, 3), classes, normalised=normalised, rngs=nnx.Rngs(0))
@@ -234,19 +252,19 @@ def test_switchable_networks(normalised):
         assert logits.shape == (2, classes)
         return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
-    params = shapes(ResNet18, 100)
+    params = shapes(partial(ResNet, widths=(64, 128, 256, 512), repeats=2), 100)
     assert sum(name.endswith("kernel") for name in params) == 18 + 3
     assert 11.1e6 < sum(leaf.size for leaf in params.values()) < 11.3e6
     assert any("norm" in name for name in params) == normalised
-    assert ("stem/conv/bias" in params) != normalised
-    assert shapes(CNN, 10)["head/kernel"].shape == (2 * 2 * 128, 10)
+    assert ("stem/layers/0/conv/bias" in params) != normalised
+    assert shapes(PoolingCNN, 10)["head/kernel"].shape == (2 * 2 * 128, 10)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"window": 0}, "window must be at least 1, got 0"),
-        ({"arms": ()}, "arms must name one of bp, "),
+        ({"trainings": ()}, "trainings must name one of bp, "),
         ({"rate": 0.0}, "rate must be positive"),
     ],
 )

@@ -2,13 +2,26 @@
 
 import dataclasses
 import json
+import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 import jaxfa
-from experiments import checkpoint, data, records, ssa_ablation, ssa_alignment, ssa_arms, ssa_cifar10, ssa_cost, timing
+from experiments import (
+    checkpoint,
+    data,
+    records,
+    ssa_ablation,
+    ssa_alignment,
+    ssa_arms,
+    ssa_cifar10,
+    ssa_cost,
+    sweep,
+    timing,
+)
 from experiments.__main__ import EXPERIMENTS
 from experiments.data import Dataset
 from experiments.models import MLP
@@ -104,6 +117,30 @@ def test_the_published_networks_take_both_readings(name, mock):
     assert len(layers[True]) == {"vgg13": 12, "resnet32": 34}[name]
     svd = Trainer(ssa_arms.svd_bp(name, config, dataset), [0])
     assert jax.eval_shape(svd.init).params
+
+
+@pytest.mark.long
+def test_the_imagenet_preset_takes_two_steps_on_images_of_tfds(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+
+    def load(source, *, split, batch_size):
+        images = rng.integers(0, 256, (8 if split == "train" else 2, 64, 64, 3), dtype=np.uint8)
+        return {"image": images, "label": 990 + np.arange(len(images))}
+
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", SimpleNamespace(load=load, as_numpy=lambda tree: tree))
+    preset = ssa_cifar10.PRESETS["imagenet"]
+    config = dataclasses.replace(preset, batch=4, scale=0.05, data=tmp_path)
+    dataset = sweep.prepare(config, data.load(config.dataset, config.data))
+    arms = {arm.name: arm for name in config.networks for arm in ssa_cifar10._arms(config, name, dataset)}
+    rules = ("bp", "svd_bp", "dfa", "ssa", "ssa-sequential")
+    assert list(arms) == [f"{name}-{rule}" for name in ("vgg13", "resnet32") for rule in rules]
+    assert not any(arm.published for arm in arms.values())  # of images of another size
+    trainer = Trainer(arms["vgg13-ssa"].task, [0])
+    state = trainer.init()
+    state, losses = trainer.advance(state, trainer.shuffle(state), trainer.steps)
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    assert state.params["model"]["head"]["kernel"].shape[-1] == 1000
 
 
 def test_they_are_registered_and_refuse_an_impossible_energy():

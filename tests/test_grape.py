@@ -11,60 +11,9 @@ import pytest
 from jax import lax
 
 import jaxfa
-from jaxfa.jacobian import JacobianFeedback, jacobian_estimates
+from jaxfa.jacobian import JacobianFeedback
 from jaxfa.projection import random_signs
-
-KEY = jax.random.PRNGKey(3)
-SIZES = (6, 7, 5, 4)
-
-
-def dense(taps, x, weights):
-    """A ReLU network whose hidden activations are shifted by ``taps``."""
-    *hidden, last = weights
-    h = x
-    for w, tap in zip(hidden, taps, strict=True):
-        h = jax.nn.relu(h @ w) + tap
-    return h @ last
-
-
-def conv(taps, x, weights):
-    """Two convolutions, the second strided, a mean over space, a linear layer."""
-    first, second, last = weights
-    h = jax.nn.relu(jaxfa.conv(x, first)) + taps[0]
-    h = jax.nn.relu(jaxfa.conv(h, second, strides=2)) + taps[1]
-    return h.mean((1, 2)) @ last
-
-
-def network(name):
-    """``taps -> logits`` on one batch, and its feedback, all zero."""
-    rng = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape) / math.sqrt(math.prod(shape[:-1])))
-
-    if name == "dense":
-        x, weights = normal(9, SIZES[0]) * 5, [normal(n, m) for n, m in itertools.pairwise(SIZES)]
-        own = [(n,) for n in SIZES[1:-1]]
-        run = dense
-    else:
-        x, weights = normal(9, 4, 4, 2) * 10, [normal(3, 3, 2, 3), normal(3, 3, 3, 4), normal(4, 3)]
-        own = [(4, 4, 3), (2, 2, 4)]
-        run = conv
-    classes = weights[-1].shape[-1]
-    nodes = [JacobianFeedback(jnp.zeros((*shape, classes)), None, shape) for shape in own]
-    return (lambda taps: run(taps, x, weights)), nodes
-
-
-def jacobians(forward, nodes):
-    """The mean over examples of ``(d logits / d h)^T``, by reverse mode."""
-    zeros = [jnp.zeros((9, *node.own)) for node in nodes]
-    full = jax.jacrev(forward)(zeros)  # (example, output, example, own...)
-    return [np.moveaxis(np.einsum("bob...->o...", np.asarray(j)), 0, -1) / 9 for j in full]
-
-
-def samples(forward, nodes, count, separate=False, perturbation=jax.random.normal):
-    one = jax.jit(lambda key: jacobian_estimates(forward, nodes, key, perturbation=perturbation, separate=separate))
-    return [np.asarray(found) for found in lax.map(one, jax.random.split(KEY, count), batch_size=500)]
+from tests.jacobians import KEY, estimate, jacobians, literal, network, samples
 
 
 @pytest.mark.parametrize("name", ["dense", "conv"])
@@ -88,7 +37,7 @@ def test_the_variance_is_that_of_theory(separate, perturbation, own, x64):
     forward, nodes = network("dense")
     zeros = [jnp.zeros((9, *node.own)) for node in nodes]
     squares = [np.square(np.einsum("bobi->boi", np.asarray(j))).sum((1, 2)).mean() for j in jax.jacrev(forward)(zeros)]
-    found = samples(forward, nodes, 16000, separate, perturbation)
+    found = samples(forward, nodes, 16000, separate=separate, perturbation=perturbation)
     for layer, (estimates, true) in enumerate(zip(found, jacobians(forward, nodes), strict=True)):
         n, others = true.shape[0], 0 if separate else sum(squares) - squares[layer]
         expected = ((n + own) * squares[layer] + n * others) / 9
@@ -157,17 +106,11 @@ def test_a_step_is_the_gradient_of_the_cosines_with_that_estimate(name, norm_axi
     forward, nodes = network(name)
     nodes = [replace(node, b=jax.random.normal(KEY, node.b.shape)) for node in nodes]
     after, normed = (
-        jaxfa.grape(learning_rate=0.3, norm_axis=norm_axis, column_norm=norm, epsilon=0.0).refine(forward, nodes, KEY)
+        literal(learning_rate=0.3, norm_axis=norm_axis, column_norm=norm, epsilon=0.0).refine(forward, nodes, KEY)
         for norm in (False, True)
     )
-    for node, estimate, *moved in zip(
-        nodes,
-        jacobian_estimates(forward, nodes, KEY, perturbation=random_signs, separate=False),
-        after,
-        normed,
-        strict=True,
-    ):
-        arrays = (node.b, estimate, *(one.b for one in moved))
+    for node, found, *moved in zip(nodes, estimate(forward, nodes, KEY), after, normed, strict=True):
+        arrays = (node.b, found, *(one.b for one in moved))
         b, j, free, unit = (np.asarray(array).reshape(-1, array.shape[-1]) for array in arrays)
 
         def distance(b, j=j):
@@ -190,27 +133,27 @@ def test_the_cosine_of_one_sample_is_within_the_papers_bounds(x64):
 
 def test_a_running_mean_is_one(x64):
     forward, nodes = network("dense")
-    rule = jaxfa.grape(averaging=0.75)
-    start = [replace(node, b=jnp.ones_like(node.b), mean=jnp.ones_like(node.b)) for node in nodes]
+    rule = literal(averaging=0.75)
+    ones = [jnp.ones_like(node.b) for node in nodes]
+    start = [replace(node, b=one, mean=one, precision=jnp.zeros(())) for node, one in zip(nodes, ones, strict=True)]
     after = rule.refine(forward, start, KEY)
-    for node, estimate in zip(
-        after, jacobian_estimates(forward, nodes, KEY, perturbation=random_signs, separate=False), strict=True
-    ):
-        np.testing.assert_allclose(node.mean, 0.75 + 0.25 * estimate, rtol=1e-12)
+    for node, j in zip(after, estimate(forward, nodes, KEY), strict=True):
+        np.testing.assert_allclose(node.mean, 0.75 + 0.25 * j, rtol=1e-12)
     plain = [replace(node, mean=None) for node in start]
-    assert not np.allclose(after[0].b, jaxfa.grape().refine(forward, plain, KEY)[0].b)
+    assert not np.allclose(after[0].b, literal().refine(forward, plain, KEY)[0].b)
 
 
 def test_fdfa_is_the_running_mean_itself(x64):
     forward, nodes = network("conv")
     after = jaxfa.fdfa(learning_rate=0.25).refine(forward, [replace(n, b=jnp.ones_like(n.b)) for n in nodes], KEY)
-    for node, estimate in zip(
-        after, jacobian_estimates(forward, nodes, KEY, perturbation=random_signs, separate=False), strict=True
-    ):
-        np.testing.assert_allclose(node.b, 0.75 + 0.25 * estimate, rtol=1e-12)
+    for node, j in zip(after, estimate(forward, nodes, KEY), strict=True):
+        np.testing.assert_allclose(node.b, 0.75 + 0.25 * j, rtol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [jaxfa.grape(averaging=0.97, learning_rate=0.1), jaxfa.fdfa(learning_rate=0.01)])
+@pytest.mark.parametrize(
+    "rule",
+    [jaxfa.grape(averaging=jaxfa.kalman()), literal(averaging=0.97, learning_rate=0.1), jaxfa.fdfa(learning_rate=0.01)],
+)
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_on_a_fixed_network_it_finds_the_jacobian(rule, name, x64):
     forward, nodes = network(name)

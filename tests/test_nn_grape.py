@@ -12,7 +12,11 @@ from tests.networks import MODELS, Scanned, attach, inputs
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv, batch norm, dropout", "scanned", "transformer", "recurrent"])
-@pytest.mark.parametrize("rule", [jaxfa.grape(averaging=0.5, tile=1), jaxfa.fdfa(separate=True)], ids=["grape", "fdfa"])
+@pytest.mark.parametrize(
+    "rule",
+    [jaxfa.grape(averaging=jaxfa.kalman(), tile=1, scaling=0.0), jaxfa.fdfa(separate=True)],
+    ids=["grape", "fdfa"],
+)
 def test_refine_changes_every_feedback_and_nothing_else(name, rule):
     make, x, at = MODELS[name]
     aligned = attach(make(nnx.Rngs(0)), rule, x, at)
@@ -30,7 +34,7 @@ REST = nnx.Any(nnx.Param, nnx.BatchStat, nnx.RngCount)
 
 def test_in_a_stack_every_layer_finds_its_own_jacobian():
     model, x = Scanned(nnx.Rngs(0)), inputs(32, 6)
-    aligned = attach(model, jaxfa.fdfa(learning_rate=0.01), x, ("stem", "blocks"))
+    aligned = attach(model, jaxfa.fdfa(learning_rate=0.01, scaling=0.1), x, ("stem", "blocks"))
     refine = nnx.jit(lambda aligned, key: aligned.refine(key, x))
     for key in jax.random.split(jax.random.key(0), 500):
         refine(aligned, key)

@@ -15,14 +15,47 @@ from flax import nnx
 from jax import lax
 
 from jaxfa.base import Rule, is_direct
-from jaxfa.nn.tap import Tap, remove_tap, taps_of
+from jaxfa.nn.tap import Tap, taps_of
 from jaxfa.nn.variables import Feedback, modules_of, split_arrays
 from jaxfa.ops import deliver, error_wire, listen
 from jaxfa.stack import after
 
 
-class Teacher:
-    """What the tapped blocks learn during one sweep. Hashable, so that a tap may hold it as a static attribute.
+class Walk:
+    """A forward pass block by block. Hashable, so that a tap may hold it as a static attribute.
+
+    Attributes:
+      known: what the next block waits for. Otherwise the compiler might draw dropout's masks for all blocks first.
+    """
+
+    def __init__(self, known: Any) -> None:
+        self.known = known
+
+    def visit(self, tap: Tap, module: Any, own_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What the block at a tap returns; it changes its state."""
+        arrays, rebuild = split_arrays((args, kwargs))
+        graphdef, params, feedback, rest = nnx.split(module, nnx.Param, Feedback, ...)
+        rest, inputs = after((rest, lax.stop_gradient(arrays)), self.known)
+
+        def run(params: Any, inputs: Any) -> Any:
+            copy = nnx.merge(graphdef, params, feedback, rest, copy=True)
+            args, kwargs = rebuild(inputs)
+            return own_call(copy, *args, **kwargs), nnx.state(copy, nnx.Not(nnx.Any(nnx.Param, Feedback)))
+
+        out, changed = self.learn(run, tap, lax.stop_gradient(params), inputs, arrays)
+        nnx.update(module, changed)
+        return lax.stop_gradient(out)
+
+    def learn(self, run: Callable[..., Any], tap: Tap, params: Any, inputs: Any, arrays: Any) -> Any:
+        """Runs a block as it is: the output error is not known yet."""
+        del tap, arrays
+        out, changed = run(params, inputs)
+        self.known = out
+        return out, changed
+
+
+class Sweep(Walk):
+    """A second pass, in which every block learns as it runs.
 
     Attributes:
       e: the output error.
@@ -33,32 +66,23 @@ class Teacher:
     """
 
     def __init__(self, e: jax.Array) -> None:
+        super().__init__(e)
         self.e = e
         self.gradients: dict[str, jax.Array] = {}
         self.signals: dict[str, Any] = {}
         self.errors: Any = 0.0
 
-    def teach(self, tap: Tap, module: Any, own_call: Callable[..., Any], args: Any, kwargs: Any) -> jax.Array:
-        """Runs a block, lets it learn, and passes its output on as a constant."""
-        graphdef, params, rest = nnx.split(module, nnx.Param, ...)
-        arrays, rebuild = split_arrays((args, kwargs))
-
-        def run(params: Any, arrays: Any) -> Any:
-            copy = nnx.merge(graphdef, params, rest, copy=True)
-            args, kwargs = rebuild(arrays)
-            return own_call(copy, *args, **kwargs), nnx.state(copy, nnx.Not(nnx.Param))
-
-        out, vjp, changed = jax.vjp(run, *lax.stop_gradient((params, arrays)), has_aux=True)
-        nnx.update(module, changed)
+    def learn(self, run: Callable[..., Any], tap: Tap, params: Any, inputs: Any, arrays: Any) -> Any:
+        out, vjp, changed = jax.vjp(run, params, inputs, has_aux=True)
         with jax.named_scope(f"tap[{tap.scope}]"):
-            delta, signal = deliver((out, tap.feedback.get_value()), self.e)
+            delta, signal = deliver((out, tap.feedback.get_value()), after(self.e, self.known))
         learned, errors = vjp(delta)
         for array, error in zip(arrays, errors, strict=True):
             if jnp.issubdtype(array.dtype, jnp.inexact):
-                self.errors += jnp.vdot(lax.stop_gradient(error), array)
+                self.errors += jnp.vdot(error, array)
         self._add(tap.path, learned, signal)
-        out, self.e = after((out, self.e), (learned, signal))
-        return lax.stop_gradient(out)
+        self.known = learned, signal
+        return out, changed
 
     def _add(self, path: str, learned: Any, signal: Any) -> None:
         for own, gradient in _flat(learned).items():
@@ -92,33 +116,34 @@ def call_streamed(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """Runs a tapped model, keeping its inputs alone; its gradient is formed by a second forward sweep."""
     graphdef, params, feedback, rest = jax.tree.map(lambda a: a, nnx.split(model, nnx.Param, Feedback, ...))
     arrays, rebuild = split_arrays((args, kwargs))
-    copy = nnx.merge(graphdef, lax.stop_gradient(params), feedback, rest, copy=True)
-    for _, module in list(modules_of(copy)):
-        remove_tap(module)
+    copy = _walked(Walk(arrays), graphdef, lax.stop_gradient(params), feedback, rest)
     constant_args, constant_kwargs = rebuild(lax.stop_gradient(arrays))
     logits = copy(*constant_args, **constant_kwargs)
     nnx.update(model, nnx.state(copy, nnx.Not(nnx.Any(nnx.Param, Feedback))))
     tree = params, feedback, rest, arrays
-    return lax.stop_gradient(logits) + listen(partial(_sweep, graphdef, rebuild), error_wire(logits), tree)
+    return lax.stop_gradient(logits) + listen(partial(_learn, graphdef, rebuild), error_wire(logits), tree)
 
 
-def _sweep(graphdef: Any, rebuild: Callable[..., Any], tree: Any, e: jax.Array) -> Any:
+def _learn(graphdef: Any, rebuild: Callable[..., Any], tree: Any, e: jax.Array) -> Any:
     params, feedback, rest, arrays = tree
-    arrays, e = after((arrays, e), e)
 
     def surrogate(params: Any, arrays: Any) -> Any:
-        teacher = Teacher(e)
-        model = nnx.merge(graphdef, params, feedback, rest, copy=True)
-        for tap, _ in taps_of(model).values():
-            tap.teacher = teacher
+        sweep = Sweep(e)
         args, kwargs = rebuild(arrays)
-        logits = model(*args, **kwargs)
-        return jnp.vdot(e, logits) + teacher.errors, (teacher.gradients, teacher.signals)
+        logits = _walked(sweep, graphdef, params, feedback, rest)(*args, **kwargs)
+        return jnp.vdot(e, logits) + sweep.errors, (sweep.gradients, sweep.signals)
 
     exact, (gradients, signals) = jax.grad(surrogate, argnums=(0, 1), has_aux=True, allow_int=True)(params, arrays)
     dparams = _map(lambda path, leaf: leaf + gradients.get(path, 0), exact[0])
     dfeedback = _map(lambda path, _: signals[path.removesuffix("/feedback_tap/feedback")], feedback)
     return dparams, dfeedback, jax.tree.map(jnp.zeros_like, rest), exact[1]
+
+
+def _walked(walk: Walk, graphdef: Any, *states: Any) -> Any:
+    model = nnx.merge(graphdef, *states, copy=True)
+    for tap, _ in taps_of(model).values():
+        tap.walk = walk
+    return model
 
 
 def _flat(state: Any) -> dict[str, Any]:

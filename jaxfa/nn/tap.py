@@ -20,7 +20,7 @@ class Wire(nnx.Variable):
 class Tap(nnx.Module):
     """What a tapped module carries: its feedback and, during a pass, its wire; at a rule's source, all the wires.
 
-    During a streaming sweep it has a teacher, which lets the module learn as it runs (``stream.py``).
+    In a model that streams it has the walk that runs its module (``stream.py``).
     """
 
     def __init__(self, path: str, *, at_input: bool) -> None:
@@ -32,7 +32,7 @@ class Tap(nnx.Module):
         self.is_source = False
         self.shift = nnx.data(None)
         self.recorder: Recorder | None = None
-        self.teacher: Any = None
+        self.walk: Any = None
 
     @property
     def scope(self) -> str:
@@ -82,8 +82,8 @@ def _tapped_input(self: Any, own_call: Any, h: jax.Array, *args: Any, **kwargs: 
 
 def _tapped_output(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> jax.Array:
     tap = self.feedback_tap
-    if tap.teacher is not None and tap.feedback is not None:
-        return tap.teacher.teach(tap, self, own_call, args, kwargs)
+    if tap.walk is not None and tap.feedback is not None:
+        return tap.walk.visit(tap, self, own_call, args, kwargs)
     return self.feedback_tap(own_call(self, *args, **kwargs))
 
 

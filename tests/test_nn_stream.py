@@ -1,0 +1,153 @@
+"""Models that learn in a second forward sweep: the same gradients and state, in memory that stays as depth grows."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from jax.nn import initializers
+
+import jaxfa
+import jaxfa.nn
+from tests.networks import BLOCKS, MLP, TRAINED, Residual, Scanned, Transformer, inputs, loss
+
+
+class ConvBlock(nnx.Module):
+    """Convolution, BatchNorm, dropout."""
+
+    def __init__(self, fan_in, width, strides, rngs):
+        self.conv = nnx.Conv(fan_in, width, (3, 3), strides=strides, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.relu(self.dropout(self.norm(self.conv(x))))
+
+
+class Stages(nnx.Module):
+    """Unequal blocks behind a parameter that no tap names."""
+
+    def __init__(self, rngs, widths=(4, 6, 3)):
+        self.scale = nnx.Param(jnp.ones(()))
+        ins = (3, *widths[:-1])
+        self.blocks = nnx.List([ConvBlock(n, m, 1 + (n != m), rngs) for n, m in zip(ins, widths, strict=True)])
+        self.head = nnx.Linear(widths[-1], 3, rngs=rngs)
+
+    def __call__(self, x):
+        h = x * self.scale
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h.mean((1, 2)))
+
+
+# name: (model, where it is tapped, inputs)
+MODELS = {
+    "stages": (Stages, "blocks/*", inputs(6, 8, 8, 3)),
+    "residual": (Residual, BLOCKS, inputs(9, 6)),
+    "transformer": (Transformer, ("embed", "block"), jax.random.randint(jax.random.key(6), (9, 4), 0, 11)),
+}
+
+
+def attach(name, rule, schedule):
+    make, at, x = MODELS[name]
+    allow = "blocks/0/conv" if name == "stages" else ()
+    return jaxfa.nn.attach(make(nnx.Rngs(0)), rule, rngs=nnx.Rngs(1), example=x, at=at, allow=allow, schedule=schedule)
+
+
+@nnx.jit
+def gradient(model, x):
+    return nnx.value_and_grad(lambda model: loss(model, x), argnums=nnx.DiffState(0, TRAINED))(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "rule",
+    [jaxfa.dkp(distribution=initializers.glorot_normal()), jaxfa.dfa(shared=True), jaxfa.dldfa(2)],
+    ids=["dkp", "dfa_shared", "dldfa"],
+)
+def test_a_stream_learns_what_the_stored_gradient_is(name, rule):
+    stored, stream = (attach(name, rule, schedule) for schedule in ("stored", "stream"))
+    (value, want), (other, got) = (gradient(model, MODELS[name][2]) for model in (stored, stream))
+    assert value == other  # the forward pass is bit-identical
+    chex.assert_trees_all_close(nnx.to_pure_dict(got), nnx.to_pure_dict(want), rtol=2e-5, atol=1e-7)
+    # BatchNorm's means and dropout's counts are those of one pass.
+    chex.assert_trees_all_equal(*(nnx.to_pure_dict(nnx.state(m, nnx.Not(nnx.Param))) for m in (stream, stored)))
+    assert max(abs(leaf).max() for leaf in jax.tree.leaves(got)) > 1e-3
+
+
+def test_the_table_is_read_off_the_sweep_itself():
+    rows = {schedule: attach("residual", jaxfa.dfa(), schedule).coverage().rows for schedule in ("stored", "stream")}
+    assert [row.arrives for row in rows["stream"]] == [row.arrives for row in rows["stored"]]
+    assert rows["stream"][1].arrives == "direct, output of blocks/0, then exact inside blocks/0"
+
+
+def test_weights_that_an_error_would_pass_unnoticed_are_refused():
+    make, _, x = MODELS["residual"]
+    with pytest.raises(ValueError, match="sends the error on to 'stem/bias', 'stem/kernel' through its own weights"):
+        jaxfa.nn.attach(make(nnx.Rngs(0)), jaxfa.dfa(), rngs=nnx.Rngs(1), example=x, at="blocks/*", schedule="stream")
+
+
+@pytest.mark.parametrize("schedule", ["stored", "stream"])
+def test_memory_does_not_grow_with_depth(schedule):
+    x = inputs(64, 8, 8, 3)
+
+    def temporary(depth):
+        model = Stages(nnx.Rngs(0), (4,) * depth)
+        aligned = jaxfa.nn.attach(
+            model, jaxfa.dfa(), rngs=nnx.Rngs(1), example=x, at="blocks/*", allow="blocks/0/conv", schedule=schedule
+        )
+        graphdef, state = nnx.split(aligned)
+        compiled = jax.jit(lambda state, x: nnx.grad(loss)(nnx.merge(graphdef, state), x)).lower(state, x).compile()
+        feedback = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(aligned, jaxfa.nn.Feedback)))
+        return compiled.memory_analysis().temp_size_in_bytes - feedback
+
+    assert (temporary(8) < 1.3 * temporary(2)) == (schedule == "stream")
+
+
+def test_training_takes_the_same_steps():
+    trained = []
+    for schedule in ("stored", "stream"):
+        rule = jaxfa.dkp(learning_rate=1e-2)
+        model = attach("residual", rule, schedule)
+        optimizer = nnx.Optimizer(model, jaxfa.optimizer(optax.sgd(0.1), rule), wrt=TRAINED)
+        first = None
+        for _ in range(10):
+            value, grads = gradient(model, MODELS["residual"][2])
+            optimizer.update(model, grads)
+            first = first or value
+        assert value < first
+        trained.append(nnx.to_pure_dict(nnx.state(model)))
+    chex.assert_trees_all_close(*trained, rtol=1e-3, atol=1e-5)
+
+
+class Shared(nnx.Module):
+    """Two blocks that share their weights."""
+
+    def __init__(self, rngs):
+        self.blocks = nnx.List([nnx.Sequential(layer) for layer in [nnx.Linear(6, 6, rngs=rngs)] * 2])
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "rule", "options", "message"),
+    [
+        (MLP, jaxfa.dfa(), {}, "the tap 'fc2' is at a layer's input"),
+        (Scanned, jaxfa.dfa(), {"at": ("stem", "blocks")}, "the tap 'blocks' is in a stack of layers"),
+        (Residual, jaxfa.dfa(), {"at": ("stem", "blocks/*", "blocks/1/up")}, "'blocks/1/up' is inside 'blocks/1'"),
+        (Residual, jaxfa.fa(), {}, "is for direct rules whose error is the logits'"),
+        (Residual, jaxfa.dldfa(2, source="blocks/1"), {"at": BLOCKS}, "is for direct rules whose error is the logits'"),
+        (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": "streamed"}, "'stored' or 'stream', got 'streamed'"),
+        (Shared, jaxfa.dfa(), {"at": "blocks/*"}, "parameters of their own; 'blocks/1' shares"),
+    ],
+)
+def test_what_can_not_be_streamed_is_told_so(make, rule, options, message):
+    with pytest.raises(ValueError, match=message):
+        jaxfa.nn.attach(
+            make(nnx.Rngs(0)), rule, rngs=nnx.Rngs(1), example=inputs(9, 6), **{"schedule": "stream"} | options
+        )
