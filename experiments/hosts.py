@@ -1,4 +1,4 @@
-"""Several processes, one training: a stack of layers over all devices of all hosts, checkpoints that every process writes.
+"""Several processes, one training: layers over the devices of all hosts, checkpoints that every process writes.
 
 Alone, with all devices of one machine: ``python -m experiments.hosts --layer 2``. As process I of N, each of which sees
 devices of its own: the same with ``--coordinator HOST:PORT --processes N --process I``, where process 0 is on ``HOST``;
@@ -32,6 +32,7 @@ class Config:
       out: the folder of the checkpoints, the same for all processes.
       steps: how many steps in all.
       every: steps from checkpoint to checkpoint.
+      fresh: whether checkpoints in it are deleted first.
       layer: the number of pipeline stages; the devices divided by it are the parts of a batch.
       layers: ``L``, of the stack.
       width: ``n``, of a layer.
@@ -49,6 +50,7 @@ class Config:
     out: Path = Path("runs/hosts")
     steps: int = 200
     every: int = 50
+    fresh: bool = False
     layer: int = 1
     layers: int = 8
     width: int = 64
@@ -82,15 +84,10 @@ def main(args: list[str]) -> int:
     Returns:
       The exit status: 0, 1 if the run stopped, or 2 if the command was refused.
     """
-    try:
-        config = tyro.cli(Config, args=args, prog="python -m experiments.hosts", description=__doc__)
-    except ValueError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return REFUSED
+    config = tyro.cli(Config, args=args, prog="python -m experiments.hosts", description=__doc__)
     # The worker's end of this pipe closes when this process ends, however it does.
-    with subprocess.Popen(
-        [sys.executable, "-m", "experiments.hosts_worker", *args], stdin=subprocess.PIPE
-    ) as worker:
+    command = [sys.executable, "-m", "experiments.hosts_worker", *args]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as worker:
         try:
             status = worker.wait()
         except KeyboardInterrupt:
@@ -108,12 +105,13 @@ def _why(config: Config, args: list[str], status: int) -> str:
     alone = config.processes == 1 and not config.cluster
     folder = config.out / "checkpoints"
     complete = [int(one.name) for one in folder.glob("*") if one.name.isdigit()]
+    again = " ".join(one for one in args if one != "--fresh")
     found = f"The last checkpoint in {folder} is of step {max(complete)}" if complete else f"{folder} has no checkpoint"
     return (
         f"Error: {which} stopped {how}; what it wrote stands above."
-        f"{'' if alone else ' Most likely another process died: no process can go on without all others.'} "
+        f"{'' if alone else ' It may be that another process died: none can go on without all others.'} "
         f"{found}: start {'it' if alone else 'every process'} again with the same command to go on from there, here: "
-        f"python -m experiments.hosts {' '.join(args)}"
+        f"python -m experiments.hosts {again}"
     )
 
 

@@ -75,14 +75,16 @@ def train(config: Config, mesh: Mesh) -> Iterator[dict[str, Any]]:
     step, digits = _step(config, mesh), data.load("digits")
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract(config, mesh))
     with checkpoint.checkpoints(config.out) as manager:
+        for old in manager.all_steps() if config.fresh else ():
+            manager.delete(old)
         found = checkpoint.restore_placed(manager, abstract(config, mesh))
         first, state = found or (0, jax.jit(lambda: _create(config), out_shardings=where)())
-        yield {"step": first, "loss": None, "sha256": _fingerprint(state, mesh)}
+        yield {"step": first, "loss": None, "sha256": fingerprint(state, mesh)}
         for done in range(first + 1, config.steps + 1):
             state, loss = step(state, *_batch(config, mesh, digits, done))
             if done % config.every == 0 or done == config.steps:
                 checkpoint.save(manager, done, state)
-                yield {"step": done, "loss": float(loss), "sha256": _fingerprint(state, mesh)}
+                yield {"step": done, "loss": float(loss), "sha256": fingerprint(state, mesh)}
 
 
 def abstract(config: Config, mesh: Mesh) -> Any:
@@ -154,7 +156,16 @@ def _batch(config: Config, mesh: Mesh, digits: data.Dataset, number: int) -> lis
     return [jax.make_array_from_callback(one.shape, spread, one.__getitem__) for one in arrays]
 
 
-def _fingerprint(state: dict[str, Any], mesh: Mesh) -> str:
+def fingerprint(state: dict[str, Any], mesh: Mesh) -> str:
+    """A hash of all parameters, bit for bit.
+
+    Args:
+      state: of the training.
+      mesh: where it is.
+
+    Returns:
+      The SHA-256, in hexadecimal.
+    """
     # No process has all parameters: each is sent them for this.
     whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))(state["learned"])
     return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(whole))).hexdigest()
