@@ -88,6 +88,8 @@ def _folder(manager: Checkpoints, epoch: int) -> Path:
 def _read(manager: Checkpoints, epoch: int, placed: Any = None) -> Any:
     try:
         return manager.restore(epoch, args=ocp.args.StandardRestore(placed))
+    except jax.errors.JaxRuntimeError:
+        raise  # of another process, which died, not of the file
     # Orbax and tensorstore tell of a damaged file by a dozen exception types.
     except Exception as error:
         raise ValueError(

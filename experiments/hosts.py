@@ -14,6 +14,7 @@ happened, and how to go on, is said here. If the watching process dies, the othe
 """
 
 import dataclasses
+import shlex
 import signal
 import subprocess
 import sys
@@ -105,7 +106,7 @@ def _why(config: Config, args: list[str], status: int) -> str:
     alone = config.processes == 1 and not config.cluster
     folder = config.out / "checkpoints"
     complete = [int(one.name) for one in folder.glob("*") if one.name.isdigit()]
-    again = " ".join(one for one in args if one != "--fresh")
+    again = shlex.join(one for one in args if one != "--fresh")
     found = f"The last checkpoint in {folder} is of step {max(complete)}" if complete else f"{folder} has no checkpoint"
     return (
         f"Error: {which} stopped {how}; what it wrote stands above."

@@ -73,11 +73,12 @@ def train(config: Config, mesh: Mesh) -> Iterator[dict[str, Any]]:
       ValueError: if the checkpoint is damaged or of another network, or the mesh cannot hold the network.
     """
     step, digits = _step(config, mesh), data.load("digits")
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract(config, mesh))
+    like = abstract(config, mesh)
+    where = jax.tree.map(lambda leaf: leaf.sharding, like)
     with checkpoint.checkpoints(config.out) as manager:
         for old in manager.all_steps() if config.fresh else ():
             manager.delete(old)
-        found = checkpoint.restore_placed(manager, abstract(config, mesh))
+        found = checkpoint.restore_placed(manager, like)
         first, state = found or (0, jax.jit(lambda: _create(config), out_shardings=where)())
         yield {"step": first, "loss": None, "sha256": fingerprint(state, mesh)}
         for done in range(first + 1, config.steps + 1):
