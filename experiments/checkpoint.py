@@ -18,7 +18,8 @@ def checkpoints(folder: Path) -> Checkpoints:
         # Not asynchronous: the next step donates the very buffers that a thread would still be writing.
         max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
     )  # fmt: skip
-    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+    where, handler = (folder / "checkpoints").absolute(), ocp.StandardCheckpointHandler()
+    return ocp.CheckpointManager(where, options=options, item_handlers=handler)
 
 
 def save(manager: Checkpoints, epoch: int, state: Any) -> None:
@@ -48,21 +49,53 @@ def restore(manager: Checkpoints, like: Any) -> tuple[int, Any] | None:
     epoch = manager.latest_step()
     if epoch is None:
         return None
-    where = Path(manager.directory) / str(epoch)
-    try:
-        found = manager.restore(epoch, args=ocp.args.StandardRestore())
-    # Orbax and tensorstore tell of a damaged file by a dozen exception types.
-    except Exception as error:
-        raise ValueError(
-            f"The checkpoint {where} is damaged ({type(error).__name__}). Delete that folder to go on from the one "
-            f"before it, or start again with --fresh."
-        ) from error
+    found = _read(manager, epoch)
     like = _shrunk(like, found)
     expected = _by_path(like)
-    _check_same(where, found, expected)
+    _check_same(_folder(manager, epoch), found, expected)
     keys = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key), like)
     arrays = jax.tree.unflatten(jax.tree.structure(like), [found[path] for path in expected])
     return epoch, jax.tree.map(lambda is_key, a: jax.random.wrap_key_data(a) if is_key else a, keys, arrays)
+
+
+def restore_placed(manager: Checkpoints, like: Any) -> tuple[int, Any] | None:
+    """Restores the last checkpoint on the devices of now; each process reads what its own devices hold.
+
+    Args:
+      manager: from :func:`checkpoints`.
+      like: a tree of ``jax.ShapeDtypeStruct`` with shardings, which may be others than those it was saved with.
+
+    Returns:
+      The epoch (or step) and the state, or None if there is no checkpoint.
+
+    Raises:
+      ValueError: if the checkpoint is damaged or of another network.
+    """
+    epoch = manager.latest_step()
+    if epoch is None:
+        return None
+    expected = _by_path(like)
+    # Read by shape, orbax would pad or cut an array of another network.
+    _check_same(_folder(manager, epoch), manager.item_metadata(epoch), expected)
+    found = _read(manager, epoch, expected)
+    return epoch, jax.tree.unflatten(jax.tree.structure(like), [found[path] for path in expected])
+
+
+def _folder(manager: Checkpoints, epoch: int) -> Path:
+    return Path(manager.directory) / str(epoch)
+
+
+def _read(manager: Checkpoints, epoch: int, placed: Any = None) -> Any:
+    try:
+        return manager.restore(epoch, args=ocp.args.StandardRestore(placed))
+    except jax.errors.JaxRuntimeError:
+        raise  # of another process, which died, not of the file
+    # Orbax and tensorstore tell of a damaged file by a dozen exception types.
+    except Exception as error:
+        raise ValueError(
+            f"The checkpoint {_folder(manager, epoch)} is damaged ({type(error).__name__}). Delete that folder to go "
+            f"on from the one before it, or start again with --fresh."
+        ) from error
 
 
 def _shrunk(like: Any, found: dict[str, Any]) -> Any:
