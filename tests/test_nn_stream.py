@@ -1,15 +1,19 @@
-"""Models that learn in a second forward sweep: the same gradients and state, in memory that stays as depth grows."""
+"""Models whose blocks learn in a second forward sweep, or on several devices: the same gradients and state."""
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
 from jax.nn import initializers
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxfa
 import jaxfa.nn
+import jaxfa.parallel
 from tests.networks import BLOCKS, MLP, TRAINED, Residual, Scanned, Transformer, inputs, loss
 
 
@@ -49,10 +53,11 @@ MODELS = {
 }
 
 
-def attach(name, rule, schedule):
+def attach(name, rule, schedule, mesh=None):
     make, at, x = MODELS[name]
     allow = "blocks/0/conv" if name == "stages" else ()
-    return jaxfa.nn.attach(make(nnx.Rngs(0)), rule, rngs=nnx.Rngs(1), example=x, at=at, allow=allow, schedule=schedule)
+    options = {"rngs": nnx.Rngs(1), "example": x, "at": at, "allow": allow, "schedule": schedule, "mesh": mesh}
+    return jaxfa.nn.attach(make(nnx.Rngs(0)), rule, **options)
 
 
 @nnx.jit
@@ -66,14 +71,50 @@ def gradient(model, x):
     [jaxfa.dkp(distribution=initializers.glorot_normal()), jaxfa.dfa(shared=True), jaxfa.dldfa(2)],
     ids=["dkp", "dfa_shared", "dldfa"],
 )
-def test_a_stream_learns_what_the_stored_gradient_is(name, rule):
+def test_every_schedule_learns_what_the_stored_gradient_is(name, rule):
     stored, stream = (attach(name, rule, schedule) for schedule in ("stored", "stream"))
-    (value, want), (other, got) = (gradient(model, MODELS[name][2]) for model in (stored, stream))
-    assert value == other  # the forward pass is bit-identical
-    chex.assert_trees_all_close(nnx.to_pure_dict(got), nnx.to_pure_dict(want), rtol=2e-5, atol=1e-7)
-    # BatchNorm's means and dropout's counts are those of one pass.
-    chex.assert_trees_all_equal(*(nnx.to_pure_dict(nnx.state(m, nnx.Not(nnx.Param))) for m in (stream, stored)))
+    dispatch = attach(name, rule, "dispatch", jaxfa.parallel.mesh(layer=2))
+    want_value, want = gradient(stored, MODELS[name][2])
+    for model in (stream, dispatch):
+        value, got = gradient(model, MODELS[name][2])
+        assert value == want_value  # the forward pass is bit-identical
+        chex.assert_trees_all_close(nnx.to_pure_dict(got), nnx.to_pure_dict(want), rtol=2e-5, atol=1e-7)
+        # BatchNorm's means and dropout's counts are those of one pass.
+        chex.assert_trees_all_equal(*(nnx.to_pure_dict(nnx.state(m, nnx.Not(nnx.Param))) for m in (model, stored)))
     assert max(abs(leaf).max() for leaf in jax.tree.leaves(got)) > 1e-3
+
+
+def test_shares_of_a_sharded_batch():
+    rule, x = jaxfa.dldfa(2), jnp.concatenate([MODELS["residual"][2]] * 2)[:16]
+    mesh = jaxfa.parallel.mesh(data=2, layer=3)
+    want = gradient(attach("residual", rule, "stored"), x)
+    model = attach("residual", rule, "dispatch", mesh)
+    nnx.update(model, jax.device_put(nnx.state(model), NamedSharding(mesh, P())))
+    got = gradient(model, jax.device_put(x, NamedSharding(mesh, P("data"))))
+    chex.assert_trees_all_close(*(nnx.to_pure_dict(one[1]) for one in (got, want)), rtol=2e-5, atol=1e-7)
+
+
+def test_each_device_multiplies_for_its_own_blocks_alone():
+    # One branch for each device; in it, the contractions of its share: a third of the blocks.
+    x = MODELS["residual"][2]
+    model = attach("residual", jaxfa.dfa(), "dispatch", jaxfa.parallel.mesh(layer=3))
+    graphdef, state = nnx.split(model)
+    jaxpr = jax.make_jaxpr(lambda state, x: nnx.grad(loss)(nnx.merge(graphdef, state), x))(state, x)
+    switches = [eqn for eqn in equations(jaxpr.jaxpr) if len(eqn.params.get("branches", ())) == 3]
+    assert len(switches) == 1
+    branches = switches[0].params["branches"]
+    products = [sum(eqn.primitive.name == "dot_general" for eqn in equations(one.jaxpr)) for one in branches]
+    # Delivery, forward and weight gradient; a residual block has two layers, and an error goes back through the upper.
+    assert products == [1 + 1 + 2, 1 + 2 + 5, 1 + 2 + 5]
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda value: hasattr(value, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 def test_the_table_is_read_off_the_sweep_itself():
@@ -121,6 +162,10 @@ def test_training_takes_the_same_steps():
     chex.assert_trees_all_close(*trained, rtol=1e-3, atol=1e-5)
 
 
+ONE, TWO = (jaxfa.parallel.mesh(layer=size) for size in (1, 2))
+DATA = Mesh(np.array(jax.devices("cpu")[:2]), ("data",))
+
+
 class Shared(nnx.Module):
     """Two blocks that share their weights."""
 
@@ -142,7 +187,11 @@ class Shared(nnx.Module):
         (Residual, jaxfa.dfa(), {"at": ("stem", "blocks/*", "blocks/1/up")}, "'blocks/1/up' is inside 'blocks/1'"),
         (Residual, jaxfa.fa(), {}, "is for direct rules whose error is the logits'"),
         (Residual, jaxfa.dldfa(2, source="blocks/1"), {"at": BLOCKS}, "is for direct rules whose error is the logits'"),
-        (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": "streamed"}, "'stored' or 'stream', got 'streamed'"),
+        (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": "streamed"}, "'stream' or 'dispatch', got 'streamed'"),
+        (Residual, jaxfa.dfa(), {"at": BLOCKS, "mesh": ONE}, "mesh= is for schedule='dispatch', got 'stream'"),
+        (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": "dispatch"}, "needs mesh= with an axis 'layer', got none"),
+        (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": "dispatch", "mesh": DATA}, "an axis 'layer', got {'data'"),
+        (Residual, jaxfa.dfa(), {"at": "stem", "schedule": "dispatch", "mesh": TWO}, "2 devices need as many tapped"),
         (Shared, jaxfa.dfa(), {"at": "blocks/*"}, "parameters of their own; 'blocks/1' shares"),
     ],
 )

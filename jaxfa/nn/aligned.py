@@ -10,7 +10,6 @@ from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
 from jaxfa.nn.contraction import contractions_of, layer_of, restore, sites_of
 from jaxfa.nn.coverage import Coverage, cover
-from jaxfa.nn.stream import call_streamed
 from jaxfa.nn.tap import Tap, call_with_wires, remove_tap, taps_of
 from jaxfa.nn.variables import Recorder, abstractly, modules_of, structs
 from jaxfa.svd import is_factors
@@ -22,22 +21,22 @@ class Aligned(nnx.Module):
     Attributes:
       model: a copy of the user's model with the rule in it. Parameters and state keep their paths.
       rule: the rule.
-      streams: whether it learns in a second forward sweep.
+      forward: how it runs where blocks learn in an order of their own: ``(model, args, kwargs) -> logits``.
     """
 
     def __init__(
-        self, model: nnx.Module, rule: Rule, example: Any, allow: tuple[str, ...], *, streams: bool = False
+        self, model: nnx.Module, rule: Rule, example: Any, allow: tuple[str, ...], forward: Any = None
     ) -> None:
         self.model = model
         self.rule = nnx.static(rule)
         self.example = nnx.static(example)
         self.allow = allow
-        self.streams = streams
+        self.forward = nnx.static(forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass, bit for bit; its gradient is the rule's."""
-        if self.streams:
-            return call_streamed(self.model, args, kwargs)
+        if self.forward is not None:
+            return self.forward(self.model, args, kwargs)
         if is_direct(self.rule):
             return call_with_wires(self.model, plain(self), args, kwargs)
         if self.example is None and _is_traced((args, kwargs, nnx.state(self.model))):

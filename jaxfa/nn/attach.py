@@ -1,17 +1,20 @@
 """Puts a rule on an unmodified NNX model."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxfa.base import Rule, init_at, is_direct
 from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import uses_of, weights_above
+from jaxfa.nn.dispatch import call_dispatched, check_dispatches
 from jaxfa.nn.factored import Factored, factorise_chosen
-from jaxfa.nn.stream import check_streams
+from jaxfa.nn.stream import call_streamed, check_streams
 from jaxfa.nn.tap import Tap, check_source, fill_taps, place_tap, record_taps
 from jaxfa.nn.variables import init_stack, modules_of, structs
 from jaxfa.paths import matches
@@ -26,6 +29,7 @@ def attach(
     example: Any = None,
     allow: str | tuple[str, ...] = (),
     schedule: str = "stored",
+    mesh: Mesh | None = None,
 ) -> Aligned:
     """Puts a rule on a model that knows nothing of it.
 
@@ -46,7 +50,10 @@ def attach(
       allow: globs of layers that may pass errors on by backpropagation.
       schedule: ``"stored"`` keeps every activation for the backward pass, as autodiff does; ``"stream"``, for direct
         rules with ``at=``, keeps none: the model runs once more when the error is known, and every tapped block learns
-        as it runs, so that memory is set by the largest block. The gradients are the same.
+        as it runs, so that memory is set by the largest block. ``"dispatch"``, likewise, keeps every block's input, and
+        each device along the mesh's axis ``layer`` forms the updates of its own share of the blocks. The gradients are
+        the same. (Inside a dispatched update XLA runs convolutions slowly on a CPU.)
+      mesh: for ``"dispatch"``, such as ``jaxfa.parallel.mesh(layer=2)``.
 
     Returns:
       An :class:`Aligned` with a copy of the model.
@@ -67,8 +74,6 @@ def attach(
     Source: as each rule.
     """
     _check(model, rule, rngs)
-    if schedule not in ("stored", "stream"):
-        raise ValueError(f"schedule must be 'stored' or 'stream', got {schedule!r}.")
     globs, allow = _globs(at), _globs(allow) or ()
     weights = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
     _refuse_unmatched("allow", allow, weights, under=True)
@@ -80,10 +85,7 @@ def attach(
         globs = None  # what is factored is where the rule goes, all of it
     put = _put_direct if is_direct(rule) else _put_layerwise
     backprop = put(model, rule, rngs, globs, args)
-    streams = schedule == "stream"
-    if streams:
-        check_streams(model, rule)
-    aligned = Aligned(model, rule, args, (*allow, *backprop), streams=streams)
+    aligned = Aligned(model, rule, args, (*allow, *backprop), _forward(model, rule, schedule, mesh))
     if args is not None:
         aligned.coverage().refuse()
     return aligned
@@ -96,6 +98,19 @@ def _check(model: Any, rule: Any, rngs: Any) -> None:
         raise ValueError("This model already has a rule; attach the next one to jaxfa.nn.plain(aligned).")
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"attach needs rngs=nnx.Rngs(seed), from which the feedback is drawn; got {rngs!r}.")
+
+
+def _forward(model: nnx.Module, rule: Rule, schedule: str, mesh: Mesh | None) -> Any:
+    if schedule not in ("stored", "stream", "dispatch"):
+        raise ValueError(f"schedule must be 'stored', 'stream' or 'dispatch', got {schedule!r}.")
+    if mesh is not None and schedule != "dispatch":
+        raise ValueError(f"mesh= is for schedule='dispatch', got {schedule!r}: shard the batch for data parallelism.")
+    if schedule == "dispatch":
+        return partial(call_dispatched, check_dispatches(model, rule, mesh))
+    if schedule == "stream":
+        check_streams(model, rule)
+        return call_streamed
+    return None
 
 
 def _copy(model: nnx.Module) -> Any:

@@ -7,7 +7,7 @@ for blocks of any shapes. (For stacks of equal blocks without Flax, see :func:`j
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,31 @@ from jaxfa.ops import deliver, error_wire, listen
 from jaxfa.stack import after
 
 
+class Block(NamedTuple):
+    """What a block computes with.
+
+    Attributes:
+      params: its parameters.
+      feedback: its tap's feedback.
+      rest: its other state.
+      arrays: the arrays among its arguments.
+    """
+
+    params: Any
+    feedback: Any
+    rest: Any
+    arrays: list[jax.Array]
+
+
+Run = Callable[[Block], tuple[jax.Array, Any]]  # a block's output, and its state afterwards
+
+
+def _run(graphdef: Any, own_call: Callable[..., Any], rebuild: Callable[..., Any], block: Block) -> Any:
+    copy = nnx.merge(graphdef, *block[:3], copy=True)
+    args, kwargs = rebuild(block.arrays)
+    return own_call(copy, *args, **kwargs), nnx.state(copy, nnx.Not(nnx.Any(nnx.Param, Feedback)))
+
+
 class Walk:
     """A forward pass block by block. Hashable, so that a tap may hold it as a static attribute.
 
@@ -32,26 +57,26 @@ class Walk:
         self.known = known
 
     def visit(self, tap: Tap, module: Any, own_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What the block at a tap returns; it changes its state."""
+        """What the block at a tap returns, as a constant; it changes its state."""
         arrays, rebuild = split_arrays((args, kwargs))
-        graphdef, params, feedback, rest = nnx.split(module, nnx.Param, Feedback, ...)
-        rest, inputs = after((rest, lax.stop_gradient(arrays)), self.known)
-
-        def run(params: Any, inputs: Any) -> Any:
-            copy = nnx.merge(graphdef, params, feedback, rest, copy=True)
-            args, kwargs = rebuild(inputs)
-            return own_call(copy, *args, **kwargs), nnx.state(copy, nnx.Not(nnx.Any(nnx.Param, Feedback)))
-
-        out, changed = self.learn(run, tap, lax.stop_gradient(params), inputs, arrays)
+        # Copied, since a split shares its variables with the module, whose state the block is about to change.
+        graphdef, params, feedback, rest = jax.tree.map(lambda a: a, nnx.split(module, nnx.Param, Feedback, ...))
+        run = partial(_run, graphdef, own_call, rebuild)
+        out, changed = self.learn(run, tap, Block(params, feedback, rest, arrays))
         nnx.update(module, changed)
         return lax.stop_gradient(out)
 
-    def learn(self, run: Callable[..., Any], tap: Tap, params: Any, inputs: Any, arrays: Any) -> Any:
+    def learn(self, run: Run, tap: Tap, block: Block) -> Any:
         """Runs a block as it is: the output error is not known yet."""
-        del tap, arrays
-        out, changed = run(params, inputs)
-        self.known = out
-        return out, changed
+        del tap
+        self.known, changed = run(self.waiting(block))
+        return self.known, changed
+
+    def waiting(self, block: Block) -> Block:
+        """The block, its parameters and inputs as constants, after what is known."""
+        params, feedback, rest, arrays = block
+        rest, arrays = after((rest, lax.stop_gradient(arrays)), self.known)
+        return Block(lax.stop_gradient(params), feedback, rest, arrays)
 
 
 class Sweep(Walk):
@@ -72,12 +97,17 @@ class Sweep(Walk):
         self.signals: dict[str, Any] = {}
         self.errors: Any = 0.0
 
-    def learn(self, run: Callable[..., Any], tap: Tap, params: Any, inputs: Any, arrays: Any) -> Any:
-        out, vjp, changed = jax.vjp(run, params, inputs, has_aux=True)
+    def learn(self, run: Run, tap: Tap, block: Block) -> Any:
+        now = self.waiting(block)
+
+        def forward(params: Any, arrays: Any) -> Any:
+            return run(now._replace(params=params, arrays=arrays))
+
+        out, vjp, changed = jax.vjp(forward, now.params, now.arrays, has_aux=True)
         with jax.named_scope(f"tap[{tap.scope}]"):
             delta, signal = deliver((out, tap.feedback.get_value()), after(self.e, self.known))
         learned, errors = vjp(delta)
-        for array, error in zip(arrays, errors, strict=True):
+        for array, error in zip(block.arrays, errors, strict=True):
             if jnp.issubdtype(array.dtype, jnp.inexact):
                 self.errors += jnp.vdot(error, array)
         self._add(tap.path, learned, signal)
@@ -116,7 +146,7 @@ def call_streamed(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """Runs a tapped model, keeping its inputs alone; its gradient is formed by a second forward sweep."""
     graphdef, params, feedback, rest = jax.tree.map(lambda a: a, nnx.split(model, nnx.Param, Feedback, ...))
     arrays, rebuild = split_arrays((args, kwargs))
-    copy = _walked(Walk(arrays), graphdef, lax.stop_gradient(params), feedback, rest)
+    copy = walked(Walk(arrays), graphdef, lax.stop_gradient(params), feedback, rest)
     constant_args, constant_kwargs = rebuild(lax.stop_gradient(arrays))
     logits = copy(*constant_args, **constant_kwargs)
     nnx.update(model, nnx.state(copy, nnx.Not(nnx.Any(nnx.Param, Feedback))))
@@ -130,7 +160,7 @@ def _learn(graphdef: Any, rebuild: Callable[..., Any], tree: Any, e: jax.Array) 
     def surrogate(params: Any, arrays: Any) -> Any:
         sweep = Sweep(e)
         args, kwargs = rebuild(arrays)
-        logits = _walked(sweep, graphdef, params, feedback, rest)(*args, **kwargs)
+        logits = walked(sweep, graphdef, params, feedback, rest)(*args, **kwargs)
         return jnp.vdot(e, logits) + sweep.errors, (sweep.gradients, sweep.signals)
 
     exact, (gradients, signals) = jax.grad(surrogate, argnums=(0, 1), has_aux=True, allow_int=True)(params, arrays)
@@ -139,7 +169,8 @@ def _learn(graphdef: Any, rebuild: Callable[..., Any], tree: Any, e: jax.Array) 
     return dparams, dfeedback, jax.tree.map(jnp.zeros_like, rest), exact[1]
 
 
-def _walked(walk: Walk, graphdef: Any, *states: Any) -> Any:
+def walked(walk: Walk, graphdef: Any, *states: Any) -> Any:
+    """A model whose tapped blocks are run by a walk."""
     model = nnx.merge(graphdef, *states, copy=True)
     for tap, _ in taps_of(model).values():
         tap.walk = walk
