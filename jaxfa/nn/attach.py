@@ -50,9 +50,9 @@ def attach(
       allow: globs of layers that may pass errors on by backpropagation.
       schedule: ``"stored"`` keeps every activation for the backward pass, as autodiff does; ``"stream"``, for direct
         rules with ``at=``, keeps none: the model runs once more when the error is known, and every tapped block learns
-        as it runs, so that memory is set by the largest block. ``"dispatch"``, likewise, keeps every block's input, and
-        each device along the mesh's axis ``layer`` forms the updates of its own share of the blocks. The gradients are
-        the same. (Inside a dispatched update XLA runs convolutions slowly on a CPU.)
+        as it runs, so that memory is set by the largest block (and by what lies between blocks). ``"dispatch"``,
+        likewise, keeps the blocks' inputs, and each device along the mesh's axis ``layer`` forms the updates of its own
+        share of them. The gradients are the same. (XLA is slow at dispatched convolutions on a CPU.)
       mesh: for ``"dispatch"``, such as ``jaxfa.parallel.mesh(layer=2)``.
 
     Returns:
