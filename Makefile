@@ -19,13 +19,13 @@ demo: setup
 	$(RUN) -m experiments run compare
 
 test: setup
-	$(RUN) -m pytest -n 2 -m "not long"
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not long"
 
 test-all: setup
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 test-oldest: $(VENV)-oldest/ready
-	$(VENV)-oldest/bin/python -m pytest -n 2 $(filter-out $(BEYOND_OLDEST),$(wildcard tests/test_*.py))
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal $(filter-out $(BEYOND_OLDEST),$(wildcard tests/test_*.py))
 
 $(VENV)-oldest/ready: pyproject.toml .ci/oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest

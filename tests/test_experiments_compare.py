@@ -34,6 +34,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(models.MODELS, "mlp", Architecture(make, 1))
 
 
+@pytest.mark.long
 def test_every_method_two_steps_and_the_report(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "_ROUNDS", 3)
     monkeypatch.setattr(timing, "_ROUND_SECONDS", 0.001)
@@ -128,7 +129,7 @@ def command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "experiments", "run", "compare", *options]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_a_random_moment_and_resumed_has_the_same_bits(tmp_path):
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     # It saves after every epoch, so that most kills fall into a save.

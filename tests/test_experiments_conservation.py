@@ -21,6 +21,8 @@ from experiments import (
     ldfa_cost,
     ldfa_linear,
     ldfa_retina,
+    memory,
+    pipeline,
     rank_collapse,
     records,
     ssa_ablation,
@@ -168,7 +170,7 @@ def test_every_experiment_hands_the_flag_to_its_trainings(name, tmp_path, monkey
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
 def test_no_experiment_that_trains_lacks_the_flag(experiment):
-    assert hasattr(experiment.Config, "diagnostics") == (experiment is not ldfa_linear)
+    assert hasattr(experiment.Config, "diagnostics") == (experiment not in (ldfa_linear, memory, pipeline))
 
 
 @pytest.mark.long

@@ -80,7 +80,10 @@ def configured(name, folder, **options):
     return experiment, experiment.Config(**{"seeds": 2, **TINY, **size, "out": folder, **options})
 
 
-@pytest.mark.parametrize("name", CASES)
+HEAVY = ("ldfa_vit", "ldfa_vgg", "ldfa_subsets")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in HEAVY else n for n in CASES])
 def test_every_experiment_two_steps_and_the_report(name, tiny, tmp_path, capsys):
     experiment, config = configured(name, tmp_path / "run")
     page = experiment.run(config).read_text()
@@ -152,6 +155,7 @@ def linear_arms(*names):
     return [sweep.Arm(name, "linear", rank or None, task) for rank, name in enumerate(names)]
 
 
+@pytest.mark.long
 def test_a_killed_sweep_goes_on_and_more_arms_join_it(tiny, tmp_path, monkeypatch):
     config, page = sweep.Config(epochs=1, seeds=1, out=tmp_path / "run"), sweep.Page("Title", "claim", "nobody")
     trained, advance = [], Trainer.advance

@@ -48,6 +48,7 @@ def has_report(page, *words):
     assert all(word in text for word in words)
 
 
+@pytest.mark.long
 def test_linear_students_learn_what_the_theory_says(tmp_path, monkeypatch):
     variants = {name: ldfa_linear.VARIANTS[name] for name in ("P and Q learned", "P and Q fixed")}
     monkeypatch.setattr(ldfa_linear, "VARIANTS", variants)
@@ -116,6 +117,7 @@ def untrained(trainer, epochs, **_):
     return [{"epoch": i, "step": i, "test_accuracy": accuracy} for i, accuracy in enumerate(accuracies)]
 
 
+@pytest.mark.long
 def test_retina_reports(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "train", untrained)
     config = ldfa_retina.Config(ranks=(2,), **RETINA, batch=64, seeds=1, out=tmp_path / "run")
@@ -164,6 +166,7 @@ def test_counted_operations_are_those_of_the_theory(tiny, learn):
     assert found.step == found.forward + found.backward + found.update
 
 
+@pytest.mark.long
 def test_convolutions_cost_what_the_theory_says(tiny):
     products = operations.vgg(128, 8, (8, 16), 3)
     assert [one.feedback for one in products] == [None, True, True, True, False, False]

@@ -10,7 +10,7 @@ from experiments.memory_steps import FUSED, REFERENCE, REMATERIALISED, STORED, S
 TINY = memory.Config(depths=(2, 16), timed=2, width=8, batch=512, repeats=(1,), timed_repeats=1, images=4, pixels=8)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_streamed_memory_is_flat_and_the_report_says_so(tmp_path):
     config = dataclasses.replace(TINY, rounds=2, out=tmp_path)
     page = memory.run(config)

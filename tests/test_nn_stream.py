@@ -65,11 +65,13 @@ def gradient(model, x):
     return nnx.value_and_grad(lambda model: loss(model, x), argnums=nnx.DiffState(0, TRAINED))(model)
 
 
-@pytest.mark.parametrize("name", MODELS)
+DKP = jaxfa.dkp(distribution=initializers.glorot_normal())
+
+
 @pytest.mark.parametrize(
-    "rule",
-    [jaxfa.dkp(distribution=initializers.glorot_normal()), jaxfa.dfa(shared=True), jaxfa.dldfa(2)],
-    ids=["dkp", "dfa_shared", "dldfa"],
+    ("name", "rule"),
+    [(name, DKP) for name in MODELS] + [("residual", jaxfa.dfa(shared=True)), ("residual", jaxfa.dldfa(2))],
+    ids=[*MODELS, "shared matrix", "dldfa"],
 )
 def test_every_schedule_learns_what_the_stored_gradient_is(name, rule):
     stored, stream = (attach(name, rule, schedule) for schedule in ("stored", "stream"))
@@ -84,14 +86,23 @@ def test_every_schedule_learns_what_the_stored_gradient_is(name, rule):
     assert max(abs(leaf).max() for leaf in jax.tree.leaves(got)) > 1e-3
 
 
-def test_shares_of_a_sharded_batch():
-    rule, x = jaxfa.dldfa(2), jnp.concatenate([MODELS["residual"][2]] * 2)[:16]
-    mesh = jaxfa.parallel.mesh(data=2, layer=3)
-    want = gradient(attach("residual", rule, "stored"), x)
-    model = attach("residual", rule, "dispatch", mesh)
-    nnx.update(model, jax.device_put(nnx.state(model), NamedSharding(mesh, P())))
-    got = gradient(model, jax.device_put(x, NamedSharding(mesh, P("data"))))
-    chex.assert_trees_all_close(*(nnx.to_pure_dict(one[1]) for one in (got, want)), rtol=2e-5, atol=1e-7)
+@pytest.mark.parametrize(("data", "layer"), [(1, 1), (1, 8), (2, 4), (4, 2), (2, 3)])
+def test_every_mesh_takes_the_same_step(data, layer, x64):
+    # With a statistic of the batch, Oja's, and shares of unequal size.
+    x = jax.random.normal(jax.random.key(5), (16, 6))
+    mesh = jaxfa.parallel.mesh(data=data, layer=layer)
+
+    def learned(put, **options):
+        model = Residual(nnx.Rngs(0), depth=7)
+        model = jaxfa.nn.attach(model, jaxfa.dldfa(2), rngs=nnx.Rngs(1), example=x, at=BLOCKS, **options)
+        double = jax.tree.map(
+            lambda leaf: leaf.astype(leaf.dtype if leaf.dtype.kind == "u" else x.dtype), nnx.state(model)
+        )
+        nnx.update(model, put(double, P()))
+        return nnx.to_pure_dict(gradient(model, put(x, P("data")))[1])
+
+    got = learned(lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec)), schedule="dispatch", mesh=mesh)
+    chex.assert_trees_all_close(got, learned(lambda tree, _: tree), rtol=1e-12, atol=1e-15)
 
 
 def test_each_device_multiplies_for_its_own_blocks_alone():

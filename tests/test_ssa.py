@@ -158,6 +158,7 @@ def test_alignment_brings_the_sequential_pseudo_gradient_nearer_to_the_true_one(
     assert angle(0.05) < angle(0.0) - 5
 
 
+@pytest.mark.long
 def test_training_goes_on_after_pruning_and_the_step_costs_less(x64):
     rule = jaxfa.ssa(parallel=False)
     init, step = train(rule, optax.adam(1e-3))
