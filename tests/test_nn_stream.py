@@ -90,11 +90,12 @@ def test_every_schedule_learns_what_the_stored_gradient_is(name, rule):
 def test_every_mesh_takes_the_same_step(data, layer, x64):
     # With a statistic of the batch, Oja's, and shares of unequal size.
     x = jax.random.normal(jax.random.key(5), (16, 6))
+    single = x.astype(jnp.float32)
     mesh = jaxfa.parallel.mesh(data=data, layer=layer)
 
     def learned(put, **options):
         model = Residual(nnx.Rngs(0), depth=7)
-        model = jaxfa.nn.attach(model, jaxfa.dldfa(2), rngs=nnx.Rngs(1), example=x, at=BLOCKS, **options)
+        model = jaxfa.nn.attach(model, jaxfa.dldfa(2), rngs=nnx.Rngs(1), example=single, at=BLOCKS, **options)
         double = jax.tree.map(
             lambda leaf: leaf.astype(leaf.dtype if leaf.dtype.kind == "u" else x.dtype), nnx.state(model)
         )
