@@ -15,35 +15,16 @@ from jax.sharding import PartitionSpec as P
 
 import jaxfa
 from jaxfa import parallel
-from jaxfa.base import is_direct
-from tests.methods import METHODS
+from tests.blocks import DIRECT, attention, conv, dense, draw
 
 LAYERS, EXAMPLES, OUTPUTS = 8, 16, 3
 MESHES = [(data, devices // data) for devices in (1, 2, 4, 8) for data in (1, 2, 4, 8) if data <= devices]
 DLDFA = jaxfa.dldfa(2)  # its signals are statistics of the batch
 HALVES = slice(0, EXAMPLES // 2), slice(EXAMPLES // 2, None)
 CORNERS = [(1, 1), (8, 1), (1, 8), (4, 2)]
-DIRECT = {m.name: m.rule for m in METHODS if is_direct(m.rule) and not m.name.startswith("ssa")}
 every_mesh = pytest.mark.parametrize(("data", "layer"), MESHES)
 every_rule = pytest.mark.parametrize("name", DIRECT)
 every_schedule = pytest.mark.parametrize("schedule", ["parallel", "stream"])
-
-
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / np.sqrt(shape[-1]))
-
-
-def dense(p, h):
-    return h + jnp.tanh(h @ p["w"] + jnp.broadcast_to(p["b"], h.shape))
-
-
-def attention(p, h):
-    q, k, v = (h @ p[name] for name in "qkv")
-    return h + jax.nn.softmax(q @ k.swapaxes(-1, -2)) @ v
-
-
-def conv(p, h):
-    return h + jax.nn.relu(lax.conv_general_dilated(h, p, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
 
 
 # name: (block, stacked parameters, inputs, the axes of the logits that are not of the classes)

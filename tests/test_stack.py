@@ -14,30 +14,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxfa
-from jaxfa.base import is_direct
-from tests.methods import METHODS
+from tests.blocks import DIRECT, attention, conv, dense, draw
 
 LAYERS, EXAMPLES, OUTPUTS = 4, 6, 3
 SCHEDULES = ("stored", "parallel", "stream")
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
-DIRECT = {m.name: m.rule for m in METHODS if is_direct(m.rule) and not m.name.startswith("ssa")}
-
-
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / np.sqrt(shape[-1]))
-
-
-def dense(p, h):
-    return h + jnp.tanh(h @ p["w"] + jnp.broadcast_to(p["b"], h.shape))
-
-
-def attention(p, h):
-    q, k, v = (h @ p[name] for name in "qkv")
-    return h + jax.nn.softmax(q @ k.swapaxes(-1, -2)) @ v
-
-
-def conv(p, h):
-    return h + jax.nn.relu(lax.conv_general_dilated(h, p, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
 
 
 # name: (block, stacked parameters, the input of the first)
