@@ -121,8 +121,6 @@ class Config(sweep.Config):
     """Of Adam under a few steps of backpropagation alone."""
     tile: int | None = 4
     """Side of GrAPE's repeated feedback, in pixels; None is the whole map."""
-    averaging: float = 0.0
-    """Of GrAPE's running mean."""
     out: Path = Path("runs/grape_deep")
     """The folder of the results."""
 
@@ -138,7 +136,6 @@ class Config(sweep.Config):
 PRESETS = {
     # One seed: on a CPU, XLA runs the convolutions of several seeds at once many times slower.
     "cpu": Config(
-        networks=("resnet20",),
         dataset="cifar10",
         shrink=2,
         scale=0.5,
@@ -203,7 +200,7 @@ def _arms(config: Config, dataset: data.Dataset, name: NetworkName) -> Iterator[
 
 def grape(config: Config) -> jaxfa.Rule:
     """GrAPE as a configuration asks for it."""
-    return jaxfa.grape(tile=config.tile, averaging=config.averaging, scaling=0.0)
+    return jaxfa.grape(tile=config.tile, averaging=jaxfa.kalman())
 
 
 def task(

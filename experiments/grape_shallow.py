@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import jax
 import optax
 
 import jaxfa
@@ -46,6 +47,8 @@ PUBLISHED: dict[Name, dict[str, float]] = {
     "cifar10": {"bp": 74.66, "fa": 71.05, "dfa": 69.34, "grape": 73.1},
     "cifar100": {"bp": 44.22, "fa": 35.0, "dfa": 34.53, "grape": 38.0},
 }
+
+LITERAL = jaxfa.grape(scaling=0.0, perturbation=jax.random.normal)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,11 +101,12 @@ def _arms(config: Config, name: Name) -> Iterator[sweep.Arm]:
         "bp": ("backpropagation", jaxfa.backprop(), config.learning_rate),
         "fa": ("FA", jaxfa.fa(), config.fa_rate),
         "dfa": ("DFA", jaxfa.dfa(), config.dfa_rate),
-        "grape": ("GrAPE", jaxfa.grape(scaling=0.0), config.grape_rate),
+        "grape": ("GrAPE, as published", LITERAL, config.grape_rate),
+        "averaged": ("GrAPE, scaled, averaged", jaxfa.grape(averaging=jaxfa.kalman()), config.grape_rate),
     }
     for rule, (title, value, rate) in rules.items():
         task = _task(config, dataset, value, rate)
-        arm = sweep.Arm(f"{name}-{rule}", f"{TITLES[name]}: {title}", None, task, PUBLISHED[name][rule])
+        arm = sweep.Arm(f"{name}-{rule}", f"{TITLES[name]}: {title}", None, task, PUBLISHED[name].get(rule))
         yield arm._replace(reference=f"{name}-bp")
 
 

@@ -149,7 +149,7 @@ def task(config: Config, name: NetworkName, dataset: data.Dataset, rule: jaxfa.R
         optimizer=adam(config.learning_rate, weight_decay=4e-4, decay=0.975, steps=steps),
         data=dataset,
         batch=batch,
-        at=("convs/*",) if convolutions else None,
+        at=("blocks/*",) if convolutions else None,
         allow=("classifier", "head") if convolutions else (),
     )
 

@@ -114,7 +114,7 @@ def _arms(config: Config, dataset: data.Dataset) -> Iterator[sweep.Arm]:
 
     def low(rank: int | float, *, learn_p: bool) -> Task:
         rule = jaxfa.ldfa(rank, learn_p=learn_p, learning_rate=config.feedback_rate, weight_decay=0.0)
-        return bp._replace(rule=rule, at=("convs/*",), allow=("classifier", "head"))
+        return bp._replace(rule=rule, at=("blocks/*",), allow=("classifier", "head"))
 
     for key, title, learn_p in (("Q", "Q learned", False), ("PQ", "P and Q learned", True)):
         for rank in config.ranks:

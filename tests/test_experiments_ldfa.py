@@ -271,7 +271,7 @@ def test_networks_of_the_published_sizes():
         return jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(make((32, 32, 3), 10, rngs=nnx.Rngs(0)), nnx.Param)))
 
     made = parameters(VGG)
-    assert [made["convs"][i]["kernel"].shape[-1] for i in range(8)] == [64, 64, 128, 128, 256, 256, 512, 512]
+    assert [made["blocks"][i]["conv"]["kernel"].shape[-1] for i in range(8)] == [64, 64, 128, 128, 256, 256, 512, 512]
     assert made["classifier"]["kernel"].shape == (512, 256)
     # A block of width d holds 4 d^2 in its attention and 2 * 2 d^2 in its layers, and biases and norms.
     d = 8

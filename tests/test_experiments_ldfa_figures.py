@@ -170,7 +170,7 @@ def test_counted_operations_are_those_of_the_theory(tiny, learn):
 def test_convolutions_cost_what_the_theory_says(tiny):
     products = operations.vgg(128, 8, (8, 16), 3)
     assert [one.feedback for one in products] == [None, True, True, True, False, False]
-    chosen = network("vgg", tiny, jaxfa.ldfa(0.25), at=("convs/*",), allow=("classifier", "head"))
+    chosen = network("vgg", tiny, jaxfa.ldfa(0.25), at=("blocks/*",), allow=("classifier", "head"))
     ratio = operations.count(chosen).backward / operations.count(network("vgg", tiny)).backward
     expected = operations.theory(products, 0.25) / operations.theory(products, None)
     assert ratio == pytest.approx(expected, rel=0.15)

@@ -48,8 +48,8 @@ CASES = {
     ),
     "vgg": (
         lambda: VGG(SHAPE, 10, widths=(4, 8), rngs=nnx.Rngs(0)),
-        ("convs/0", "head"),
-        {"convs/1", "convs/2", "convs/3", "classifier"},
+        ("blocks/0/conv", "head"),
+        {"blocks/1/conv", "blocks/2/conv", "blocks/3/conv", "classifier"},
     ),
     "vit": (
         lambda: ViT(SHAPE, 10, width=8, depth=1, heads=2, rngs=nnx.Rngs(0)),

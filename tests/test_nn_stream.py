@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxfa
 import jaxfa.nn
 import jaxfa.parallel
+from experiments.vgg import VGG
 from tests.networks import BLOCKS, MLP, TRAINED, Residual, Scanned, Transformer, inputs, loss
 
 
@@ -142,14 +143,22 @@ def test_weights_that_an_error_would_pass_unnoticed_are_refused():
 
 
 @pytest.mark.parametrize("schedule", ["stored", "stream"])
-def test_memory_does_not_grow_with_depth(schedule):
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda depth: Stages(nnx.Rngs(0), (4,) * depth), {"at": "blocks/*", "allow": "blocks/0/conv"}),
+        (
+            lambda depth: VGG((8, 8, 3), 3, widths=(4,), repeats=(depth,), rngs=nnx.Rngs(0)),
+            {"at": ("blocks/*", "classifier")},
+        ),
+    ],
+    ids=["stages", "vgg"],
+)
+def test_memory_does_not_grow_with_depth(make, options, schedule):
     x = inputs(64, 8, 8, 3)
 
     def temporary(depth):
-        model = Stages(nnx.Rngs(0), (4,) * depth)
-        aligned = jaxfa.nn.attach(
-            model, jaxfa.dfa(), rngs=nnx.Rngs(1), example=x, at="blocks/*", allow="blocks/0/conv", schedule=schedule
-        )
+        aligned = jaxfa.nn.attach(make(depth), jaxfa.dfa(), rngs=nnx.Rngs(1), example=x, schedule=schedule, **options)
         graphdef, state = nnx.split(aligned)
         compiled = jax.jit(lambda state, x: nnx.grad(loss)(nnx.merge(graphdef, state), x)).lower(state, x).compile()
         feedback = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(aligned, jaxfa.nn.Feedback)))
