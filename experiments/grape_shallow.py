@@ -48,7 +48,7 @@ PUBLISHED: dict[Name, dict[str, float]] = {
     "cifar100": {"bp": 44.22, "fa": 35.0, "dfa": 34.53, "grape": 38.0},
 }
 
-LITERAL = jaxfa.grape(scaling=0.0, perturbation=jax.random.normal)
+LITERAL = jaxfa.grape(tile=None, scaling=0.0, perturbation=jax.random.normal)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def _arms(config: Config, name: Name) -> Iterator[sweep.Arm]:
         "fa": ("FA", jaxfa.fa(), config.fa_rate),
         "dfa": ("DFA", jaxfa.dfa(), config.dfa_rate),
         "grape": ("GrAPE, as published", LITERAL, config.grape_rate),
-        "averaged": ("GrAPE, scaled, averaged", jaxfa.grape(averaging=jaxfa.kalman()), config.grape_rate),
+        "averaged": ("GrAPE, less noise", jaxfa.grape(averaging=jaxfa.kalman()), config.grape_rate),
     }
     for rule, (title, value, rate) in rules.items():
         task = _task(config, dataset, value, rate)

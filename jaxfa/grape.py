@@ -20,7 +20,7 @@ def grape(
     *,
     learning_rate: float = 0.05,
     averaging: float | Gain = 0.0,
-    tile: int | None = None,
+    tile: int | None = 4,
     perturbation: Initializer = random_signs,
     scaling: float = 0.3,
     column_norm: bool = True,
@@ -39,9 +39,9 @@ def grape(
     token's logits in its own activation. Under batch normalisation in training mode what examples do to each other adds
     variance, no bias. ``refine`` runs the model in its present mode and changes nothing of it but the feedback.
 
-    The paper's rule to the letter is ``grape(scaling=0.0, perturbation=jax.random.normal)``. The defaults lower the
-    estimate's noise, where its own analysis points; in deep convolutional networks ``grape(tile=4,
-    averaging=jaxfa.kalman())`` lowers it most. ``experiments/grape_ablation`` has the evidence.
+    The paper's rule to the letter is ``grape(tile=None, scaling=0.0, perturbation=jax.random.normal)``. The defaults
+    lower the estimate's noise, where its own analysis points; in convolutional networks ``averaging=jaxfa.kalman()``
+    lowers it further. ``experiments/grape_ablation`` and ``grape_shallow`` have the evidence.
 
     Weights are never perturbed, though the paper does so where they have fewer dimensions. A dense layer's never have,
     and examples share the noise that they make: more variance at the same cost. A kernel has if it is smaller than the
@@ -53,11 +53,12 @@ def grape(
       averaging: how much of the last running mean of ``J_l`` the new one keeps, from 0 to below 1; 0, the paper's, is
         this batch's estimate alone. Or :func:`jaxfa.kalman`, by which each layer's noise says how much. The mean takes
         as much memory as ``B``.
-      tile: the side, in pixels, of a piece of ``B`` that repeats over the map; None is the full ``B``, 1 a matrix per
-        channel. Below a global average pool the Jacobian repeats likewise, with the stride from the layer to the pool
-        as its period (borders aside): that tile loses nothing. The perturbation is tiled, too, so that its dimension
-        falls, and with it the estimate's variance. Smaller maps are one tile; tokens and other axes before the last
-        count as pixels do.
+      tile: the side, in pixels, of a piece of ``B`` that repeats over the map, where it does not divide the map's their
+        greatest common divisor; None, the paper's, is the full ``B``, 1 a matrix per channel. Below a global average
+        pool the Jacobian repeats likewise, with the stride from the layer to the pool as its period (borders aside):
+        that tile loses nothing. The perturbation is tiled, too, so that its dimension falls, and with it the estimate's
+        variance; elsewhere what is learned is the Jacobian's mean over the tiles. Tokens and other axes before the last
+        count as pixels do: give None where one of them alone is read out.
       perturbation: ``(key, shape, dtype) -> p``, of mean 0 and variance 1. Random signs are the quickest, and of all
         white noise that of least variance; the paper's is ``jax.random.normal``.
       scaling: from 0 to 1, how fast the layers' perturbations ``s_l p_l`` come to the scales of least variance, ``s_l ~

@@ -84,11 +84,7 @@ def jacobian_rule(
     def init(key: jax.Array, h: Any, logits: Any) -> JacobianFeedback:
         k = shared_axes(h, logits)
         *positions, n = h.shape[k:]
-        sides = [size if tile is None else min(tile, size) for size in positions]
-        if any(size % side for size, side in zip(positions, sides, strict=True)):
-            raise ValueError(
-                f"Tiles of {tile} do not divide an activation of {h.shape[k:]}; choose 1, None or a divisor."
-            )
+        sides = [size if tile is None else math.gcd(size, tile) for size in positions]
         b = direct_matrix(key, distribution, jax.ShapeDtypeStruct((*h.shape[:k], *sides, n), h.dtype), logits)
         feedback = JacobianFeedback(b, None, tuple(h.shape[k:]), len(logits.shape) - k)
         b, zero = b / math.sqrt(feedback.repeats), jnp.zeros((), b.dtype)

@@ -18,7 +18,7 @@ KEY = jax.random.PRNGKey(3)
 SIZES = (6, 7, 5, 4)
 
 # GrAPE as published, but for its signs, and without state of its own beside B.
-literal = partial(jaxfa.grape, scaling=0.0)
+literal = partial(jaxfa.grape, tile=None, scaling=0.0)
 
 
 def dense(taps, x, weights):
