@@ -45,6 +45,7 @@ TITLES = {
     "ssa-unaligned": "SSA, parallel, no alignment",
     "sequential": "SSA, sequential",
     "sequential-unaligned": "SSA, sequential, no alignment",
+    "sequential-transport": "SSA, sequential, weight transport",
 }
 STYLES = {
     "dfa": (figures.GREY, "-"),
@@ -52,6 +53,7 @@ STYLES = {
     "ssa-unaligned": (figures.BLUE, ":"),
     "sequential": (figures.VERMILLION, "-"),
     "sequential-unaligned": (figures.VERMILLION, ":"),
+    "sequential-transport": (figures.VERMILLION, "--"),
 }
 
 
@@ -66,7 +68,7 @@ class Config(ssa_arms.Config):
 
 
 PRESETS = {
-    "cpu": Config(network="smallconv", epochs=4, images=3000, test_images=500, beta=1e-2, **ssa_arms.CPU),
+    "cpu": Config(network="smallconv", epochs=6, images=4000, test_images=2000, beta=0.1, **ssa_arms.CPU),
     "paper": Config(**ssa_arms.PAPER, seeds=5, out=Path("runs/ssa_alignment-paper")),
 }
 
@@ -89,7 +91,9 @@ def _tasks(config: Config, dataset: data.Dataset) -> dict[str, Task]:
     tasks = {"dfa": ssa_arms.dense(config.network, config, dataset, jaxfa.dfa(), taps=True)}
     for name in list(TITLES)[1:]:
         beta = 0.0 if name.endswith("unaligned") else config.beta
-        rule = jaxfa.ssa(parallel=name.startswith("ssa"), beta=beta)
+        transport = name.endswith("transport")
+        pulls = {"pull_weights": not transport, "pull_feedback": transport}
+        rule = jaxfa.ssa(parallel=name.startswith("ssa"), beta=beta, **pulls)
         tasks[name] = ssa_arms.ssa(config.network, config, dataset, rule)
     return tasks
 

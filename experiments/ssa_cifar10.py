@@ -104,6 +104,7 @@ def _arms(config: Config, name: NetworkName, dataset: data.Dataset) -> Iterator[
     rules = {
         "ssa": jaxfa.ssa(beta=config.beta),
         "ssa-sequential": jaxfa.ssa(parallel=False, beta=config.beta),
+        "ssa-transport": jaxfa.ssa(parallel=False, beta=config.beta, pull_weights=False, pull_feedback=True),
     }
     tasks = {
         "bp": ssa_arms.dense(name, config, dataset, jaxfa.backprop()),
@@ -117,6 +118,7 @@ def _arms(config: Config, name: NetworkName, dataset: data.Dataset) -> Iterator[
         "dfa": "DFA",
         "ssa": "SSA, parallel",
         "ssa-sequential": "SSA, sequential",
+        "ssa-transport": "SSA, sequential, weight transport",
     }
     for arm, task in tasks.items():
         published = PUBLISHED[name].get(arm.removesuffix("-sequential")) if config.dataset == "cifar10" else None

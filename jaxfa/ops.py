@@ -165,7 +165,21 @@ def listen(backward: Callable[[Any, jax.Array], Any], wire: jax.Array, tree: Any
       The wire, unchanged; it hands ``e`` on.
     """
     wire, tree = vary_alike((wire, tree))
-    return _listen(backward, wire, tree)
+    return _listen(backward, _batched_alike(wire, tree), tree)
+
+
+def _batched_alike(wire: jax.Array, tree: Any) -> jax.Array:
+    """The wire, unchanged, but under ``vmap`` with the batch axis that the tree has.
+
+    The error that reaches an unbatched wire would be summed over that axis: in ``grad(vmap(loss))`` every example would
+    learn from the errors of all.
+    """
+    for leaf in jax.tree.leaves(tree):
+        if leaf.size:
+            data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+            one, zero = jnp.ravel(data)[0].astype(wire.dtype), jnp.zeros((), wire.dtype)
+            wire = wire + lax.stop_gradient(lax.select(jnp.zeros((), bool), one, zero))
+    return wire
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

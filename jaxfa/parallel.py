@@ -148,14 +148,21 @@ def pipeline(
         dparams, dh, signals = learn_own((params, feedback, kept), e)
         return dparams, dh[0], signals, None
 
+    if taps is not None and taps.shape not in ((layers,), (layers, *h.shape)):
+        raise ValueError(f"taps must have the shape {(layers,)} or {(layers, *h.shape)}, got {taps.shape}.")
     if feedback is None and taps is None:
         return forward(lambda p, h: (block(p, h), None), params, copies)[0], wire
     if feedback is None:
-        return forward(lambda p, h: (block(p[0], h) + p[1], None), params, copies, taps)[0], wire
+        return forward(partial(_shifted, block), params, copies, taps)[0], wire
     if taps is not None:
         raise ValueError("pipeline adds taps to the plain network alone: give feedback=None with taps.")
     end, kept = forward(partial(run_block, block), *lax.stop_gradient((params, copies)))
-    return end, listen(backward, wire, (params, h, check_feedback(feedback, layers), kept))
+    return lax.stop_gradient(end), listen(backward, wire, (params, h, check_feedback(feedback, layers), kept))
+
+
+def _shifted(block: Block, p: tuple[Any, jax.Array], h: jax.Array) -> tuple[jax.Array, None]:
+    out = block(p[0], h)
+    return out + p[1].astype(out.dtype), None
 
 
 def _check_sizes(mesh: Mesh, layers: int, examples: int, microbatches: int) -> None:
@@ -165,7 +172,7 @@ def _check_sizes(mesh: Mesh, layers: int, examples: int, microbatches: int) -> N
             f"{layers} layers cannot be divided over {stages} stages: choose {_divisors(layers)} stages, or a multiple "
             f"of {stages} layers."
         )
-    if examples % (data * stages):
+    if not examples or examples % (data * stages):
         raise ValueError(
             f"A batch of {examples} examples cannot be divided over {data} x {stages} devices (data x layer): choose a "
             f"multiple of {data * stages}."

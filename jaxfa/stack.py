@@ -38,14 +38,15 @@ def direct_stack(
     - ``"stored"``: as autodiff does it: every activation is kept, blocks learn from the last to the first.
     - ``"parallel"``: every activation is kept, all blocks learn at once, by a ``vmap`` over them.
     - ``"stream"``: none is kept. A second forward sweep runs each block once more, from the input of the first, and
-      forms its update at once: memory does not grow with ``L``. Two forward passes and the gradients inside blocks:
-      never more operations than backpropagation, since no error passes between blocks.
+      forms its update at once: memory does not grow with ``L``. Two forward passes and the gradients inside blocks: as
+      no error passes between blocks, for blocks of one matrix not more operations than backpropagation. (In straight
+      code under ``vmap``, such as seeds side by side, XLA keeps activations all the same.)
 
     The first block's own input learns, too, so that a stem may come before.
 
     Args:
-      block: ``(params_l, h) -> h``, of ``h``'s shape and dtype. What it closes over is constant; give what learns, and
-        keys, in ``params``.
+      block: ``(params_l, h) -> h``, of ``h``'s shape and dtype. What it closes over is constant, and must not be
+        computed inside the function that is differentiated; give what learns, masks and keys in ``params``.
       params: any tree whose arrays have a leading axis ``L``.
       h: the input of the first block, ``(N, ..., n)``.
       wire: the error wire, ``(N, ..., C)``.
@@ -59,7 +60,7 @@ def direct_stack(
       ``(h, wire)`` after the last block.
 
     Raises:
-      TypeError: if the feedback is not a :class:`jaxfa.DirectFeedback`.
+      TypeError: if the feedback is not a :class:`jaxfa.DirectFeedback`, or ``h`` no array.
       ValueError: if the schedule is none of these, leading axes differ, or the block changes ``h``'s shape or dtype.
 
     Example:
@@ -124,7 +125,7 @@ def _parallel(block: Block, unroll: int, tree: Any, wire: jax.Array) -> Any:
         dparams, signals = each(feedback, saved)
         return dparams, input_error(block, params, h, feedback, e), signals, jax.tree.map(jnp.zeros_like, saved)
 
-    return end, listen(backward, wire, (params, h, feedback, saved))
+    return lax.stop_gradient(end), listen(backward, wire, (params, h, feedback, saved))
 
 
 def _one_by_one(function: Callable[..., Any], count: int) -> Callable[..., Any]:
@@ -134,15 +135,14 @@ def _one_by_one(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 def _stream(block: Block, unroll: int, tree: Any, wire: jax.Array) -> Any:
     params, h, _ = tree
     end = _forward(block, unroll, *lax.stop_gradient((params, h)))
-    return end, listen(partial(sweep, block, unroll), wire, tree)
+    return lax.stop_gradient(end), listen(partial(sweep, block, unroll), wire, tree)
 
 
 def sweep(block: Block, unroll: int, tree: Any, e: jax.Array) -> Any:
     """What a stack's parameters, input and feedback learn from ``e``, in a second forward sweep."""
     params, h, feedback = tree
 
-    # In straight code the compiler would find that it has computed all this in the forward pass, and keep that.
-    ordered = after if unroll > 1 else lambda values, known: values
+    ordered = order(unroll)
 
     def step(carry: Any, layer: Any) -> Any:
         h, e = carry
@@ -153,19 +153,25 @@ def sweep(block: Block, unroll: int, tree: Any, e: jax.Array) -> Any:
     return dparams, input_error(block, params, h, feedback, e), signals
 
 
+def order(unroll: int) -> Callable[[Any, Any], Any]:
+    """:func:`after` in straight code, where the compiler would find activations of the forward pass again; in a loop,
+    which has its order, the values as they are.
+    """
+    return after if unroll > 1 else lambda values, known: values
+
+
 def after(values: Any, known: Any) -> Any:
     """The values, bit for bit, but not before those in ``known`` are, for all that the compiler can tell.
 
     An ``optimization_barrier`` would say so, too, but XLA drops it on a CPU before it looks for common subexpressions;
     and elementwise operations it would fuse, with all that leads to them from block to block.
     """
-    first = sum(jnp.ravel(leaf)[0] for leaf in jax.tree.leaves(known) if jnp.issubdtype(leaf.dtype, jnp.inexact))
-    lost = partial(jax.tree.map, _undefined)
-    return lax.cond(jnp.isnan(first), lost, lambda tree: tree, values)
-
-
-def _undefined(leaf: jax.Array) -> jax.Array:
-    return jnp.full_like(leaf, jnp.nan) if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.zeros_like(leaf)
+    floats = [leaf for leaf in jax.tree.leaves(known) if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    first = sum(jnp.ravel(leaf)[0] for leaf in floats)
+    # Never true, which the compiler does not see.
+    return lax.cond(
+        jnp.isnan(first) & (first == 0), partial(jax.tree.map, jnp.zeros_like), lambda tree: tree, values
+    )
 
 
 def learn(block: Block, pair: tuple[Any, DirectFeedback], h: jax.Array, e: jax.Array) -> tuple[jax.Array, Any, Any]:
@@ -192,6 +198,8 @@ def input_error(block: Block, params: Any, h: jax.Array, feedback: Any, e: jax.A
 
 def check_stack(block: Block, params: Any, h: jax.Array) -> int:
     """The number of blocks; refuses trees whose arrays differ in it, and blocks that can't follow each other."""
+    if not hasattr(h, "dtype"):
+        raise TypeError(f"A stack's h is one array, got {type(h).__name__}; concatenate several on their last axis.")
     layers = _layers(params, "params")
     out = jax.eval_shape(partial(_first, block), params, h)
     if not isinstance(out, jax.ShapeDtypeStruct) or (out.shape, out.dtype) != (h.shape, h.dtype):
@@ -204,7 +212,7 @@ def check_stack(block: Block, params: Any, h: jax.Array) -> int:
 
 def check_feedback(feedback: Any, layers: int) -> Any:
     """The stack's feedback with a leading axis for its blocks."""
-    check_family(feedback, DirectFeedback, "direct_stack", "jaxfa.linear(x, w, feedback) inside the block")
+    check_family(feedback, DirectFeedback, "direct_stack, update_stack and pipeline", "jaxfa.linear(x, w, feedback) inside the block")
     if feedback.shared:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (layers, *leaf.shape)), feedback)
     found = _layers(feedback, "the feedback")
@@ -219,7 +227,7 @@ def check_feedback(feedback: Any, layers: int) -> Any:
 def _layers(tree: Any, name: str) -> int:
     """The size of the one leading axis that all arrays of a stack's tree share."""
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}
-    if len(sizes) != 1 or sizes == {()}:
+    if len(sizes) != 1 or sizes & {(), (0,)}:
         raise ValueError(f"Every array in {name} of a stack has one leading axis for its blocks, got {sorted(sizes)}.")
     return sizes.pop()[0]
 

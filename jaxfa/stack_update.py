@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxfa.stack import Block, check_feedback, check_stack, input_error, is_unrolled, learn
+from jaxfa.stack import Block, check_feedback, check_stack, input_error, is_unrolled, learn, order
 
 
 def update_stack(
@@ -32,7 +32,8 @@ def update_stack(
         the update is done in place.
       h: the input of the first block.
       e: the output error, ``(N, ..., C)``: the loss's gradient in the wire.
-      optimizer: of one block's pair, such as ``jaxfa.optimizer(optax.adam(1e-3), rule)``.
+      optimizer: of one block's pair, such as ``jaxfa.optimizer(optax.adam(1e-3), rule)``. Keys and integers stay as
+        they are; keep them from it by ``optax.masked``.
       state: its states, ``jax.vmap(optimizer.init)(both)``.
       unroll: see :func:`direct_stack`.
 
@@ -40,7 +41,8 @@ def update_stack(
       ``(both, state, dh)``, ``dh`` being the error at ``h``, before the update.
 
     Raises:
-      TypeError, ValueError: as :func:`direct_stack`; and if ``state`` has arrays without the leading axis.
+      TypeError, ValueError: as :func:`direct_stack`; if there is no feedback, or one shared by all blocks; and if
+        ``state`` has arrays without the leading axis.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa, optax
@@ -56,13 +58,17 @@ def update_stack(
     Source: as :func:`direct_stack`.
     """
     layers = check_stack(block, both[0], h)
-    check_feedback(both[1], layers)
+    if check_feedback(both[1], layers) is not both[1]:
+        raise ValueError(
+            "update_stack needs a feedback for each block, got one shared by all: give each a copy, with a leading axis."
+        )
     if any(jnp.shape(leaf)[:1] != (layers,) for leaf in jax.tree.leaves(state)):
         raise ValueError(
             f"Every array in the optimizer's state has a leading axis for these {layers} blocks: make it by "
             f"jax.vmap(optimizer.init)(both)."
         )
     straight = layers if is_unrolled(block, both[0], h, unroll) else 1
+    ordered = order(straight)
     dh = input_error(block, both[0], h, both[1], e)
 
     def at(layer: Any, trees: Any) -> Any:
@@ -74,13 +80,18 @@ def update_stack(
     def step(layer: Any, carry: Any) -> Any:
         # What was learned is written one block later. XLA would fuse a write with the sums that make its value, and
         # as these read the same stack, copy the whole of it for each block.
-        h, trees, last = carry
+        h, e, trees, last = carry
         trees = put((layer - 1) % layers, trees, last)
         pair, own = at(layer, trees)
         h, *signals = learn(block, pair, h, e)
         updates, own = optimizer.update(tuple(signals), own, pair)
-        return h, trees, (optax.apply_updates(pair, updates), own)
+        last = jax.tree.map(_moved, pair, updates), own
+        return *ordered((h, e), last), trees, last
 
     trees = both, state
-    _, trees, last = lax.fori_loop(0, layers, step, (h, trees, at(layers - 1, trees)), unroll=straight)
+    _, _, trees, last = lax.fori_loop(0, layers, step, (*ordered((h, e), e), trees, at(layers - 1, trees)), unroll=straight)
     return *put(layers - 1, trees, last), dh
+
+
+def _moved(value: jax.Array, update: jax.Array) -> Any:
+    return optax.apply_updates(value, update) if jnp.issubdtype(value.dtype, jnp.inexact) else value
