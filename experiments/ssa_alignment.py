@@ -92,8 +92,8 @@ def _tasks(config: Config, dataset: data.Dataset) -> dict[str, Task]:
     for name in list(TITLES)[1:]:
         beta = 0.0 if name.endswith("unaligned") else config.beta
         transport = name.endswith("transport")
-        pulls = {"pull_weights": not transport, "pull_feedback": transport}
-        rule = jaxfa.ssa(parallel=name.startswith("ssa"), beta=beta, **pulls)
+        parallel = name.startswith("ssa")
+        rule = jaxfa.ssa(parallel=parallel, beta=beta, pull_weights=not transport, pull_feedback=transport)
         tasks[name] = ssa_arms.ssa(config.network, config, dataset, rule)
     return tasks
 

@@ -60,7 +60,7 @@ def update_stack(
     layers = check_stack(block, both[0], h)
     if check_feedback(both[1], layers) is not both[1]:
         raise ValueError(
-            "update_stack needs a feedback for each block, got one shared by all: give each a copy, with a leading axis."
+            "update_stack needs a feedback for each block, got one shared by all: give each a copy, on a leading axis."
         )
     if any(jnp.shape(leaf)[:1] != (layers,) for leaf in jax.tree.leaves(state)):
         raise ValueError(
@@ -89,7 +89,8 @@ def update_stack(
         return *ordered((h, e), last), trees, last
 
     trees = both, state
-    _, _, trees, last = lax.fori_loop(0, layers, step, (*ordered((h, e), e), trees, at(layers - 1, trees)), unroll=straight)
+    first = *ordered((h, e), e), trees, at(layers - 1, trees)
+    _, _, trees, last = lax.fori_loop(0, layers, step, first, unroll=straight)
     return *put(layers - 1, trees, last), dh
 
 

@@ -108,7 +108,7 @@ def _forward(model: nnx.Module, rule: Rule, schedule: str, mesh: Mesh | None) ->
     if schedule == "dispatch":
         return partial(call_dispatched, check_dispatches(model, rule, mesh))
     if schedule == "stream":
-        check_streams(model, rule)
+        check_streams(model, rule, schedule)
         return call_streamed
     return None
 

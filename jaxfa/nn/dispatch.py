@@ -17,9 +17,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxfa.base import Rule
-from jaxfa.nn.stream import Block, Run, Walk, check_streams, walked
+from jaxfa.nn.stream import Block, Run, Walk, changed_state, check_streams, split_inputs, split_model, walked
 from jaxfa.nn.tap import Tap, taps_of
-from jaxfa.nn.variables import Feedback
 from jaxfa.ops import deliver, error_wire, listen, vary_alike
 from jaxfa.stages import LAYER
 
@@ -47,7 +46,7 @@ class Dispatch(Walk):
 
 def check_dispatches(model: nnx.Module, rule: Rule, mesh: Mesh | None) -> Mesh:
     """Refuses what can't be dispatched over a mesh; else returns the mesh."""
-    check_streams(model, rule)
+    check_streams(model, rule, "dispatch")
     if mesh is None or LAYER not in mesh.shape:
         given = "none" if mesh is None else dict(mesh.shape)
         raise ValueError(f"schedule='dispatch' needs mesh= with an axis {LAYER!r}, got {given}: jaxfa.parallel.mesh().")
@@ -59,11 +58,12 @@ def check_dispatches(model: nnx.Module, rule: Rule, mesh: Mesh | None) -> Mesh:
 
 def call_dispatched(mesh: Mesh, model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
     """Runs a tapped model; its blocks' gradients are formed on different devices, and summed over them."""
-    graphdef, params, feedback, rest = jax.tree.map(lambda a: a, nnx.split(model, nnx.Param, Feedback, ...))
+    graphdef, params, feedback, rest = split_model(model)
+    split_inputs("The dispatched model", args, kwargs)
     walk = Dispatch()
     copy = walked(walk, graphdef, params, feedback, rest)
     logits = copy(*args, **kwargs)
-    nnx.update(model, nnx.state(copy, nnx.Not(nnx.Any(nnx.Param, Feedback))))
+    nnx.update(model, changed_state(copy, params, rest))
     return logits + listen(partial(_learn, mesh, walk.runs, walk.scopes), error_wire(logits), walk.blocks)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 from jax import lax
 
 from jaxfa.base import Rule, is_direct
@@ -25,9 +26,9 @@ class Block(NamedTuple):
     """What a block computes with.
 
     Attributes:
-      params: its parameters.
+      params: its floats, of whatever type of variable.
       feedback: its tap's feedback.
-      rest: its other state.
+      rest: its other state, such as keys.
       arrays: the arrays among its arguments.
     """
 
@@ -43,7 +44,28 @@ Run = Callable[[Block], tuple[jax.Array, Any]]  # a block's output, and its stat
 def _run(graphdef: Any, own_call: Callable[..., Any], rebuild: Callable[..., Any], block: Block) -> Any:
     copy = nnx.merge(graphdef, *block[:3], copy=True)
     args, kwargs = rebuild(block.arrays)
-    return own_call(copy, *args, **kwargs), nnx.state(copy, nnx.Not(nnx.Any(nnx.Param, Feedback)))
+    return own_call(copy, *args, **kwargs), changed_state(copy, block.params, block.rest)
+
+
+def changed_state(model: nnx.Module, *before: Any) -> Any:
+    """What of a model's state is not as it was; the rest may be of an outer trace, in which no one may write it."""
+    known = {id(leaf) for leaf in jax.tree.leaves(before)}
+    state = nnx.to_flat_state(nnx.state(model, nnx.Not(Feedback)))
+    return nnx.from_flat_state(
+        [(path, leaf) for path, leaf in state if any(id(one) not in known for one in jax.tree.leaves(leaf))]
+    )
+
+
+def split_model(model: nnx.Module) -> tuple[Any, Any, Any, Any]:
+    """A graph, and the states of floats, feedback and the rest; copies, since the model's own are about to change."""
+    graphdef, *states = nnx.split(model, _is_float, Feedback, ...)
+    return graphdef, *jax.tree.map(lambda a: a, states)
+
+
+def _is_float(path: Any, variable: Any) -> bool:
+    del path
+    leaves = jax.tree.leaves(variable)
+    return not isinstance(variable, Feedback) and all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
 
 
 class Walk:
@@ -55,12 +77,19 @@ class Walk:
 
     def __init__(self, known: Any) -> None:
         self.known = known
+        self.trace = nnx.Variable(())
 
     def visit(self, tap: Tap, module: Any, own_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What the block at a tap returns, as a constant; it changes its state."""
-        arrays, rebuild = split_arrays((args, kwargs))
-        # Copied, since a split shares its variables with the module, whose state the block is about to change.
-        graphdef, params, feedback, rest = jax.tree.map(lambda a: a, nnx.split(module, nnx.Param, Feedback, ...))
+        try:
+            self.trace.set_value(())  # Flax refuses in any other trace than the walk's own
+        except TraceContextError:
+            raise ValueError(
+                f"The model calls its tapped block {tap.path!r} inside a transformation (remat, jit, scan, cond): take "
+                f"schedule='stored', or call it as it is, since in other schedules it runs once more anyway."
+            ) from None
+        arrays, rebuild = split_inputs(f"The tapped block {tap.path!r}", args, kwargs)
+        graphdef, params, feedback, rest = split_model(module)
         run = partial(_run, graphdef, own_call, rebuild)
         out, changed = self.learn(run, tap, Block(params, feedback, rest, arrays))
         nnx.update(module, changed)
@@ -85,7 +114,7 @@ class Sweep(Walk):
     Attributes:
       e: the output error.
       gradients: what each parameter inside a tapped block learns, by its path.
-      signals: what each tap's feedback learns, by its path.
+      signals: what each feedback learns, by its variable's identity, as taps may share it.
       errors: the sum of the products of every block's inputs with the errors at them, held fixed: its gradient is the
         error of what comes before the blocks, and of nothing where that is another block.
     """
@@ -94,7 +123,7 @@ class Sweep(Walk):
         super().__init__(e)
         self.e = e
         self.gradients: dict[str, jax.Array] = {}
-        self.signals: dict[str, Any] = {}
+        self.signals: dict[int, Any] = {}
         self.errors: Any = 0.0
 
     def learn(self, run: Run, tap: Tap, block: Block) -> Any:
@@ -110,46 +139,60 @@ class Sweep(Walk):
         for array, error in zip(block.arrays, errors, strict=True):
             if jnp.issubdtype(array.dtype, jnp.inexact):
                 self.errors += jnp.vdot(error, array)
-        self._add(tap.path, learned, signal)
+        self._add(tap, learned, signal)
         self.known = learned, signal
         return out, changed
 
-    def _add(self, path: str, learned: Any, signal: Any) -> None:
+    def _add(self, tap: Tap, learned: Any, signal: Any) -> None:
         for own, gradient in _flat(learned).items():
-            name = f"{path}/{own}"
+            name = f"{tap.path}/{own}"
             self.gradients[name] = self.gradients.get(name, 0) + gradient
-        before = self.signals.get(path)
-        self.signals[path] = signal if before is None else jax.tree.map(jnp.add, before, signal)
+        before = self.signals.get(id(tap.feedback))
+        self.signals[id(tap.feedback)] = signal if before is None else jax.tree.map(jnp.add, before, signal)
 
 
-def check_streams(model: nnx.Module, rule: Rule) -> None:
+def split_inputs(who: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As :func:`split_arrays`; refuses inputs whose state a run would change, which running twice would lose."""
+    stateful = nnx.Variable | nnx.Module | nnx.Rngs | nnx.RngStream
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, stateful))
+    if any(isinstance(leaf, stateful) for leaf in leaves):
+        raise ValueError(
+            f"{who} gets an argument with state of its own, such as nnx.Rngs, which only schedule='stored' knows. Keep "
+            f"it inside the block: nnx.Dropout(rate, rngs=rngs)."
+        )
+    return split_arrays((args, kwargs))
+
+
+def check_streams(model: nnx.Module, rule: Rule, schedule: str) -> None:
     """Refuses what no sweep can teach block after block: other rules, and taps inside each other or inside a stack."""
     if not is_direct(rule) or rule.source is not None:
-        raise ValueError("schedule='stream' is for direct rules whose error is the logits'; take schedule='stored'.")
+        raise ValueError(f"schedule={schedule!r} is for direct rules whose error is the logits'; take 'stored'.")
     paths = list(taps_of(model))
     for path, (tap, stack) in taps_of(model).items():
         within = [other for other in paths if path.startswith(f"{other}/")]
         if tap.at_input or stack or within:
             reason = f"inside {within[0]!r}" if within else "in a stack of layers" if stack else "at a layer's input"
             raise ValueError(
-                f"schedule='stream' teaches whole blocks one after the other, but the tap {path!r} is {reason}. Name "
-                f"separate modules with at=; for stacked blocks there is jaxfa.direct_stack."
+                f"schedule={schedule!r} teaches whole blocks, each by itself, but the tap {path!r} is {reason}. Name "
+                f"separate modules with at= (SSA, which taps layers' inputs, has to be stored); for stacked blocks "
+                f"there is jaxfa.direct_stack."
             )
-    known = _flat(nnx.state(model, nnx.Param))
+    known = _flat(nnx.state(model, _is_float))
     for path, module in modules_of(model):
-        shared = [own for own in _flat(nnx.state(module, nnx.Param)) if path in paths and f"{path}/{own}" not in known]
+        shared = [own for own in _flat(nnx.state(module, _is_float)) if path in paths and f"{path}/{own}" not in known]
         if shared:
-            raise ValueError(f"schedule='stream' needs blocks with parameters of their own; {path!r} shares {shared}.")
+            raise ValueError(f"schedule={schedule!r} needs blocks with weights of their own; {path!r} shares {shared}.")
 
 
 def call_streamed(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
     """Runs a tapped model, keeping its inputs alone; its gradient is formed by a second forward sweep."""
-    graphdef, params, feedback, rest = jax.tree.map(lambda a: a, nnx.split(model, nnx.Param, Feedback, ...))
-    arrays, rebuild = split_arrays((args, kwargs))
-    copy = walked(Walk(arrays), graphdef, lax.stop_gradient(params), feedback, rest)
+    graphdef, params, feedback, rest = split_model(model)
+    arrays, rebuild = split_inputs("The streamed model", args, kwargs)
+    constants = lax.stop_gradient(params)
+    copy = walked(Walk(arrays), graphdef, constants, feedback, rest)
     constant_args, constant_kwargs = rebuild(lax.stop_gradient(arrays))
     logits = copy(*constant_args, **constant_kwargs)
-    nnx.update(model, nnx.state(copy, nnx.Not(nnx.Any(nnx.Param, Feedback))))
+    nnx.update(model, changed_state(copy, constants, rest))
     tree = params, feedback, rest, arrays
     return lax.stop_gradient(logits) + listen(partial(_learn, graphdef, rebuild), error_wire(logits), tree)
 
@@ -160,12 +203,19 @@ def _learn(graphdef: Any, rebuild: Callable[..., Any], tree: Any, e: jax.Array) 
     def surrogate(params: Any, arrays: Any) -> Any:
         sweep = Sweep(e)
         args, kwargs = rebuild(arrays)
-        logits = walked(sweep, graphdef, params, feedback, rest)(*args, **kwargs)
-        return jnp.vdot(e, logits) + sweep.errors, (sweep.gradients, sweep.signals)
+        model = walked(sweep, graphdef, params, feedback, rest)
+        logits = model(*args, **kwargs)
+        signals = {path: sweep.signals.get(id(tap.feedback)) for path, (tap, _) in taps_of(model).items()}
+        return jnp.vdot(e, logits) + sweep.errors, (sweep.gradients, signals)
 
     exact, (gradients, signals) = jax.grad(surrogate, argnums=(0, 1), has_aux=True, allow_int=True)(params, arrays)
     dparams = _map(lambda path, leaf: leaf + gradients.get(path, 0), exact[0])
-    dfeedback = _map(lambda path, _: signals[path.removesuffix("/feedback_tap/feedback")], feedback)
+
+    def signal(path: str, own: Any) -> Any:
+        found = signals[path.removesuffix("/feedback_tap/feedback")]
+        return jax.tree.map(jnp.zeros_like, own) if found is None else found  # a block that did not run
+
+    dfeedback = _map(signal, feedback)
     return dparams, dfeedback, jax.tree.map(jnp.zeros_like, rest), exact[1]
 
 
