@@ -82,7 +82,7 @@ def update_stack(
         # as these read the same stack, copy the whole of it for each block.
         h, e, trees, last = carry
         trees = put((layer - 1) % layers, trees, last)
-        pair, own = at(layer, trees)
+        pair, own = at(layer, (both, state) if straight > 1 else trees)
         h, *signals = learn(block, pair, h, e)
         updates, own = optimizer.update(tuple(signals), own, pair)
         last = jax.tree.map(_moved, pair, updates), own

@@ -133,6 +133,20 @@ def test_gradients_of_examples_average_to_the_gradient_of_their_batch(method, x6
 
 
 @every_method
+def test_what_batches_side_by_side_teach_is_the_sum_of_what_each_teaches(method, x64):
+    # The gradient of a vmap: no batch may learn from another's error.
+    both = create(method.rule, KEYS[0])
+    x, y = (array.reshape(2, 4, *array.shape[1:]) for array in batch())
+
+    def total(params, feedback):
+        return jnp.sum(jax.vmap(lambda x, y: loss(params, feedback, x, y))(x, y))
+
+    each = jax.jit(jax.vmap(signals, in_axes=(None, None, 0, 0)))(*both, x, y)
+    want = jax.tree.map(lambda leaf: leaf.sum(0), each)
+    chex.assert_trees_all_close(jax.jit(jax.grad(total, (0, 1)))(*both), want, atol=1e-14, rtol=1e-12)
+
+
+@every_method
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_gradients_and_signals_keep_the_dtype_and_shape_of_what_they_change(method, dtype, x64):
     def run(key):

@@ -167,6 +167,92 @@ def test_memory_does_not_grow_with_depth(make, options, schedule):
     assert (temporary(8) < 1.3 * temporary(2)) == (schedule == "stream")
 
 
+class Odd(nnx.Module):
+    """Residual blocks called in ways that not every schedule knows."""
+
+    def __init__(self, rngs, way="plainly"):
+        self.blocks = nnx.List([nnx.Sequential(nnx.Linear(6, 6, rngs=rngs), jnp.tanh) for _ in range(3)])
+        self.dropout, self.norm = nnx.Dropout(0.5, rngs=rngs), nnx.BatchNorm(6, rngs=rngs)
+        self.blocks.append(nnx.Sequential(self.dropout, self.norm))
+        self.head, self.way = nnx.Linear(6, 3, rngs=rngs), way
+
+    def __call__(self, h, skips=False):
+        for i, block in enumerate(self.blocks):
+            if not (skips and i == 1):
+                h = nnx.remat(lambda block, h: block(h))(block, h) if self.way == "remat" else block(h)
+        return self.head(h)
+
+
+def odd(schedule, way="plainly"):
+    mesh = jaxfa.parallel.mesh(layer=2) if schedule == "dispatch" else None
+    options = {"rngs": nnx.Rngs(1), "example": inputs(9, 6), "at": "blocks/*", "schedule": schedule, "mesh": mesh}
+    return jaxfa.nn.attach(Odd(nnx.Rngs(0), way), jaxfa.dfa(), **options)
+
+
+every_order = pytest.mark.parametrize("schedule", ["stream", "dispatch"])
+
+
+@every_order
+def test_batches_side_by_side_learn_from_their_own_errors(schedule):
+    def learned(model):
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def run(params, x):
+            return loss(nnx.merge(graphdef, params, rest, copy=True), x)
+
+        x = jnp.stack([inputs(9, 6), -inputs(9, 6)])
+        total = jax.grad(lambda params: jax.vmap(run, (None, 0))(params, x).sum())(params)
+        return total, jax.tree.map(lambda one: one.sum(0), jax.vmap(jax.grad(run), (None, 0))(params, x))
+
+    total, sums = learned(odd(schedule))
+    chex.assert_trees_all_close(total, sums, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(total, learned(odd("stored"))[0], rtol=1e-4, atol=1e-6)
+
+
+@every_order
+def test_a_block_that_is_left_out_learns_nothing(schedule):
+    got, want = (
+        nnx.grad(lambda model: (model(inputs(9, 6), skips=True) ** 2).sum())(odd(one)) for one in (schedule, "stored")
+    )
+    chex.assert_trees_all_close(nnx.to_pure_dict(got), nnx.to_pure_dict(want), rtol=1e-4, atol=1e-5)
+    assert not got["model"]["blocks"][1]["layers"][0]["kernel"][...].any()
+
+
+@every_order
+def test_state_in_any_type_of_variable(schedule):
+    got, want = (jaxfa.nn.errors(odd(one), lambda model: loss(model, inputs(9, 6))) for one in (schedule, "stored"))
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-6)
+    assert all(error.any() for error in got.values())
+
+
+@every_order
+def test_inputs_that_are_empty_or_no_numbers(schedule):
+    model = odd(schedule)
+    keys = [jax.random.key_data(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.RngKey))]
+    model.eval()
+    assert jnp.isnan(model(inputs(9, 6).at[0].set(jnp.nan))).any(1).tolist() == [True] + [False] * 8
+    after = [jax.random.key_data(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.RngKey))]
+    chex.assert_trees_all_equal(keys, after)
+    assert model(inputs(9, 6)[:0]).shape == (0, 3)
+    # In evaluation nothing is written, so that a jitted function may close over the model.
+    np.testing.assert_allclose(jax.jit(model.__call__)(inputs(9, 6)), model(inputs(9, 6)), rtol=1e-5)
+
+
+@every_order
+def test_blocks_inside_transformations_and_inputs_with_state_are_refused(schedule):
+    with pytest.raises(ValueError, match=r"'blocks/0' inside a transformation \(remat, jit, scan, cond\)"):
+        odd(schedule, "remat")
+
+    class Noisy(Odd):
+        def __call__(self, h):
+            return self.head(self.blocks[0](h, rngs=self.dropout.rngs))
+
+    with pytest.raises(ValueError, match=r"'blocks/0' gets an argument with state of its own"):
+        jaxfa.nn.attach(
+            Noisy(nnx.Rngs(0)), jaxfa.dfa(), rngs=nnx.Rngs(1), example=inputs(9, 6), at="blocks/0", schedule="stream"
+        )
+
+
 def test_training_takes_the_same_steps():
     trained = []
     for schedule in ("stored", "stream"):

@@ -185,6 +185,38 @@ def test_the_fused_update_is_the_unfused_one(name, x64):
     assert not jnp.allclose(got[0]["w"], both[0]["w"], rtol=1e-3)
 
 
+def test_the_fused_update_leaves_keys_and_counts_alone(x64):
+    def noisy(p, h):
+        return h + jnp.tanh(h @ p["w"]) + 0.1 * jax.random.normal(p["key"], h.shape)
+
+    rule = jaxfa.dfa()
+    _, params, feedback, h = create(rule)
+    key, count = jax.random.split(jax.random.key(3), LAYERS), jnp.arange(LAYERS)
+    both = {"w": params["w"], "key": key, "count": count}, feedback
+    floats = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), both)
+    optimizer = optax.masked(optax.adam(1e-2), floats)
+    (after, _), *_ = fused(noisy, optimizer)(both, jax.vmap(optimizer.init)(both), h)
+    assert not jnp.any(after["w"] == params["w"])
+    chex.assert_trees_all_equal((after["key"], after["count"]), (key, count))
+
+
+@pytest.mark.parametrize("name", ["dense", "conv"])
+def test_the_fused_update_keeps_no_activations(name):
+    # In straight code XLA keeps the parameters and the optimizer's state once more, and no activation.
+    rule = jaxfa.dfa()
+    block, *both, h = create(rule, name, jnp.float32)
+    h, optimizer = jnp.tile(h, (32, *[1] * (h.ndim - 1))), jaxfa.optimizer(optax.sgd(0.1), rule)
+
+    def temporary(repeats):
+        deep = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * repeats), tuple(both))
+        state, e = jax.vmap(optimizer.init)(deep), jnp.zeros((len(h), OUTPUTS))
+        update = jax.jit(lambda both, h: jaxfa.update_stack(block, both, h, e, optimizer=optimizer, state=state))
+        compiled = update.lower(deep, h).compile()
+        return compiled.memory_analysis().temp_size_in_bytes - sum(3 * leaf.nbytes for leaf in jax.tree.leaves(deep))
+
+    assert temporary(8) < 1.3 * temporary(1)
+
+
 def test_a_global_norm_sees_one_block_at_a_time(x64):
     rule = jaxfa.dfa()
     block, *both, h = create(rule)
@@ -210,6 +242,41 @@ def test_keys_in_the_parameters_and_seeds_side_by_side(schedule, x64):
         for f in (objective(noisy, schedule), looped(noisy))
     )
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
+
+
+@every_schedule
+def test_batches_side_by_side_learn_from_their_own_errors(schedule, x64):
+    block, *both, h = create(jaxfa.dkp())
+    batches = jnp.stack([h, -h])
+    loss = objective(block, schedule)
+    got = jax.jit(jax.grad(lambda *both: jax.vmap(lambda h: loss(*both, h))(batches).sum(), (0, 1)))(*both)
+    each = [jax.jit(jax.grad(loss, (0, 1)))(*both, h) for h in batches]
+    chex.assert_trees_all_close(got, jax.tree.map(jnp.add, *each), rtol=1e-12, atol=1e-15)
+
+
+@every_schedule
+def test_what_a_block_closes_over_is_constant(schedule):
+    block, params, feedback, h = create(jaxfa.dfa(), dtype=jnp.float32)
+    run = jax.grad(lambda scale: objective(lambda p, h: block(p, scale * h), schedule)(params, feedback, h))
+    if schedule == "parallel":
+        with pytest.raises(jax.errors.UnexpectedTracerError):
+            run(1.5)
+    else:
+        # Stored, a block's own derivative in it is what autodiff finds; never more than that.
+        assert (run(1.5) == 0) == (schedule == "stream")
+
+
+def test_no_examples_and_numbers_that_are_none():
+    # In straight code, where the order is kept by a number that the compiler cannot know.
+    block, params, feedback, h = create(jaxfa.dfa(), dtype=jnp.float32)
+
+    def run(params, h):
+        return jaxfa.direct_stack(block, params, h, wire_for(h), feedback, schedule="stream", unroll=True)
+
+    gradient = jax.grad(lambda params: sum(part.sum() for part in run(params, h[:0])))(params)
+    assert not gradient["w"].any()
+    out, _ = run(params, h.at[0].set(jnp.nan))
+    assert jnp.isnan(out).any(1).tolist() == [True] + [False] * (EXAMPLES - 1)
 
 
 @every_schedule
@@ -253,7 +320,14 @@ def test_wrong_use_is_told_so():
         jaxfa.direct_stack(block, params, h, wire, at(slice(2), feedback), schedule="stream")
     with pytest.raises(TypeError, match="DirectFeedback, got FixedFeedback"):
         jaxfa.direct_stack(block, params, h, wire, jaxfa.FixedFeedback(params["w"]), schedule="stream")
+    with pytest.raises(TypeError, match="h is one array, got tuple"):
+        jaxfa.direct_stack(block, params, (h, h), wire, feedback, schedule="stream")
+    with pytest.raises(ValueError, match="one leading axis for its blocks"):
+        jaxfa.direct_stack(block, at(slice(0), params), h, wire, feedback, schedule="stream")
     optimizer = optax.adam(1e-3)
+    shared = create(jaxfa.dfa(shared=True), dtype=jnp.float32)[2]
+    with pytest.raises(ValueError, match="got one shared by all"):
+        jaxfa.update_stack(block, (params, shared), h, wire, optimizer=optimizer, state=())
     with pytest.raises(ValueError, match="the optimizer's state"):
         jaxfa.update_stack(
             block, (params, feedback), h, wire, optimizer=optimizer, state=optimizer.init((params, feedback))
