@@ -169,9 +169,7 @@ def after(values: Any, known: Any) -> Any:
     floats = [leaf for leaf in jax.tree.leaves(known) if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)]
     first = sum(jnp.ravel(leaf)[0] for leaf in floats)
     # Never true, which the compiler does not see.
-    return lax.cond(
-        jnp.isnan(first) & (first == 0), partial(jax.tree.map, jnp.zeros_like), lambda tree: tree, values
-    )
+    return lax.cond(jnp.isnan(first) & (first == 0), partial(jax.tree.map, jnp.zeros_like), lambda tree: tree, values)
 
 
 def learn(block: Block, pair: tuple[Any, DirectFeedback], h: jax.Array, e: jax.Array) -> tuple[jax.Array, Any, Any]:
@@ -212,7 +210,12 @@ def check_stack(block: Block, params: Any, h: jax.Array) -> int:
 
 def check_feedback(feedback: Any, layers: int) -> Any:
     """The stack's feedback with a leading axis for its blocks."""
-    check_family(feedback, DirectFeedback, "direct_stack, update_stack and pipeline", "jaxfa.linear(x, w, feedback) inside the block")
+    check_family(
+        feedback,
+        DirectFeedback,
+        "direct_stack, update_stack and pipeline",
+        "jaxfa.linear(x, w, feedback) inside the block",
+    )
     if feedback.shared:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (layers, *leaf.shape)), feedback)
     found = _layers(feedback, "the feedback")

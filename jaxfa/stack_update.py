@@ -89,7 +89,9 @@ def update_stack(
         return *ordered((h, e), last), trees, last
 
     trees = both, state
-    _, _, trees, last = lax.fori_loop(0, layers, step, (*ordered((h, e), e), trees, at(layers - 1, trees)), unroll=straight)
+    _, _, trees, last = lax.fori_loop(
+        0, layers, step, (*ordered((h, e), e), trees, at(layers - 1, trees)), unroll=straight
+    )
     return *put(layers - 1, trees, last), dh
 
 

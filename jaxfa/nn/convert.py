@@ -128,7 +128,14 @@ def _thin(layer: Factored) -> nnx.Sequential:
     return nnx.Sequential(*pair)
 
 
-def prune(aligned: Aligned, optimizer: nnx.Optimizer | None = None, *, energy: float = 0.95, multiple: int = 8) -> None:
+def prune(
+    aligned: Aligned,
+    optimizer: nnx.Optimizer | None = None,
+    *,
+    energy: float = 0.95,
+    multiple: int = 8,
+    tolerance: float = 1e-3,
+) -> None:
     """Drops singular values of an attached model, in place: :func:`jaxfa.prune` for its feedback and optimizer, too.
 
     Args:
@@ -136,6 +143,7 @@ def prune(aligned: Aligned, optimizer: nnx.Optimizer | None = None, *, energy: f
       optimizer: the one that trains it.
       energy: of the squared singular values, how much to keep, in (0, 1].
       multiple: ranks are rounded up to whole multiples of it.
+      tolerance: as for :func:`jaxfa.prune`.
 
     Example:
       >>> import jax.numpy as jnp, jaxfa.nn
@@ -152,7 +160,7 @@ def prune(aligned: Aligned, optimizer: nnx.Optimizer | None = None, *, energy: f
     trees = (*trees, None if optimizer is None else optimizer.opt_state)
     boxes = jax.tree.leaves(trees, is_leaf=_is_box)
     bare = jax.tree.map(lambda box: box.get_value() if _is_box(box) else box, trees, is_leaf=_is_box)
-    pruned = prune_tree(*bare, energy=energy, multiple=multiple)
+    pruned = prune_tree(*bare, energy=energy, multiple=multiple, tolerance=tolerance)
     # One box holds a whole node of factors or of feedback, another a single array.
     structure: Any = jax.tree.structure(trees, is_leaf=_is_box)
     for box, value in zip(boxes, structure.flatten_up_to(pruned), strict=True):
