@@ -85,13 +85,13 @@ def dense(w: Any) -> jax.Array:
     return w.dense() if is_factors(w) else w
 
 
-def factorise(w: jax.Array, rank: float | None = None, *, name: str = "") -> Factors:
+def factorise(w: jax.Array | Factors, rank: float | None = None, *, name: str = "") -> Factors:
     """The singular value decomposition of a layer's weights: ``w = u diag(s) v^T``, exact at full rank.
 
     On a CPU do not ``vmap`` it: of jaxlib 0.10's batched decompositions two at once can wait for each other for ever.
 
     Args:
-      w: dense weights ``(n, m)`` or a convolution's kernel ``(window..., n, m)``.
+      w: dense weights ``(n, m)`` or a convolution's kernel ``(window..., n, m)``; factors stay what they are.
       rank: how many of the largest singular values to keep: a whole number, or a fraction of full rank in (0, 1]
         (``1.0`` is all of them, ``1`` is one); None keeps all.
       name: the layer's, which its feedback and optimizer state will have, too; every layer needs its own.
@@ -100,7 +100,7 @@ def factorise(w: jax.Array, rank: float | None = None, *, name: str = "") -> Fac
       :class:`Factors`, with orthonormal columns ``u`` and ``v``.
 
     Raises:
-      ValueError: if ``w`` has fewer than two axes, or the rank is none.
+      ValueError: if ``w`` has fewer than two axes, or the rank is none, or there is one for factors.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -112,6 +112,13 @@ def factorise(w: jax.Array, rank: float | None = None, *, name: str = "") -> Fac
     Source: Yang et al., "Learning Low-rank Deep Neural Networks via Singular Vector Orthogonality Regularization and
     Singular Value Sparsification", 2020, https://arxiv.org/abs/2004.09031
     """
+    if is_factors(w):
+        if rank is not None:
+            raise ValueError(
+                f"The layer {w.name!r} is factored already, at rank {w.s.shape[-1]}; rank={rank!r} is for dense ones. "
+                f"Leave rank out, or choose others with at=."
+            )
+        return w
     if w.ndim < 2:
         raise ValueError(f"factorise expects weights (n, m) or (window..., n, m), got {w.shape}.")
     height, *window, n, m = w.shape if w.ndim > 2 else (1, *w.shape)

@@ -281,7 +281,7 @@ def test_a_dtypes_own_rounding_is_no_drift():
 @pytest.mark.parametrize("tx", [optax.adafactor(1e-3), optax.scale_by_lbfgs(3)], ids=["adafactor", "lbfgs"])
 def test_states_of_other_shapes_than_the_parameters_are_refused(tx):
     params = factored_pair()
-    with pytest.raises(ValueError, match="weights of layer 'layer 0'.* needs a new one"):
+    with pytest.raises(ValueError, match=r"weights of layer 'layer 0'.* needs a new one"):
         jaxfa.prune(params, tx.init(params), energy=0.9, multiple=1)
 
 

@@ -24,13 +24,15 @@ def factorise(model: nnx.Module, rank: float | None = None, *, at: str | tuple[s
     Args:
       model: any NNX model; it stays as it is.
       rank: of every layer, as for :func:`jaxfa.factorise`; None is full rank, at which the function stays the same.
-      at: globs of module paths in which layers are factored; by default all.
+      at: globs of module paths in which layers are factored; by default all. Without a rank, those that are factored
+        already stay as they are.
 
     Returns:
       A model of the user's own class.
 
     Raises:
-      ValueError: if a layer has no factors, such as a convolution in groups, or there is no layer.
+      ValueError: if a layer has no factors, such as a convolution in groups, or is factored already and there is a
+        rank for it, or there is no layer.
 
     Example:
       >>> import jax.numpy as jnp, jaxfa.nn
@@ -44,7 +46,7 @@ def factorise(model: nnx.Module, rank: float | None = None, *, at: str | tuple[s
     """
     globs = (at,) if isinstance(at, str) else at
 
-    def weights(w: jax.Array, path: str) -> Factors:
+    def weights(w: jax.Array | Factors, path: str) -> Factors:
         return factorise_weights(w, rank, name=path)
 
     return factorise_chosen(nnx.clone(model), weights, lambda path: not globs or matches(path, globs, under=True))
