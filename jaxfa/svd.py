@@ -124,11 +124,12 @@ def factorise(w: jax.Array | Factors, rank: float | None = None, *, name: str = 
     height, *window, n, m = w.shape if w.ndim > 2 else (1, *w.shape)
     matrix = jnp.moveaxis(w.reshape(height, *window, n, m), -2, 1).reshape(height * n, math.prod(window) * m)
     u, s, vt = jnp.linalg.svd(matrix.astype(jnp.promote_types(w.dtype, jnp.float32)), full_matrices=False)
-    r = _count(rank, len(s))
+    r = rank_of(rank, len(s))
     return Factors(u[:, :r], s[:r], vt[:r].T, w.shape, name).astype(w.dtype)
 
 
-def _count(rank: float | None, full: int) -> int:
+def rank_of(rank: float | None, full: int) -> int:
+    """How many singular values of ``full`` a rank keeps, as for :func:`factorise`."""
     if rank is None:
         return full
     whole, flag = isinstance(rank, Integral), isinstance(rank, bool | np.bool_)
