@@ -112,7 +112,7 @@ def factorise(w: jax.Array | Factors, rank: float | None = None, *, name: str = 
     Source: Yang et al., "Learning Low-rank Deep Neural Networks via Singular Vector Orthogonality Regularization and
     Singular Value Sparsification", 2020, https://arxiv.org/abs/2004.09031
     """
-    if is_factors(w):
+    if isinstance(w, Factors):
         if rank is not None:
             raise ValueError(
                 f"The layer {w.name!r} is factored already, at rank {w.s.shape[-1]}; rank={rank!r} is for dense ones. "
@@ -172,7 +172,7 @@ def _wide(w: Factors) -> Factors:
 @partial(jnp.vectorize, signature="(r,r)->(r)")
 def _nearest(overlap: jax.Array) -> jax.Array:
     """For each old column the new one, so that the overlaps ``(old, new)`` are the largest in all."""
-    old, new = optax.assignment.hungarian_algorithm(-jnp.abs(overlap))
+    old, new = optax.assignment.hungarian_algorithm(-jnp.abs(jnp.nan_to_num(overlap)))
     return new[jnp.argsort(old)]
 
 

@@ -143,7 +143,7 @@ def test_any_rule_goes_on_factored_layers():
 
 @every_reading
 def test_layers_factored_before_obey_at_and_refuse_a_rank(rule):
-    x, model = inputs(9, 6), jaxfa.nn.factorise(MLP(nnx.Rngs(0)), 2, at=("fc1", "fc2"))
+    x, model = inputs(9, 6), jaxfa.nn.factorise(jaxfa.nn.factorise(MLP(nnx.Rngs(0)), 2, at="fc1"), 2, at="fc2")
     aligned = attach(model, rule, x, at=("fc1", "fc2"), allow="fc3")
     assert isinstance(aligned.model.fc3, nnx.Linear)
     assert set(jaxfa.ranks(nnx.to_pure_dict(nnx.state(attach(model, rule, x), nnx.Param))).values()) == {2, 3}
