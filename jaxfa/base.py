@@ -166,7 +166,8 @@ class Rule(NamedTuple):
       source: where a direct rule's error is taken: the path of a module, at the same end of it as the taps, its input
         without ``at=``, its output with it; None is the logits.
       globs: the globs of layer paths that the rule was given, of which none may match nothing.
-      weights: ``(w, path) -> `` what a layer learns in the place of ``w``, such as its factors; None is ``w`` itself.
+      weights: ``(w, path) -> `` what a layer learns in the place of ``w``, such as its factors, which it may be given
+        itself; None is ``w`` itself.
     """
 
     init: Callable[..., Any]

@@ -39,20 +39,25 @@ class Convolution:
     groups: int = 1
 
     def __call__(self, x: jax.Array, w: Any) -> jax.Array:
-        """``(N, spatial..., n)`` to ``(N, spatial..., m)``."""
+        """``(N, spatial..., n)`` to ``(N, spatial..., m)``, with one batch axis or another number of them."""
+        spatial = x.shape[-len(self.strides) - 1 :]
+        batch = x.shape[: x.ndim - len(spatial)]
+        if len(batch) != 1:
+            y = self(x.reshape(-1, *spatial), w)
+            return y.reshape(*batch, *y.shape[1:])
         if isinstance(w, Factors):
             first, second = w.kernels()
             h = self.along(slice(0, 1))(x, first)
             with jax.named_scope(INNER):
                 return self.along(slice(1, None))(h, second)
-        spatial = "DHW"[-len(self.strides) :]
+        axes = "DHW"[-len(self.strides) :]
         return lax.conv_general_dilated(
             x,
             w,
             self.strides,
             self.padding,
             rhs_dilation=self.dilation,
-            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
             feature_group_count=self.groups,
         )
 

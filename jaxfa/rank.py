@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxfa.base import is_feedback
-from jaxfa.svd import Factors, by_name, drift, is_factors, map_factors, standardise
+from jaxfa.svd import Factors, by_name, drift, is_factors, map_factors, standardise, take
 
 
 def hoyer(s: jax.Array) -> jax.Array:
@@ -93,22 +93,26 @@ def prune(
     """Drops singular values: keeps the fewest with ``sum s_kept^2 >= energy sum s^2``.
 
     The arrays really shrink, so it runs outside ``jit``, at the end of an epoch; what is jitted compiles anew for the
-    new shapes. Where ``u`` and ``v`` have drifted from orthonormality ``s`` are no singular values: such a layer is
-    decomposed anew first, and since no optimizer state belongs to the new columns, the layer's starts at zero, and its
-    feedback loses columns as they come. Everywhere else feedback and optimizer state follow their columns exactly.
+    new shapes. Feedback, optimizer state and averages follow their columns exactly; of layers that lose none, nothing
+    changes at all. Where ``u`` and ``v`` have drifted from orthonormality ``s`` are no singular values: a layer that
+    loses columns is decomposed anew first, each column in the place of the old one that it is nearest to, and what is
+    kept beside the weights loses the columns at the same places. Adam's moments and averages are then as wrong as the
+    drift was large, but of the right size, and forget it as they forget anything; zeros would not be of the right size.
 
     Args:
       params: a tree with :class:`Factors` among its nodes; leading axes, such as seeds', keep one rank.
-      others: trees that hold factors of the same names, such as feedback, optimizer states, averages.
+      others: trees that hold factors of the same names and shapes: feedback, optimizer states, averages.
       energy: in (0, 1]; 1 changes nothing.
       multiple: ranks are rounded up to whole multiples of it, so that few different programs are compiled.
-      tolerance: the :func:`drift` from which a layer is decomposed anew.
+      tolerance: the :func:`drift` from which a layer is decomposed anew, or eight roundings of its dtype if that is
+        more.
 
     Returns:
       ``(params, *others)`` with fewer columns.
 
     Raises:
-      ValueError: if ``energy`` or ``multiple`` is out of range, or ``params`` has no factors, or two of one name.
+      ValueError: if ``energy`` or ``multiple`` is out of range, or ``params`` has no factors, or two of one name, or
+        ``others`` has factors of other shapes than the weights', such as Adafactor's state.
 
     Example:
       >>> import jax.numpy as jnp, jaxfa
@@ -127,15 +131,18 @@ def prune(
         raise ValueError("prune found no factored weights in the parameters: attach jaxfa.ssa(...) or factorise first.")
     if energy == 1.0:
         return params, *others
-    stale = {name for name, w in named.items() if float(drift(w).max()) > tolerance}
-    named |= {name: standardise(named[name]) for name in stale}
-    kept = {name: _kept(np.asarray(w.s, np.float64), energy, multiple) for name, w in named.items()}
-    params = map_factors(lambda w: _take(named[w.name], kept[w.name]), params)
+    shrunk = {name: found for name, w in named.items() if (found := _shrunk(w, energy, multiple, tolerance))}
+
+    def lead(w: Factors) -> Factors:
+        return take(*shrunk[w.name]) if w.name in shrunk else w
 
     def follow(w: Factors) -> Factors:
-        return _take(w, kept[w.name]) if w.name in kept else w
+        if w.name not in shrunk:
+            return w
+        _check_shapes(w, named[w.name])
+        return take(w, shrunk[w.name][1])
 
-    return params, *(map_factors(follow, _restarted(tree, stale)) for tree in others)
+    return map_factors(lead, params), *(map_factors(follow, tree) for tree in others)
 
 
 def ranks(tree: Any) -> dict[str, int]:
@@ -160,14 +167,24 @@ def ranks(tree: Any) -> dict[str, int]:
     return {name: w.s.shape[-1] for name, w in by_name(tree).items()}
 
 
-def _restarted(tree: Any, stale: set[str]) -> Any:
-    """The tree with zeros for what an optimizer knew of the stale layers; a feedback is no such thing."""
+def _shrunk(w: Factors, energy: float, multiple: int, tolerance: float) -> Any:
+    """A layer's factors, decomposed anew if they have drifted, and the columns to keep; None to keep all."""
+    if float(drift(w).max()) > max(tolerance, 8 * float(jnp.finfo(w.dtype).eps)):
+        w = standardise(w)
+    kept = _kept(np.asarray(w.s, np.float64), energy, multiple)
+    return (w, kept) if kept.shape[-1] < w.s.shape[-1] else None
 
-    def restart(node: Any) -> Any:
-        fresh = is_factors(node) and node.name in stale
-        return jax.tree.map(jnp.zeros_like, node) if fresh else node
 
-    return jax.tree.map(restart, tree, is_leaf=lambda node: is_factors(node) or is_feedback(node))
+def _check_shapes(found: Factors, w: Factors) -> None:
+    """Refuses what has no column for each of the weights'; optax's MaskedNode has no leaves, and passes."""
+    for name in ("u", "s", "v"):
+        for leaf in jax.tree.leaves(getattr(found, name)):
+            if leaf.shape != getattr(w, name).shape:
+                raise ValueError(
+                    f"prune can't drop columns of what is kept beside the weights of layer {w.name!r}: for {name} of "
+                    f"shape {getattr(w, name).shape} it has shape {leaf.shape}. An optimizer whose state is not shaped "
+                    f"like the parameters (Adafactor, L-BFGS) needs a new one: tx.init(pruned)."
+                )
 
 
 def _kept(s: np.ndarray, energy: float, multiple: int) -> np.ndarray:
@@ -177,14 +194,3 @@ def _kept(s: np.ndarray, energy: float, multiple: int) -> np.ndarray:
     needed = int((sums < energy * sums[..., -1:]).sum(-1).max()) + 1
     count = min(-(-needed // multiple) * multiple, s.shape[-1])
     return np.sort(order[..., :count], axis=-1)
-
-
-def _take(w: Factors, kept: np.ndarray) -> Factors:
-    index = jnp.asarray(kept)
-
-    def columns(a: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(a, jnp.expand_dims(index, -2), -1)
-
-    # By jax.tree, since an optimizer's state may hold optax's MaskedNode, which has no leaves, in an array's place.
-    u, v = jax.tree.map(columns, (w.u, w.v))
-    return replace(w, u=u, s=jax.tree.map(lambda s: jnp.take_along_axis(s, index, -1), w.s), v=v)

@@ -10,10 +10,14 @@ https://arxiv.org/abs/2004.09031.)
 
 import math
 from dataclasses import field, replace
+from functools import partial
+from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from jaxfa.base import is_feedback, register
 
@@ -81,13 +85,13 @@ def dense(w: Any) -> jax.Array:
     return w.dense() if is_factors(w) else w
 
 
-def factorise(w: jax.Array, rank: float | None = None, *, name: str = "") -> Factors:
+def factorise(w: jax.Array | Factors, rank: float | None = None, *, name: str = "") -> Factors:
     """The singular value decomposition of a layer's weights: ``w = u diag(s) v^T``, exact at full rank.
 
     On a CPU do not ``vmap`` it: of jaxlib 0.10's batched decompositions two at once can wait for each other for ever.
 
     Args:
-      w: dense weights ``(n, m)`` or a convolution's kernel ``(window..., n, m)``.
+      w: dense weights ``(n, m)`` or a convolution's kernel ``(window..., n, m)``; factors stay what they are.
       rank: how many of the largest singular values to keep: a whole number, or a fraction of full rank in (0, 1]
         (``1.0`` is all of them, ``1`` is one); None keeps all.
       name: the layer's, which its feedback and optimizer state will have, too; every layer needs its own.
@@ -96,7 +100,7 @@ def factorise(w: jax.Array, rank: float | None = None, *, name: str = "") -> Fac
       :class:`Factors`, with orthonormal columns ``u`` and ``v``.
 
     Raises:
-      ValueError: if ``w`` has fewer than two axes, or the rank is none.
+      ValueError: if ``w`` has fewer than two axes, or the rank is none, or there is one for factors.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -108,20 +112,28 @@ def factorise(w: jax.Array, rank: float | None = None, *, name: str = "") -> Fac
     Source: Yang et al., "Learning Low-rank Deep Neural Networks via Singular Vector Orthogonality Regularization and
     Singular Value Sparsification", 2020, https://arxiv.org/abs/2004.09031
     """
+    if isinstance(w, Factors):
+        if rank is not None:
+            raise ValueError(
+                f"The layer {w.name!r} is factored already, at rank {w.s.shape[-1]}; rank={rank!r} is for dense ones. "
+                f"Leave rank out, or choose others with at=."
+            )
+        return w
     if w.ndim < 2:
         raise ValueError(f"factorise expects weights (n, m) or (window..., n, m), got {w.shape}.")
     height, *window, n, m = w.shape if w.ndim > 2 else (1, *w.shape)
     matrix = jnp.moveaxis(w.reshape(height, *window, n, m), -2, 1).reshape(height * n, math.prod(window) * m)
     u, s, vt = jnp.linalg.svd(matrix.astype(jnp.promote_types(w.dtype, jnp.float32)), full_matrices=False)
-    r = _count(rank, len(s))
+    r = rank_of(rank, len(s))
     return Factors(u[:, :r], s[:r], vt[:r].T, w.shape, name).astype(w.dtype)
 
 
-def _count(rank: float | None, full: int) -> int:
+def rank_of(rank: float | None, full: int) -> int:
+    """How many singular values of ``full`` a rank keeps, as for :func:`factorise`."""
     if rank is None:
         return full
-    whole = isinstance(rank, int) and not isinstance(rank, bool)
-    if isinstance(rank, bool) or not (rank >= 1 if whole else 0 < rank <= 1):
+    whole, flag = isinstance(rank, Integral), isinstance(rank, bool | np.bool_)
+    if flag or not (rank >= 1 if whole else 0 < rank <= 1):
         raise ValueError(f"A rank is a whole number from 1, or a fraction in (0, 1] of full rank; got {rank!r}.")
     return min(int(rank) if whole else max(1, round(rank * full)), full)
 
@@ -133,14 +145,47 @@ def drift(w: Factors) -> jax.Array:
         gram = a.mT @ a
         return jnp.abs(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)).max((-2, -1))
 
-    return jnp.maximum(off(w.u), off(w.v))
+    wide = _wide(w)
+    return jnp.maximum(off(wide.u), off(wide.v))
 
 
 def standardise(w: Factors) -> Factors:
-    """The decomposition anew, of factors that have drifted from orthonormal ones; the product stays."""
-    (q_u, r_u), (q_v, r_v) = (jnp.linalg.qr(a.astype(jnp.promote_types(a.dtype, jnp.float32))) for a in (w.u, w.v))
+    """The decomposition anew, of factors that have drifted from orthonormal ones; the product stays.
+
+    Each column takes the place and the signs of the old one that it is nearest to, so that what is kept beside the
+    weights, column by column, still belongs to them; ``s`` are in no order then, and as negative as they were.
+    """
+    old = _wide(w)
+    (q_u, r_u), (q_v, r_v) = jnp.linalg.qr(old.u), jnp.linalg.qr(old.v)
     a, s, bt = jnp.linalg.svd((r_u * jnp.expand_dims(w.s, -2)) @ r_v.mT, full_matrices=False)
-    return replace(w, u=q_u @ a, s=s, v=q_v @ bt.mT).astype(w.dtype)
+    new = replace(old, u=q_u @ a, s=s, v=q_v @ bt.mT)
+    new = take(new, _nearest((old.u.mT @ new.u) * (old.v.mT @ new.v)))
+    sign_u, sign_v = (jnp.where((x * y).sum(-2) < 0, -1, 1) for x, y in ((old.u, new.u), (old.v, new.v)))
+    u, v = new.u * jnp.expand_dims(sign_u, -2), new.v * jnp.expand_dims(sign_v, -2)
+    return replace(new, u=u, s=new.s * sign_u * sign_v, v=v).astype(w.dtype)
+
+
+def _wide(w: Factors) -> Factors:
+    return w.astype(jnp.promote_types(w.dtype, jnp.float32))
+
+
+@partial(jnp.vectorize, signature="(r,r)->(r)")
+def _nearest(overlap: jax.Array) -> jax.Array:
+    """For each old column the new one, so that the overlaps ``(old, new)`` are the largest in all."""
+    old, new = optax.assignment.hungarian_algorithm(-jnp.abs(jnp.nan_to_num(overlap)))
+    return new[jnp.argsort(old)]
+
+
+def take(w: Factors, index: Any) -> Factors:
+    """Some columns: ``index`` is ``(..., k)``."""
+    index = jnp.asarray(index)
+
+    def columns(a: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(a, jnp.expand_dims(index, -2), -1)
+
+    # By jax.tree, since an optimizer's state may hold optax's MaskedNode, which has no leaves, in an array's place.
+    u, v = jax.tree.map(columns, (w.u, w.v))
+    return replace(w, u=u, s=jax.tree.map(lambda s: jnp.take_along_axis(s, index, -1), w.s), v=v)
 
 
 def map_factors(change: Any, tree: Any) -> Any:

@@ -34,6 +34,32 @@ class Strided(nnx.Module):
         return self.head(x.reshape(x.shape[0], -1))
 
 
+class Doubled(nnx.Linear):
+    """A layer with a forward pass of its own."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Tuple(nnx.Module):
+    """Layers in a tuple."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.data((nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)))
+
+
+class Video(nnx.Module):
+    """Convolutions over images with two batch axes."""
+
+    def __init__(self, rngs):
+        self.conv1 = nnx.Conv(2, 3, (3, 3), rngs=rngs)
+        self.conv2 = nnx.Conv(3, 4, (3, 3), strides=2, rngs=rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.conv2(nnx.relu(self.conv1(x)))).mean((-2, -3)))
+
+
 def attach(model, rule, x, **options):
     return jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=x, **options)
 
@@ -115,6 +141,32 @@ def test_any_rule_goes_on_factored_layers():
         assert found["fc1/kernel"].angle > 5
 
 
+@every_reading
+def test_layers_factored_before_obey_at_and_refuse_a_rank(rule):
+    x, model = inputs(9, 6), jaxfa.nn.factorise(jaxfa.nn.factorise(MLP(nnx.Rngs(0)), 2, at="fc1"), 2, at="fc2")
+    aligned = attach(model, rule, x, at=("fc1", "fc2"), allow="fc3")
+    assert isinstance(aligned.model.fc3, nnx.Linear)
+    assert set(jaxfa.ranks(nnx.to_pure_dict(nnx.state(attach(model, rule, x), nnx.Param))).values()) == {2, 3}
+    whole = jaxfa.nn.factorise(MLP(nnx.Rngs(0)))
+    rows = {row.layer: row for row in attach(whole, rule, x, at="fc2", allow="fc3").coverage().rows}
+    assert rows["fc2"].arrives == "backpropagation" != rows["fc1"].arrives
+    with pytest.raises(ValueError, match="sends the error on"):
+        attach(whole, rule, x, at="fc2")
+    with pytest.raises(ValueError, match="'fc1' is factored already, at rank 6"):
+        attach(whole, jaxfa.ssa(rank=2), x)
+    with pytest.raises(ValueError, match="is factored already"):
+        jaxfa.nn.factorise(whole, 0.5, at="fc2")
+
+
+@every_reading
+def test_convolutions_with_several_batch_axes_learn_as_with_one(rule):
+    nested, grads = inputs(5, 4, 6, 6, 2), []
+    for x in (nested, nested.reshape(20, 6, 6, 2)):
+        aligned = attach(Video(nnx.Rngs(0)), rule, x)
+        grads.append(nnx.grad(lambda model, x=x: (model(x) ** 2).sum())(aligned))
+    chex.assert_trees_all_close(*map(nnx.to_pure_dict, grads), rtol=1e-4, atol=1e-5)
+
+
 def test_residual_networks_take_errors_by_the_shortcut_if_allowed():
     x = inputs(9, 6)
     with pytest.raises(ValueError, match="on 3 ways at once"):
@@ -161,6 +213,13 @@ def test_what_has_no_factors_is_refused():
     for circular in ("CIRCULAR", "REFLECT"):
         with pytest.raises(ValueError, match="No factors can take the place"):
             jaxfa.nn.factorise(nnx.Conv(2, 2, (3, 3), padding=circular, rngs=nnx.Rngs(0)))
+    options = {"preferred_element_type": jnp.float32}, {"promote_dtype": lambda arrays, dtype=None: arrays}
+    own = [nnx.Linear(4, 3, rngs=nnx.Rngs(0), **options[0]), nnx.Conv(2, 3, (3,), rngs=nnx.Rngs(0), **options[1])]
+    for layer in (*own, Doubled(4, 3, rngs=nnx.Rngs(0)), nnx.LoRALinear(4, 3, lora_rank=2, rngs=nnx.Rngs(0))):
+        with pytest.raises(ValueError, match="with their own __call__"):
+            jaxfa.nn.factorise(layer)
+    with pytest.raises(ValueError, match=r"place of \['layers/0', 'layers/1'\].*not in a tuple"):
+        jaxfa.nn.factorise(Tuple(nnx.Rngs(0)))
     with pytest.raises(ValueError, match="has no factored layers"):
         jaxfa.nn.merge(Block(4, nnx.Rngs(0)))
 

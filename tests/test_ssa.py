@@ -180,6 +180,13 @@ def test_wrong_use_is_told():
     w = jaxfa.factorise(jnp.eye(4, 3))
     with pytest.raises(ValueError, match="alpha, beta and gamma >= 0"):
         jaxfa.ssa(beta=-1.0)
+    for scale in (0.0, -1.0):
+        with pytest.raises(ValueError, match="needs scale > 0"):
+            jaxfa.ssa(scale=scale)
+    with pytest.raises(ValueError, match="whole number from 1"):
+        jaxfa.ssa(rank=-3)
+    with pytest.raises(TypeError, match=r"such as jaxfa.stiefel.polar, or None; got 'qr'"):
+        jaxfa.ssa(retraction="qr")
     with pytest.raises(ValueError, match="needs factored weights"):
         jaxfa.ssa(parallel=False).init(KEY, w.dense())
     with pytest.raises(ValueError, match="inputs of factored layers alone"):
@@ -190,3 +197,47 @@ def test_wrong_use_is_told():
     with pytest.raises(ValueError, match="a name of its own"):
         tx.update(both, tx.init(both), both)
     assert isinstance(rule.weights(jnp.eye(3), "fc"), Factors)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_layer_that_starts_at_zero_is_refused_where_its_values_are_known(parallel):
+    rule, zero = jaxfa.ssa(parallel=parallel), jaxfa.factorise(jnp.zeros((4, 3)), name="head")
+
+    def init(key, w):
+        if not parallel:
+            return rule.init(key, w)
+        return rule.init(key, jnp.ones((5, 4)), jnp.ones((5, 2)), layer=jaxfa.Layer(jaxfa.linear, jnp.ones((5, 4)), w))
+
+    for make in (init, lambda key, w: jax.jit(lambda key: init(key, zero))(key)):
+        with pytest.raises(ValueError, match=r"weights of 'head' are all zero.*Initialise the layer otherwise"):
+            make(KEY, zero)
+    assert jax.eval_shape(init, KEY, zero).b.s.shape == (3,)
+
+
+@pytest.mark.parametrize("pull", ["pull_weights", "pull_feedback"])
+def test_alignment_refuses_feedback_without_weights_and_takes_weights_without_feedback(pull):
+    rule = jaxfa.ssa(parallel=False, **{"pull_weights": False, "pull_feedback": False, pull: True}, alpha=0.0)
+    a, b = (jaxfa.factorise(jnp.eye(4, 3), name=name) for name in "ab")
+    tx = jaxfa.optimizer(optax.sgd(0.1), rule)
+
+    def update(weights, feedback):
+        both = weights, [rule.init(KEY, w) for w in feedback]
+        return tx.update(jax.tree.map(jnp.zeros_like, both), tx.init(both), both)[0]
+
+    with pytest.raises(ValueError, match=r"feedback for \['b'\] but factored weights for \['a'\]"):
+        update([a], [a, b])
+    weights, (feedback,) = update([a, b], [a])
+    assert np.any(weights[0].u) == (pull == "pull_weights")
+    assert np.any(feedback.b.u) == (pull == "pull_feedback")
+    assert not np.any(weights[1].u)
+
+
+def test_no_orthogonality_costs_nothing():
+    w = jaxfa.factorise(jnp.eye(64))
+    costs = []
+    for gamma in (0.0, 0.1):
+        rule = jaxfa.ssa(parallel=False, beta=0.0, gamma=gamma, project=False, retraction=None)
+        tx = jaxfa.optimizer(optax.sgd(0.1), rule)
+        both = w, rule.init(KEY, w)
+        costs.append(jaxfa.diagnostics.flops(tx.update, both, tx.init(both), both))
+    assert costs[0] < 0.1 * costs[1]

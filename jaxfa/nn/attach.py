@@ -43,7 +43,7 @@ def attach(
       rule: a :class:`jaxfa.Rule`.
       rngs: the feedback is drawn from ``rngs.feedback()``.
       at: globs of module paths, matched segment by segment (``"blocks/*"``): where direct rules tap; for layer-wise
-        rules, the modules in which the layers get the rule.
+        rules and for ``jaxfa.ssa``, the modules in which the layers get the rule.
       example: one batch of inputs, an array or a tuple of the model's positional arguments (or their shapes). With it
         the gradient is traced and every contraction accounted for now; without it, whenever the model is traced.
         Direct rules need it.
@@ -82,7 +82,6 @@ def attach(
     if rule.weights is not None:
         _refuse_unmatched("at", globs, list(sites_of(model)), under=True)
         model = factorise_chosen(model, rule.weights, _chooser(globs))
-        globs = None  # what is factored is where the rule goes, all of it
     put = _put_direct if is_direct(rule) else _put_layerwise
     backprop = put(model, rule, rngs, globs, args)
     aligned = Aligned(model, rule, args, (*allow, *backprop), _forward(model, rule, schedule, mesh))
@@ -154,9 +153,12 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> l
             "A direct rule needs example=, one batch of inputs: its feedback leads from outputs to layers."
         )
     modules, uses = dict(modules_of(model)), uses_of(model, args)
-    if at is None:
+    # A rule on factored layers taps their inputs; at= has chosen layers then, not where to tap.
+    at_input = at is None or rule.weights is not None
+    if at_input:
         sites = [path for path in sites_of(model) if path not in uses or not uses[path].first]
-        tapped = [path for path in sites if rule.weights is None or isinstance(modules[path], Factored)]
+        learns = [path for path in sites if rule.weights is None or isinstance(modules[path], Factored)]
+        tapped = list(filter(_chooser(at), learns))
     else:
         _refuse_unmatched("at", at, list(modules), under=False)
         tapped = [path for path in modules if path and matches(path, at)]
@@ -167,7 +169,7 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> l
         tapped.append(rule.source)
     _refuse_unmatched("the rule's globs", rule.globs, tapped, under=True)
     for path in tapped:
-        place_tap(modules[path], path, at_input=at is None)
+        place_tap(modules[path], path, at_input=at_input)
     # Before the taps have their feedback, while they pass everything on.
     seen = record_taps(model, args, {})
     above = []

@@ -24,13 +24,15 @@ def factorise(model: nnx.Module, rank: float | None = None, *, at: str | tuple[s
     Args:
       model: any NNX model; it stays as it is.
       rank: of every layer, as for :func:`jaxfa.factorise`; None is full rank, at which the function stays the same.
-      at: globs of module paths in which layers are factored; by default all.
+      at: globs of module paths in which layers are factored; by default all. Without a rank, those that are factored
+        already stay as they are.
 
     Returns:
       A model of the user's own class.
 
     Raises:
-      ValueError: if a layer has no factors, such as a convolution in groups, or there is no layer.
+      ValueError: if a layer has no factors, such as a convolution in groups, or is factored already and there is a
+        rank for it, or there is no layer.
 
     Example:
       >>> import jax.numpy as jnp, jaxfa.nn
@@ -44,7 +46,7 @@ def factorise(model: nnx.Module, rank: float | None = None, *, at: str | tuple[s
     """
     globs = (at,) if isinstance(at, str) else at
 
-    def weights(w: jax.Array, path: str) -> Factors:
+    def weights(w: jax.Array | Factors, path: str) -> Factors:
         return factorise_weights(w, rank, name=path)
 
     return factorise_chosen(nnx.clone(model), weights, lambda path: not globs or matches(path, globs, under=True))
@@ -128,7 +130,14 @@ def _thin(layer: Factored) -> nnx.Sequential:
     return nnx.Sequential(*pair)
 
 
-def prune(aligned: Aligned, optimizer: nnx.Optimizer | None = None, *, energy: float = 0.95, multiple: int = 8) -> None:
+def prune(
+    aligned: Aligned,
+    optimizer: nnx.Optimizer | None = None,
+    *,
+    energy: float = 0.95,
+    multiple: int = 8,
+    tolerance: float = 1e-3,
+) -> None:
     """Drops singular values of an attached model, in place: :func:`jaxfa.prune` for its feedback and optimizer, too.
 
     Args:
@@ -136,6 +145,7 @@ def prune(aligned: Aligned, optimizer: nnx.Optimizer | None = None, *, energy: f
       optimizer: the one that trains it.
       energy: of the squared singular values, how much to keep, in (0, 1].
       multiple: ranks are rounded up to whole multiples of it.
+      tolerance: as for :func:`jaxfa.prune`.
 
     Example:
       >>> import jax.numpy as jnp, jaxfa.nn
@@ -152,7 +162,7 @@ def prune(aligned: Aligned, optimizer: nnx.Optimizer | None = None, *, energy: f
     trees = (*trees, None if optimizer is None else optimizer.opt_state)
     boxes = jax.tree.leaves(trees, is_leaf=_is_box)
     bare = jax.tree.map(lambda box: box.get_value() if _is_box(box) else box, trees, is_leaf=_is_box)
-    pruned = prune_tree(*bare, energy=energy, multiple=multiple)
+    pruned = prune_tree(*bare, energy=energy, multiple=multiple, tolerance=tolerance)
     # One box holds a whole node of factors or of feedback, another a single array.
     structure: Any = jax.tree.structure(trees, is_leaf=_is_box)
     for box, value in zip(boxes, structure.flatten_up_to(pruned), strict=True):

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
 from jaxfa.base import Operation
 from jaxfa.layers import Convolution, dot
@@ -34,12 +35,7 @@ class Factored(nnx.Module):
         """As the layer that it replaces."""
         w = self.kernel.get_value()
         dtype = self.dtype or jnp.result_type(x, w.dtype)
-        x, w = x.astype(dtype), w.astype(dtype)
-        spatial = len(self.shape) - 1
-        batch = x.shape[: x.ndim - spatial]
-        is_conv = spatial > 1 and len(batch) != 1
-        y = self.operation(x.reshape(-1, *x.shape[x.ndim - spatial :]) if is_conv else x, w)
-        y = y.reshape(*batch, *y.shape[1:]) if is_conv else y
+        y = self.operation(x.astype(dtype), w.astype(dtype))
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(dtype), y.shape)
 
 
@@ -47,18 +43,23 @@ def operation_of(layer: nnx.Linear | nnx.Conv) -> Operation:
     """A layer's operation as a value.
 
     Raises:
-      ValueError: if the layer has an operation, a padding, groups, a mask or a precision that two thin layers have not.
+      ValueError: if the layer has a forward pass, an operation, a padding, groups, a mask or a precision of its own,
+        which two thin layers have not.
     """
     operation: Any = None
-    if isinstance(layer, nnx.Conv):
+    own = type(layer).__call__ not in (nnx.Linear.__call__, nnx.Conv.__call__)
+    if own or layer.promote_dtype is not promote_dtype or layer.preferred_element_type is not None:
+        pass
+    elif isinstance(layer, nnx.Conv):
         operation = _convolution(layer)
     elif layer.dot_general is jax.lax.dot_general and layer.precision is None:
         operation = dot
     if operation is None or layer.kernel.get_value().ndim != (2 if operation is dot else len(layer.kernel_size) + 2):
         raise ValueError(
-            f"No factors can take the place of {layer!r}: only nnx.Linear and nnx.Conv with JAX's own operation, SAME, "
-            f"VALID or explicit zero padding, and without groups, mask, input dilation, precision or a stack of layers "
-            f"(nnx.vmap). Name the others with at=."
+            f"No factors can take the place of {layer!r}: only nnx.Linear and nnx.Conv with their own __call__ (no "
+            f"subclass's, such as LoRALinear's), JAX's own operation, SAME, VALID or explicit zero padding, and "
+            f"without groups, mask, input dilation, precision, promote_dtype, preferred_element_type or a stack of "
+            f"layers (nnx.vmap). Name the others with at=."
         )
     return operation
 
@@ -86,22 +87,32 @@ def factorise_chosen(model: Any, weights: Callable[[Any, str], Factors], is_chos
     """Replaces the chosen ones of a model's dense layers and convolutions by factored ones, in place; returns the root.
 
     Raises:
-      ValueError: if one has no factors, or none is chosen.
+      ValueError: if one has no factors, or none is chosen, or one is where no module can be put in its place.
     """
-    layers = {path: module for path, module in modules_of(model) if isinstance(module, nnx.Linear | nnx.Conv)}
+    kinds = nnx.Linear | nnx.Conv | Factored
+    layers = {path: module for path, module in modules_of(model) if isinstance(module, kinds)}
     chosen = {path: layer for path, layer in layers.items() if is_chosen(path)}
-    if not chosen and not any(isinstance(module, Factored) for _, module in modules_of(model)):
+    if not chosen:
         raise ValueError(f"There is no layer to factor; the layers here are {sorted(layers)}.")
-    for layer in chosen.values():
+    dense = {path: layer for path, layer in chosen.items() if not isinstance(layer, Factored)}
+    for layer in dense.values():
         operation_of(layer)  # refuses before anything is decomposed
-    made = {id(one): Factored(one, weights(one.kernel.get_value(), path)) for path, one in chosen.items()}
-    return swap(model, made)
+    made = {path: weights(layer.kernel.get_value(), path) for path, layer in chosen.items()}
+    return swap(model, {id(layer): Factored(layer, made[path]) for path, layer in dense.items()})
 
 
 def swap(model: Any, made: dict[int, Any]) -> Any:
-    """Puts modules in the places of others, wherever these are referred to; returns the root."""
-    for _, module in list(modules_of(model)):
-        for name, value in list(vars(module).items()):
-            if id(value) in made:
-                setattr(module, name, made[id(value)])
+    """Puts modules in the places of others, wherever these are referred to; returns the root.
+
+    Raises:
+      ValueError: if one is no module's attribute, but inside a tuple.
+    """
+    places = [(module, *item) for _, module in modules_of(model) for item in vars(module).items()]
+    for module, name, value in places:
+        if id(value) in made:
+            setattr(module, name, made[id(value)])
+    lost = made.keys() - {id(value) for _, _, value in places} - {id(model)}
+    if lost:
+        paths = [path for path, module in modules_of(model) if id(module) in lost]
+        raise ValueError(f"Nothing can take the place of {paths}: hold them in nnx.List or nnx.Dict, not in a tuple.")
     return made.get(id(model), model)
