@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments import data, records, sweep_report, timing
 from experiments.metrics import METRICS, Metric, MetricName
@@ -227,7 +227,9 @@ def _train(config: Options, identity: dict[str, Any], arms: Sequence[Arm]) -> No
 
 
 def _table(rows: Sequence[sweep_report.Row], metric: Metric) -> Table:
-    table = Table("arm", "last epoch", "best epoch", "gap", "published", "gap", "angle", "step")
+    table = Table(
+        Column("arm", overflow="fold"), "last epoch", "best epoch", "gap", "published", "gap", "angle", "step"
+    )
     for row in rows:
         gaps = ["" if gap is None else f"{gap:+.{metric.digits}f}" for gap in (row.gap, row.published_gap)]
         published = "" if row.published is None else f"{row.published:.1f}"

@@ -174,8 +174,8 @@ def check_streams(model: nnx.Module, rule: Rule, schedule: str) -> None:
             reason = f"inside {within[0]!r}" if within else "in a stack of layers" if stack else "at a layer's input"
             raise ValueError(
                 f"schedule={schedule!r} teaches whole blocks, each by itself, but the tap {path!r} is {reason}. Name "
-                f"separate modules with at= (SSA, which taps layers' inputs, has to be stored); for stacked blocks "
-                f"there is jaxfa.direct_stack."
+                f"separate modules with at= (SSA, whose at= chooses layers to factor, always taps their inputs: take "
+                f"schedule='stored'); for stacked blocks there is jaxfa.direct_stack."
             )
     known = _flat(nnx.state(model, _is_float))
     for path, module in modules_of(model):
