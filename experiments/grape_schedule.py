@@ -9,8 +9,8 @@ its cosine with the rule's has fallen under a threshold; true gradients with an 
 rule's Adam one of many weighs little; and the control: as many steps of backpropagation, no others.
 
 Measured with the preset ``cpu`` (ResNet-20 of width 8, CIFAR-10 averaged to 16 x 16 pixels, 4000 training and the first
-2000 test images, 5 epochs of 80 steps, one seed: a standard error of 1 point; last epoch; GrAPE with tiles of 4 pixels;
-nothing tuned), in 26 min on two CPU cores that many others used:
+2000 test images, 5 epochs of 80 steps, one seed: a standard error of 1 point; last epoch; GrAPE with tiles of 4 pixels
+alone, where the code now has scales and a Kalman mean as well; nothing tuned), in 26 min on two CPU cores that many others used:
 
 ====================================  ====  =====
 .                                     DFA   GrAPE

@@ -39,6 +39,10 @@ backpropagation. One true gradient in 50 steps does next to nothing for either r
 gains 9 points; ten gain .8 for both, and leave GrAPE 2.6 above backpropagation. The control says that they need the
 rule all the same: alone, ten an epoch end at 13.05, behind DFA with none. Differences below some tenths are one seed's.
 
+WikiText-2's small texts (``--corpus wikitext2_small --vocabulary 2000 --calibrations 0``: the validation text to learn,
+the test text's first 512 windows, perplexity by word, of which 27 % are <unk> in so small a vocabulary) at the same
+rates: BP 58.1, DFA 87.1 (angle 78), GrAPE 63.7 (52, time 1.53).
+
 Rates are the best of 1e-3, 3e-3 and 1e-2 (of the last two for the control) by perplexity on the validation part after
 300 steps (the control: 16), one seed: BP 12.5, 11.0, 11.5; DFA 23.2, 15.5, 22.7; GrAPE 13.4, 12.6, 13.0; control 28.3,
 27.9. Four of these (BP and GrAPE at 3e-3, both rules at 1e-3) had one more normalisation, before the head. Calibrated
