@@ -10,7 +10,8 @@ rule's Adam one of many weighs little; and the control: as many steps of backpro
 
 Measured with the preset ``cpu`` (ResNet-20 of width 8, CIFAR-10 averaged to 16 x 16 pixels, 4000 training and the first
 2000 test images, 5 epochs of 80 steps, one seed: a standard error of 1 point; last epoch; GrAPE with tiles of 4 pixels
-alone, where the code now has scales and a Kalman mean as well; nothing tuned), in 26 min on two CPU cores that many others used:
+alone, where the code now has scales and a Kalman mean, too; nothing tuned), in 26 min on two CPU cores that many others
+used:
 
 ====================================  ====  =====
 .                                     DFA   GrAPE
