@@ -165,21 +165,23 @@ def listen(backward: Callable[[Any, jax.Array], Any], wire: jax.Array, tree: Any
       The wire, unchanged; it hands ``e`` on.
     """
     wire, tree = vary_alike((wire, tree))
-    return _listen(backward, _batched_alike(wire, tree), tree)
+    # The error that reaches an unbatched wire would be summed over a vmap's axis: in grad(vmap(loss)) every example
+    # would learn from the errors of all.
+    return _listen(backward, wire + _zeros_batched_alike(*lax.stop_gradient((wire, tree))), tree)
 
 
-def _batched_alike(wire: jax.Array, tree: Any) -> jax.Array:
-    """The wire, unchanged, but under ``vmap`` with the batch axis that the tree has.
+@jax.custom_batching.custom_vmap
+def _zeros_batched_alike(wire: jax.Array, tree: Any) -> jax.Array:
+    """Zeros like the wire, which under ``vmap`` are batched where an array of the tree is."""
+    del tree
+    return jnp.zeros_like(wire)
 
-    The error that reaches an unbatched wire would be summed over that axis: in ``grad(vmap(loss))`` every example would
-    learn from the errors of all.
-    """
-    for leaf in jax.tree.leaves(tree):
-        if leaf.size:
-            data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-            one, zero = jnp.ravel(data)[0].astype(wire.dtype), jnp.zeros((), wire.dtype)
-            wire = wire + lax.stop_gradient(lax.select(jnp.zeros((), bool), one, zero))
-    return wire
+
+@_zeros_batched_alike.def_vmap
+def _batched_zeros(size: int, batched: Any, wire: jax.Array, tree: Any) -> tuple[jax.Array, bool]:
+    one = jax.tree.map(lambda leaf, has: leaf[0] if has else leaf, (wire, tree), tuple(batched))
+    zeros = _zeros_batched_alike(*one)
+    return jnp.broadcast_to(zeros, (size, *zeros.shape)), True
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
