@@ -84,6 +84,7 @@ def test_at_full_rank_the_model_is_the_dense_one_and_so_is_what_comes_back(rule,
     chex.assert_trees_all_close(nnx.to_pure_dict(merged), nnx.to_pure_dict(nnx.state(model, nnx.Param)), atol=1e-5)
 
 
+@pytest.mark.long
 def test_an_exported_model_is_thin_even_where_singular_values_are_negative():
     aligned = attach(Strided(nnx.Rngs(0)), jaxfa.ssa(rank=3), inputs(2, 8, 8, 3))
     for layer in (aligned.model.same, aligned.model.head):
@@ -158,6 +159,7 @@ def test_layers_factored_before_obey_at_and_refuse_a_rank(rule):
         jaxfa.nn.factorise(whole, 0.5, at="fc2")
 
 
+@pytest.mark.long
 @every_reading
 def test_convolutions_with_several_batch_axes_learn_as_with_one(rule):
     nested, grads = inputs(5, 4, 6, 6, 2), []
