@@ -35,7 +35,7 @@ def update_stack(
       optimizer: of one block's pair, such as ``jaxfa.optimizer(optax.adam(1e-3), rule)``. Keys and integers stay as
         they are; keep them from it by ``optax.masked``.
       state: its states, ``jax.vmap(optimizer.init)(both)``.
-      unroll: see :func:`direct_stack`.
+      unroll: see :func:`direct_stack`. In straight code XLA keeps ``both`` and ``state`` once more, no activations.
 
     Returns:
       ``(both, state, dh)``, ``dh`` being the error at ``h``, before the update.
@@ -82,6 +82,7 @@ def update_stack(
         # as these read the same stack, copy the whole of it for each block.
         h, e, trees, last = carry
         trees = put((layer - 1) % layers, trees, last)
+        # Straight code reads the stack as it was: XLA would copy all of a stack that is read between two writes.
         pair, own = at(layer, (both, state) if straight > 1 else trees)
         h, *signals = learn(block, pair, h, e)
         updates, own = optimizer.update(tuple(signals), own, pair)
