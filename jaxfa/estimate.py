@@ -37,6 +37,8 @@ def jacobian_estimates(
     """Unbiased estimates of the Jacobian of the logits in every tapped activation."""
     # One number for each layer of a stack: whatever the activations' shapes are, it can be added to them.
     logits = jax.eval_shape(forward, [jnp.zeros(node.stack) for node in nodes])
+    if 0 in logits.shape:
+        raise ValueError(f"An estimate needs one example or more, got logits {logits.shape}: leave empty batches out.")
     batches = [logits.shape[: logits.ndim - node.outputs] for node in nodes]
     keys = jax.random.split(key, len(nodes))
     drawn = [_draw(*one, perturbation) for one in zip(keys, batches, nodes, strict=True)]

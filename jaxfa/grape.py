@@ -75,7 +75,8 @@ def grape(
 
     Raises:
       ValueError: if ``averaging`` is not in [0, 1), ``tile`` below 1, ``norm_axis`` neither 0 nor 1, ``scaling`` not
-        in [0, 1], or not 0 with ``separate``; from ``refine``, if :func:`jaxfa.kalman` gets a batch of one example.
+        in [0, 1], or not 0 with ``separate``; from ``refine``, if a batch is empty, or of one example under
+        :func:`jaxfa.kalman`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa

@@ -228,6 +228,13 @@ def test_a_batch_of_one_example_tells_no_noise():
         rule.refine(lambda taps: (jnp.ones((1, 3)) + taps[0]) @ jnp.ones((3, 2)), feedback, KEY)
 
 
+def test_an_empty_batch_tells_nothing():
+    rule = jaxfa.grape()
+    feedback = [rule.init(KEY, jnp.ones((1, 3)), jnp.ones((1, 2)))]
+    with pytest.raises(ValueError, match=r"one example or more, got logits \(0, 2\)"):
+        rule.refine(lambda taps: (jnp.ones((0, 3)) + taps[0]) @ jnp.ones((3, 2)), feedback, KEY)
+
+
 def test_what_can_not_be_is_refused():
     with pytest.raises(ValueError, match="scaling must be from 0 to 1"):
         jaxfa.grape(scaling=-0.1)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxfa.base import Rule
-from jaxfa.nn.stream import Block, Run, Walk, changed_state, check_streams, split_inputs, split_model, walked
+from jaxfa.nn.stream import Inputs, Run, Walk, changed_state, check_streams, split_inputs, split_model, walked
 from jaxfa.nn.tap import Tap, taps_of
 from jaxfa.ops import deliver, error_wire, listen, vary_alike
 from jaxfa.stages import LAYER
@@ -36,9 +36,9 @@ class Dispatch(Walk):
         super().__init__(())
         self.runs: dict[str, Run] = {}
         self.scopes: dict[str, str] = {}
-        self.blocks: dict[str, Block] = {}
+        self.blocks: dict[str, Inputs] = {}
 
-    def learn(self, run: Run, tap: Tap, block: Block) -> Any:
+    def learn(self, run: Run, tap: Tap, block: Inputs) -> Any:
         name = f"{len(self.runs)}: {tap.path}"  # a block may run more than once
         self.runs[name], self.scopes[name], self.blocks[name] = run, f"tap[{tap.scope}]", block
         return run(block._replace(params=lax.stop_gradient(block.params), arrays=lax.stop_gradient(block.arrays)))
@@ -67,7 +67,7 @@ def call_dispatched(mesh: Mesh, model: nnx.Module, args: tuple[Any, ...], kwargs
     return logits + listen(partial(_learn, mesh, walk.runs, walk.scopes), error_wire(logits), walk.blocks)
 
 
-def _learn(mesh: Mesh, runs: dict[str, Run], scopes: dict[str, str], blocks: dict[str, Block], e: jax.Array) -> Any:
+def _learn(mesh: Mesh, runs: dict[str, Run], scopes: dict[str, str], blocks: dict[str, Inputs], e: jax.Array) -> Any:
     names, devices = list(runs), mesh.shape[LAYER]
 
     def on_device(blocks: Any, e: jax.Array) -> Any:
@@ -80,7 +80,9 @@ def _learn(mesh: Mesh, runs: dict[str, Run], scopes: dict[str, str], blocks: dic
     return {name: _cotangent(blocks[name], sums[name]) for name in names}
 
 
-def _share(runs: dict[str, Run], scopes: dict[str, str], own: list[str], blocks: dict[str, Block], e: jax.Array) -> Any:
+def _share(
+    runs: dict[str, Run], scopes: dict[str, str], own: list[str], blocks: dict[str, Inputs], e: jax.Array
+) -> Any:
     """What all blocks learn, zeros but for one device's own."""
     learned = {name: partial(_one, runs[name], scopes[name], blocks[name]) for name in runs}
     return {name: one(e) if name in own else _zeros(one, e) for name, one in learned.items()}
@@ -91,7 +93,7 @@ def _zeros(one: Callable[[jax.Array], Any], e: jax.Array) -> Any:
     return vary_alike((zeros, e))[0]
 
 
-def _one(run: Run, scope: str, block: Block, e: jax.Array) -> tuple[Any, Any, Any]:
+def _one(run: Run, scope: str, block: Inputs, e: jax.Array) -> tuple[Any, Any, Any]:
     """What one block's parameters and feedback learn, and the errors at those of its inputs that are no integers."""
     floats = {i: array for i, array in enumerate(block.arrays) if jnp.issubdtype(array.dtype, jnp.inexact)}
 
@@ -106,8 +108,8 @@ def _one(run: Run, scope: str, block: Block, e: jax.Array) -> tuple[Any, Any, An
     return *vjp(delta), signal
 
 
-def _cotangent(block: Block, learned: tuple[Any, Any, Any]) -> Block:
+def _cotangent(block: Inputs, learned: tuple[Any, Any, Any]) -> Inputs:
     params, errors, signal = learned
     feedback = jax.tree.unflatten(jax.tree.structure(block.feedback), jax.tree.leaves(signal))
     arrays = [errors.get(i, jnp.zeros_like(array)) for i, array in enumerate(block.arrays)]
-    return Block(params, feedback, jax.tree.map(jnp.zeros_like, block.rest), arrays)
+    return Inputs(params, feedback, jax.tree.map(jnp.zeros_like, block.rest), arrays)

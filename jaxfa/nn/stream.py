@@ -22,7 +22,7 @@ from jaxfa.ops import deliver, error_wire, listen
 from jaxfa.stack import after
 
 
-class Block(NamedTuple):
+class Inputs(NamedTuple):
     """What a block computes with.
 
     Attributes:
@@ -38,10 +38,10 @@ class Block(NamedTuple):
     arrays: list[jax.Array]
 
 
-Run = Callable[[Block], tuple[jax.Array, Any]]  # a block's output, and its state afterwards
+Run = Callable[[Inputs], tuple[jax.Array, Any]]  # a block's output, and its state afterwards
 
 
-def _run(graphdef: Any, own_call: Callable[..., Any], rebuild: Callable[..., Any], block: Block) -> Any:
+def _run(graphdef: Any, own_call: Callable[..., Any], rebuild: Callable[..., Any], block: Inputs) -> Any:
     copy = nnx.merge(graphdef, *block[:3], copy=True)
     args, kwargs = rebuild(block.arrays)
     return own_call(copy, *args, **kwargs), changed_state(copy, block.params, block.rest)
@@ -91,21 +91,21 @@ class Walk:
         arrays, rebuild = split_inputs(f"The tapped block {tap.path!r}", args, kwargs)
         graphdef, params, feedback, rest = split_model(module)
         run = partial(_run, graphdef, own_call, rebuild)
-        out, changed = self.learn(run, tap, Block(params, feedback, rest, arrays))
+        out, changed = self.learn(run, tap, Inputs(params, feedback, rest, arrays))
         nnx.update(module, changed)
         return lax.stop_gradient(out)
 
-    def learn(self, run: Run, tap: Tap, block: Block) -> Any:
+    def learn(self, run: Run, tap: Tap, block: Inputs) -> Any:
         """Runs a block as it is: the output error is not known yet."""
         del tap
         self.known, changed = run(self.waiting(block))
         return self.known, changed
 
-    def waiting(self, block: Block) -> Block:
+    def waiting(self, block: Inputs) -> Inputs:
         """The block, its parameters and inputs as constants, after what is known."""
         params, feedback, rest, arrays = block
         rest, arrays = after((rest, lax.stop_gradient(arrays)), self.known)
-        return Block(lax.stop_gradient(params), feedback, rest, arrays)
+        return Inputs(lax.stop_gradient(params), feedback, rest, arrays)
 
 
 class Sweep(Walk):
@@ -126,7 +126,7 @@ class Sweep(Walk):
         self.signals: dict[int, Any] = {}
         self.errors: Any = 0.0
 
-    def learn(self, run: Run, tap: Tap, block: Block) -> Any:
+    def learn(self, run: Run, tap: Tap, block: Inputs) -> Any:
         now = self.waiting(block)
 
         def forward(params: Any, arrays: Any) -> Any:
