@@ -213,6 +213,7 @@ def test_rows_tell_the_last_epoch_from_the_best_and_ours_from_the_published(tmp_
     assert sweep_report.findings([bp, a, b])[0][0] == "none"
     assert sweep_report.findings([bp, a._replace(gap=-0.9), b])[0][0] == "4"
     assert "published: none of these" in sweep_report.findings([bp, a, b])[0][1]
+    assert sweep_report.findings([bp, a]) == []  # of one there is no least
     page = sweep_report.write(tmp_path).read_text()
     assert page.count("<svg") == 3
 
