@@ -132,7 +132,7 @@ def test_the_imagenet_preset_takes_two_steps_on_images_of_tfds(tmp_path, monkeyp
     config = dataclasses.replace(preset, batch=4, scale=0.05, data=tmp_path)
     dataset = sweep.prepare(config, data.load(config.dataset, config.data))
     arms = {arm.name: arm for name in config.networks for arm in ssa_cifar10._arms(config, name, dataset)}
-    rules = ("bp", "svd_bp", "dfa", "ssa", "ssa-sequential")
+    rules = ("bp", "svd_bp", "dfa", "ssa", "ssa-sequential", "ssa-transport")
     assert list(arms) == [f"{name}-{rule}" for name in ("vgg13", "resnet32") for rule in rules]
     assert not any(arm.published for arm in arms.values())  # of images of another size
     trainer = Trainer(arms["vgg13-ssa"].task, [0])
