@@ -28,7 +28,7 @@ DFA, streamed, updated at once     16.3   16.3   16.3    .58 (.54-.85)
 
 So streamed memory is flat, and at 64 blocks 20.6 and 16.7 times less than backpropagation's two forms; a step takes
 less than .75 of backpropagation's time. ``--depths 64 --repeats 1 --timed-repeats 1 --rounds 25`` right after gave .55
-(.49-.62), updated at once .58 (.49-.64), and the whole command a day later the same memory, .55 (.44-.84) and .56
+(.49-.62), updated at once .58 (.49-.64), and the whole command once more the same memory, .55 (.44-.84) and .56
 (.43-.65); before each method was warmed up in every round, three runs on busier cores had given .68, .77 and .78. The
 ResNet's memory grows by its parameters' copies. All blocks in parallel are slow on two cores, which cannot use it, and
 their errors side by side take memory. The preset ``paper`` has not been run, nor anything on a GPU, and so no peak.
