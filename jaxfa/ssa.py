@@ -17,7 +17,8 @@ from jaxfa.base import DirectFeedback, Layer, LayerFeedback, Operation, Rule, is
 from jaxfa.local_losses import aligned, orthogonal, pull
 from jaxfa.lowrank import orthonormal
 from jaxfa.projection import direct_matrix, project
-from jaxfa.stiefel import Retraction, polar, stiefel
+from jaxfa.retractions import Retraction, polar
+from jaxfa.stiefel import stiefel
 from jaxfa.svd import Factors, factorise, is_factors, orthonormal_factors, rank_of
 
 
@@ -156,7 +157,7 @@ def ssa(
         raise ValueError(f"ssa needs scale > 0, or no error passes a layer; got {scale}.")
     if retraction is not None and not callable(retraction):
         raise TypeError(
-            f"retraction is a function (u, d) -> u such as jaxfa.stiefel.polar, or None; got {retraction!r}."
+            f"retraction is a function (u, d) -> u such as jaxfa.retractions.polar, or None; got {retraction!r}."
         )
     rank_of(rank, 1)  # refuses what is no rank
     draw = distribution or initializers.variance_scaling(1 / 3, "fan_in", "uniform")
