@@ -1,7 +1,7 @@
 """Train neural networks without backpropagation: keep the model, the loss and the optimizer; choose a feedback rule."""
 
 import importlib
-from typing import Any
+import typing
 
 from jaxfa import conservation as conservation
 from jaxfa import diagnostics as diagnostics
@@ -57,7 +57,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     """Imports ``jaxfa.nn``, and with it Flax, or ``jaxfa.parallel`` when they are first asked for."""
     if name in ("nn", "parallel"):
         return importlib.import_module(f"jaxfa.{name}")

@@ -2,7 +2,7 @@
 
 Roy, Apolinario, Das Biswas, Roy, "Feedback Alignment Meets Low-Rank Manifolds: A Structured Recipe for Local Learning",
 2025, https://arxiv.org/abs/2510.25594, whose weights are ``(outputs, inputs)``: its ``U`` is our ``v``. Its rank falls
-during training by :func:`hoyer_penalty` and :func:`jaxfa.prune`.
+during training by :func:`jaxfa.hoyer_penalty` and :func:`jaxfa.prune`.
 """
 
 from dataclasses import field, replace

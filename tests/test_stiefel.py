@@ -71,7 +71,8 @@ STARTS = {
 def test_from_any_start_columns_are_orthonormal_after_the_first_step(retraction, first):
     u, tx = jnp.asarray(first, jnp.float32), jaxfa.stiefel(retraction)
     size = jnp.abs(u).max()
-    for limit in (1e-6 + 1e-6 * size, 1e-5):  # what is large is exact to its own rounding, at the next step to that of 1
+    # What is large is exact to its own rounding, at the next step to that of 1.
+    for limit in (1e-6 + 1e-6 * size, 1e-5):
         updates, _ = tx.update(0.1 * jnp.asarray(STARTS["not orthonormal"][: len(u)], jnp.float32), tx.init(u), u)
         u = u + updates
         assert off(u) < limit or (limit > 1 and jnp.all(jnp.isfinite(u)))

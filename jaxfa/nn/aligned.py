@@ -16,7 +16,7 @@ from jaxfa.svd import is_factors
 
 
 class Aligned(nnx.Module):
-    """A model that learns by a rule; :func:`attach` makes it.
+    """A model that learns by a rule; :func:`jaxfa.nn.attach` makes it.
 
     Attributes:
       model: a copy of the user's model with the rule in it. Parameters and state keep their paths.
@@ -48,7 +48,7 @@ class Aligned(nnx.Module):
         """How the error reaches and leaves every weight contraction, as a table, read off the traced gradient.
 
         Args:
-          *args: one batch of inputs, as for the model; by default the example that :func:`attach` was given.
+          *args: one batch of inputs, as for the model; by default the example that :func:`jaxfa.nn.attach` was given.
           **kwargs: likewise.
 
         Raises:
@@ -85,7 +85,7 @@ def plain(aligned: Aligned) -> Any:
     """The same network with true gradients and forward mode, for measuring and calibrating.
 
     Args:
-      aligned: what :func:`attach` returned.
+      aligned: what :func:`jaxfa.nn.attach` returned.
 
     Returns:
       A model of the user's own class that shares ``aligned``'s variables: a step on the one is a step on the other.
@@ -108,7 +108,7 @@ def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
     """How well the rule's pseudo-gradient is aligned with the true gradient, for every parameter.
 
     Args:
-      aligned: what :func:`attach` returned; its state is not changed.
+      aligned: what :func:`jaxfa.nn.attach` returned; its state is not changed.
       loss: ``model -> scalar``, called with a copy of ``aligned`` and of its plain twin.
 
     Returns:
@@ -140,7 +140,7 @@ def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
     """The angle between each layer's weights and the matrix through which its errors return.
 
     Args:
-      aligned: what :func:`attach` returned with a layer-wise rule.
+      aligned: what :func:`jaxfa.nn.attach` returned with a layer-wise rule.
 
     Returns:
       ``{"path/of/layer": degrees}``, for a stack of layers an array of them; empty for direct rules, whose matrices

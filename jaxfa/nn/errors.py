@@ -36,7 +36,7 @@ def errors(aligned: Aligned, loss: Any) -> dict[str, jax.Array]:
     """The error that the rule brings to the output of every dense layer and convolution, before its activation.
 
     Args:
-      aligned: what :func:`attach` returned; its state is not changed.
+      aligned: what :func:`jaxfa.nn.attach` returned; its state is not changed.
       loss: ``model -> scalar``.
 
     Returns:
