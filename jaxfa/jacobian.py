@@ -109,6 +109,7 @@ def jacobian_rule(
         nodes = [learn(node, one) for node, one in zip(nodes, found, strict=True)]
         return jax.tree.unflatten(structure, rescale(nodes, found, scaling) if scaling else nodes)
 
+    refine.__qualname__ = turn.__qualname__  # a message about it names the rule
     return Rule(init, refine)
 
 

@@ -8,7 +8,7 @@ the three variants as named by Moskovitz, Litwin-Kumar, Abbott, "Feedback alignm
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ class RedrawnSignFeedback(LayerFeedback):
       quantile: inverse distribution function of ``|M| / bound``.
     """
 
+    learns: ClassVar[str] = "drawn at every update"
     seed_bytes: jax.Array
     step_bytes: jax.Array
     bound: float = dataclasses.field(metadata={"static": True})

@@ -6,7 +6,7 @@ during training by :func:`jaxfa.hoyer_penalty` and :func:`jaxfa.prune`.
 """
 
 from dataclasses import field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -30,6 +30,7 @@ class FactoredFeedback(LayerFeedback):
       b: feedback weights, :class:`jaxfa.Factors` of ``w``'s shape.
     """
 
+    learns: ClassVar[str] = "fixed"
     b: Factors
 
     def matrix(self, w: Any) -> Any:
@@ -40,6 +41,8 @@ class FactoredFeedback(LayerFeedback):
 @register
 class TransportedFactors(FactoredFeedback):
     """The same, pulled towards the weights' factors: weight transport, under its own name."""
+
+    learns: ClassVar[str] = "from the weights"
 
 
 @register
@@ -53,6 +56,7 @@ class LiftedFeedback(DirectFeedback):
       op: the layer's operation ``(x, w) -> y``.
     """
 
+    learns: ClassVar[str] = "fixed"
     b: Factors
     lift: jax.Array | None
     op: Operation = field(metadata={"static": True})
@@ -67,6 +71,8 @@ class LiftedFeedback(DirectFeedback):
 @register
 class TransportedLift(LiftedFeedback):
     """The same with factors pulled towards the weights' own: weight transport, under its own name."""
+
+    learns: ClassVar[str] = "from the weights"
 
 
 def ssa(

@@ -10,6 +10,7 @@ from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
 from jaxfa.nn.contraction import contractions_of, layer_of, restore, sites_of
 from jaxfa.nn.coverage import Coverage, cover
+from jaxfa.nn.learning import note_refined, quiet, remind
 from jaxfa.nn.tap import Tap, call_with_wires, remove_tap, taps_of
 from jaxfa.nn.variables import Recorder, abstractly, modules_of, structs
 from jaxfa.svd import is_factors
@@ -32,9 +33,14 @@ class Aligned(nnx.Module):
         self.example = nnx.static(example)
         self.allow = allow
         self.forward = nnx.static(forward)
+        self.reminds = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass, bit for bit; its gradient is the rule's."""
+        outputs = self._run(args, kwargs)
+        return remind(self.rule, outputs) if self.reminds else outputs
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.forward is not None:
             return self.forward(self.model, args, kwargs)
         if is_direct(self.rule):
@@ -58,7 +64,7 @@ class Aligned(nnx.Module):
             raise ValueError(
                 "coverage() traces the model: give attach() an example=, or this call one batch of inputs."
             )
-        return cover(self, structs(args) or self.example or (), structs(kwargs))
+        return cover(quiet(self), structs(args) or self.example or (), structs(kwargs))
 
     def refine(self, key: jax.Array, *args: Any, **kwargs: Any) -> None:
         """Runs the rule's own phase on the feedback, in place: the weight mirror's noise; nothing for most rules.
@@ -79,6 +85,7 @@ class Aligned(nnx.Module):
         feedback = {path: part.feedback.get_value() for path, part in parts.items()}
         for path, value in self.rule.refine(forward, feedback, key).items():
             parts[path].feedback.set_value(value)
+        note_refined(self.rule)
 
 
 def plain(aligned: Aligned) -> Any:
@@ -123,7 +130,7 @@ def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
 
     Source: as :func:`jaxfa.diagnostics.angle`.
     """
-    pseudo = nnx.to_flat_state(nnx.grad(loss)(nnx.clone(aligned))["model"])
+    pseudo = nnx.to_flat_state(nnx.grad(loss)(quiet(aligned))["model"])
     true = nnx.to_flat_state(nnx.grad(loss)(nnx.clone(plain(aligned))))
     sites = sites_of(plain(aligned)).items()
     stacks = {path: site.stack(module.kernel.get_value()) for path, (module, site) in sites}

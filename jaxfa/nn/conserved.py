@@ -12,6 +12,7 @@ from jaxfa.dfa import DirectMatrix
 from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.contraction import Site, contractions_of, sites_of
 from jaxfa.nn.coverage import trace
+from jaxfa.nn.learning import quiet
 from jaxfa.nn.tap import taps_of
 from jaxfa.nn.variables import structs
 from jaxfa.nn.views import Whole
@@ -97,7 +98,7 @@ def imbalances(aligned: Aligned, loss: Any, *args: Any) -> dict[str, jax.Array]:
     Source: as :func:`jaxfa.conservation.quantity`.
     """
     gradient = nnx.clone(aligned)
-    nnx.update(gradient, nnx.grad(loss)(nnx.clone(aligned)))
+    nnx.update(gradient, nnx.grad(loss)(quiet(aligned)))
     steps = links(gradient, *args)
     return {
         layer: imbalance(link.pair, steps[layer].pair, link.feedback) for layer, link in links(aligned, *args).items()
