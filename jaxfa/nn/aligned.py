@@ -8,6 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
+from jaxfa.forward_mode import backward_alone
 from jaxfa.nn.contraction import contractions_of, layer_of, restore, sites_of
 from jaxfa.nn.coverage import Coverage, cover
 from jaxfa.nn.learning import note_refined, quiet, remind
@@ -37,8 +38,9 @@ class Aligned(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass, bit for bit; its gradient is the rule's."""
-        outputs = self._run(args, kwargs)
-        return remind(self.rule, outputs) if self.reminds else outputs
+        with backward_alone():
+            outputs = self._run(args, kwargs)
+            return remind(self.rule, outputs) if self.reminds else outputs
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.forward is not None:
@@ -90,6 +92,9 @@ class Aligned(nnx.Module):
 
 def plain(aligned: Aligned) -> Any:
     """The same network with true gradients and forward mode, for measuring and calibrating.
+
+    An attached model has a backward pass alone: ``jax.jvp`` of it is refused, inside of a ``jit`` in JAX's own words,
+    "can't apply forward-mode autodiff (jvp) to a custom_vjp function".
 
     Args:
       aligned: what :func:`jaxfa.nn.attach` returned.
