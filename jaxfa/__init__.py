@@ -1,7 +1,11 @@
 """Train neural networks without backpropagation: keep the model, the loss and the optimizer; choose a feedback rule."""
 
+import importlib
+import typing
+
 from jaxfa import conservation as conservation
 from jaxfa import diagnostics as diagnostics
+from jaxfa import retractions as retractions
 from jaxfa.averaging import kalman as kalman
 from jaxfa.base import DirectFeedback as DirectFeedback
 from jaxfa.base import FixedFeedback as FixedFeedback
@@ -48,6 +52,13 @@ __all__ = [
     "DirectFeedback", "DirectMatrix", "Factors", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop",
     "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp", "dldfa", "drtp",
     "error_wire", "fa", "factorise", "fdfa", "frsf", "grape", "hoyer_penalty", "kalman", "kolen_pollack", "ldfa",
-    "linear", "normative_ldfa", "optimizer", "orthonormal_factors", "prune", "ranks", "register", "ssa", "stiefel",
-    "update_stack", "usf", "weight_mirror", "with_feedback",
+    "linear", "normative_ldfa", "optimizer", "orthonormal_factors", "prune", "ranks", "register", "retractions", "ssa",
+    "stiefel", "update_stack", "usf", "weight_mirror", "with_feedback",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> typing.Any:
+    """Imports ``jaxfa.nn``, and with it Flax, or ``jaxfa.parallel`` when they are first asked for."""
+    if name in ("nn", "parallel"):
+        return importlib.import_module(f"jaxfa.{name}")
+    raise AttributeError(f"module 'jaxfa' has no attribute {name!r}")

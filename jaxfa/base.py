@@ -41,6 +41,9 @@ class LayerFeedback:
     low-rank rule, overrides :meth:`transport`. A rule that learns its feedback from the batch overrides :meth:`signal`.
     """
 
+    # How it learns, in words, where ``signal`` and the rule do not tell.
+    learns: ClassVar[str] = ""
+
     def matrix(self, w: Any) -> Any:
         """The array of ``w``'s shape through which the error returns."""
         raise NotImplementedError(f"{type(self).__name__} must define matrix(w), or transport(op, x, w, delta).")
@@ -125,6 +128,7 @@ class DirectFeedback:
 
     # True: one feedback, made for the largest activation, serves every layer.
     shared: ClassVar[bool] = False
+    learns: ClassVar[str] = ""
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
         """The error at ``h``, of its shape; only the shape and dtype of ``h`` may be used."""

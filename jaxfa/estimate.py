@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxfa.base import Initializer
 from jaxfa.projection import random_signs
+from jaxfa.shards import refuse_shards
 
 # How much the square of an example's amplitude differs from its mean, 1.
 _DEPTH = 0.5
@@ -35,6 +36,10 @@ def jacobian_estimates(
     forward: Callable[..., jax.Array], nodes: list[Any], key: jax.Array, *, perturbation: Initializer, separate: bool
 ) -> list[Estimate]:
     """Unbiased estimates of the Jacobian of the logits in every tapped activation."""
+    refuse_shards(
+        "the Jacobian's estimate is a mean over the whole batch, so that each device would come to a feedback of its "
+        "own. Call refine outside, on arrays that are sharded under jit."
+    )
     # One number for each layer of a stack: whatever the activations' shapes are, it can be added to them.
     logits = jax.eval_shape(forward, [jnp.zeros(node.stack) for node in nodes])
     if 0 in logits.shape:

@@ -87,9 +87,11 @@ def jacobian_rule(
         sides = [size if tile is None else math.gcd(size, tile) for size in positions]
         b = direct_matrix(key, distribution, jax.ShapeDtypeStruct((*h.shape[:k], *sides, n), h.dtype), logits)
         feedback = JacobianFeedback(b, None, tuple(h.shape[k:]), len(logits.shape) - k)
-        b, zero = b / math.sqrt(feedback.repeats), jnp.zeros((), b.dtype)
-        mean, precision = (jnp.zeros_like(b), zero) if averaging else (None, None)
-        return replace(feedback, b=b, mean=mean, precision=precision, log_scale=zero if scaling else None)
+        b = b / math.sqrt(feedback.repeats)
+        # Each array is one of its own: a buffer that two leaves share cannot be donated.
+        mean, precision = (jnp.zeros_like(b), jnp.zeros((), b.dtype)) if averaging else (None, None)
+        log_scale = jnp.zeros((), b.dtype) if scaling else None
+        return replace(feedback, b=b, mean=mean, precision=precision, log_scale=log_scale)
 
     def learn(feedback: JacobianFeedback, estimate: Estimate) -> JacobianFeedback:
         if feedback.stack:
@@ -107,6 +109,7 @@ def jacobian_rule(
         nodes = [learn(node, one) for node, one in zip(nodes, found, strict=True)]
         return jax.tree.unflatten(structure, rescale(nodes, found, scaling) if scaling else nodes)
 
+    refine.__qualname__ = turn.__qualname__  # a message about it names the rule
     return Rule(init, refine)
 
 

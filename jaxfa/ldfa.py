@@ -102,11 +102,11 @@ def ldfa(
 
     ``C`` is the batch's centred covariance divided by its trace. So the signal has no scale, and a ``p`` used once a
     step converges under plain SGD for every ``eta < 1``, the stability bound being ``eta lambda_max(C) < 1``. Signals
-    add up over uses, each with its own covariance: for a layer used ``u`` times a step, as a recurrent one over time or
-    under ``shard_map`` on ``u`` devices, the bound is ``1 / u``, so divide ``learning_rate`` by ``u``. (Arrays sharded
-    under ``jit`` are one batch.) Where ``r`` is small, ``p`` must also turn slower than ``q`` follows, which takes
-    about ``1 / lambda`` steps. A batch is needed: one example has no covariance, and under ``vmap`` over examples, not
-    seeds, this raises.
+    add up over uses, each with its own covariance: for a layer used ``u`` times a step, as a recurrent one over time,
+    the bound is ``1 / u``, so divide ``learning_rate`` by ``u``. Where ``r`` is small, ``p`` must also turn
+    slower than ``q`` follows, which takes about ``1 / lambda`` steps. A whole batch is needed: one example has no
+    covariance, so that this raises under ``vmap`` over examples, not seeds, and under ``shard_map``, not on arrays that
+    are sharded under ``jit``.
 
     ``q``'s law needs steps that are linear in the gradient. Adam's step of ``dw p`` is not its step of ``dw`` times
     ``p``, so that under Adam ``q`` follows roughly; clipping belongs around :func:`jaxfa.optimizer`, not inside.

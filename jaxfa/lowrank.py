@@ -12,6 +12,7 @@ import optax
 from jaxfa.base import Operation, Rule, is_feedback
 from jaxfa.optim import decayed
 from jaxfa.paths import matches
+from jaxfa.shards import refuse_shards
 
 Rank = int | float | Mapping[str, int | float]
 
@@ -91,8 +92,12 @@ def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
       The step, ``(m, r)``; zero if the errors do not vary.
 
     Raises:
-      ValueError: if there is one error alone, which has no covariance.
+      ValueError: if there is one error alone, which has no covariance, or in a ``shard_map``.
     """
+    refuse_shards(
+        "Oja's rule needs the covariance of the whole batch, of which a device sees its own part alone. Shard the "
+        "arrays under jit instead, where they are one batch, or choose learn_p=False."
+    )
     errors = errors.reshape(-1, errors.shape[-1]).astype(p.dtype)
     rows = errors.shape[0]
     if rows < 2:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfa.base import DirectFeedback, LayerFeedback, Operation, transpose
+from jaxfa.forward_mode import backward_alone
 
 # The names under which these operations appear in a jaxpr, where the audit finds them, and in a profile.
 FORWARD = "jaxfa.forward"
@@ -76,7 +77,8 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
         check_family(feedback, LayerFeedback, "with_feedback, linear and conv", "jaxfa.direct(h, wire, feedback)")
         # Whole numbers, such as pixels, have no gradient; the rule's backward is told of a float that nothing uses.
         x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(w.dtype)
-        return forward(*vary_alike((x, w, feedback)))
+        with backward_alone():
+            return forward(*vary_alike((x, w, feedback)))
 
     return apply
 
@@ -167,7 +169,8 @@ def listen(backward: Callable[[Any, jax.Array], Any], wire: jax.Array, tree: Any
     wire, tree = vary_alike((wire, tree))
     # The error that reaches an unbatched wire would be summed over a vmap's axis: in grad(vmap(loss)) every example
     # would learn from the errors of all.
-    return _listen(backward, wire + _zeros_batched_alike(*lax.stop_gradient((wire, tree))), tree)
+    with backward_alone():
+        return _listen(backward, wire + _zeros_batched_alike(*lax.stop_gradient((wire, tree))), tree)
 
 
 @jax.custom_batching.custom_vmap

@@ -17,8 +17,9 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxfa.ops import listen
+from jaxfa.shards import LAYER
 from jaxfa.stack import Block, check_feedback, check_stack, is_unrolled
-from jaxfa.stages import LAYER, SCHEDULES, Sizes, gathered, run_stage
+from jaxfa.stages import SCHEDULES, Sizes, gathered, run_stage
 
 DATA = "data"
 _LAYERS = PartitionSpec(LAYER)

@@ -8,7 +8,7 @@ the three variants as named by Moskovitz, Litwin-Kumar, Abbott, "Feedback alignm
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jax import lax
 from jax.nn import initializers
 
 from jaxfa.base import Initializer, LayerFeedback, Rule, register
+
+_SHIFTS = (0, 8, 16, 24)
 
 
 @register
@@ -37,24 +39,44 @@ class SignFeedback(LayerFeedback):
 class RedrawnSignFeedback(LayerFeedback):
     """``b = |M_t| sign(w)`` with ``M_t`` drawn anew at every step ``t`` from a counter, never stored.
 
-    The seed and the step are whole numbers kept as float32, because ``jax.grad`` refuses integer leaves; exact below
-    2^24 (a run of 16 million steps).
+    ``jax.grad`` refuses integer leaves, so that the seed and the step are kept as their bytes: numbers below 256, exact
+    in every float type to which mixed-precision code may cast a tree, bfloat16 included.
 
     Attributes:
-      seed: this layer's seed.
-      step: how many updates there have been.
+      seed_bytes: of this layer's seed, ``(4,)``.
+      step_bytes: of the number of updates so far, ``(4,)``.
       bound: the largest magnitude.
       quantile: inverse distribution function of ``|M| / bound``.
     """
 
-    seed: jax.Array
-    step: jax.Array
+    learns: ClassVar[str] = "drawn at every update"
+    seed_bytes: jax.Array
+    step_bytes: jax.Array
     bound: float = dataclasses.field(metadata={"static": True})
     quantile: Callable[[jax.Array], jax.Array] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def seed(self) -> jax.Array:
+        """This layer's seed, an integer."""
+        return _number(self.seed_bytes)
+
+    @property
+    def step(self) -> jax.Array:
+        """How many updates there have been, an integer."""
+        return _number(self.step_bytes)
 
     def matrix(self, w: jax.Array) -> jax.Array:
         uniform = _counter_uniform(w.shape, self.seed, self.step)
         return (self.bound * self.quantile(uniform)).astype(w.dtype) * jnp.sign(w)
+
+
+def _bytes(number: jax.Array) -> jax.Array:
+    return jnp.stack([number >> shift & 255 for shift in _SHIFTS], -1).astype(jnp.float32)
+
+
+def _number(its_bytes: jax.Array) -> jax.Array:
+    parts = its_bytes.astype(jnp.uint32)
+    return sum((parts[..., i] << shift for i, shift in enumerate(_SHIFTS)), jnp.zeros((), jnp.uint32))
 
 
 def usf(*, scale: float = 1.0) -> Rule:
@@ -100,7 +122,11 @@ def frsf(*, distribution: Initializer | None = None, scale: float = 1.0) -> Rule
     return Rule(lambda key, w: SignFeedback(scale * jnp.abs(draw(key, w.shape, w.dtype))))
 
 
-def brsf(*, quantile: Callable[[jax.Array], jax.Array] = lambda u: u, scale: float = 1.0) -> Rule:
+def _uniform(u: jax.Array) -> jax.Array:
+    return u
+
+
+def brsf(*, quantile: Callable[[jax.Array], jax.Array] = _uniform, scale: float = 1.0) -> Rule:
     """Batchwise random-magnitude sign-concordant feedback: ``b = |M_t| sign(w)``, ``M_t`` new at every step.
 
     ``|M_t|`` is ``bound quantile(u)``, ``u`` uniform on [0, 1), ``bound = scale sqrt(6 / (fan_in + fan_out))``: with
@@ -125,20 +151,24 @@ def brsf(*, quantile: Callable[[jax.Array], jax.Array] = lambda u: u, scale: flo
     """
 
     def init(key: jax.Array, w: jax.Array) -> RedrawnSignFeedback:
-        seed = jax.random.randint(key, (), 0, 1 << 24).astype(jnp.float32)
         bound = scale * math.sqrt(3.0) * _glorot_deviation(w.shape)
-        return RedrawnSignFeedback(seed, jnp.zeros((), jnp.float32), bound, quantile)
+        return RedrawnSignFeedback(
+            _bytes(jax.random.bits(key, (), jnp.uint32)), jnp.zeros(4, jnp.float32), bound, quantile
+        )
 
     return Rule(init, transform=optax.stateless(_advance))
 
 
-def _advance(signals: Any, params: Any) -> Any:
-    del params
+def _advance(signals: Any, feedback: Any) -> Any:
+    del signals
 
-    def tick(signal: RedrawnSignFeedback) -> RedrawnSignFeedback:
-        return dataclasses.replace(signal, seed=jnp.zeros_like(signal.seed), step=jnp.ones_like(signal.step))
+    def tick(own: RedrawnSignFeedback) -> RedrawnSignFeedback:
+        change = _bytes(own.step + 1).astype(own.step_bytes.dtype) - own.step_bytes
+        return dataclasses.replace(own, seed_bytes=jnp.zeros_like(own.seed_bytes), step_bytes=change)
 
-    return jax.tree.map(tick, signals, is_leaf=lambda node: isinstance(node, RedrawnSignFeedback))
+    if feedback is None:
+        raise ValueError("brsf's steps are counted in its feedback: call update(updates, state, (params, feedback)).")
+    return jax.tree.map(tick, feedback, is_leaf=lambda node: isinstance(node, RedrawnSignFeedback))
 
 
 def _glorot_deviation(shape: tuple[int, ...]) -> float:
@@ -149,7 +179,7 @@ def _glorot_deviation(shape: tuple[int, ...]) -> float:
 def _counter_uniform(shape: tuple[int, ...], seed: jax.Array, step: jax.Array) -> jax.Array:
     """Uniform numbers on [0, 1) of 24 bits, a pure function of seed, step and position."""
     position = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    stream = _mix(_mix(seed.astype(jnp.uint32)) + step.astype(jnp.uint32))
+    stream = _mix(_mix(seed) + step)
     bits = _mix(_mix(position + stream) ^ stream)
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 

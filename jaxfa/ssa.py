@@ -2,11 +2,11 @@
 
 Roy, Apolinario, Das Biswas, Roy, "Feedback Alignment Meets Low-Rank Manifolds: A Structured Recipe for Local Learning",
 2025, https://arxiv.org/abs/2510.25594, whose weights are ``(outputs, inputs)``: its ``U`` is our ``v``. Its rank falls
-during training by :func:`hoyer_penalty` and :func:`jaxfa.prune`.
+during training by :func:`jaxfa.hoyer_penalty` and :func:`jaxfa.prune`.
 """
 
 from dataclasses import field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -17,7 +17,8 @@ from jaxfa.base import DirectFeedback, Layer, LayerFeedback, Operation, Rule, is
 from jaxfa.local_losses import aligned, orthogonal, pull
 from jaxfa.lowrank import orthonormal
 from jaxfa.projection import direct_matrix, project
-from jaxfa.stiefel import Retraction, polar, stiefel
+from jaxfa.retractions import Retraction, polar
+from jaxfa.stiefel import stiefel
 from jaxfa.svd import Factors, factorise, is_factors, orthonormal_factors, rank_of
 
 
@@ -29,6 +30,7 @@ class FactoredFeedback(LayerFeedback):
       b: feedback weights, :class:`jaxfa.Factors` of ``w``'s shape.
     """
 
+    learns: ClassVar[str] = "fixed"
     b: Factors
 
     def matrix(self, w: Any) -> Any:
@@ -39,6 +41,8 @@ class FactoredFeedback(LayerFeedback):
 @register
 class TransportedFactors(FactoredFeedback):
     """The same, pulled towards the weights' factors: weight transport, under its own name."""
+
+    learns: ClassVar[str] = "from the weights"
 
 
 @register
@@ -52,6 +56,7 @@ class LiftedFeedback(DirectFeedback):
       op: the layer's operation ``(x, w) -> y``.
     """
 
+    learns: ClassVar[str] = "fixed"
     b: Factors
     lift: jax.Array | None
     op: Operation = field(metadata={"static": True})
@@ -66,6 +71,8 @@ class LiftedFeedback(DirectFeedback):
 @register
 class TransportedLift(LiftedFeedback):
     """The same with factors pulled towards the weights' own: weight transport, under its own name."""
+
+    learns: ClassVar[str] = "from the weights"
 
 
 def ssa(
@@ -156,7 +163,7 @@ def ssa(
         raise ValueError(f"ssa needs scale > 0, or no error passes a layer; got {scale}.")
     if retraction is not None and not callable(retraction):
         raise TypeError(
-            f"retraction is a function (u, d) -> u such as jaxfa.stiefel.polar, or None; got {retraction!r}."
+            f"retraction is a function (u, d) -> u such as jaxfa.retractions.polar, or None; got {retraction!r}."
         )
     rank_of(rank, 1)  # refuses what is no rank
     draw = distribution or initializers.variance_scaling(1 / 3, "fan_in", "uniform")

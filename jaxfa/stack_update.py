@@ -22,12 +22,12 @@ def update_stack(
 ) -> tuple[tuple[Any, Any], Any, jax.Array]:
     """Streams through a stack once more and updates each block at once: no gradient outlives its block, either.
 
-    The same as the streamed gradient of :func:`direct_stack` followed by ``jax.vmap(optimizer.update)``; for
+    The same as the streamed gradient of :func:`jaxfa.direct_stack` followed by ``jax.vmap(optimizer.update)``; for
     transformations that treat every entry alike (SGD, Adam, decay, schedules) also as ``optimizer.update`` on the
     whole stack. Others, such as a global norm's clip, see one block at a time.
 
     Args:
-      block: as for :func:`direct_stack`, as are ``h`` and ``unroll``.
+      block: as for :func:`jaxfa.direct_stack`, as are ``h`` and ``unroll``.
       both: ``(params, feedback)``, all arrays with a leading axis ``L``. Donate them and ``state`` to ``jax.jit``, and
         the update is done in place.
       h: the input of the first block.
@@ -35,13 +35,14 @@ def update_stack(
       optimizer: of one block's pair, such as ``jaxfa.optimizer(optax.adam(1e-3), rule)``. Keys and integers stay as
         they are; keep them from it by ``optax.masked``.
       state: its states, ``jax.vmap(optimizer.init)(both)``.
-      unroll: see :func:`direct_stack`. In straight code XLA keeps ``both`` and ``state`` once more, no activations.
+      unroll: as for :func:`jaxfa.direct_stack`. In straight code XLA keeps ``both`` and ``state`` once more, but no
+        activations.
 
     Returns:
       ``(both, state, dh)``, ``dh`` being the error at ``h``, before the update.
 
     Raises:
-      TypeError, ValueError: as :func:`direct_stack`; if there is no feedback, or one shared by all blocks; and if
+      TypeError, ValueError: as :func:`jaxfa.direct_stack`; if there is no feedback, or one shared by all blocks; and if
         ``state`` has arrays without the leading axis.
 
     Example:
@@ -55,7 +56,7 @@ def update_stack(
       >>> e = jax.grad(lambda wire: ((h + wire) ** 2).sum())(wire)
       >>> (w, feedback), state, dx = jaxfa.update_stack(block, (w, feedback), x, e, optimizer=optimizer, state=state)
 
-    Source: as :func:`direct_stack`.
+    Source: as :func:`jaxfa.direct_stack`.
     """
     layers = check_stack(block, both[0], h)
     if check_feedback(both[1], layers) is not both[1]:

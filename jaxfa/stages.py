@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfa.ops import deliver, vary_alike
+from jaxfa.shards import LAYER
 from jaxfa.stack import Block, gradients, input_error, sweep
-
-LAYER = "layer"
 
 
 class Sizes(NamedTuple):

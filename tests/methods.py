@@ -63,7 +63,9 @@ METHODS = (
 )
 
 
-def create(rule: jaxfa.Rule, key: jax.Array, sizes: tuple[int, ...] = SIZES, dtype: Any = None) -> tuple[Any, Any]:
+def create(
+    rule: jaxfa.Rule, key: jax.Array, sizes: tuple[int, ...] = SIZES, dtype: Any = None, jit: bool = True
+) -> tuple[Any, Any]:
     """Parameters ``[{"w", "b"}, ...]`` and their feedback."""
     rng = np.random.default_rng(0)
     dtype = dtype or jnp.zeros(()).dtype
@@ -73,7 +75,7 @@ def create(rule: jaxfa.Rule, key: jax.Array, sizes: tuple[int, ...] = SIZES, dty
     ]
     if rule.weights is not None:
         params = [p | {"w": rule.weights(p["w"], f"layer {i}")} for i, p in enumerate(params)]
-    return params, create_feedback(rule, key, params)
+    return params, (create_feedback if jit else create_feedback.__wrapped__)(rule, key, params)
 
 
 @functools.partial(jax.jit, static_argnums=0)

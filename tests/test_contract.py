@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import jaxfa
 from jaxfa.base import is_direct, is_feedback
-from tests.methods import METHODS, SIZES, batch, create, forward, loss, signals, train
+from tests.methods import METHODS, SIZES, Method, batch, create, forward, loss, signals, train
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=str)
 KEYS = jax.random.split(jax.random.PRNGKey(7), 3)
@@ -80,6 +80,26 @@ def test_a_checkpointed_run_continues_bit_for_bit_and_is_traced_once(method, x64
     saved = jax.tree.unflatten(jax.tree.structure((both, state)), [jnp.asarray(arrays[name]) for name in arrays])
     assert_same_bits(trained.run(*saved, KEYS[2:]), trained.run(both, state, KEYS[2:]))
     assert trained.traces == 1
+
+
+OPTIONS = (
+    Method("grape_ema", jaxfa.grape(averaging=0.9), fixed=False),
+    Method("grape_plain", jaxfa.grape(tile=None, scaling=0.0), fixed=False),
+    Method("fdfa_scaled", jaxfa.fdfa(scaling=0.3), fixed=False),
+    Method("ldfa_labels", jaxfa.ldfa(2, labels="*"), fixed=False),
+    Method("brsf_quantile", jaxfa.brsf(quantile=jnp.sqrt), fixed=False),
+    Method("ssa_low_rank", jaxfa.ssa(rank=2), fixed=True),
+    Method("calibrated", jaxfa.dkp(), fixed=False),
+)
+
+
+@pytest.mark.parametrize("method", METHODS + OPTIONS, ids=str)
+def test_no_two_arrays_of_a_fresh_state_share_a_buffer_so_that_all_can_be_donated(method):
+    both = create(method.rule, KEYS[0], jit=False)
+    tx = jaxfa.optimizer(optax.chain(optax.adamw(1e-2), optax.trace(0.5)), method.rule)
+    tx = jaxfa.calibrate(tx, every=2, optimizer=optax.adam(1e-2)) if method.name == "calibrated" else tx
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((both, tx.init(both)))]
+    assert len(set(pointers)) == len(pointers)
 
 
 @every_method
@@ -167,8 +187,8 @@ def test_bfloat16_gradients_are_near_the_exact_ones(method, x64):
     x, y = batch(examples=64)
     exact = signals(params, feedback, x, y)[0]
 
-    def narrow(tree):
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float64 else leaf, tree)
+    def narrow(tree):  # all of it, as mixed-precision code does: a counter or a key kept as one float would break
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
 
     rough = signals(narrow(params), narrow(feedback), narrow(x), y)[0]
     for a, b in zip(jax.tree.leaves(rough), jax.tree.leaves(exact), strict=True):

@@ -1,11 +1,15 @@
 """What is written is run: every public name, every docstring's example, every block of the README."""
 
+import ast
 import doctest
+import functools
 import importlib
 import inspect
 import pathlib
 import pkgutil
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -30,7 +34,7 @@ def test_every_public_name_exists_and_is_documented(name):
 
 def test_the_list_of_names_is_complete():
     public = {name for name, thing in vars(jaxfa).items() if not name.startswith("_") and not inspect.ismodule(thing)}
-    assert set(jaxfa.__all__) == public | {"conservation", "diagnostics"}
+    assert set(jaxfa.__all__) == public | {"conservation", "diagnostics", "retractions"}
     assert sorted(jaxfa.__all__, key=str) == list(jaxfa.__all__)
 
 
@@ -56,3 +60,34 @@ def test_the_readme_runs_from_top_to_bottom():
     namespace = {"__name__": "__readme__"}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
+
+
+def strings_of(path):
+    """Every string of a file: its docstrings, its messages; of what is no program, all of it."""
+    text = path.read_text()
+    nodes = ast.walk(ast.parse(text)) if path.suffix == ".py" else [ast.Constant(text)]
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+@pytest.mark.parametrize("folder", ["jaxfa", "experiments", "."])
+def test_whatever_a_text_names_is_there_as_spelled(folder):
+    files = [ROOT / "README.md"] if folder == "." else sorted((ROOT / folder).rglob("*.py"))
+    scopes = {jaxfa.ops.FORWARD, jaxfa.ops.LOCAL, jaxfa.ops.TRANSPORT, jaxfa.ops.DIRECT, jaxfa.ops.INNER}
+    named = re.findall(r"\bjaxfa[.][.\w]*\w", "\n".join(text for file in files for text in strings_of(file)))
+    assert named
+    for name in set(named) - scopes:
+        functools.reduce(getattr, name.split(".")[1:], jaxfa)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_whatever_a_docstring_refers_to_is_in_its_module(name):
+    module = importlib.import_module(name)
+    file = pathlib.Path(module.__file__)
+    for target in re.findall(r":(?:func|class|mod):`([\w.]+)`", "".join(strings_of(file))):
+        assert target.startswith("jaxfa.") or hasattr(module, target), target
+
+
+def test_one_import_is_enough_and_the_core_does_not_wait_for_flax():
+    code = "import sys, jaxfa; assert 'flax' not in sys.modules; jaxfa.nn.attach, jaxfa.parallel.mesh; jaxfa.no_such"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stderr.splitlines()[-1] == "AttributeError: module 'jaxfa' has no attribute 'no_such'"

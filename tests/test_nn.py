@@ -283,3 +283,11 @@ def test_one_optimizer_for_split_states_and_for_nnx_optimizer():
     optimizer.update(aligned, nnx.grad(loss, argnums=nnx.DiffState(0, TRAINED))(aligned, x))
     ours, theirs = nnx.state(functional), nnx.state(aligned)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+
+
+def test_forward_mode_of_a_direct_model_says_where_to_have_it():
+    x = inputs(9, 6)
+    aligned = attach(MLP(nnx.Rngs(0)), jaxfa.dfa(), x)
+    with pytest.raises(TypeError, match=r"no forward mode .* jaxfa\.nn\.plain\(model\)"):
+        jax.jvp(aligned, (x,), (x,))
+    jax.jvp(jaxfa.nn.plain(aligned), (x,), (x,))

@@ -132,10 +132,10 @@ def test_no_feedback_is_the_plain_operation_in_forward_mode_too(x64):
 
 def test_forward_mode_through_a_feedback_is_refused():
     x, w = jnp.ones((5, 4)), jnp.ones((4, 3))
-    with pytest.raises(TypeError, match="forward-mode"):
+    with pytest.raises(TypeError, match=r"no forward mode .* jaxfa\.nn\.plain\(model\)"):
         jax.jvp(lambda x: jaxfa.linear(x, w, jaxfa.FixedFeedback(w)), (x,), (x,))
     feedback = jaxfa.DirectMatrix(jnp.ones((4, 3)))
-    with pytest.raises(TypeError, match="forward-mode"):
+    with pytest.raises(TypeError, match=r"no forward mode .* jaxfa\.nn\.plain\(model\)"):
         jax.jvp(lambda x: jaxfa.direct(x, jnp.zeros((5, 3)), feedback)[1], (x,), (x,))
 
 

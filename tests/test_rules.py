@@ -1,6 +1,7 @@
 """Every rule against its closed form and against an independent surrogate whose ordinary gradient it must be."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -282,9 +283,8 @@ def test_brsf_draws_are_uniform_and_independent_over_steps_layers_and_neighbours
     one, other = (rule.init(k, w) for k in jax.random.split(KEY))
 
     def draw(feedback, step):
-        return (
-            np.asarray(feedback.__class__(feedback.seed, jnp.float32(step), bound, feedback.quantile).matrix(w)) / bound
-        )
+        step_bytes = jnp.array(list(step.to_bytes(4, "little")), jnp.float32)
+        return np.asarray(replace(feedback, step_bytes=step_bytes).matrix(w)) / bound
 
     np.testing.assert_allclose(draw(one, 0), np.asarray(one.matrix(w)) / bound, rtol=1e-6)
     np.testing.assert_array_equal(draw(one, 5), draw(one, 5))
@@ -318,10 +318,29 @@ def test_brsf_steps_touch_the_counter_alone():
     jax.tree.map(np.testing.assert_array_equal, after[0], both[0])
     for a, b in zip(after[1][1:], both[1][1:], strict=True):
         assert (a.seed, a.step, a.bound) == (b.seed, b.step + 1, b.bound)
-    seeds = {float(f.seed) for f in both[1][1:]}
+    seeds = {int(f.seed) for f in both[1][1:]}
     assert len(seeds) == 2
     again = create(jaxfa.brsf(), KEY)[1][1]
     assert again.seed == both[1][1].seed
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_brsf_counts_and_draws_alike_whatever_its_floats_are_cast_to(dtype):
+    init, step = train(jaxfa.brsf(), optax.sgd(0.1))
+    both = create(jaxfa.brsf(), KEY)
+    seeds = [int(node.seed) for node in both[1][1:]]
+    params, feedback = jax.tree.map(lambda leaf: leaf.astype(dtype), both)
+    carry = (params, feedback), init((params, feedback))
+    run = jax.jit(
+        lambda carry: jax.lax.scan(lambda c, _: (step(*c, *batch(dtype=dtype), KEY), None), carry, length=400)
+    )
+    ((_, after), _), _ = run(carry)
+    assert [int(node.step) for node in after[1:]] == [400, 400]
+    assert [int(node.seed) for node in after[1:]] == seeds
+    assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(dtype)}
+    many = replace(both[1][1], step_bytes=jnp.array([255.0, 255, 255, 0]).astype(dtype))  # it carries
+    (tick,), _ = jaxfa.brsf().transform.update((many,), optax.EmptyState(), (many,))
+    assert int(optax.apply_updates((many,), (tick,))[0].step) == 2**24
 
 
 def test_refine_leaves_rules_without_a_phase_of_their_own_alone():

@@ -11,20 +11,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxfa
-from tests.methods import batch, create, loss, signals
+from tests.methods import METHODS, batch, create, loss, signals
 
-RULES = {
-    "backprop": jaxfa.backprop(),
-    "fa": jaxfa.fa(),
-    "brsf": jaxfa.brsf(),
-    "kolen_pollack": jaxfa.kolen_pollack(),
-    "dfa": jaxfa.dfa(),
-    "dfa_shared": jaxfa.dfa(shared=True),
-    "ssa": jaxfa.ssa(),
-    "ssa_sequential": jaxfa.ssa(parallel=False),
-    "dkp": jaxfa.dkp(distribution=initializers.glorot_normal()),
-}
-every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+# A zero feedback would hide every factor; drtp must be told what the loss is divided by, here and there.
+RULES = {method.name: method.rule for method in METHODS}
+RULES |= {"dkp": jaxfa.dkp(distribution=initializers.glorot_normal()), "drtp": jaxfa.drtp(examples=8)}
+LOCAL = RULES | {"drtp": jaxfa.drtp(examples=4)}
+REFUSED = {"ldfa", "dldfa"}  # whose signals are statistics of the batch
+
+
+def every_rule(rules):
+    accepted = {name: rule for name, rule in rules.items() if name not in REFUSED}
+    return pytest.mark.parametrize("rule", accepted.values(), ids=accepted)
 
 
 @pytest.fixture
@@ -39,26 +37,72 @@ def sharded(gradient, mesh, **settings):
     return jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=P(), **settings))
 
 
-@every_rule
+def with_pmean_inside(params, feedback, x, y):
+    return jax.grad(lambda *both: lax.pmean(loss(*both, x, y), "data"), argnums=(0, 1))(params, feedback)
+
+
+def averaged_outside(params, feedback, x, y):
+    return lax.pmean(jax.grad(loss, argnums=(0, 1))(params, feedback, x, y), "data")
+
+
+@every_rule(RULES)
 def test_shard_map_with_its_type_checks_sums_over_the_devices_by_itself(rule, mesh, x64):
     # The loss is the mean over all devices: what is replicated gets the sum of its cotangents, as in plain autodiff.
-    def gradient(params, feedback, x, y):
-        return jax.grad(lambda *both: lax.pmean(loss(*both, x, y), "data"), argnums=(0, 1))(params, feedback)
-
     both, data = create(rule, jax.random.PRNGKey(0)), batch()
     expected = signals(*both, *data)
-    chex.assert_trees_all_close(sharded(gradient, mesh)(*both, *data), expected, atol=1e-14, rtol=1e-12)
+    chex.assert_trees_all_close(sharded(with_pmean_inside, mesh)(*both, *data), expected, atol=1e-14, rtol=1e-12)
 
 
-@every_rule
+@every_rule(LOCAL)
 def test_shard_map_without_type_checks_averages_local_gradients(rule, mesh, x64):
-    def gradient(params, feedback, x, y):
-        local = jax.grad(loss, argnums=(0, 1))(params, feedback, x, y)
-        return jax.tree.map(lambda leaf: lax.pmean(leaf, "data"), local)
-
     both, data = create(rule, jax.random.PRNGKey(0)), batch()
-    got = sharded(gradient, mesh, check_vma=False)(*both, *data)
+    got = sharded(averaged_outside, mesh, check_vma=False)(*both, *data)
+    expected = signals(*create(RULES["drtp"] if rule is LOCAL["drtp"] else rule, jax.random.PRNGKey(0)), *data)
+    chex.assert_trees_all_close(jax.tree.leaves(got), jax.tree.leaves(expected), atol=1e-14, rtol=1e-12)
+
+
+def test_the_gradient_of_a_sharded_loss_is_the_single_devices(mesh, x64):
+    both, data = create(RULES["drtp"], jax.random.PRNGKey(0)), batch()
+    whole = sharded(lambda *inputs: lax.pmean(loss(*inputs), "data"), mesh)
+    got = jax.jit(jax.grad(whole, argnums=(0, 1)))(*both, *data)
     chex.assert_trees_all_close(got, signals(*both, *data), atol=1e-14, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ldfa", "dldfa", "drtp"])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_what_a_device_can_not_know_is_refused_unless_it_is_alone(name, check_vma, mesh, x64):
+    rule = jaxfa.drtp() if name == "drtp" else RULES[name]
+    both, data = create(rule, jax.random.PRNGKey(0)), batch()
+    with pytest.raises(ValueError, match=r"Inside shard_map over \['data'\]: .* under jit instead"):
+        jax.eval_shape(sharded(with_pmean_inside, mesh, check_vma=check_vma), *both, *data)
+    alone = sharded(with_pmean_inside, Mesh(mesh.devices[:1], ("data",)), check_vma=check_vma)
+    jax.eval_shape(alone, *both, *data)
+
+
+def test_a_device_does_not_learn_a_jacobian_of_its_own(mesh):
+    rule, h, e = jaxfa.grape(), jnp.ones((8, 4)), jnp.ones((8, 3))
+    feedback = [rule.init(jax.random.PRNGKey(0), h, e)]
+
+    def refined(h, key):
+        return rule.refine(lambda taps: (h + taps[0]) @ jnp.ones((4, 3)), feedback, key)
+
+    specs = {"mesh": mesh, "in_specs": (P("data"), P()), "out_specs": P(), "check_vma": False}
+    with pytest.raises(ValueError, match=r"Inside shard_map .* Call refine outside"):
+        jax.eval_shape(jax.shard_map(refined, **specs), h, jax.random.PRNGKey(1))
+
+
+def test_drtp_knows_of_a_loss_what_it_is_told(x64):
+    both, data = create(jaxfa.drtp(), jax.random.PRNGKey(0)), batch()
+    summed = jaxfa.drtp(examples=1)
+
+    def total(params, feedback):
+        return len(data[0]) * loss(params, feedback, *data)
+
+    got = jax.jit(jax.grad(total))(*create(summed, jax.random.PRNGKey(0)))
+    expected = jax.tree.map(lambda leaf: len(data[0]) * leaf, signals(*both, *data)[0])
+    chex.assert_trees_all_close(got, expected, atol=1e-13, rtol=1e-12)
+    with pytest.raises(ValueError, match="examples > 0"):
+        jaxfa.drtp(examples=0)
 
 
 def test_shards_hold_different_data(mesh, x64):

@@ -185,7 +185,7 @@ def test_wrong_use_is_told():
             jaxfa.ssa(scale=scale)
     with pytest.raises(ValueError, match="whole number from 1"):
         jaxfa.ssa(rank=-3)
-    with pytest.raises(TypeError, match=r"such as jaxfa.stiefel.polar, or None; got 'qr'"):
+    with pytest.raises(TypeError, match=r"such as jaxfa.retractions.polar, or None; got 'qr'"):
         jaxfa.ssa(retraction="qr")
     with pytest.raises(ValueError, match="needs factored weights"):
         jaxfa.ssa(parallel=False).init(KEY, w.dense())

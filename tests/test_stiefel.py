@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import jaxfa
-from jaxfa.stiefel import cayley, polar, qr, tangent
+from jaxfa.retractions import cayley, orthonormal, polar, qr, tangent
 
 KEYS = jax.random.split(jax.random.PRNGKey(0), 2)
 RETRACTIONS = {"polar": polar, "qr": qr, "cayley": cayley}
@@ -51,6 +51,56 @@ def test_retractions_agree_with_the_step_to_first_order(retraction, x64):
     along = tangent(u, d)
     errors = [jnp.linalg.norm(retraction(u, t * along) - (u + t * along)) for t in (1e-2, 1e-3)]
     np.testing.assert_allclose(errors[0] / errors[1], 100, rtol=0.05)
+
+
+STARTS = {
+    "not orthonormal": 2 * np.random.default_rng(0).normal(size=(8, 4)),
+    "zeros": np.zeros((8, 4)),
+    "one column, repeated": np.ones((8, 4)),
+    "two columns of four": np.diag([0.0, 1.0, 0.0, 3.0])[:, [1, 3, 0, 2]].repeat(2, 0),
+    "square": np.diag([1.0, 0.0, -2.0, 0.0]),
+    "tiny": 1e-35 * np.random.default_rng(0).normal(size=(8, 4)),
+    "nearly dependent": np.ones((8, 4)) + 1e-6 * np.random.default_rng(0).normal(size=(8, 4)),
+    "large": 100 * np.random.default_rng(0).normal(size=(8, 4)),
+    "huge": 1e30 * np.random.default_rng(0).normal(size=(8, 4)),
+}
+
+
+@every_retraction
+@pytest.mark.parametrize("first", STARTS.values(), ids=STARTS)
+def test_from_any_start_columns_are_orthonormal_after_the_first_step(retraction, first):
+    u, tx = jnp.asarray(first, jnp.float32), jaxfa.stiefel(retraction)
+    size = jnp.abs(u).max()
+    # What is large is exact to its own rounding, at the next step to that of 1.
+    for limit in (1e-6 + 1e-6 * size, 1e-5):
+        updates, _ = tx.update(0.1 * jnp.asarray(STARTS["not orthonormal"][: len(u)], jnp.float32), tx.init(u), u)
+        u = u + updates
+        assert off(u) < limit or (limit > 1 and jnp.all(jnp.isfinite(u)))
+
+
+def test_the_nearest_orthonormal_columns_to_dependent_ones_keep_what_these_say(x64):
+    u, d = start()
+    left, sizes, right = jnp.linalg.svd(d, full_matrices=False)
+    got = orthonormal(left @ jnp.diag(sizes.at[2:].set(0)) @ right)
+    assert off(got) < 1e-13
+    chex.assert_trees_all_close(got @ right[:2].T, left[:, :2], atol=1e-13)
+    assert orthonormal(u).tobytes() == u.tobytes()
+    stacked = jnp.stack([u, jnp.zeros_like(u)])
+    assert max(off(jax.vmap(orthonormal)(stacked)[1]), off(orthonormal(stacked)[1])) < 1e-13
+
+
+@every_retraction
+def test_outside_of_jit_a_second_step_compiles_nothing(retraction, caplog):
+    tx = jaxfa.stiefel(retraction)
+
+    def step():
+        u, d = (array.astype(jnp.float32) for array in start(7, 3))
+        return tx.update(d, tx.init(u), u)
+
+    step()
+    with caplog.at_level("WARNING", logger="jax"), jax.log_compiles():
+        step()
+    assert "ompiling" not in caplog.text
 
 
 def test_the_polar_retraction_is_the_nearest_and_not_the_others(x64):
@@ -101,6 +151,10 @@ def test_what_is_no_tall_matrix_is_refused():
     tx = jaxfa.stiefel()
     for wrong in (jnp.ones(3), jnp.ones((2, 3))):
         with pytest.raises(ValueError, match="r <= n"):
-            tx.update(wrong, tx.init(wrong), wrong)
+            tx.init(wrong)
+        with pytest.raises(ValueError, match="r <= n"):
+            tx.update(wrong, optax.EmptyState(), wrong)
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(jnp.eye(3), tx.init(jnp.eye(3)))
+    with pytest.raises(ValueError, match="leave project=True"):
+        jaxfa.stiefel(cayley, project=False)

@@ -8,15 +8,17 @@ from jax.flatten_util import ravel_pytree
 
 from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
+from jaxfa.forward_mode import backward_alone
 from jaxfa.nn.contraction import contractions_of, layer_of, restore, sites_of
 from jaxfa.nn.coverage import Coverage, cover
+from jaxfa.nn.learning import note_refined, quiet, remind
 from jaxfa.nn.tap import Tap, call_with_wires, remove_tap, taps_of
 from jaxfa.nn.variables import Recorder, abstractly, modules_of, structs
 from jaxfa.svd import is_factors
 
 
 class Aligned(nnx.Module):
-    """A model that learns by a rule; :func:`attach` makes it.
+    """A model that learns by a rule; :func:`jaxfa.nn.attach` makes it.
 
     Attributes:
       model: a copy of the user's model with the rule in it. Parameters and state keep their paths.
@@ -32,9 +34,15 @@ class Aligned(nnx.Module):
         self.example = nnx.static(example)
         self.allow = allow
         self.forward = nnx.static(forward)
+        self.reminds = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass, bit for bit; its gradient is the rule's."""
+        with backward_alone():
+            outputs = self._run(args, kwargs)
+            return remind(self.rule, outputs) if self.reminds else outputs
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.forward is not None:
             return self.forward(self.model, args, kwargs)
         if is_direct(self.rule):
@@ -48,7 +56,7 @@ class Aligned(nnx.Module):
         """How the error reaches and leaves every weight contraction, as a table, read off the traced gradient.
 
         Args:
-          *args: one batch of inputs, as for the model; by default the example that :func:`attach` was given.
+          *args: one batch of inputs, as for the model; by default the example that :func:`jaxfa.nn.attach` was given.
           **kwargs: likewise.
 
         Raises:
@@ -58,7 +66,7 @@ class Aligned(nnx.Module):
             raise ValueError(
                 "coverage() traces the model: give attach() an example=, or this call one batch of inputs."
             )
-        return cover(self, structs(args) or self.example or (), structs(kwargs))
+        return cover(quiet(self), structs(args) or self.example or (), structs(kwargs))
 
     def refine(self, key: jax.Array, *args: Any, **kwargs: Any) -> None:
         """Runs the rule's own phase on the feedback, in place: the weight mirror's noise; nothing for most rules.
@@ -79,13 +87,17 @@ class Aligned(nnx.Module):
         feedback = {path: part.feedback.get_value() for path, part in parts.items()}
         for path, value in self.rule.refine(forward, feedback, key).items():
             parts[path].feedback.set_value(value)
+        note_refined(self.rule)
 
 
 def plain(aligned: Aligned) -> Any:
     """The same network with true gradients and forward mode, for measuring and calibrating.
 
+    An attached model has a backward pass alone: ``jax.jvp`` of it is refused, inside of a ``jit`` in JAX's own words,
+    "can't apply forward-mode autodiff (jvp) to a custom_vjp function".
+
     Args:
-      aligned: what :func:`attach` returned.
+      aligned: what :func:`jaxfa.nn.attach` returned.
 
     Returns:
       A model of the user's own class that shares ``aligned``'s variables: a step on the one is a step on the other.
@@ -108,7 +120,7 @@ def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
     """How well the rule's pseudo-gradient is aligned with the true gradient, for every parameter.
 
     Args:
-      aligned: what :func:`attach` returned; its state is not changed.
+      aligned: what :func:`jaxfa.nn.attach` returned; its state is not changed.
       loss: ``model -> scalar``, called with a copy of ``aligned`` and of its plain twin.
 
     Returns:
@@ -123,7 +135,7 @@ def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
 
     Source: as :func:`jaxfa.diagnostics.angle`.
     """
-    pseudo = nnx.to_flat_state(nnx.grad(loss)(nnx.clone(aligned))["model"])
+    pseudo = nnx.to_flat_state(nnx.grad(loss)(quiet(aligned))["model"])
     true = nnx.to_flat_state(nnx.grad(loss)(nnx.clone(plain(aligned))))
     sites = sites_of(plain(aligned)).items()
     stacks = {path: site.stack(module.kernel.get_value()) for path, (module, site) in sites}
@@ -140,7 +152,7 @@ def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
     """The angle between each layer's weights and the matrix through which its errors return.
 
     Args:
-      aligned: what :func:`attach` returned with a layer-wise rule.
+      aligned: what :func:`jaxfa.nn.attach` returned with a layer-wise rule.
 
     Returns:
       ``{"path/of/layer": degrees}``, for a stack of layers an array of them; empty for direct rules, whose matrices

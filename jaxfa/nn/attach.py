@@ -38,6 +38,10 @@ def attach(
     to the outputs of the modules named by ``at``, inside which the backward is exact; without ``at``, to the input of
     every such layer but the first.
 
+    The arrays of ``nnx.state(aligned)`` are all that need be saved, by orbax, numpy or pickle: the same call of attach
+    makes the rest, ``nnx.update(aligned, state)`` puts them back. The model itself, which has the rule's functions in
+    it, can be copied by ``copy.deepcopy`` but not pickled.
+
     Args:
       model: any NNX model; it stays as it is.
       rule: a :class:`jaxfa.Rule`.

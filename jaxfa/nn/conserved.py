@@ -12,6 +12,7 @@ from jaxfa.dfa import DirectMatrix
 from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.contraction import Site, contractions_of, sites_of
 from jaxfa.nn.coverage import trace
+from jaxfa.nn.learning import quiet
 from jaxfa.nn.tap import taps_of
 from jaxfa.nn.variables import structs
 from jaxfa.nn.views import Whole
@@ -40,8 +41,8 @@ def links(aligned: Aligned, *args: Any) -> dict[str, Link]:
     activation or a norm, is not seen.
 
     Args:
-      aligned: what :func:`attach` returned.
-      *args: one batch of inputs, or its shapes; by default the example that :func:`attach` was given.
+      aligned: what :func:`jaxfa.nn.attach` returned.
+      *args: one batch of inputs, or its shapes; by default the example that :func:`jaxfa.nn.attach` was given.
 
     Returns:
       ``{"path/of/layer": Link}``, in the order of the forward pass.
@@ -78,7 +79,7 @@ def imbalances(aligned: Aligned, loss: Any, *args: Any) -> dict[str, jax.Array]:
     """By how much the law of :mod:`jaxfa.conservation` fails for a model's own pseudo-gradient; zero where it holds.
 
     Args:
-      aligned: what :func:`attach` returned; its state is not changed.
+      aligned: what :func:`jaxfa.nn.attach` returned; its state is not changed.
       loss: ``model -> scalar``.
       *args: as for :func:`links`.
 
@@ -97,7 +98,7 @@ def imbalances(aligned: Aligned, loss: Any, *args: Any) -> dict[str, jax.Array]:
     Source: as :func:`jaxfa.conservation.quantity`.
     """
     gradient = nnx.clone(aligned)
-    nnx.update(gradient, nnx.grad(loss)(nnx.clone(aligned)))
+    nnx.update(gradient, nnx.grad(loss)(quiet(aligned)))
     steps = links(gradient, *args)
     return {
         layer: imbalance(link.pair, steps[layer].pair, link.feedback) for layer, link in links(aligned, *args).items()
@@ -112,7 +113,7 @@ def align(aligned: Aligned, *args: Any, ratio: float = 0.5) -> None:
     stay aligned for as long as the law holds. Where it does not hold this still is where both start alike.
 
     Args:
-      aligned: what :func:`attach` returned with a layer-wise rule.
+      aligned: what :func:`jaxfa.nn.attach` returned with a layer-wise rule.
       *args: as for :func:`links`.
       ratio: how much of the alignment training may take away, between 0 and 1.
 

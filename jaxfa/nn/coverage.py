@@ -10,6 +10,7 @@ from jax.tree_util import DictKey
 from jaxfa.audit import OUTPUT, Audit, Use, audit
 from jaxfa.base import is_direct
 from jaxfa.nn.contraction import Contraction
+from jaxfa.nn.learning import how_it_learns
 from jaxfa.nn.tap import Tap
 from jaxfa.nn.variables import Feedback, modules_of, split_arrays, structs
 from jaxfa.paths import matches
@@ -27,6 +28,7 @@ class Row(NamedTuple):
       arrives: how the error gets to its output.
       leaves: how the error goes on to what is below.
       feedback: the feedback's class and size, where it has one.
+      learns: how that learns: "fixed", "from the batch", "by refine", which is ``model.refine(key, x)``, or else.
     """
 
     layer: str
@@ -34,6 +36,7 @@ class Row(NamedTuple):
     arrives: str
     leaves: str
     feedback: str
+    learns: str
 
 
 class Coverage(NamedTuple):
@@ -55,8 +58,8 @@ class Coverage(NamedTuple):
 
     def __str__(self) -> str:
         """The table as text."""
-        head = ("layer", "weights", "error arrives", "error leaves", "feedback")
-        lines = [head, *((row.layer, str(row.shape), row.arrives, row.leaves, row.feedback) for row in self.rows)]
+        head = ("layer", "weights", "error arrives", "error leaves", "feedback", "learns")
+        lines = [head, *((row.layer, str(row.shape), *row[2:]) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = (map(str.ljust, line, widths) for line in lines)
         return "\n".join("  ".join(line).rstrip() for line in padded)
@@ -126,7 +129,9 @@ class _Cover:
         self.inputs = [tap.path for tap in taps if tap.at_input]
         self.places = {tap.scope: f"{'input' if tap.at_input else 'output'} of {tap.path}" for tap in taps}
         self.taps = {tap.scope: tap.path for tap in taps}
-        self.feedback = _feedback_of(aligned.model)
+        held = _feedback_of(aligned.model)
+        self.feedback = {path: _describe(feedback) for path, feedback in held.items()}
+        self.learns = {path: how_it_learns(aligned.rule, feedback) for path, feedback in held.items()}
         flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Not(Feedback)))
         self.shapes = {"/".join(map(str, path)): _shape(leaf.get_value()) for path, leaf in flat}
         self.first = {name for use in result.uses if use.first for name in use.weights}
@@ -142,8 +147,10 @@ class _Cover:
         way = self.result.arrivals.get(name, frozenset())
         taps = [self.taps[step.name] for step in way if step.name in self.taps and step.kind == "direct"]
         # A direct feedback stands where it brings an error, a layer's own where it sends one on.
-        feedback = " ".join(self.feedback.get(path, "") for path in (taps if self.taps else [_layer(name)]))
-        return Row(_layer(name), self.shapes[name], self.arrives(name), self.leaves(name), feedback)
+        holders = taps if self.taps else [_layer(name)]
+        feedback = " ".join(self.feedback.get(path, "") for path in holders)
+        learns = ", ".join({self.learns[path]: None for path in holders if path in self.learns})
+        return Row(_layer(name), self.shapes[name], self.arrives(name), self.leaves(name), feedback, learns)
 
     def block(self, below: str, above: str) -> str | None:
         """The tapped block that holds both parameters, inside which the backward is meant to be exact."""
@@ -205,10 +212,10 @@ class _Cover:
         )
 
 
-def _feedback_of(model: nnx.Module) -> dict[str, str]:
-    """The feedback of each layer or tap, in words."""
+def _feedback_of(model: nnx.Module) -> dict[str, Any]:
+    """The feedback of each layer or tap."""
     parts = {module.path: module for _, module in modules_of(model) if isinstance(module, Contraction | Tap)}
-    return {path: _describe(part.feedback.get_value()) for path, part in parts.items() if part.feedback is not None}
+    return {path: part.feedback.get_value() for path, part in parts.items() if part.feedback is not None}
 
 
 def _describe(feedback: Any) -> str:

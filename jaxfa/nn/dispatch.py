@@ -20,7 +20,7 @@ from jaxfa.base import Rule
 from jaxfa.nn.stream import Inputs, Run, Walk, changed_state, check_streams, split_inputs, split_model, walked
 from jaxfa.nn.tap import Tap, taps_of
 from jaxfa.ops import deliver, error_wire, listen, vary_alike
-from jaxfa.stages import LAYER
+from jaxfa.shards import LAYER
 
 
 class Dispatch(Walk):

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.contraction import sites_of
+from jaxfa.nn.learning import quiet
 from jaxfa.nn.variables import Recorder
 
 
@@ -36,7 +37,7 @@ def errors(aligned: Aligned, loss: Any) -> dict[str, jax.Array]:
     """The error that the rule brings to the output of every dense layer and convolution, before its activation.
 
     Args:
-      aligned: what :func:`attach` returned; its state is not changed.
+      aligned: what :func:`jaxfa.nn.attach` returned; its state is not changed.
       loss: ``model -> scalar``.
 
     Returns:
@@ -52,7 +53,7 @@ def errors(aligned: Aligned, loss: Any) -> dict[str, jax.Array]:
 
     Source: as each rule.
     """
-    recorder, probe, shifted = Recorder(), plain(aligned), nnx.clone(aligned)
+    recorder, probe, shifted = Recorder(), plain(aligned), quiet(aligned)
     for part in _shift(probe).values():
         part.recorder = recorder
     # Of a copy inside: the pass may update statistics, which nobody asked for.

@@ -1,0 +1,95 @@
+"""How each feedback learns, as the table says it, and what is said if the phase in which it does was forgotten."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import jaxfa
+from tests.methods import METHODS
+from tests.networks import BLOCKS, MLP, Residual, attach, inputs, loss
+
+X = inputs(9, 6)
+LEARNS = {
+    "backprop": "",
+    "brsf": "drawn at every update",
+    "kolen_pollack": "from the batch",
+    "dkp": "from the batch",
+    "ldfa": "from the batch",
+    "dldfa": "from the batch",
+    "weight_mirror": "by refine",
+    "normative_ldfa": "by refine",
+    "grape": "by refine",
+    "fdfa": "by refine",
+    "ssa_transported": "from the weights",
+}
+PHASES = {
+    "grape": jaxfa.grape,
+    "fdfa": jaxfa.fdfa,
+    "weight_mirror": jaxfa.weight_mirror,
+    "normative_ldfa": lambda: jaxfa.normative_ldfa(2),
+}
+every_phase = pytest.mark.parametrize(("name", "make"), PHASES.items(), ids=PHASES)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_the_table_says_how_each_feedback_learns(method):
+    coverage = attach(MLP(nnx.Rngs(0)), method.rule, X).coverage()
+    assert {row.learns for row in coverage.rows if row.feedback} <= {LEARNS.get(method.name, "fixed")}
+    assert any(row.learns for row in coverage.rows) != method.exact
+    assert str(coverage).splitlines()[0].endswith("learns")
+
+
+def told(action, *args):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action(*args)
+    return [str(one.message) for one in caught]
+
+
+@every_phase
+def test_the_first_gradient_of_a_rule_that_was_never_refined_warns_once(name, make):
+    model = attach(MLP(nnx.Rngs(0)), make(), X)
+    gradient = nnx.jit(nnx.grad(loss))
+    # What is no gradient, or measures one, says nothing.
+    assert not told(lambda: (model(X), nnx.jit(lambda model: model(X))(model), jaxfa.nn.alignment(model, by_loss)))
+    (message,) = told(gradient, nnx.clone(model), X)
+    assert message.startswith(f"{name} learns")
+    assert "model.refine(key, x)" in message
+    assert not told(nnx.grad(loss), model, X)
+
+
+@every_phase
+def test_a_step_that_refines_says_nothing_and_is_traced_once(name, make):
+    traces = []
+
+    @nnx.jit
+    def step(model, key):
+        traces.append(key)
+        model.refine(key, X)
+        return nnx.grad(loss)(model, X)
+
+    model = attach(MLP(nnx.Rngs(0)), make(), X)
+    for key in jax.random.split(jax.random.key(0), 2):
+        step(model, key)
+    graphdef, state = nnx.split(model)
+    step(nnx.merge(graphdef, state), jax.random.key(1))
+    assert len(traces) == 1
+
+
+def test_streamed_models_and_rules_of_ones_own_are_told_and_rules_without_a_phase_are_not():
+    streamed = attach(Residual(nnx.Rngs(0)), jaxfa.grape(), X, BLOCKS, schedule="stream")
+    assert len(told(nnx.jit(nnx.grad(loss)), streamed, X)) == 1
+
+    def mirror():
+        return jaxfa.fa()._replace(refine=lambda forward, feedback, key: feedback)
+
+    (message,) = told(nnx.grad(loss), attach(MLP(nnx.Rngs(0)), mirror(), X), X)
+    assert message.startswith("test_")  # where the function was made: it has no other name
+    assert not told(nnx.grad(loss), attach(MLP(nnx.Rngs(0)), jaxfa.fa(), X), X)
+
+
+def by_loss(model):
+    return jnp.square(model(X)).sum()

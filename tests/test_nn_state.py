@@ -1,0 +1,75 @@
+"""What an attached model is on disk: the arrays of its state; the same call of attach makes all the rest."""
+
+import copy
+import functools
+import pickle
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxfa
+from tests.methods import METHODS
+from tests.networks import MLP, TRAINED, Scanned, attach, inputs, loss
+
+X = inputs(9, 6)
+CASES = [(MLP, method.rule, None) for method in METHODS]
+CASES += [(Scanned, rule, ("stem", "blocks")) for rule in (jaxfa.brsf(), jaxfa.grape(averaging=jaxfa.kalman(), tile=1))]
+every_case = pytest.mark.parametrize(("make", "rule", "at"), CASES, ids=[*map(str, METHODS), "brsf, scanned", "tiles"])
+
+
+@functools.cache
+def transformation(rule):
+    return jaxfa.optimizer(optax.adam(1e-2), rule)
+
+
+def prepare(make, rule, at):
+    """An attached model and its optimizer, as one module."""
+    model = attach(make(nnx.Rngs(0)), rule, X, at)
+    return nnx.List([model, nnx.Optimizer(model, transformation(rule), wrt=TRAINED)])
+
+
+def arrays_of(both):
+    return jax.tree.leaves(nnx.state(both))
+
+
+def restore(both, saved):
+    nnx.update(both, jax.tree.unflatten(jax.tree.structure(nnx.state(both)), pickle.loads(saved)))
+
+
+def save(both):
+    return pickle.dumps([np.asarray(leaf) for leaf in arrays_of(both)])
+
+
+@every_case
+def test_the_arrays_of_the_state_are_the_whole_of_it(make, rule, at):
+    both, again = prepare(make, rule, at), prepare(make, rule, at)
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in arrays_of(both)]
+    assert len(set(pointers)) == len(pointers)  # all can be donated
+    nnx.update(both, jax.tree.map(lambda leaf: leaf + 1, nnx.state(both)))
+    restore(again, save(both))
+    for one in (again, copy.deepcopy(both)):
+        assert nnx.graphdef(one) == nnx.graphdef(both)  # the same program, then
+        for ours, theirs in zip(arrays_of(both), arrays_of(one), strict=True):
+            assert ours.tobytes() == theirs.tobytes()
+
+
+def test_a_restored_model_goes_on_bit_for_bit_and_is_not_traced_again():
+    traces = []
+
+    @nnx.jit
+    def step(both):
+        traces.append(both)
+        model, optimizer = both
+        model.refine(jax.random.key(1), X)
+        optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, TRAINED))(model, X))
+
+    both, again = prepare(*CASES[-1]), prepare(*CASES[-1])
+    step(both)
+    restore(again, save(both))
+    step(both)
+    step(again)
+    assert [one.tobytes() for one in arrays_of(both)] == [one.tobytes() for one in arrays_of(again)]
+    assert len(traces) == 1
