@@ -12,6 +12,7 @@ from experiments import (
     conservation,
     grape_ablation,
     grape_deep,
+    grape_resnet20,
     grape_schedule,
     grape_shallow,
     grape_transformer,
@@ -26,6 +27,7 @@ from experiments import (
     pipeline,
     rank_collapse,
     report,
+    results,
     ssa_ablation,
     ssa_alignment,
     ssa_cifar10,
@@ -38,6 +40,7 @@ EXPERIMENTS = {
     "conservation": conservation,
     "grape_ablation": grape_ablation,
     "grape_deep": grape_deep,
+    "grape_resnet20": grape_resnet20,
     "grape_schedule": grape_schedule,
     "grape_shallow": grape_shallow,
     "grape_transformer": grape_transformer,
@@ -108,8 +111,15 @@ def _run(name: str, options: list[str]) -> None:
     print(f"Report: {experiment.run(config).resolve()}")
 
 
-def _report(folder: tyro.conf.Positional[Path] = Path("runs/compare")) -> None:
-    """Writes report.html from the runs in a folder, and prints where it lies."""
+def _report(folder: tyro.conf.Positional[Path] = Path("runs/compare"), save: str | None = None) -> None:
+    """Writes report.html from the runs in a folder, and prints where it lies.
+
+    Args:
+      folder: The folder that an experiment filled.
+      save: The name under which a sweep's results are kept, as data, in experiments/results.
+    """
+    if save:
+        print(f"Results: {results.write(folder, save).resolve()}")
     page = sweep_report if (folder / "sweep.json").exists() else report
     print(f"Report: {page.write(folder).resolve()}")
 

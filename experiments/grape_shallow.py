@@ -94,8 +94,12 @@ class Config(sweep.Config):
 PRESETS = {
     # One seed: on a CPU, XLA runs the convolutions of several seeds at once many times slower.
     "cpu": Config(epochs=4, images=4000, test_images=2000, seeds=1),
+    "gpu15": Config(
+        datasets=("cifar10", "cifar100"), epochs=30, batch=128, seeds=1, apart=True, minutes=6.0,
+        out=Path("runs/grape_shallow-gpu15"),
+    ),
     "paper": Config(epochs=100, seeds=5, out=Path("runs/grape_shallow-paper")),
-}
+}  # fmt: skip
 PAGE = sweep.Page(
     "Does learned direct feedback close the gap?",
     "Shallow convolutional networks under backpropagation, feedback alignment, and direct feedback that is fixed (DFA) "

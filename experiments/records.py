@@ -164,6 +164,8 @@ def _processor() -> str:
 
 
 def _commit() -> str:
+    if "JAXFA_COMMIT" in os.environ:  # where the code was copied without its repository
+        return os.environ["JAXFA_COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

@@ -5,6 +5,7 @@ of its own takes only the trainings, from :func:`train_each`.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from experiments import data, records, sweep_report, timing
+from experiments import apart, data, records, sweep_report, timing
 from experiments.metrics import METRICS, Metric, MetricName
 from experiments.task import Task
 from experiments.train import train
@@ -88,6 +89,12 @@ class Options:
     """The folder of the cached data sets; by default what JAXFA_DATA names, else ./data."""
     fresh: bool = False
     """Whether to delete the results that are there."""
+    apart: bool = False
+    """Whether every arm trains in a process of its own, all at once; steps are not timed then."""
+    minutes: float | None = None
+    """When to stop the processes of ``--apart``; the same command goes on later. By default never."""
+    only: str | None = None
+    """The one arm to train, without a report; by default all."""
 
     arms: ClassVar[tuple[str, ...]] = ()
     """The fields that choose arms: more of them may join the results that are there."""
@@ -114,6 +121,8 @@ class Config(Options):
 
 def prepare(config: Options, dataset: data.Dataset) -> data.Dataset:
     """The part of a data set that a configuration asks for, on the device."""
+    if config.apart:  # before the device is first touched: else one process reserves most of its memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if config.split == "validation":
         dataset = data.hold_out(dataset)
     return data.on_device(data.first(dataset, config.images, config.test_images))
@@ -131,9 +140,10 @@ def open_run(config: Options) -> dict[str, Any]:
     Raises:
       ValueError: if the folder holds another run.
     """
-    ignored = ("loop", "diagnostics", "save_every", "out", "data", "fresh", *config.arms)
-    identity = records.identity(type(config).__module__.rpartition(".")[2], config, ignored)
-    records.open_run(config.out, identity, fresh=config.fresh)
+    how = ("loop", "diagnostics", "save_every", "out", "data", "fresh", "apart", "minutes", "only")
+    identity = records.identity(type(config).__module__.rpartition(".")[2], config, (*how, *config.arms))
+    if config.only is None:  # one arm's process leaves the folder to the one that started it
+        records.open_run(config.out, identity, fresh=config.fresh)
     return identity
 
 
@@ -206,13 +216,29 @@ def run(config: Options, page: Page, arms: Sequence[Arm]) -> Path:
     if len(set(names)) < len(names):
         raise ValueError(f"Every arm needs a name of its own, got {names}.")
     identity = open_run(config)
+    if config.only is not None:
+        return _train_one(config, identity, arms)
     described = [{key: value for key, value in arm._asdict().items() if key != "task"} for arm in arms]
     for arm in described:
         arm["reference"] = arm["reference"] or names[0]
     records.write_json(config.out / "sweep.json", page._asdict() | {"arms": described})
-    _train(config, identity, arms)
+    if config.apart:
+        with _progress() as progress:
+            cut = apart.train_apart(config.out, names, config.epochs, config.minutes, progress)
+        records.write_json(config.out / "cut.json", cut)
+        Console().print(*cut, sep="\n")
+    else:
+        _train(config, identity, arms)
     Console().print(_table(sweep_report.read_rows(config.out), METRICS[page.metric]))
     return sweep_report.write(config.out)
+
+
+def _train_one(config: Options, identity: dict[str, Any], arms: Sequence[Arm]) -> Path:
+    chosen = {arm.name: arm.task for arm in arms if arm.name == config.only}
+    if not chosen:
+        raise ValueError(f"No arm is called {config.only!r}; choose one of {', '.join(arm.name for arm in arms)}.")
+    list(train_each(config, identity, chosen))
+    return config.out / str(config.only)
 
 
 def _train(config: Options, identity: dict[str, Any], arms: Sequence[Arm]) -> None:

@@ -118,6 +118,7 @@ def read_rows(folder: Path) -> list[Row]:
     path = folder / "sweep.json"
     arms = records.read_json(path)["arms"] if path.exists() else []
     histories = {arm["name"]: records.read(folder / arm["name"]) for arm in arms}
+    histories = {name: history if len(history) > 1 else [] for name, history in histories.items()}
     if not any(histories.values()):
         raise FileNotFoundError(f"{folder} holds no trained arm; name a folder that a sweep filled with --out.")
     arms = [arm for arm in arms if histories[arm["name"]] and histories[arm["reference"]]]
