@@ -1,4 +1,4 @@
-"""The command line: ``python -m experiments list | run NAME [--preset NAME] [options] | report FOLDER``."""
+"""The command line: ``python -m experiments list | run NAME [--preset NAME] [options] | report FOLDER | results``."""
 
 import argparse
 import sys
@@ -26,6 +26,7 @@ from experiments import (
     memory,
     pipeline,
     rank_collapse,
+    records,
     report,
     results,
     ssa_ablation,
@@ -59,7 +60,7 @@ EXPERIMENTS = {
     "ssa_alignment": ssa_alignment,
     "ssa_cost": ssa_cost,
 }
-_COMMANDS = ("list", "run", "report")
+_COMMANDS = ("list", "run", "report", "results")
 
 
 def main(args: list[str]) -> int:
@@ -91,6 +92,9 @@ def _dispatch(args: list[str]) -> None:
         case ["run", *names]:
             given = f"Unknown experiment {names[0]!r}" if names else "No experiment given"
             raise ValueError(f"{given}; choose one of {', '.join(EXPERIMENTS)}.")
+        case ["results"]:
+            records.replace(results.PAGE, results.page())
+            print(f"Results: {results.PAGE}")
         case ["report", *options]:
             tyro.cli(_report, args=options, prog="python -m experiments report")
         case ["-h" | "--help"]:

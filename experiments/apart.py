@@ -15,7 +15,8 @@ from rich.progress import Progress
 
 from experiments import records
 
-_POLL_SECONDS = 1.0
+COMMAND = (sys.executable, "-m", "experiments")
+_POLL_SECONDS = 0.5
 _GRACE_SECONDS = 20.0
 
 
@@ -55,7 +56,7 @@ def reached(folder: Path) -> int:
 def _start(folder: Path, arm: str) -> subprocess.Popen[bytes]:
     # Without a share of its own reserved, each takes what it needs of the device's memory.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-    command = [sys.executable, "-m", "experiments", *sys.argv[1:], "--only", arm]
+    command = [*COMMAND, *sys.argv[1:], "--only", arm]
     with (folder / f"{arm}.log").open("ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
