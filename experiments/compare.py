@@ -60,7 +60,7 @@ class Config:
     epochs: int = 40
     """Passes over the training images."""
     batch: int = 64
-    """Examples per step."""
+    """How many examples a step has."""
     learning_rate: float | None = None
     """The learning rate of Adam; None takes the one that was found for each rule."""
     seeds: int = 3
@@ -68,11 +68,11 @@ class Config:
     seed: int = 0
     """The first seed; the others follow it."""
     split: Literal["test", "validation"] = "test"
-    """Which images are tested: the test set, or a tenth of the training set held out, to tune a choice by."""
+    """The images to test on: the test set, or a tenth of the training set held out, to tune a choice by."""
     loop: Loop = "auto"
     """Each batch is one compiled step, or a scan runs many; auto chooses by the backend. Both draw the same numbers."""
     diagnostics: bool = False
-    """Each epoch's record then holds every layer's effective ranks, and how far what is conserved has drifted."""
+    """Every epoch's record also holds each layer's effective ranks, and how far what is conserved has drifted."""
     save_every: int = 5
     """Epochs from one checkpoint to the next; the last is always saved."""
     out: Path = Path("runs/compare")
@@ -80,7 +80,7 @@ class Config:
     data: Path | None = None
     """The folder of the cached data sets; None is the one that JAXFA_DATA names, else ./data."""
     fresh: bool = False
-    """The results that are in the folder are deleted first."""
+    """The results in the folder are deleted first."""
 
     def __post_init__(self) -> None:
         for name in self.methods:
@@ -133,7 +133,7 @@ def run(config: Config) -> Path:
                     progress=progress,
                 )
             except DivergenceError as error:
-                progress.console.print(str(error), markup=False, highlight=False)
+                progress.console.print(str(error), markup=False, highlight=False, soft_wrap=True)
             else:
                 trainers[name] = trainer
     if "bp" in trainers:
@@ -169,8 +169,8 @@ def _table(folder: Path) -> Table:
         accuracy = f"{100 * row.accuracy.mean:.1f} ± {100 * row.accuracy.std:.1f} %"
         step = f"{row.step['ratio']:.2f} x bp" if row.step else ""
         table.add_row(row.name, accuracy, f"{row.angle.mean:.0f} ± {row.angle.std:.0f}°", step)
-    for name, note in records.diverged(folder).items():
-        table.add_row(name, note)
+    for name in records.diverged(folder):
+        table.add_row(name, "diverged")
     return table
 
 

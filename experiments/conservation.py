@@ -93,7 +93,7 @@ class Config(sweep.Options):
     images: int | None = 10_000
     """How many of the training images to take; None takes all."""
     batch: int = 64
-    """Examples per step."""
+    """How many examples a step has."""
     learning_rate: float | None = None
     """The learning rate of plain gradient descent; None takes the one that was found for each start."""
     seeds: int = 3

@@ -93,7 +93,7 @@ class Config:
     out: Path = Path("runs/ldfa_linear")
     """The folder of the results."""
     fresh: bool = False
-    """The results that are in the folder are deleted first."""
+    """The results in the folder are deleted first."""
 
     def __post_init__(self) -> None:
         records.refuse_below_one(self, "iterations", "seeds")

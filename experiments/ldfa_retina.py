@@ -75,7 +75,7 @@ class Config(sweep.Options):
     epochs: int = 6
     """Passes over the training images."""
     batch: int = 64
-    """Examples per step."""
+    """How many examples a step has."""
     learning_rate: float = 1e-3
     """The learning rate of Adam; each epoch multiplies it by 0.975."""
     weight_decay: float = 5e-5

@@ -73,7 +73,7 @@ class Config:
     out: Path = Path("runs/memory")
     """The folder of the results; a finished measurement is kept."""
     fresh: bool = False
-    """The results that are in the folder are deleted first."""
+    """The results in the folder are deleted first."""
 
 
 PRESETS = {

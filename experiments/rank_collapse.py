@@ -122,7 +122,7 @@ class Config(sweep.Options):
     test_images: int | None = 2_000
     """How many of the test images to take; None takes all."""
     batch: int = 64
-    """Examples per step."""
+    """How many examples a step has."""
     rate: float | None = None
     """The learning rate of every arm, before its cosine decay; None takes the one that was found for each."""
     adam_rate: float = 1e-3

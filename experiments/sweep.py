@@ -75,11 +75,11 @@ class Options:
     seed: int = 0
     """The first seed; the others follow it."""
     split: Literal["test", "validation"] = "test"
-    """Which images are tested: the test set, or a tenth of the training set held out, to tune a choice by."""
+    """The images to test on: the test set, or a tenth of the training set held out, to tune a choice by."""
     loop: Loop = "auto"
     """Each batch is one compiled step, or a scan runs many; auto chooses by the backend. Both draw the same numbers."""
     diagnostics: bool = False
-    """Each epoch's record then holds every layer's effective ranks, and how far what is conserved has drifted."""
+    """Every epoch's record also holds each layer's effective ranks, and how far what is conserved has drifted."""
     save_every: int = 10
     """Epochs from one checkpoint to the next; the last is always saved."""
     out: Path = Path("runs/sweep")
@@ -87,7 +87,7 @@ class Options:
     data: Path | None = None
     """The folder of the cached data sets; None is the one that JAXFA_DATA names, else ./data."""
     fresh: bool = False
-    """The results that are in the folder are deleted first."""
+    """The results in the folder are deleted first."""
 
     arms: ClassVar[tuple[str, ...]] = ()
     """The fields that choose arms: more of them may join the results that are there."""
@@ -142,13 +142,7 @@ def open_run(config: Options) -> dict[str, Any]:
 
 
 class Trained(NamedTuple):
-    """A training that is done.
-
-    Attributes:
-      name: the task's.
-      trainer: what trained it.
-      history: its records, from epoch 0.
-    """
+    """A training that is done: its name, what trained it, and its records, from epoch 0."""
 
     name: str
     trainer: Trainer
@@ -190,7 +184,7 @@ def train_each(
                     progress=progress,
                 )
             except DivergenceError as error:
-                progress.console.print(str(error), markup=False, highlight=False)
+                progress.console.print(str(error), markup=False, highlight=False, soft_wrap=True)
             else:
                 yield Trained(name, trainer, history)
 
@@ -244,8 +238,8 @@ def _table(folder: Path, metric: Metric) -> Table:
         step = f"{row.step['ratio']:.2f} x" if row.step else ""
         found = (row.name, str(row.last), str(row.best), gaps[0], published, gaps[1], f"{row.angle.mean:.0f}°", step)
         table.add_row(*found)
-    for name, note in sweep_report.diverged(folder).items():
-        table.add_row(name, note)
+    for name in sweep_report.diverged(folder):
+        table.add_row(name, "diverged")
     return table
 
 
