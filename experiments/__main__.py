@@ -93,7 +93,7 @@ def _dispatch(args: list[str]) -> None:
         case ["report", *options]:
             tyro.cli(_report, args=options, prog="python -m experiments report")
         case ["-h" | "--help"]:
-            print(__doc__)
+            print((__doc__ or "").replace("``", ""))
         case _:
             given = f"Unknown command {args[0]!r}" if args else "No command given"
             raise ValueError(f"{given}; choose one of {', '.join(_COMMANDS)}.")
@@ -127,7 +127,11 @@ def _about(experiment: ModuleType) -> str:
 
 
 def _report(folder: tyro.conf.Positional[Path] = Path("runs/compare")) -> None:
-    """Writes report.html from the runs in a folder, and prints where it lies."""
+    """Writes report.html from the runs in a folder, and prints where it lies.
+
+    Args:
+      folder: The folder that a run filled.
+    """
     page = sweep_report if (folder / "sweep.json").exists() else report
     print(f"Report: {page.write(folder).resolve()}")
 

@@ -158,6 +158,7 @@ def run(config: Config) -> Path:
     """
     identity = sweep.open_run(config)
     trained = {str(name): _train(config, identity, name) for name in config.datasets}
+    trained = {name: starts for name, starts in trained.items() if starts}
     laws = follow(config)
     records.write_json(config.out / "results.json", conservation_figure.numbers(laws))
     rows = conservation_figure.table(laws, trained)

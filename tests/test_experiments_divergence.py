@@ -7,9 +7,21 @@ import optax
 import pytest
 
 import jaxfa
-from experiments import compare, data, models, records, sweep, sweep_report, timing
+from experiments import (
+    compare,
+    cost_report,
+    data,
+    ldfa_linear,
+    models,
+    records,
+    ssa_alignment,
+    sweep,
+    sweep_report,
+    timing,
+)
 from experiments.__main__ import main
 from experiments.data import Dataset
+from experiments.metrics import METRICS
 from experiments.models import MLP, Architecture
 from experiments.task import Task
 from experiments.trainer import Trainer
@@ -126,3 +138,40 @@ def test_without_its_reference_a_comparison_is_told_all_the_same(mock, tmp_path,
 def test_an_option_that_no_arm_reads_is_refused(args, refused, capsys):
     assert main(["run", *args]) == 2
     assert f"No arm of this run reads {refused}: leave" in capsys.readouterr().err
+
+
+def lost(folder, name):
+    (folder / name).mkdir(parents=True)
+    records.replace(folder / name / records.DIVERGED, "diverged: the training loss is nan at step 1, epoch 1, seed 0")
+
+
+@pytest.mark.parametrize("missing", ["bp", "rank-2"])
+def test_costs_are_drawn_without_a_training_that_diverged(missing, tmp_path):
+    found = {"steps": [5.0], "operations": [1e12], "accuracy": [0.6]}
+    missed = {key: [None] for key in found}
+    curve = {name: missed if name == missing else found for name in ("bp", "rank-2", "rank-4")}
+    curve = {name: one | {"rank": rank} for (name, one), rank in zip(curve.items(), (None, 2, 4), strict=True)}
+    lost(tmp_path, missing)
+    page = cost_report.write(tmp_path, {}, curve, 0.5).read_text()
+    assert re.search(rf"<td>{missing}</td><td>{NOTE}</td>", page)
+
+
+def test_angles_are_drawn_without_a_training_that_diverged(tmp_path):
+    record = {"epoch": 0, "test_accuracy": [0.5], "angle": {"a": [40.0], "b": [50.0], "head": [0.0]}}
+    lost(tmp_path, "dfa")
+    page = ssa_alignment.write(tmp_path, {"ssa": [record], "sequential": [record]}).read_text()
+    assert re.search(rf"<td>dfa</td><td>{NOTE}</td>", page)
+    with pytest.raises(FloatingPointError, match=rf"Nothing in .* is left to draw: dfa {NOTE}"):
+        ssa_alignment.write(tmp_path, {})
+
+
+def test_a_linear_student_at_an_absurd_rate_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ldfa_linear, "VARIANTS", {"P and Q learned": ({}, "#0072b2")})
+    options = ["--ranks", "2", "--iterations", "20", "--seeds", "1", "--learning-rate", "1e9"]
+    assert main(["run", "ldfa_linear", *options, "--out", str(tmp_path / "run")]) == 1
+    assert "diverged, and are not in the report's figures: P and Q learned, rank 2, " in capsys.readouterr().err
+
+
+def test_a_perplexity_beyond_all_numbers_is_cut():
+    found = METRICS["perplexity"].values([{"test_loss": [1e5, np.log(4.0)]}])
+    np.testing.assert_allclose(found, [[1e9, 4]])
