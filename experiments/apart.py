@@ -45,7 +45,16 @@ def train_apart(folder: Path, arms: Sequence[str], epochs: int, minutes: float |
         processes[arm].terminate()
     for process in processes.values():
         _wait(process)
-    return [_told(folder, arm, process, stopped, epochs) for arm, process in processes.items() if process.returncode]
+    unfinished = [arm for arm in arms if processes[arm].returncode and not _is_done(folder / arm, epochs)]
+    return [_told(folder, arm, processes[arm], stopped, epochs) for arm in unfinished]
+
+
+def share_device() -> None:
+    """Lets this process and those that it starts take of the device's memory what they need, as they need it.
+
+    Else the first to touch the device would reserve most of it.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def reached(folder: Path) -> int:
@@ -53,12 +62,15 @@ def reached(folder: Path) -> int:
     return max((record["epoch"] for record in records.read(folder)), default=0)
 
 
+def _is_done(folder: Path, epochs: int) -> bool:
+    # A process also fails for another arm's divergence.
+    return reached(folder) == epochs or (folder / records.DIVERGED).exists()
+
+
 def _start(folder: Path, arm: str) -> subprocess.Popen[bytes]:
-    # Without a share of its own reserved, each takes what it needs of the device's memory.
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
     command = [*COMMAND, *sys.argv[1:], "--only", arm]
     with (folder / f"{arm}.log").open("ab") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> None:

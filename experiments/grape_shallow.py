@@ -58,7 +58,7 @@ import jax
 import optax
 
 import jaxfa
-from experiments import data, sweep
+from experiments import data, records, sweep
 from experiments.cnn import ShallowCNN
 from experiments.task import Task
 
@@ -78,17 +78,21 @@ class Config(sweep.Config):
     """The data sets, every rule's rate, and for how long."""
 
     datasets: tuple[Name, ...] = ("mnist", "cifar10", "cifar100")
-    """What to learn."""
+    """The data sets to learn."""
     fa_rate: float = 1e-3
-    """Of Adam under FA."""
+    """The learning rate of Adam under FA."""
     dfa_rate: float = 1e-3
-    """Of Adam under DFA."""
+    """The learning rate of Adam under DFA."""
     grape_rate: float = 1e-3
-    """Of Adam under GrAPE."""
+    """The learning rate of Adam under GrAPE."""
     out: Path = Path("runs/grape_shallow")
     """The folder of the results."""
 
     arms = ("datasets",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        records.refuse_empty(self, "datasets")
 
 
 PRESETS = {

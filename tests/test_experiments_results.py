@@ -49,12 +49,12 @@ def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch):
 
 
 def test_arms_that_fail_or_are_cut_are_told_and_the_others_go_on(tmp_path, monkeypatch):
-    script = (
-        "import sys, time; time.sleep({'quick': 0, 'slow': 60}.get(sys.argv[-1], 0)); sys.exit(sys.argv[-1] == 'bad')"
-    )
+    script = "import sys, time; time.sleep(60 * (sys.argv[-1] == 'slow')); sys.exit(sys.argv[-1] != 'quick')"
     monkeypatch.setattr(apart, "COMMAND", (sys.executable, "-c", script))
+    (tmp_path / "done").mkdir()
+    records.append(tmp_path / "done", {"epoch": 5})  # its process fails for another's divergence
     with Progress(disable=True) as progress:
-        told = apart.train_apart(tmp_path, ["quick", "bad", "slow"], 5, 0.05, progress)
+        told = apart.train_apart(tmp_path, ["quick", "bad", "slow", "done"], 5, 0.05, progress)
     assert told == [
         f"bad failed with exit status 1; {tmp_path}/bad.log says why.",
         "slow was cut at epoch 0 of 5; the same command goes on.",
