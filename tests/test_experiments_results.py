@@ -74,5 +74,5 @@ def test_published_numbers_stand_beside_the_published_setting_alone():
 def test_one_arm_alone_must_be_one_of_the_sweep(tmp_path):
     config = dataclasses.replace(grape_resnet20.PRESETS["cpu"], only="nothing", out=tmp_path / "run")
     with pytest.raises(ValueError, match="No arm is called 'nothing'; choose one of"):
-        sweep.run(config, grape_resnet20.PAGE, [])
+        sweep.run(config, grape_resnet20.PAGE, [sweep.Arm("one", "One", 1, task=None)])
     assert not config.out.exists()
