@@ -1,17 +1,20 @@
-"""The command line: ``python -m experiments list | run NAME [--preset NAME] [options] | report FOLDER``."""
+"""The command line: ``python -m experiments list | run NAME [--preset NAME] [options] | report FOLDER | results``."""
 
 import argparse
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import tyro
 from rich.console import Console
 
 from experiments import (
+    apart,
     compare,
     conservation,
     grape_ablation,
     grape_deep,
+    grape_resnet20,
     grape_schedule,
     grape_shallow,
     grape_transformer,
@@ -25,7 +28,9 @@ from experiments import (
     memory,
     pipeline,
     rank_collapse,
+    records,
     report,
+    results,
     ssa_ablation,
     ssa_alignment,
     ssa_cifar10,
@@ -38,6 +43,7 @@ EXPERIMENTS = {
     "conservation": conservation,
     "grape_ablation": grape_ablation,
     "grape_deep": grape_deep,
+    "grape_resnet20": grape_resnet20,
     "grape_schedule": grape_schedule,
     "grape_shallow": grape_shallow,
     "grape_transformer": grape_transformer,
@@ -56,7 +62,7 @@ EXPERIMENTS = {
     "ssa_alignment": ssa_alignment,
     "ssa_cost": ssa_cost,
 }
-_COMMANDS = ("list", "run", "report")
+_COMMANDS = ("list", "run", "report", "results")
 
 
 def main(args: list[str]) -> int:
@@ -66,7 +72,7 @@ def main(args: list[str]) -> int:
       args: the command line, without the program's name.
 
     Returns:
-      The exit status: 0, or 2 if the command was refused or the run stopped.
+      The exit status: 0; 1 if a training diverged; 2 if the command was refused.
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
@@ -74,7 +80,7 @@ def main(args: list[str]) -> int:
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         console.print("Error:", style="bold red", end=" ")
         console.print(str(error), markup=False)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     return 0
 
 
@@ -88,10 +94,13 @@ def _dispatch(args: list[str]) -> None:
         case ["run", *names]:
             given = f"Unknown experiment {names[0]!r}" if names else "No experiment given"
             raise ValueError(f"{given}; choose one of {', '.join(EXPERIMENTS)}.")
+        case ["results"]:
+            records.replace(results.PAGE, results.page())
+            print(f"Results: {results.PAGE}")
         case ["report", *options]:
             tyro.cli(_report, args=options, prog="python -m experiments report")
         case ["-h" | "--help"]:
-            print(__doc__)
+            print((__doc__ or "").replace("``", ""))
         case _:
             given = f"Unknown command {args[0]!r}" if args else "No command given"
             raise ValueError(f"{given}; choose one of {', '.join(_COMMANDS)}.")
@@ -102,14 +111,39 @@ def _run(name: str, options: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m experiments run {name}", add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=experiment.PRESETS, default="cpu")
     chosen, rest = parser.parse_known_args(options)
-    description = f"{experiment.__doc__}\n--preset {{{','.join(experiment.PRESETS)}}} sets the defaults below."
     default = experiment.PRESETS[chosen.preset]
-    config = tyro.cli(experiment.Config, default=default, args=rest, prog=parser.prog, description=description)
+    config = tyro.cli(experiment.Config, default=default, args=rest, prog=parser.prog, description=_about(experiment))
+    unread = config.unread() if hasattr(config, "unread") else ()
+    idle = [field for field in unread if getattr(config, field) != getattr(default, field)]
+    if idle:
+        names = ", ".join(f"--{field.replace('_', '-')}" for field in idle)
+        raise ValueError(f"No arm of this run reads {names}: leave it out, or choose an arm that does.")
+    if getattr(config, "apart", False):
+        apart.share_device()
     print(f"Report: {experiment.run(config).resolve()}")
+    diverged = records.diverged(config.out)
+    if diverged:
+        raise FloatingPointError(
+            f"Some trainings diverged, and are not in the report's figures: {', '.join(diverged)}."
+        )
 
 
-def _report(folder: tyro.conf.Positional[Path] = Path("runs/compare")) -> None:
-    """Writes report.html from the runs in a folder, and prints where it lies."""
+def _about(experiment: ModuleType) -> str:
+    """What the help says before the options: the docstring's first line and its claim, and what the presets are."""
+    first, claim, *_ = (experiment.__doc__ or "").replace("``", "").split("\n\n")
+    presets = f"--preset {{{','.join(experiment.PRESETS)}}} sets the defaults below; without it they are those of cpu."
+    return "\n\n".join((first, " ".join(claim.split()), presets))
+
+
+def _report(folder: tyro.conf.Positional[Path] = Path("runs/compare"), save: str | None = None) -> None:
+    """Writes report.html from the runs in a folder, and prints where it lies.
+
+    Args:
+      folder: The folder that a run filled.
+      save: The name under which a sweep's results are kept, as data, in experiments/results.
+    """
+    if save:
+        print(f"Results: {results.write(folder, save).resolve()}")
     page = sweep_report if (folder / "sweep.json").exists() else report
     print(f"Report: {page.write(folder).resolve()}")
 

@@ -38,7 +38,7 @@ from rich.table import Table
 from experiments import data, methods, models, records, report, timing
 from experiments.methods import METHODS, MethodName
 from experiments.task import Task
-from experiments.train import train
+from experiments.train import DivergenceError, train
 from experiments.trainer import Loop, Trainer
 
 # Adam's learning rates, chosen from 1e-4, 3e-4, 1e-3 and 3e-3 by accuracy on the validation split of digits (mlp, 144
@@ -52,35 +52,35 @@ class Config:
     """Which rules to compare, on what, for how long."""
 
     dataset: data.DatasetName = "digits"
-    """What to learn; digits needs no file."""
+    """The data set to learn; digits needs no file."""
     model: models.ModelName = "mlp"
-    """The network."""
+    """The network to train."""
     methods: tuple[MethodName, ...] = tuple(METHODS)
-    """The rules; bp, the reference, joins them where it is missing."""
+    """The rules to train; bp, the reference, joins them where it is missing."""
     epochs: int = 40
-    """Passes over the training set."""
+    """Passes over the training images."""
     batch: int = 64
-    """Examples per step."""
+    """How many examples a step has."""
     learning_rate: float | None = None
-    """Of Adam; by default each rule's own, see ``RATES``."""
+    """The learning rate of Adam; None takes the one that was found for each rule."""
     seeds: int = 3
-    """How many trainings of each rule, side by side."""
+    """How many trainings each rule has, side by side."""
     seed: int = 0
     """The first seed; the others follow it."""
     split: Literal["test", "validation"] = "test"
-    """What accuracy is of: the test set, or a tenth of the training set held out, for every choice that is tuned."""
+    """The images to test on: the test set, or a tenth of the training set held out, to tune a choice by."""
     loop: Loop = "auto"
-    """One compiled step per batch or a scan over many; auto chooses by the backend. Both draw the same numbers."""
+    """Each batch is one compiled step, or a scan runs many; auto chooses by the backend. Both draw the same numbers."""
     diagnostics: bool = False
-    """Whether every epoch's record has, by layer, effective ranks and how far what is conserved has drifted."""
+    """Every epoch's record also holds each layer's effective ranks, and how far what is conserved has drifted."""
     save_every: int = 5
     """Epochs from one checkpoint to the next; the last is always saved."""
     out: Path = Path("runs/compare")
-    """The folder of the results; a killed run goes on from its last checkpoint there."""
+    """The folder of the results; a run that was killed goes on from its last checkpoint there."""
     data: Path | None = None
-    """The folder of the cached data sets; by default what JAXFA_DATA names, else ./data."""
+    """The folder of the cached data sets; None is the one that JAXFA_DATA names, else ./data."""
     fresh: bool = False
-    """Whether to delete the results that are there."""
+    """The results in the folder are deleted first."""
 
     def __post_init__(self) -> None:
         for name in self.methods:
@@ -110,7 +110,6 @@ def run(config: Config) -> Path:
     Raises:
       ValueError: if the choices do not fit each other, or what the folder holds.
       FileNotFoundError: if the data set is not there.
-      FloatingPointError: if a training diverges.
     """
     dataset = data.load(config.dataset, config.data)
     dataset = data.on_device(dataset if config.split == "test" else data.hold_out(dataset))
@@ -123,17 +122,23 @@ def run(config: Config) -> Path:
     trainers: dict[str, Trainer] = {}
     with _progress() as progress:
         for name in _with_reference(config.methods):
-            trainers[name] = trainer = Trainer(_task(config, name, dataset, found), seeds, config.loop)
-            train(
-                trainer,
-                config.epochs,
-                folder=config.out / name,
-                config=identity | {"method": name, "learning_rate": _rate(config, name)},
-                save_every=config.save_every,
-                progress=progress,
-            )
-    timing.measure(trainers, config.out / "timing.json", reference="bp")
-    Console().print(_table(report.read_rows(config.out)))
+            trainer = Trainer(_task(config, name, dataset, found), seeds, config.loop)
+            try:
+                train(
+                    trainer,
+                    config.epochs,
+                    folder=config.out / name,
+                    config=identity | {"method": name, "learning_rate": _rate(config, name)},
+                    save_every=config.save_every,
+                    progress=progress,
+                )
+            except DivergenceError as error:
+                progress.console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            else:
+                trainers[name] = trainer
+    if "bp" in trainers:
+        timing.measure(trainers, config.out / "timing.json", reference="bp")
+    Console().print(_table(config.out))
     return report.write(config.out)
 
 
@@ -158,12 +163,14 @@ def _rate(config: Config, name: MethodName) -> float:
     return RATES.get(name, RATE) if config.learning_rate is None else config.learning_rate
 
 
-def _table(rows: list[report.Row]) -> Table:
+def _table(folder: Path) -> Table:
     table = Table("rule", "accuracy", "angle to bp", "time of a step")
-    for row in rows:
+    for row in report.read_rows(folder):
         accuracy = f"{100 * row.accuracy.mean:.1f} ± {100 * row.accuracy.std:.1f} %"
         step = f"{row.step['ratio']:.2f} x bp" if row.step else ""
         table.add_row(row.name, accuracy, f"{row.angle.mean:.0f} ± {row.angle.std:.0f}°", step)
+    for name in records.diverged(folder):
+        table.add_row(name, "diverged")
     return table
 
 

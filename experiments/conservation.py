@@ -61,8 +61,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 import jaxfa
 import jaxfa.nn
@@ -72,6 +70,10 @@ from experiments.task import Task
 
 RATES = (0.1, 0.01, 0.001)
 HORIZON = 2.0  # learning rate times steps
+_TRAINING = (
+    *("hidden", "epochs", "batch", "learning_rate", "images", "test_images"),
+    *("split", "loop", "diagnostics", "save_every", "data"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,25 +81,29 @@ class Config(sweep.Options):
     """How long to follow the law, and what to train from an aligned start."""
 
     steps: int = 500
-    """Of gradient descent along which the law is followed."""
+    """How many steps of gradient descent the law is followed along."""
     iterations: int = 3000
-    """Of the linear regression."""
+    """How many steps the linear regression takes."""
     datasets: tuple[DatasetName, ...] = ("mnist", "cifar10")
-    """What to train from an aligned start; none of them leaves that part out."""
+    """The data sets to train on from an aligned start; the flag without a name leaves that part out."""
     hidden: tuple[int, ...] = (256, 256, 256)
     """The widths of the network's hidden layers."""
     epochs: int = 5
     """Passes over the training images."""
     images: int | None = 10_000
-    """How many of the training images; None is all."""
+    """How many of the training images to take; None takes all."""
     batch: int = 64
-    """Examples per step."""
+    """How many examples a step has."""
     learning_rate: float | None = None
-    """Of plain gradient descent; by default each start's own, see ``LEARNING_RATES``."""
+    """The learning rate of plain gradient descent; None takes the one that was found for each start."""
     seeds: int = 3
-    """How many trainings of each start, and of regressions."""
+    """How many trainings each start has, side by side, and how many regressions there are."""
     out: Path = Path("runs/conservation")
     """The folder of the results; trainings that were killed go on from their last checkpoint there."""
+
+    def unread(self) -> tuple[str, ...]:
+        """Where nothing is trained, all that says how."""
+        return () if self.datasets else _TRAINING
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,17 +155,13 @@ def run(config: Config) -> Path:
     Raises:
       ValueError: if the folder holds another configuration's results.
       FileNotFoundError: if a data set is not there.
-      FloatingPointError: if a training diverges.
     """
     identity = sweep.open_run(config)
     trained = {str(name): _train(config, identity, name) for name in config.datasets}
+    trained = {name: starts for name, starts in trained.items() if starts}
     laws = follow(config)
     records.write_json(config.out / "results.json", conservation_figure.numbers(laws))
     rows = conservation_figure.table(laws, trained)
-    shown = Table(*rows[0])
-    for row in rows[1:]:
-        shown.add_row(*row)
-    Console().print(shown)
     with figures.style():
         drawn = conservation_figure.figure(laws, trained)
     return figures.write(
@@ -183,13 +185,12 @@ def follow(config: Config) -> conservation_figure.Laws:
 
 
 def _train(config: Config, identity: dict[str, Any], name: DatasetName) -> dict[str, list[dict[str, Any]]]:
-    """The records of every start."""
+    """The records of every start that did not diverge."""
     # A fully connected network: shifted and mirrored images are none of its affairs.
     dataset = sweep.prepare(config, data.load(name, config.data)._replace(augmented=False))
-    folders = {start: f"{name}/{start.replace(', ', '-').replace(' ', '_')}" for start in STARTS}
-    tasks = {folders[start]: _task(config, name, dataset, start) for start in STARTS}
-    trained = sweep.train_each(config, identity, tasks)
-    return {start: one.history for start, one in zip(STARTS, trained, strict=True)}
+    starts = {f"{name}/{start.replace(', ', '-').replace(' ', '_')}": start for start in STARTS}
+    tasks = {folder: _task(config, name, dataset, start) for folder, start in starts.items()}
+    return {starts[one.name]: one.history for one in sweep.train_each(config, identity, tasks)}
 
 
 def _task(config: Config, name: DatasetName, dataset: data.Dataset, start: str) -> Task:

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from experiments import figures
 
@@ -21,7 +19,7 @@ COLORS = {
 
 
 def write(folder: Path, steps: dict[str, Any], curve: dict[str, Any], target: float) -> Path:
-    """Prints the tables and writes the report.
+    """Writes the report.
 
     Args:
       folder: of the run.
@@ -32,13 +30,7 @@ def write(folder: Path, steps: dict[str, Any], curve: dict[str, Any], target: fl
     Returns:
       The path of the page.
     """
-    console, tables = Console(), []
-    for rows in (*(_step_rows(name, one) for name, one in steps.items()), reach_rows(curve, target)):
-        table = Table(*rows[0])
-        for row in rows[1:]:
-            table.add_row(*row)
-        console.print(table)
-        tables += [*rows, [""]]
+    tables = [row for name, one in steps.items() for row in [*_step_rows(name, one), [""]]]
     with figures.style():
         drawn = figure(steps, curve, target)
     caption = (
@@ -47,7 +39,13 @@ def write(folder: Path, steps: dict[str, Any], curve: dict[str, Any], target: fl
         f"{100 * target:g} % test accuracy in the fully connected network, and its accuracy at the end, a point per "
         "seed; grey is backpropagation."
     )
-    return figures.write(folder, drawn, title="What low-dimensional feedback saves", caption=caption, table=tables)
+    return figures.write(
+        folder,
+        drawn,
+        title="What low-dimensional feedback saves",
+        caption=caption,
+        table=tables + reach_rows(curve, target),
+    )
 
 
 def figure(steps: dict[str, Any], curve: dict[str, Any], target: float) -> Figure:
@@ -125,7 +123,7 @@ def _reach(axes: Axes, curve: dict[str, Any], target: float) -> None:
 
 
 def _accuracy(axes: Axes, curve: dict[str, Any], target: float) -> None:
-    _by_rank(axes, curve, {name: 100 * np.array(one["accuracy"]) for name, one in curve.items()})
+    _by_rank(axes, curve, {name: 100 * _numbers(one["accuracy"]) for name, one in curve.items()})
     axes.axhline(100 * target, color=figures.INK, linewidth=1, linestyle=":")
     axes.set_xlabel("rank")
     axes.set_ylabel("test accuracy, last epoch, %")
@@ -155,10 +153,12 @@ def _step_rows(name: str, one: dict[str, Any]) -> list[list[str]]:
 
 
 def reach_rows(curve: dict[str, Any], target: float) -> list[list[str]]:
-    """The table of what it takes to reach the target."""
+    """The table of what it takes to reach the target, without what diverged."""
     rows = [["rank", f"steps to {100 * target:g} %", "TFLOP", "bp = 1", "last accuracy, %"]]
     reference = np.mean(_numbers(curve["bp"]["operations"]))
     for name, one in curve.items():
+        if None in one["accuracy"]:
+            continue
         cost = _numbers(one["operations"])
         cells = [_shown(_numbers(one["steps"]), 0), _shown(cost / 1e12, 2), _shown(cost / reference, 2)]
         rows.append([name, *cells, figures.estimate(100 * np.array(one["accuracy"]), 1)])

@@ -30,7 +30,7 @@ def panels(folder: Path, rows: Sequence[Any], metric: Metric) -> list[tuple[Any,
     limits = _limits(list(histories.values()), metric)
     drawn = []
     for row in rows:
-        history, reference = histories[row.name], histories[row.reference]
+        history, reference = histories[row.name], records.read(folder / row.reference) or histories[row.name]
         # Comparisons with NaN are false: before the first step a feedback of zeros has no angle.
         turned = any(angle > 1 for angle in _angles(parts[row.name]))
         angle = plots.angles(parts[row.name], top) if turned else ""

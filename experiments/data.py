@@ -1,8 +1,8 @@
 """Image data sets as arrays: scikit-learn's digits, which need no file, and cached ``.npz`` files of the others.
 
 A cached file ``FOLDER/NAME.npz`` holds uint8 ``train_images`` and ``test_images`` (N, H, W, C) and integer
-``train_labels`` and ``test_labels`` (N,). The folder is what a flag or ``JAXFA_DATA`` names, else ``./data``. Where a
-file is missing, TFDS makes it, once; offline ``python ../shared/data/unpack.py FOLDER --npz`` makes all but ImageNet.
+``train_labels`` and ``test_labels`` (N,). The folder is what ``--data`` or ``JAXFA_DATA`` names, else ``./data``. Where
+a file is missing, TFDS makes it, once.
 
 ImageNet is that of Chrabaszcz, Loshchilov and Hutter (2017, https://arxiv.org/abs/1707.08819), every image 64 x 64:
 15.7 GB, which fit on one accelerator of 80 GB beside a training. The test images are its 50,000 validation images,
@@ -180,8 +180,8 @@ def _prepare(name: str, path: Path) -> None:
     except ImportError as error:
         raise FileNotFoundError(
             f"No cached data set at {path}. Where a network is, install TFDS (pip install 'jaxfa[tfds]') and run this "
-            f"again; offline run `python ../shared/data/unpack.py {path.parent} --npz`, unless for ImageNet; or name "
-            f"another folder with --data or JAXFA_DATA; or choose digits, which needs no file."
+            f"again; or name the folder that holds {path.name} with --data FOLDER or JAXFA_DATA; or choose "
+            f"digits, which needs no file, if the experiment has it."
         ) from error
     arrays: dict[str, np.ndarray] = {}
     source, test = _TFDS.get(name, (name, "test"))

@@ -2,7 +2,7 @@
 
 import contextlib
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
 from experiments import records
 
@@ -61,15 +63,23 @@ def estimate(values: np.ndarray, digits: int = 2) -> str:
     return f"{values.mean():.{digits}f}{spread}"
 
 
+def refuse_nothing(folder: Path, histories: Sized) -> None:
+    """Raises a ``FloatingPointError`` if trainings diverged and nothing is left to draw."""
+    if not histories:
+        raise FloatingPointError(
+            f"Nothing in {folder} is left to draw: {'; '.join(map(' '.join, records.diverged(folder).items()))}."
+        )
+
+
 def write(folder: Path, figure: Figure, *, title: str, caption: str, table: Sequence[Sequence[str]]) -> Path:
-    """Saves ``figure.svg``, ``figure.png`` and ``report.html``, which holds the figure and the table.
+    """Saves ``figure.svg``, ``figure.png`` and ``report.html``, which holds the figure and the table; prints the table.
 
     Args:
       folder: where to, a run's.
       figure: the figure, made inside :func:`style`.
       title: the page's.
       caption: what the figure shows.
-      table: rows of cells, the first of them the header.
+      table: rows of cells, the first of them the header; trainings that diverged get another one each.
 
     Returns:
       The path of the page.
@@ -78,6 +88,11 @@ def write(folder: Path, figure: Figure, *, title: str, caption: str, table: Sequ
         figure.savefig(folder / "figure.svg", metadata={"Date": None})
         figure.savefig(folder / "figure.png", dpi=160)
     drawing = (folder / "figure.svg").read_text()
+    table = [*table, *map(list, records.diverged(folder).items())]
+    shown = Table(*table[0])
+    for row in table[1:]:
+        shown.add_row(*row)
+    Console().print(shown)
     head, *body = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table)
     rows = "".join(f"<tr>{row}</tr>" for row in [head.replace("td>", "th>"), *body])
     page = _PAGE.format(

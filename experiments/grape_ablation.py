@@ -76,7 +76,7 @@ from typing import NamedTuple
 import jax
 
 import jaxfa
-from experiments import data, grape_deep, sweep
+from experiments import data, grape_deep, records, sweep
 
 
 class Variant(NamedTuple):
@@ -116,13 +116,13 @@ VARIANTS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(grape_deep.Config):
-    """As for grape_deep, with one network."""
+class Config(grape_deep.Size):
+    """As for grape_deep, with one network and without calibration."""
 
     networks: tuple[grape_deep.NetworkName, ...] = ("resnet20",)
-    """What to train: one network."""
+    """The network to train, one."""
     variants: tuple[str, ...] = tuple(VARIANTS)
-    """Which ones."""
+    """The ways of learning feedback to train, beside backpropagation and DFA."""
     out: Path = Path("runs/grape_ablation")
     """The folder of the results."""
 
@@ -130,6 +130,7 @@ class Config(grape_deep.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        records.refuse_empty(self, "variants")
         if len(self.networks) != 1:
             raise ValueError(f"grape_ablation trains one network, got {self.networks}.")
         unknown = set(self.variants) - set(VARIANTS)
@@ -137,9 +138,16 @@ class Config(grape_deep.Config):
             raise ValueError(f"Unknown variants {sorted(unknown)}; choose from {', '.join(VARIANTS)}.")
 
 
+def _preset(name: str, folder: str) -> Config:
+    shared = {
+        field.name: getattr(grape_deep.PRESETS[name], field.name) for field in dataclasses.fields(grape_deep.Size)
+    }
+    return Config(**(shared | {"networks": ("resnet20",), "out": Path(folder)}))
+
+
 PRESETS = {
-    name: Config(**(dataclasses.asdict(preset) | {"networks": ("resnet20",), "out": Path(f"runs/grape_ablation{end}")}))
-    for (name, preset), end in zip(grape_deep.PRESETS.items(), ("", "-paper"), strict=True)
+    "cpu": _preset("cpu", "runs/grape_ablation"),
+    "paper": _preset("paper", "runs/grape_ablation-paper"),
 }
 PAGE = sweep.Page(
     "What makes learned direct feedback work?",

@@ -108,25 +108,38 @@ NETWORKS: dict[NetworkName, Network] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(sweep.Config):
-    """The networks, their size, every rule's rate, and for how long."""
+class Size(sweep.Config):
+    """The networks, their size and the rate of each rule, for all experiments on deep networks."""
 
     networks: tuple[NetworkName, ...] = ("alexnet", "vgg16", "resnet20", "resnet56")
-    """What to train."""
+    """The networks to train."""
     dataset: Literal["cifar10", "cifar100"] = "cifar100"
-    """On what."""
+    """The images to learn."""
     shrink: int = 1
     """Images are averaged over squares of so many pixels a side."""
     scale: float = 1.0
-    """What the published channels are multiplied with."""
+    """The published numbers of channels are multiplied by this."""
     dfa_rate: float = 1e-3
-    """Of Adam under DFA."""
+    """The learning rate of Adam under DFA."""
     grape_rate: float = 1e-3
-    """Of Adam under GrAPE."""
+    """The learning rate of Adam under GrAPE."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        records.refuse_below_one(self, "shrink")
+        records.refuse_empty(self, "networks")
+        if not self.scale > 0:
+            raise ValueError(f"scale must be positive, got {self.scale}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Size):
+    """The same, and what calibration needs."""
+
     control_rate: float = 1e-3
-    """Of Adam under a few steps of backpropagation alone."""
+    """The learning rate of Adam where a few steps of backpropagation are all there is."""
     tile: int | None = 4
-    """Side of GrAPE's repeated feedback, in pixels; None is the whole map."""
+    """The side of GrAPE's repeated feedback, in pixels; None is the whole map."""
     out: Path = Path("runs/grape_deep")
     """The folder of the results."""
 
@@ -134,9 +147,7 @@ class Config(sweep.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        records.refuse_below_one(self, "shrink", "tile")
-        if not self.scale > 0:
-            raise ValueError(f"scale must be positive, got {self.scale}.")
+        records.refuse_below_one(self, "tile")
 
 
 PRESETS = {
@@ -179,7 +190,7 @@ def run(config: Config) -> Path:
     return sweep.run(config, PAGE, [arm for name in config.networks for arm in _arms(config, dataset, name)])
 
 
-def load(config: Config) -> data.Dataset:
+def load(config: Size) -> data.Dataset:
     """The images that a configuration asks for."""
     return sweep.prepare(config, data.shrink(data.load(config.dataset, config.data), config.shrink))
 
@@ -210,12 +221,12 @@ def grape(config: Config) -> jaxfa.Rule:
 
 
 def task(
-    config: Config, dataset: data.Dataset, name: NetworkName, rate: float | None = None, steps: int | None = None
+    config: Size, dataset: data.Dataset, name: NetworkName, rate: float | None = None, steps: int | None = None
 ) -> Task:
     """Backpropagation in one of the networks.
 
     Args:
-      config: a :class:`Config`.
+      config: a :class:`Size`.
       dataset: from :func:`load`.
       name: the network's.
       rate: of Adam; by default backpropagation's.

@@ -50,13 +50,13 @@ class Config(grape_deep.Config):
     """As for grape_deep, with one network and many schedules."""
 
     networks: tuple[grape_deep.NetworkName, ...] = ("resnet20",)
-    """What to train: one network."""
+    """The network to train, one."""
     periods: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Epochs from one true gradient to the next."""
     below: float = 0.3
-    """The cosine under which the arms that measure it calibrate."""
+    """Arms that measure the cosine with the true gradient calibrate where it is below this."""
     own_rate: float = 0.1
-    """Of SGD with momentum, in the arms that give the true gradients an optimizer of their own."""
+    """The learning rate of SGD with momentum, in the arms that give the true gradients an optimizer of their own."""
     out: Path = Path("runs/grape_schedule")
     """The folder of the results."""
 

@@ -58,7 +58,7 @@ import jax
 import optax
 
 import jaxfa
-from experiments import data, sweep
+from experiments import data, records, sweep
 from experiments.cnn import ShallowCNN
 from experiments.task import Task
 
@@ -78,24 +78,32 @@ class Config(sweep.Config):
     """The data sets, every rule's rate, and for how long."""
 
     datasets: tuple[Name, ...] = ("mnist", "cifar10", "cifar100")
-    """What to learn."""
+    """The data sets to learn."""
     fa_rate: float = 1e-3
-    """Of Adam under FA."""
+    """The learning rate of Adam under FA."""
     dfa_rate: float = 1e-3
-    """Of Adam under DFA."""
+    """The learning rate of Adam under DFA."""
     grape_rate: float = 1e-3
-    """Of Adam under GrAPE."""
+    """The learning rate of Adam under GrAPE."""
     out: Path = Path("runs/grape_shallow")
     """The folder of the results."""
 
     arms = ("datasets",)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        records.refuse_empty(self, "datasets")
+
 
 PRESETS = {
     # One seed: on a CPU, XLA runs the convolutions of several seeds at once many times slower.
     "cpu": Config(epochs=4, images=4000, test_images=2000, seeds=1),
+    "gpu15": Config(
+        datasets=("cifar10", "cifar100"), epochs=30, batch=128, seeds=1, apart=True, minutes=6.0,
+        out=Path("runs/grape_shallow-gpu15"),
+    ),
     "paper": Config(epochs=100, seeds=5, out=Path("runs/grape_shallow-paper")),
-}
+}  # fmt: skip
 PAGE = sweep.Page(
     "Does learned direct feedback close the gap?",
     "Shallow convolutional networks under backpropagation, feedback alignment, and direct feedback that is fixed (DFA) "

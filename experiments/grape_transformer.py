@@ -75,31 +75,31 @@ class Config(sweep.Config):
     """The text, the network, and for how long."""
 
     corpus: text.TextName = "wikitext103"
-    """What to learn: shakespeare by characters, the others by words."""
+    """The text to learn: shakespeare by characters, the others by words."""
     vocabulary: int | None = None
-    """How many of the most frequent words to keep, <unk> among them; by default all."""
+    """How many of the most frequent words to keep, <unk> among them; None keeps all."""
     context: int = 256
-    """Tokens of a window."""
+    """How many tokens a window has."""
     width: int = 512
-    """Features of a token."""
+    """How many features a token has."""
     depth: int = 6
-    """How many blocks."""
+    """How many blocks the network has."""
     heads: int = 8
-    """Of each attention."""
+    """How many heads each attention has."""
     dropout: float = 0.0
-    """Rate of every dropout, that of whole branches included."""
+    """The rate of every dropout, that of whole branches included."""
     steps: int | None = None
-    """Steps of an epoch; by default as many as its windows fill."""
+    """How many steps an epoch has; None takes as many as its windows fill."""
     calibrations: tuple[int, ...] = (0, 1)
-    """Steps of an epoch that take the true gradient, one arm for each number."""
+    """How many steps of an epoch take the true gradient, one arm for each number."""
     dfa_rate: float = 1e-3
-    """Of Adam under DFA."""
+    """The learning rate of Adam under DFA."""
     grape_rate: float = 1e-3
-    """Of Adam under GrAPE."""
+    """The learning rate of Adam under GrAPE."""
     control_rate: float = 1e-3
-    """Of Adam under a few steps of backpropagation alone."""
+    """The learning rate of Adam where a few steps of backpropagation are all there is."""
     feedback_rate: float = 0.05
-    """Of GrAPE's feedback."""
+    """The learning rate of GrAPE's feedback."""
     out: Path = Path("runs/grape_transformer")
     """The folder of the results."""
 
@@ -110,6 +110,10 @@ class Config(sweep.Config):
         records.refuse_below_one(self, "steps", "context")
         if min(self.calibrations, default=-1) < 0:
             raise ValueError(f"calibrations must be one or more numbers from 0 per epoch, got {self.calibrations}.")
+
+    def unread(self) -> tuple[str, ...]:
+        """Without calibration there is no control."""
+        return (*super().unread(), *(() if any(self.calibrations) else ("control_rate",)))
 
 
 PRESETS = {

@@ -30,22 +30,22 @@ class Config:
     """What is trained and where.
 
     Attributes:
-      out: the folder of the checkpoints, the same for all processes.
-      steps: how many steps in all.
-      every: steps from checkpoint to checkpoint.
-      fresh: whether checkpoints in it are deleted first.
-      layer: the number of pipeline stages; the devices divided by it are the parts of a batch.
-      layers: ``L``, of the stack.
-      width: ``n``, of a layer.
-      batch: ``N``.
-      microbatches: ``M``.
-      learning_rate: of SGD with momentum 0.9.
-      seed: of weights, feedback and the order of the examples.
-      coordinator: ``HOST:PORT`` of process 0.
-      processes: how many there are.
-      process: which one this is, from 0.
-      cluster: whether JAX asks the cluster for these three.
-      heartbeat: seconds without a sign of life after which a process counts as dead.
+      out: The folder of the checkpoints, the same for all processes.
+      steps: How many steps there are in all.
+      every: How many steps lie between two checkpoints.
+      fresh: The checkpoints in the folder are deleted first.
+      layer: How many stages the pipeline has; the devices divided by it are the parts of a batch.
+      layers: How many layers the stack has.
+      width: How many units a layer has.
+      batch: How many examples a batch has.
+      microbatches: How many microbatches a batch goes through the pipeline in.
+      learning_rate: The learning rate of SGD with momentum 0.9.
+      seed: The seed of the weights, the feedback and the order of the examples.
+      coordinator: The address of process 0, HOST:PORT.
+      processes: How many processes there are.
+      process: The number of this process, from 0.
+      cluster: JAX asks the cluster for --coordinator, --processes and --process.
+      heartbeat: After so many seconds without a sign of life a process counts as dead.
     """
 
     out: Path = Path("runs/hosts")

@@ -71,34 +71,39 @@ class Config(sweep.Options):
     networks: tuple[NetworkName, ...] = ("mlp", "vgg")
     """The networks whose steps are counted and timed."""
     fractions: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125, 0.0625)
-    """Ranks as fractions of each layer's outputs."""
+    """Ranks at which steps are counted and timed, as fractions of each layer's outputs."""
     ranks: tuple[int, ...] = (2, 4, 10, 32, 64, 128)
     """Ranks at which the fully connected network is trained."""
     target: float = 0.42
     """The test accuracy to reach, from 0 to 1."""
     images: int | None = 10_000
-    """How many of the training images; None is all."""
+    """How many of the training images to take; None takes all."""
     test_images: int | None = 5_000
-    """How many of the test images; None is all."""
+    """How many of the test images to take; None takes all."""
     epochs: int = 20
-    """Passes over the training images at most."""
+    """Passes over the training images, at most."""
     width: int = 512
     """Units of a hidden layer of the fully connected network."""
     widths: tuple[int, ...] = (64, 128, 256, 512)
-    """Channels of the convolutions, in pairs."""
+    """Channels of each pair of convolutions in the VGG-like network."""
     learning_rate: float = 6e-4
-    """Of Adam, which multiplies it with 0.975 each epoch."""
+    """The learning rate of Adam; each epoch multiplies it by 0.975."""
     feedback_rate: float = FEEDBACK_RATE
-    """Of P."""
+    """The learning rate of P, the projection of the error."""
     seeds: int = 2
-    """How many trainings at each rank, side by side."""
+    """How many trainings each rank has, side by side."""
     out: Path = Path("runs/ldfa_cost")
-    """The folder of the results; a killed run goes on from its last checkpoint there."""
+    """The folder of the results; a run that was killed goes on from its last checkpoint there."""
 
     arms = ("networks", "ranks", "target")
 
+    def unread(self) -> tuple[str, ...]:
+        """The sizes of what is not counted."""
+        return (() if self.networks else ("fractions",)) + (() if "vgg" in self.networks else ("widths",))
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        records.refuse_empty(self, "ranks")
         if not self.fractions or min(self.fractions) <= 0 or max(self.fractions) > 1:
             raise ValueError(f"fractions must be in (0, 1], got {self.fractions}.")
         if not 0 < self.target < 1:
@@ -124,7 +129,6 @@ def run(config: Config) -> Path:
     Raises:
       ValueError: if the folder holds another configuration's results.
       FileNotFoundError: if CIFAR-10 is not there.
-      FloatingPointError: if a training diverges.
     """
     dataset = sweep.prepare(config, data.load("cifar10", config.data))
     identity = sweep.open_run(config)
@@ -156,10 +160,11 @@ def task(config: Config, name: NetworkName, dataset: data.Dataset, rule: jaxfa.R
 
 def step_costs(config: Config, name: NetworkName, dataset: data.Dataset) -> dict[str, Any]:
     """One network's operations and times, as multiples of backpropagation's."""
-    products = {
-        "mlp": operations.dense(BATCHES["mlp"], (dataset.train_images[0].size, *[config.width] * 3, dataset.classes)),
-        "vgg": operations.vgg(BATCHES["vgg"], dataset.train_images.shape[1], config.widths, dataset.classes),
-    }[name]
+    side, classes = dataset.train_images.shape[1], dataset.classes
+    if name == "mlp":
+        products = operations.dense(BATCHES[name], (dataset.train_images[0].size, *[config.width] * 3, classes))
+    else:
+        products = operations.vgg(BATCHES[name], side, config.widths, classes)
     reference = operations.count(task(config, name, dataset, None))
     whole = operations.theory(products, None)
     lines: dict[str, Any] = {
@@ -195,7 +200,10 @@ def reach(config: Config, dataset: data.Dataset, identity: dict[str, Any]) -> di
     ranks = {"bp": None, **{f"rank-{rank}": rank for rank in config.ranks}}
     rules = {name: None if rank is None else rule(config, rank) for name, rank in ranks.items()}
     tasks = {name: task(config, "mlp", dataset, chosen) for name, chosen in rules.items()}
-    found: dict[str, Any] = {}
+    missed = [None] * config.seeds  # as by those that diverge
+    found: dict[str, Any] = {
+        name: {"rank": rank, "steps": missed, "operations": missed, "accuracy": missed} for name, rank in ranks.items()
+    }
     for name, _, history in sweep.train_each(config, identity, tasks):
         steps = np.array([record["step"] for record in history[1:]], float)
         accuracy = np.array([record["test_accuracy"] for record in history[1:]])

@@ -48,8 +48,6 @@ import optax
 from jax import lax
 from jax.nn import initializers
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 import jaxfa
 from experiments import figures, records
@@ -77,25 +75,25 @@ class Config:
     """The teacher, the ranks, and for how long."""
 
     ranks: tuple[int, ...] = (64, 2, 1)
-    """Ranks of the feedback, a panel each."""
+    """Ranks of the feedback, one panel each."""
     strengths: tuple[float, ...] = (2.0, 1.0)
     """The teacher's singular values, from the largest; their number is its rank."""
     iterations: int = 15_000
     """Steps of gradient descent."""
     learning_rate: float = 2.5e-3
-    """Of the weights and of Q."""
+    """The learning rate of the weights and of Q."""
     feedback_rate: float = 1e-3
-    """Of P."""
+    """The learning rate of P, the projection of the error."""
     weight_decay: float = 1e-5
-    """Of Q and the weights, per step."""
+    """The decay of Q and of the weights at each step."""
     seeds: int = 5
-    """How many teachers and students, side by side."""
+    """How many teachers and students there are, side by side."""
     seed: int = 0
     """The first seed; the others follow it."""
     out: Path = Path("runs/ldfa_linear")
     """The folder of the results."""
     fresh: bool = False
-    """Whether to delete the results that are there."""
+    """The results in the folder are deleted first."""
 
     def __post_init__(self) -> None:
         records.refuse_below_one(self, "iterations", "seeds")
@@ -128,14 +126,15 @@ def run(config: Config) -> Path:
     for rank in config.ranks:
         for name in VARIANTS:
             found[rank, name] = overlaps(config, rule(config, rank, name))
+    for (rank, name), values in found.items():
+        if not np.isfinite(values).all():
+            folder = config.out / f"{name}, rank {rank}"
+            folder.mkdir(exist_ok=True)
+            records.replace(folder / records.DIVERGED, "diverged: the overlap with a mode is no finite number")
     steps = _interval(config) * np.arange(1, config.iterations // _interval(config) + 1)
     results = {f"{rank} {name}": values.tolist() for (rank, name), values in found.items()}
     records.write_json(config.out / "results.json", {"steps": steps.tolist(), "overlaps": results})
     rows = table(config, steps, found)
-    shown = Table(*rows[0])
-    for row in rows[1:]:
-        shown.add_row(*row)
-    Console().print(shown)
     with figures.style():
         drawn = figure(config, steps, found)
     caption = (

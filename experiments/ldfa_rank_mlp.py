@@ -54,7 +54,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jaxfa
-from experiments import data, sweep
+from experiments import data, records, sweep
 from experiments.augment import flip_and_rotate
 from experiments.models import MLP
 from experiments.optimizers import adam
@@ -117,17 +117,25 @@ class Config(sweep.Config):
     ranks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 32, 64)
     """Ranks of the feedback; B3's go up to the number of classes."""
     groups: tuple[GroupName, ...] = tuple(GROUPS)
-    """Which layers' feedback is of low rank."""
+    """The layers whose feedback is of low rank, or how it reaches them."""
     width: int = 512
     """Units of a hidden layer."""
     narrow: int = 64
     """Units of a hidden layer in the narrow network."""
     feedback_rate: float = FEEDBACK_RATE
-    """Of P."""
+    """The learning rate of P, the projection of the error."""
     out: Path = Path("runs/ldfa_rank_mlp")
     """The folder of the results."""
 
     arms = ("ranks", "groups")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        records.refuse_empty(self, "ranks", "groups")
+
+    def unread(self) -> tuple[str, ...]:
+        """Fixed feedback learns at no rate."""
+        return (*super().unread(), *(("feedback_rate",) if set(self.groups) == {"fixed"} else ()))
 
 
 PRESETS = {

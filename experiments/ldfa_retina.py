@@ -40,8 +40,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 import jaxfa
 from experiments import checkpoint, data, figures, receptive_fields, records, sweep
@@ -67,27 +65,27 @@ class Config(sweep.Options):
     hidden: int = 256
     """Units of the first fully connected layer."""
     window: int = 7
-    """Side of every kernel, in pixels."""
+    """The side of every kernel, in pixels."""
     halvings: int = 1
     """How often the images are halved, by the mean of four pixels."""
     images: int | None = 10_000
-    """How many of the training images; None is all."""
+    """How many of the training images to take; None takes all."""
     test_images: int | None = 2_000
-    """How many of the test images; None is all."""
+    """How many of the test images to take; None takes all."""
     epochs: int = 6
     """Passes over the training images."""
     batch: int = 64
-    """Examples per step."""
+    """How many examples a step has."""
     learning_rate: float = 1e-3
-    """Of Adam, which multiplies it with 0.975 each epoch."""
+    """The learning rate of Adam; each epoch multiplies it by 0.975."""
     weight_decay: float = 5e-5
-    """Of the L2 penalty on the weights and on Q."""
+    """The weight of the L2 penalty on the weights and on Q."""
     feedback_rate: float = 0.1
-    """Of P."""
+    """The learning rate of P, the projection of the error."""
     seeds: int = 2
-    """How many trainings at each rank."""
+    """How many trainings each rank has."""
     out: Path = Path("runs/ldfa_retina")
-    """The folder of the results; a killed run goes on from its last checkpoint there."""
+    """The folder of the results; a run that was killed goes on from its last checkpoint there."""
 
     arms = ("ranks",)
 
@@ -119,7 +117,7 @@ def run(config: Config) -> Path:
     Raises:
       ValueError: if the folder holds another configuration's results.
       FileNotFoundError: if CIFAR-10 is not there.
-      FloatingPointError: if a training diverges.
+      FloatingPointError: if every training diverged.
     """
     dataset = grey(data.load("cifar10", config.data), config)
     identity = sweep.open_run(config)
@@ -130,15 +128,17 @@ def run(config: Config) -> Path:
         # One after the other: vectorised over seeds, XLA:CPU's wide convolutions are ten times slower.
         for seed in range(config.seed, config.seed + config.seeds):
             alone, folder = dataclasses.replace(config, seed=seed, seeds=1), f"{name}-seed-{seed}".replace(" ", "-")
-            (trained,) = sweep.train_each(alone, identity, {folder: task(config, dataset, rank)})
-            start = trained.trainer.init()
-            with checkpoint.checkpoints(config.out / folder) as manager:
-                _, end = checkpoint.restore(manager, start) or (0, start)
-            before.append(fields(config, dataset, start))
-            after.append(fields(config, dataset, end))
-            accuracies += trained.history[-1]["test_accuracy"]
-        results = results or {"untrained": receptive_fields.describe(before)}
-        results[name] = receptive_fields.describe(after, accuracies)
+            for trained in sweep.train_each(alone, identity, {folder: task(config, dataset, rank)}):
+                start = trained.trainer.init()
+                with checkpoint.checkpoints(config.out / folder) as manager:
+                    _, end = checkpoint.restore(manager, start) or (0, start)
+                before.append(fields(config, dataset, start))
+                after.append(fields(config, dataset, end))
+                accuracies += trained.history[-1]["test_accuracy"]
+        if len(after) == config.seeds:  # without a seed that diverged, a mean would flatter
+            results = results or {"untrained": receptive_fields.describe(before)}
+            results[name] = receptive_fields.describe(after, accuracies)
+    figures.refuse_nothing(config.out, results)
     return _write(config, results)
 
 
@@ -204,10 +204,6 @@ def _write(config: Config, results: dict[str, Result]) -> Path:
         accuracy = figures.estimate(100 * one.accuracy, 1) if len(one.accuracy) else ""
         described = [figures.estimate(values[seen]) for values in (one.selectivity, one.symmetry)]
         rows.append([name, *described, f"{seen.sum()} of {seen.size}", accuracy])
-    shown = Table(*rows[0])
-    for row in rows[1:]:
-        shown.add_row(*row)
-    Console().print(shown)
     with figures.style():
         drawn = receptive_fields.figure(results)
     caption = (

@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 import jaxfa
-from experiments import data, ldfa_rank_mlp, sweep
+from experiments import data, ldfa_rank_mlp, records, sweep
 
 DEGREES = 5.0
 
@@ -45,13 +45,13 @@ class Config(sweep.Config):
     """The classes, the ranks, and for how long."""
 
     classes: tuple[int, ...] = (50, 75, 100)
-    """Numbers of classes, a line of the figure each."""
+    """Numbers of classes to learn, one line of the figure each."""
     ranks: tuple[int, ...] = (5, 10, 25, 50, 75, 100)
     """Ranks of the feedback."""
     width: int = 512
     """Units of a hidden layer."""
     feedback_rate: float = ldfa_rank_mlp.FEEDBACK_RATE
-    """Of P; as for ldfa_rank_mlp, not tuned here."""
+    """The learning rate of P, the projection of the error; it is the best of ldfa_rank_mlp, not tuned here."""
     out: Path = Path("runs/ldfa_subsets")
     """The folder of the results."""
 
@@ -59,6 +59,7 @@ class Config(sweep.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        records.refuse_empty(self, "ranks")
         if not self.classes or not all(1 < n <= 100 for n in self.classes):
             raise ValueError(f"classes must be numbers from 2 to 100, got {self.classes}.")
 

@@ -66,11 +66,16 @@ class Config(sweep.Config):
     widths: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of each pair of convolutions."""
     feedback_rate: float = ldfa_rank_mlp.FEEDBACK_RATE
-    """Of P; as for ldfa_rank_mlp, not tuned here."""
+    """The learning rate of P, the projection of the error; it is the best of ldfa_rank_mlp, not tuned here."""
     out: Path = Path("runs/ldfa_vgg")
     """The folder of the results."""
 
     arms = ("ranks", "fractions")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ranks and not self.fractions:
+            raise ValueError("ranks and fractions must name one rank or more, got none.")
 
 
 PRESETS = {

@@ -40,7 +40,7 @@ import optax
 from flax import nnx
 
 import jaxfa
-from experiments import data, ldfa_rank_mlp, sweep
+from experiments import data, ldfa_rank_mlp, records, sweep
 from experiments.task import Task
 from experiments.vit import ViT
 
@@ -57,25 +57,33 @@ class Config(sweep.Config):
     ranks: tuple[int, ...] = (16, 32, 48, 64)
     """Ranks of the feedback."""
     rules: tuple[RuleName, ...] = ("hebbian", "normative")
-    """How the factors learn: from activity and error, or from the weights."""
+    """The rules by which the factors learn: from activity and error, or from the weights."""
     patch: int = 4
-    """Side of a patch in pixels."""
+    """The side of a patch, in pixels."""
     width: int = PUBLISHED_WIDTH
-    """Features of a token."""
+    """How many features a token has."""
     depth: int = 8
-    """How many blocks."""
+    """How many blocks the network has."""
     heads: int = 8
-    """Of each attention."""
+    """How many heads each attention has."""
     dropout: float = 0.1
-    """Rate of every dropout, that of whole branches included."""
+    """The rate of every dropout, that of whole branches included."""
     warmup: int = 10
     """Epochs in which the learning rate rises."""
     feedback_rate: float = ldfa_rank_mlp.FEEDBACK_RATE
-    """Of P under the Hebbian rule; as for ldfa_rank_mlp, not tuned here."""
+    """The learning rate of P under the Hebbian rule; it is the best of ldfa_rank_mlp, not tuned here."""
     out: Path = Path("runs/ldfa_vit")
     """The folder of the results."""
 
     arms = ("ranks", "rules")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        records.refuse_empty(self, "ranks", "rules")
+
+    def unread(self) -> tuple[str, ...]:
+        """The normative rule fits its factors to the weights, at no rate."""
+        return (*super().unread(), *(() if "hebbian" in self.rules else ("feedback_rate",)))
 
 
 PRESETS = {

@@ -1,9 +1,8 @@
 """Memory and time of a step against depth: backpropagation and rematerialisation, direct feedback stored and streamed.
 
-Claim: direct feedback needs no activations kept. Nokland (2016) says it, and no library delivers it:
-:func:`jaxfa.direct_stack` does for stacks of equal blocks, ``jaxfa.nn.attach(..., schedule="stream")`` for any model of
-blocks. Streamed, memory does not grow with depth; nor does it, gradients included, when each block is updated at once
-(:func:`jaxfa.update_stack`).
+Claim: direct feedback needs no activations kept (Nokland 2016). ``jaxfa.direct_stack`` keeps none of a stack of equal
+blocks, ``jaxfa.nn.attach(..., schedule="stream")`` none of any model of blocks: memory then does not grow with depth.
+Where ``jaxfa.update_stack`` updates each block at once, it does not even with the gradients included.
 
 Command: ``python -m experiments run memory``
 
@@ -52,29 +51,29 @@ class Config:
     """The networks, and where the results go."""
 
     depths: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
-    """Blocks of the stack."""
+    """Numbers of blocks at which the stack is measured."""
     timed: int = 64
-    """The depth at which steps are timed, one of these."""
+    """The depth at which the stack's steps are timed, one of --depths."""
     width: int = 128
-    """Units of a block."""
+    """How many units a block of the stack has."""
     batch: int = 8192
-    """Measurements of a step of the stack."""
+    """How many examples a step of the stack has."""
     repeats: tuple[int, ...] = (1, 3, 5)
-    """Blocks in each of a ResNet's three stages: 3 is ResNet-20."""
+    """Numbers of blocks in each of a ResNet's three stages; 3 is ResNet-20."""
     timed_repeats: int = 3
-    """The ResNet whose steps are timed, one of these."""
+    """The ResNet whose steps are timed, one of --repeats."""
     images: int = 128
-    """Measurements of a step of the ResNet."""
+    """How many images a step of the ResNet has."""
     pixels: int = 32
-    """Width and height of the ResNet's images."""
+    """The width and height of the ResNet's images."""
     rounds: int = 9
-    """Rounds of timing."""
+    """How many rounds of timing there are."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """The seed of all that is random."""
     out: Path = Path("runs/memory")
     """The folder of the results; a finished measurement is kept."""
     fresh: bool = False
-    """Whether to delete what the folder holds."""
+    """The results in the folder are deleted first."""
 
 
 PRESETS = {

@@ -46,10 +46,7 @@ def write(config: "Config", found: dict[str, list[dict[str, Any]]]) -> Path:
         "Right: the median of interleaved rounds. A step is the gradient of all parameters; where blocks are updated "
         "at once it is the update, too."
     )
-    rows = table(found)
-    for row in rows:
-        print(" | ".join(row))
-    return figures.write(config.out, drawn, title="Memory against depth", caption=caption, table=rows)
+    return figures.write(config.out, drawn, title="Memory against depth", caption=caption, table=table(found))
 
 
 def _memory(axes: Axes, rows: list[dict[str, Any]], title: str, counted: str) -> None:

@@ -1,5 +1,6 @@
-"""What a report's numbers are: accuracy in percent, or the perplexity of a language model."""
+"""What a report's numbers are: accuracy in percent, or the perplexity of a language model, at most 1e9."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -47,6 +48,6 @@ METRICS: dict[str, Metric] = {
         "accuracy", " %", 1, 1, 1.0, "1 point", lambda record: 100 * np.array(record["test_accuracy"], dtype=float)
     ),
     "perplexity": Metric(
-        "perplexity", "", 2, -1, 0.5, "0.5", lambda record: np.exp(np.array(record["test_loss"], dtype=float))
+        "perplexity", "", 2, -1, 0.5, "0.5", lambda record: np.exp(np.minimum(record["test_loss"], math.log(1e9)))
     ),
 }

@@ -72,14 +72,14 @@ class LeNet(nnx.Module):
 
 
 class ConvNet(nnx.Module):
-    """Three convolutions with batch normalisation; arguments as :class:`MLP`."""
+    """Three convolutions with batch normalisation; arguments as :class:`MLP`, ``widths`` are those of the channels."""
 
-    def __init__(self, shape: Shape, classes: int, *, rngs: nnx.Rngs):
-        channels = (shape[2], 16, 32, 64)
+    def __init__(self, shape: Shape, classes: int, widths: tuple[int, ...] = (16, 32, 64), *, rngs: nnx.Rngs):
+        channels = (shape[2], *widths)
         self.convs = nnx.List([nnx.Conv(n, m, (3, 3), use_bias=False, rngs=rngs) for n, m in pairwise(channels)])
         # Statistics forget at PyTorch's default rate, which short trainings need.
         self.norms = nnx.List([nnx.BatchNorm(m, momentum=0.9, rngs=rngs) for m in channels[1:]])
-        self.head = nnx.Linear(64 * (shape[0] // 4) * (shape[1] // 4), classes, rngs=rngs)
+        self.head = nnx.Linear(widths[-1] * (shape[0] // 4) * (shape[1] // 4), classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Images ``(N, H, W, C)`` to logits ``(N, classes)``."""

@@ -65,39 +65,43 @@ class Config:
     """The stack, the pipelines that are counted, and the one that is timed."""
 
     layers: int = 64
-    """Of the stack whose programs are counted; all stages must divide it."""
+    """How many layers the stack has whose programs are counted; every number of stages must divide it."""
     width: int = 256
-    """Units of a layer."""
+    """How many units a layer of that stack has."""
     outputs: int = 10
-    """Classes."""
+    """How many classes there are."""
     examples: int = 8192
-    """Of a batch."""
+    """How many examples a batch of that stack has."""
     stages: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
-    """Counted with the first number of microbatches."""
+    """Numbers of stages to count, with the first number of microbatches."""
     microbatches: tuple[int, ...] = (32, 8, 128)
-    """Counted with eight stages, or the most there are."""
+    """Numbers of microbatches to count, with eight stages or else the most there are."""
     timed_layers: int = 8
-    """Of the stack that is timed."""
+    """How many layers the stack has that is timed, on two stages."""
     timed_width: int = 512
-    """Its units."""
+    """How many units a layer of the timed stack has."""
     timed_examples: int = 4096
-    """Its batch."""
+    """How many examples a batch of the timed stack has."""
     timed_microbatches: int = 8
-    """Its microbatches, on two stages."""
+    """How many microbatches the timed stack takes a batch in."""
     steps: int = 2
-    """In a round."""
+    """How many steps a round of timing has."""
     rounds: int = 15
-    """Of timing; 0 leaves it out."""
+    """How many rounds of timing there are; 0 leaves timing out."""
     out: Path = Path("runs/pipeline")
     """The folder of the results."""
     fresh: bool = False
-    """Whether to delete what is there."""
+    """The results in the folder are deleted first."""
 
     def __post_init__(self) -> None:
-        """Refuses sizes that are none."""
         records.refuse_below_one(self, "layers", "width", "outputs", "examples", "timed_layers", "steps")
         if any(self.layers % stages for stages in self.stages):
             raise ValueError(f"stages must divide the {self.layers} layers, got {self.stages}.")
+
+    def unread(self) -> tuple[str, ...]:
+        """Without rounds nothing is timed."""
+        timed = (field.name for field in dataclasses.fields(self) if field.name.startswith("timed_"))
+        return () if self.rounds else (*timed, "steps")
 
 
 PRESETS = {

@@ -46,8 +46,6 @@ def write(config: Any, counts: list[dict[str, Any]], times: dict[str, Any]) -> P
         "cores over one, median and quartiles over rounds; the bar's outline is the critical path's bound."
     )
     table = _table(counts, times)
-    for row in table:
-        print(" | ".join(row))
     return figures.write(config.out, drawn, title="Layers on several devices", caption=caption, table=table)
 
 

@@ -31,32 +31,31 @@ class Arm(NamedTuple):
     Attributes:
       rule: ``fa`` or ``bp``.
       normalised: whether the network has batch normalisation.
-      optimizer: ``(hidden, rate, adam_rate, weight_decay) -> optax transformation``.
+      optimizer: ``(hidden, rate, weight_decay) -> optax transformation``.
       rate_of: the arm whose learning rate it has; None for one of its own.
+      adam: whether the optimizer has Adam beside it, and so another argument, ``adam_rate``.
     """
 
     rule: Literal["fa", "bp"]
     normalised: bool
     optimizer: Callable[..., optax.GradientTransformation]
     rate_of: ArmName | None = None
+    adam: bool = False
 
 
-def by_sgd(
-    hidden: spectra.Hidden, rate: Any, adam_rate: Any, weight_decay: float, change: Any = None
-) -> optax.GradientTransformation:
+def by_sgd(hidden: spectra.Hidden, rate: Any, weight_decay: float, change: Any = None) -> optax.GradientTransformation:
     """SGD with momentum and an L2 penalty; ``change(hidden=...)`` is what changes the update's spectrum."""
-    del adam_rate
     momentum = optax.chain(optax.add_decayed_weights(weight_decay), optax.trace(0.9))
     changes = [change(hidden=hidden)] if change else []
     return optax.chain(momentum, *changes, optax.scale_by_learning_rate(rate))
 
 
-def by_muon(hidden: spectra.Hidden, rate: Any, adam_rate: Any, weight_decay: float) -> optax.GradientTransformation:
+def by_muon(hidden: spectra.Hidden, rate: Any, weight_decay: float, adam_rate: Any) -> optax.GradientTransformation:
     """Muon with Adam beside it."""
     return muon(rate, hidden, adam_rate=adam_rate, weight_decay=weight_decay)
 
 
-def by_size(hidden: spectra.Hidden, rate: Any, adam_rate: Any, weight_decay: float) -> optax.GradientTransformation:
+def by_size(hidden: spectra.Hidden, rate: Any, weight_decay: float, adam_rate: Any) -> optax.GradientTransformation:
     """Muon but for its orthogonalisation, with Adam beside it."""
     decay = optax.add_decayed_weights(weight_decay)
     sized = optax.chain(spectra.sized_as_muon(hidden), decay, optax.scale_by_learning_rate(rate))
@@ -68,12 +67,12 @@ ARMS: dict[ArmName, Arm] = {
     "bp-norm": Arm("bp", True, by_sgd),
     "fa": Arm("fa", False, by_sgd),
     "fa-fast": Arm("fa", False, by_sgd, "bp"),
-    "fa-muon": Arm("fa", False, by_muon),
+    "fa-muon": Arm("fa", False, by_muon, adam=True),
     "fa-norm": Arm("fa", True, by_sgd),
-    "fa-norm-muon": Arm("fa", True, by_muon),
+    "fa-norm-muon": Arm("fa", True, by_muon, adam=True),
     "bp-norm-rank-1": Arm("bp", True, partial(by_sgd, change=partial(spectra.truncated, 1)), "bp-norm"),
     "bp-norm-rank-2": Arm("bp", True, partial(by_sgd, change=partial(spectra.truncated, 2)), "bp-norm"),
     "bp-norm-rank-5": Arm("bp", True, partial(by_sgd, change=partial(spectra.truncated, 5)), "bp-norm"),
     "fa-norm-flat": Arm("fa", True, partial(by_sgd, change=spectra.flattened), "fa-norm"),
-    "fa-norm-sized": Arm("fa", True, by_size, "fa-norm-muon"),
+    "fa-norm-sized": Arm("fa", True, by_size, "fa-norm-muon", adam=True),
 }

@@ -108,39 +108,43 @@ class Config(sweep.Options):
     """The network, the trainings, and for how long."""
 
     network: NetworkName = "cnn"
-    """A convolutional network on CIFAR-10, or ResNet-18 on CIFAR-100."""
+    """The network to train: a small convolutional one on CIFAR-10, or ResNet-18 on CIFAR-100."""
     trainings: tuple[ArmName, ...] = tuple(ARMS)
-    """What to train: a rule, with or without normalisation, by SGD unless Muon is named; then the controls."""
+    """The arms to train: a rule, with or without normalisation, by SGD unless Muon is named; then the controls."""
     widths: tuple[int, ...] = (16, 32, 64, 64)
     """Channels of the convolutions, or of the stages."""
     epochs: int = 10
-    """How many epochs, after each of which all is measured."""
+    """How many epochs there are, after each of which all is measured."""
     steps: int | None = 60
-    """Steps of an epoch; by default as many as its images fill."""
+    """How many steps an epoch has; None takes as many as its images fill."""
     images: int | None = 10_000
-    """How many of the training images; None is all."""
+    """How many of the training images to take; None takes all."""
     test_images: int | None = 2_000
-    """How many of the test images; None is all."""
+    """How many of the test images to take; None takes all."""
     batch: int = 64
-    """Examples per step."""
+    """How many examples a step has."""
     rate: float | None = None
-    """Learning rate of every arm before its cosine decay; by default what was found for each."""
+    """The learning rate of every arm, before its cosine decay; None takes the one that was found for each."""
     adam_rate: float = 1e-3
-    """Of Adam beside Muon, before it decays."""
+    """The learning rate of Adam beside Muon, before it decays."""
     weight_decay: float = 5e-4
-    """SGD's L2 penalty; with Muon and Adam decoupled, times the learning rate."""
+    """The L2 penalty of SGD; with Muon and Adam the decay is decoupled and multiplied by the learning rate."""
     window: int = 100
-    """Steps of which the trajectory's rank is."""
+    """How many of the last steps the trajectory's rank is measured over."""
     sketch: int = 4096
-    """Numbers that are kept of a layer's update for it."""
+    """How many numbers the trajectory keeps of each layer's update."""
     probe: int = 128
-    """Images that the ranks within a batch are of."""
+    """How many images the ranks within a batch are measured on."""
     seeds: int = 1
-    """How many trainings of each arm, side by side."""
+    """How many trainings each arm has, side by side."""
     out: Path = Path("runs/rank_collapse")
-    """The folder of the results; a killed run goes on from its last checkpoint there."""
+    """The folder of the results; a run that was killed goes on from its last checkpoint there."""
 
     arms = ("trainings",)
+
+    def unread(self) -> tuple[str, ...]:
+        """Adam stands beside Muon alone."""
+        return () if any(ARMS[name].adam for name in self.trainings) else ("adam_rate",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,7 +184,6 @@ def run(config: Config) -> Path:
     Raises:
       ValueError: if the folder holds another configuration's results.
       FileNotFoundError: if the data set is not there.
-      FloatingPointError: if a training diverges.
     """
     dataset = sweep.prepare(config, data.load(NETWORKS[config.network].data, config.data))
     tasks: dict[str, Task] = {name: task(config, name, dataset) for name in config.trainings}
@@ -205,7 +208,8 @@ def task(config: Config, name: ArmName, dataset: data.Dataset) -> Task:
     filled = len(dataset.train_labels) // config.batch
     total = config.epochs * min(config.steps or filled, filled)
     rate = _falling(config.rate or network.rates[arm.rate_of or name], total)
-    optimizer = arm.optimizer(hidden, rate, _falling(config.adam_rate, total), config.weight_decay)
+    adam = {"adam_rate": _falling(config.adam_rate, total)} if arm.adam else {}
+    optimizer = arm.optimizer(hidden, rate, config.weight_decay, **adam)
     remember = spectra.remember(config.window, config.sketch, hidden)
     return Task(
         make=make,

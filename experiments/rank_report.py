@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from experiments import figures
 
@@ -48,7 +46,7 @@ Histories = Mapping[str, Sequence[dict[str, Any]]]
 
 
 def write(folder: Path, network: str, histories: Histories) -> Path:
-    """Prints the table and writes the report.
+    """Writes the report.
 
     Args:
       folder: of the run.
@@ -57,12 +55,12 @@ def write(folder: Path, network: str, histories: Histories) -> Path:
 
     Returns:
       The path of the page.
+
+    Raises:
+      FloatingPointError: if every arm diverged.
     """
+    figures.refuse_nothing(folder, histories)
     rows = table(network, histories)
-    shown = Table(*rows[0])
-    for row in rows[1:]:
-        shown.add_row(*row)
-    Console().print(shown)
     with figures.style():
         drawn = figure(histories)
     level = matched_loss(histories)

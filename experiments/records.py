@@ -1,5 +1,7 @@
 """A run's folder: ``config.json``, ``environment.json``, one line of ``metrics.jsonl`` per epoch, checkpoints.
 
+A training that diverged has ``diverged.txt``, too: one line that says where. It is not trained again.
+
 A folder belongs to one configuration. Files are replaced whole, so that a kill at any moment leaves the old or the new.
 """
 
@@ -19,6 +21,7 @@ from typing import Any
 
 import jax
 
+DIVERGED = "diverged.txt"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -70,6 +73,13 @@ def refuse_below_one(config: Any, *fields: str) -> None:
             raise ValueError(f"{field} must be at least 1, got {value}.")
 
 
+def refuse_empty(config: Any, *fields: str) -> None:
+    """Raises a ``ValueError`` if one of these fields, which choose what to train, chooses nothing."""
+    for field in fields:
+        if not getattr(config, field):
+            raise ValueError(f"{field} must name one or more, got none.")
+
+
 def environment() -> dict[str, Any]:
     """The machine, the versions, the commit and the time."""
     device = jax.devices()[0]
@@ -109,6 +119,11 @@ def truncate(folder: Path, epoch: int) -> list[dict[str, Any]]:
     records = [record for record in read(folder) if record["epoch"] <= epoch]
     replace(folder / "metrics.jsonl", "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
     return records
+
+
+def diverged(folder: Path) -> dict[str, str]:
+    """What is said of every training below a folder that diverged, by the training's name."""
+    return {str(path.parent.relative_to(folder)): path.read_text().strip() for path in sorted(folder.rglob(DIVERGED))}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -164,6 +179,8 @@ def _processor() -> str:
 
 
 def _commit() -> str:
+    if "JAXFA_COMMIT" in os.environ:  # where the code was copied without its repository
+        return os.environ["JAXFA_COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

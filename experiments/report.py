@@ -66,13 +66,16 @@ def write(folder: Path = Path("runs/compare")) -> Path:
     Raises:
       FileNotFoundError: if the folder holds no runs, or none of backpropagation, the reference.
     """
-    rows = read_rows(folder)
+    rows, diverged = read_rows(folder), records.diverged(folder)
+    bp = next((row for row in rows if row.name == "bp"), None)
     config = records.read_json(folder / "config.json")
     floor = _floor(rows)
-    top = max(100.0, *(np.nanmax([*_angles(row).ravel(), 0]) + 5 for row in rows))
+    top = max([100.0, *(np.nanmax([*_angles(row).ravel(), 0]) + 5 for row in rows)])
     figures = {
         row.name: {
-            "accuracy": plots.course(row.history, rows[0].history, row.color, METRICS["accuracy"], (100 * floor, 100)),
+            "accuracy": plots.course(
+                row.history, (bp or row).history, row.color, METRICS["accuracy"], (100 * floor, 100)
+            ),
             "angle": plots.angles(row.history, top) if row.layers else "",
         }
         for row in rows
@@ -82,14 +85,16 @@ def write(folder: Path = Path("runs/compare")) -> Path:
     )
     page = environment.get_template("report.html.jinja").render(
         rows=rows,
+        bp=bp,
+        diverged={method.title: diverged[name] for name, method in METHODS.items() if name in diverged},
         families=[(family, [row for row in rows if row.method.family == family]) for family in COLORS],
         colors=COLORS,
         config=config,
         figures=figures,
         floor=floor,
         ratio_top=max([1.25, *(row.step["high"] for row in rows if row.step)]),
-        angle_top=max(90.0, *(max(row.layers.values(), default=0) for row in rows)),
-        findings=findings(rows),
+        angle_top=max([90.0, *(max(row.layers.values(), default=0) for row in rows)]),
+        findings=findings(rows) if bp else [],
         environment=records.read_json(folder / "bp" / "environment.json")[-1],
     )
     path = folder / "report.html"
@@ -98,19 +103,20 @@ def write(folder: Path = Path("runs/compare")) -> Path:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """Reads every method's run in a folder, in the order of the methods' table.
+    """Reads every method's run in a folder, but for those that diverged, in the order of the methods' table.
 
     Args:
       folder: what ``run compare`` filled.
 
     Returns:
-      A list of :class:`Row`, backpropagation first.
+      A list of :class:`Row`, backpropagation first, unless it diverged.
 
     Raises:
       FileNotFoundError: if the folder holds no runs, or none of backpropagation, the reference.
     """
-    histories = {name: records.read(folder / name) for name in METHODS}
-    if not histories["bp"]:
+    diverged = records.diverged(folder)
+    histories = {name: [] if name in diverged else records.read(folder / name) for name in METHODS}
+    if not histories["bp"] and "bp" not in diverged:
         there = [name for name, history in histories.items() if history]
         raise FileNotFoundError(
             f"{folder} holds no run of bp, the reference; found {', '.join(there) or 'no runs'}. Name a folder that "
@@ -174,5 +180,5 @@ def _angles(row: Row) -> np.ndarray:
 
 def _floor(rows: list[Row]) -> float:
     """Where the accuracy axis begins: a tenth below the worst rule's end."""
-    lowest = min(row.accuracy.mean - row.accuracy.std for row in rows)
+    lowest = min((row.accuracy.mean - row.accuracy.std for row in rows), default=0.0)
     return max(0.0, np.floor(10 * lowest - 0.2) / 10)

@@ -46,9 +46,11 @@ class Config(ssa_arms.Config):
     """The network, and the reading."""
 
     network: NetworkName = "vgg13"
-    """The network."""
+    """The network to train."""
     parallel: bool = True
-    """Whether errors reach all layers at once, or one after the other."""
+    """Errors reach all layers at once, else one after the other."""
+    gamma: float = 1e-2
+    """The weight of the orthogonality loss, in the arms without a retraction."""
     out: Path = Path("runs/ssa_ablation")
     """The folder of the results."""
 

@@ -64,9 +64,12 @@ class Config(ssa_arms.Config):
     """The network."""
 
     network: NetworkName = "resnet32"
-    """The network."""
+    """The network to train."""
     out: Path = Path("runs/ssa_alignment")
     """The folder of the results."""
+
+    def unread(self) -> tuple[str, ...]:
+        return "apart", "minutes", "only"
 
 
 PRESETS = {
@@ -109,8 +112,12 @@ def write(folder: Path, histories: dict[str, list[dict[str, Any]]]) -> Path:
 
     Returns:
       The path of the page.
+
+    Raises:
+      FloatingPointError: if every training diverged.
     """
-    layers = list(histories["dfa"][-1]["angle"])[:-1]
+    figures.refuse_nothing(folder, histories)
+    layers = list(next(iter(histories.values()))[-1]["angle"])[:-1]
     shown = [layers[i] for i in sorted(set(np.linspace(0, len(layers) - 1, 6).round().astype(int)))]
     with figures.style():
         drawn = Figure(figsize=(2.6 * len(shown), 3.0), layout="constrained")
@@ -132,8 +139,6 @@ def write(folder: Path, histories: dict[str, list[dict[str, Any]]]) -> Path:
         last = history[-1]
         angles = [figures.estimate(np.array(last["angle"][layer], float), 0) for layer in layers]
         table.append([TITLES[name], *angles, figures.estimate(100 * np.array(last["test_accuracy"]), 1)])
-    for row in table:
-        print(" | ".join(row))
     caption = (
         "The angle of each layer's update to backpropagation's at the same weights, on one batch; mean over seeds."
     )

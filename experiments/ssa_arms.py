@@ -30,19 +30,17 @@ class Config(sweep.Config):
     """The training, the local losses and the rank; the paper names only the pruning."""
 
     beta: float = 1e-3
-    """Of the alignment loss."""
-    gamma: float = 1e-2
-    """Of the orthogonality loss, where there is no retraction."""
+    """The weight of the alignment loss."""
     hoyer: float = 0.03
-    """Of Hoyer's penalty; Yang et al. take .03 and .005 for ResNet-32."""
+    """The weight of Hoyer's penalty; Yang et al. take .03, and .005 for ResNet-32."""
     period: int = 10
-    """Every how many epochs, of the first 30 %, Hoyer's penalty is on."""
+    """Hoyer's penalty is on in one epoch of so many, during the first 30 %."""
     energy: float = 0.95
-    """Of the squared singular values, how much pruning keeps, after every epoch past the first 30 %."""
+    """Pruning keeps this part of the squared singular values, after every epoch past the first 30 %."""
     multiple: int = 8
     """Ranks are rounded up to multiples of it, so that few different programs are compiled."""
     scale: float = 1.0
-    """Factor on the channels of VGG-13 and ResNet-32."""
+    """The numbers of channels are multiplied by this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,13 +52,13 @@ def maker(name: NetworkName, config: Config, dataset: Dataset) -> Callable[[nnx.
     """How to make a network, dense."""
     shape, classes = dataset.train_images.shape[1:], dataset.classes
 
-    def wide(channels: int) -> int:
-        return max(4, round(config.scale * channels))
+    def wide(*channels: int) -> tuple[int, ...]:
+        return tuple(max(4, round(config.scale * count)) for count in channels)
 
     makers: dict[NetworkName, Callable[[nnx.Rngs], nnx.Module]] = {
-        "smallconv": lambda rngs: ConvNet(shape, classes, rngs=rngs),
-        "vgg13": lambda rngs: VGG(shape, classes, widths=tuple(map(wide, (64, 128, 256, 512, 512))), rngs=rngs),
-        "resnet32": lambda rngs: ResNet(shape, classes, tuple(map(wide, (16, 32, 64))), repeats=5, rngs=rngs),
+        "smallconv": lambda rngs: ConvNet(shape, classes, wide(16, 32, 64), rngs=rngs),
+        "vgg13": lambda rngs: VGG(shape, classes, widths=wide(64, 128, 256, 512, 512), rngs=rngs),
+        "resnet32": lambda rngs: ResNet(shape, classes, wide(16, 32, 64), repeats=5, rngs=rngs),
     }
     return makers[name]
 

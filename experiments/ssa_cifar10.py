@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Literal
 
 import jaxfa
-from experiments import data, ssa_arms, sweep
+from experiments import data, records, ssa_arms, sweep
 from experiments.ssa_arms import NetworkName
 
 PUBLISHED: dict[NetworkName, dict[str, float]] = {
@@ -60,13 +60,17 @@ class Config(ssa_arms.Config):
     """The images and the networks."""
 
     dataset: Literal["cifar10", "imagenet64"] = "cifar10"
-    """What to learn."""
+    """The images to learn."""
     networks: tuple[NetworkName, ...] = ("smallconv", "vgg13", "resnet32")
-    """The networks."""
+    """The networks to train."""
     out: Path = Path("runs/ssa_cifar10")
     """The folder of the results."""
 
     arms = ("networks",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        records.refuse_empty(self, "networks")
 
 
 PRESETS = {

@@ -63,13 +63,16 @@ class Config(ssa_arms.Config):
     """The network."""
 
     network: NetworkName = "vgg13"
-    """The network."""
+    """The network to train."""
     fractions: tuple[float, ...] = (0.5, 0.25, 0.125)
-    """Of full rank: what a step would cost if every layer fell to it."""
+    """Parts of full rank, at each of which a step is counted and timed as if every layer had fallen to it."""
     out: Path = Path("runs/ssa_cost")
     """The folder of the results."""
 
     arms = ("fractions",)
+
+    def unread(self) -> tuple[str, ...]:
+        return "apart", "minutes", "only"
 
 
 PRESETS = {
@@ -92,20 +95,24 @@ def run(config: Config) -> Path:
 
     Returns:
       The path of the report.
+
+    Raises:
+      FloatingPointError: if the training diverged.
     """
     dataset = sweep.prepare(config, data.load("cifar10", config.data))
     bp = ssa_arms.dense(config.network, config, dataset, jaxfa.backprop())
     dfa = ssa_arms.dense(config.network, config, dataset, jaxfa.dfa(), taps=True)
     ssa = ssa_arms.ssa(config.network, config, dataset, jaxfa.ssa(beta=config.beta))
-    (trained,) = sweep.train_each(config, sweep.open_run(config), {"ssa": ssa})
-    ranks = [{layer: int(max(of)) for layer, of in record["rank"].items()} for record in trained.history]
+    fallen = {f"{fraction:g} of full rank": at_fraction(ssa, fraction) for fraction in config.fractions}
+    trained = list(sweep.train_each(config, sweep.open_run(config), {"ssa": ssa}))
+    figures.refuse_nothing(config.out, trained)
+    ranks = [{layer: int(max(of)) for layer, of in record["rank"].items()} for record in trained[0].history]
     costs = {"backpropagation": cost(bp), "DFA": cost(dfa)}
     counted: dict[tuple[int, ...], dict[str, float]] = {}
     for one in ranks:
         key = tuple(one.values())
         counted[key] = counted.get(key) or cost(at_ranks(ssa, one))
     curve = [counted[tuple(one.values())] for one in ranks]
-    fallen = {f"{fraction:g} of full rank": at_fraction(ssa, fraction) for fraction in config.fractions}
     costs |= {"SSA, first epoch": curve[0], "SSA, last epoch": curve[-1]}
     costs |= {f"SSA, {name}": cost(task) for name, task in fallen.items()}
     tasks = {"backpropagation": bp, "DFA": dfa, "SSA, first epoch": ssa, "SSA, last epoch": at_ranks(ssa, ranks[-1])}
@@ -183,7 +190,5 @@ def write(folder: Path, costs: Any, curve: Any, ranks: Any, times: Any) -> Path:
         table.append([name, *(f"{one[key] / bp[key]:.2f}" for key in LINES), f"{times[name]['ratio']:.2f}"])
     mean = float(np.mean([ranks[-1][layer] / ranks[0][layer] for layer in ranks[0]]))
     table.append(["ranks at the end, of full rank", f"{mean:.2f}", "", "", ""])
-    for row in table:
-        print(" | ".join(row))
     caption = "Operations by XLA's count, bytes kept between steps, and ranks of parallel SSA over its training."
     return figures.write(folder, drawn, title="What falling ranks save", caption=caption, table=table)

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from experiments import data, records, sweep_report, timing
+from experiments import apart, data, records, sweep_report, timing
 from experiments.metrics import METRICS, Metric, MetricName
 from experiments.task import Task
-from experiments.train import train
+from experiments.train import DivergenceError, train
 from experiments.trainer import Loop, Trainer
 
 
@@ -67,30 +67,34 @@ class Options:
     epochs: int = 10
     """Passes over the training images."""
     images: int | None = None
-    """How many of the training images; by default all."""
+    """How many of the training images to take; None takes all."""
     test_images: int | None = None
-    """How many of the test images; by default all."""
+    """How many of the test images to take; None takes all."""
     seeds: int = 3
-    """How many trainings of each arm, side by side."""
+    """How many trainings each arm has, side by side."""
     seed: int = 0
     """The first seed; the others follow it."""
     split: Literal["test", "validation"] = "test"
-    """What accuracy is of: the test set, or a tenth of the training set held out, for every choice that is tuned."""
+    """The images to test on: the test set, or a tenth of the training set held out, to tune a choice by."""
     loop: Loop = "auto"
-    """One compiled step per batch or a scan over many; auto chooses by the backend. Both draw the same numbers."""
+    """Each batch is one compiled step, or a scan runs many; auto chooses by the backend. Both draw the same numbers."""
     diagnostics: bool = False
-    """Whether every epoch's record has, by layer, effective ranks and how far what is conserved has drifted."""
+    """Every epoch's record also holds each layer's effective ranks, and how far what is conserved has drifted."""
     save_every: int = 10
     """Epochs from one checkpoint to the next; the last is always saved."""
     out: Path = Path("runs/sweep")
-    """The folder of the results; a killed run goes on from its last checkpoint there."""
+    """The folder of the results; a run that was killed goes on from its last checkpoint there."""
     data: Path | None = None
-    """The folder of the cached data sets; by default what JAXFA_DATA names, else ./data."""
+    """The folder of the cached data sets; None is the one that JAXFA_DATA names, else ./data."""
     fresh: bool = False
-    """Whether to delete the results that are there."""
+    """The results in the folder are deleted first."""
 
     arms: ClassVar[tuple[str, ...]] = ()
     """The fields that choose arms: more of them may join the results that are there."""
+
+    def unread(self) -> tuple[str, ...]:
+        """The fields that no arm of this run reads; the command line refuses to set them."""
+        return ()
 
     def __post_init__(self) -> None:
         records.refuse_below_one(self, "epochs", "seeds", "save_every", "images", "test_images")
@@ -100,16 +104,26 @@ class Options:
 class Config(Options):
     """What most sweeps can be told, too."""
 
+    apart: bool = False
+    """Every arm trains in a process of its own, all at once; steps are not timed then."""
+    minutes: float | None = None
+    """The time after which arms that train apart are stopped; the same command goes on later. None never stops."""
+    only: str | None = None
+    """The one arm that is trained, without a report; None trains all."""
+
     batch: int = 64
-    """Examples per step."""
+    """How many examples a step has."""
     learning_rate: float = 1e-3
-    """Of Adam, before it decays."""
+    """The learning rate of Adam, before it decays."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         records.refuse_below_one(self, "batch")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
+
+    def unread(self) -> tuple[str, ...]:
+        return () if self.apart else ("minutes",)
 
 
 def prepare(config: Options, dataset: data.Dataset) -> data.Dataset:
@@ -131,20 +145,18 @@ def open_run(config: Options) -> dict[str, Any]:
     Raises:
       ValueError: if the folder holds another run.
     """
-    ignored = ("loop", "diagnostics", "save_every", "out", "data", "fresh", *config.arms)
-    identity = records.identity(type(config).__module__.rpartition(".")[2], config, ignored)
+    identity = _identity(config)
     records.open_run(config.out, identity, fresh=config.fresh)
     return identity
 
 
-class Trained(NamedTuple):
-    """A training that is done.
+def _identity(config: Options) -> dict[str, Any]:
+    how = ("loop", "diagnostics", "save_every", "out", "data", "fresh", "apart", "minutes", "only")
+    return records.identity(type(config).__module__.rpartition(".")[2], config, (*how, *config.arms))
 
-    Attributes:
-      name: the task's.
-      trainer: what trained it.
-      history: its records, from epoch 0.
-    """
+
+class Trained(NamedTuple):
+    """A training that is done: its name, what trained it, and its records, from epoch 0."""
 
     name: str
     trainer: Trainer
@@ -166,28 +178,32 @@ def train_each(
       make: what makes a trainer of a task, the seeds and the loop.
 
     Yields:
-      Each training when it is done: nothing is trained before it is asked for.
+      Each training when it is done: nothing is trained before it is asked for. One that diverges is left out; its
+      folder says so, see :func:`experiments.records.diverged`.
 
     Raises:
       ValueError: if a folder holds another run.
-      FloatingPointError: if a training diverges.
     """
     seeds = range(config.seed, config.seed + config.seeds)
     with _progress() as progress:
         for name, task in tasks.items():
             trainer = make(task._replace(diagnostics=config.diagnostics), seeds, config.loop)
-            history = train(
-                trainer,
-                config.epochs,
-                folder=config.out / name,
-                config=identity | {"arm": name},
-                save_every=config.save_every,
-                progress=progress,
-            )
-            yield Trained(name, trainer, history)
+            try:
+                history = train(
+                    trainer,
+                    config.epochs,
+                    folder=config.out / name,
+                    config=identity | {"arm": name},
+                    save_every=config.save_every,
+                    progress=progress,
+                )
+            except DivergenceError as error:
+                progress.console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            else:
+                yield Trained(name, trainer, history)
 
 
-def run(config: Options, page: Page, arms: Sequence[Arm]) -> Path:
+def run(config: Config, page: Page, arms: Sequence[Arm]) -> Path:
     """Trains every arm, times its steps, writes the report.
 
     Args:
@@ -199,20 +215,35 @@ def run(config: Options, page: Page, arms: Sequence[Arm]) -> Path:
       The path of the report.
 
     Raises:
-      ValueError: if two arms have one name, or the folder holds another run.
-      FloatingPointError: if a training diverges.
+      ValueError: if there is no arm, two of them have one name, or the folder holds another run.
     """
     names = [arm.name for arm in arms]
-    if len(set(names)) < len(names):
-        raise ValueError(f"Every arm needs a name of its own, got {names}.")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"A sweep needs one arm or more, every one with a name of its own, got {names}.")
+    if config.only is not None:  # one arm's process leaves the folder to the one that started it
+        return _train_one(config, _identity(config), arms)
     identity = open_run(config)
     described = [{key: value for key, value in arm._asdict().items() if key != "task"} for arm in arms]
     for arm in described:
         arm["reference"] = arm["reference"] or names[0]
     records.write_json(config.out / "sweep.json", page._asdict() | {"arms": described})
-    _train(config, identity, arms)
-    Console().print(_table(sweep_report.read_rows(config.out), METRICS[page.metric]))
+    if config.apart:
+        with _progress() as progress:
+            cut = apart.train_apart(config.out, names, config.epochs, config.minutes, progress)
+        records.write_json(config.out / "cut.json", cut)
+        Console().print(*cut, sep="\n")
+    else:
+        _train(config, identity, arms)
+    Console().print(_table(config.out, METRICS[page.metric]))
     return sweep_report.write(config.out)
+
+
+def _train_one(config: Config, identity: dict[str, Any], arms: Sequence[Arm]) -> Path:
+    chosen = {arm.name: arm.task for arm in arms if arm.name == config.only}
+    if not chosen:
+        raise ValueError(f"No arm is called {config.only!r}; choose one of {', '.join(arm.name for arm in arms)}.")
+    list(train_each(config, identity, chosen))
+    return config.out / str(config.only)
 
 
 def _train(config: Options, identity: dict[str, Any], arms: Sequence[Arm]) -> None:
@@ -222,20 +253,23 @@ def _train(config: Options, identity: dict[str, Any], arms: Sequence[Arm]) -> No
         # Only references stay: a compiled arm and its states can be large.
         kept |= {name: trainer} if name in references.values() else {}
         reference = references[name]
-        pair = {reference: kept[reference], name: trainer}
-        timing.measure(pair, config.out / name / "timing.json", reference=reference)
+        if reference in kept:
+            pair = {reference: kept[reference], name: trainer}
+            timing.measure(pair, config.out / name / "timing.json", reference=reference)
 
 
-def _table(rows: Sequence[sweep_report.Row], metric: Metric) -> Table:
+def _table(folder: Path, metric: Metric) -> Table:
     table = Table(
         Column("arm", overflow="fold"), "last epoch", "best epoch", "gap", "published", "gap", "angle", "step"
     )
-    for row in rows:
+    for row in sweep_report.read_rows(folder):
         gaps = ["" if gap is None else f"{gap:+.{metric.digits}f}" for gap in (row.gap, row.published_gap)]
         published = "" if row.published is None else f"{row.published:.1f}"
         step = f"{row.step['ratio']:.2f} x" if row.step else ""
         found = (row.name, str(row.last), str(row.best), gaps[0], published, gaps[1], f"{row.angle.mean:.0f}°", step)
         table.add_row(*found)
+    for name in sweep_report.diverged(folder):
+        table.add_row(name, "diverged")
     return table
 
 

@@ -40,7 +40,7 @@ class Row(NamedTuple):
       reference: the name of the arm that it is compared with.
       last: accuracy after the last epoch.
       best: the mean over seeds of each one's best epoch, as published numbers often are.
-      gap: ``best`` less the reference's, None for a reference.
+      gap: ``best`` less the reference's, None for a reference and where that diverged.
       published_gap: the same of the published accuracies.
       angle: of the first layer's update to backpropagation, in degrees, after the last epoch.
       step: milliseconds, and their ratio to the reference's; None if not measured.
@@ -77,6 +77,7 @@ def write(folder: Path) -> Path:
       FileNotFoundError: if the folder holds no sweep.
     """
     rows, described, metric = read_rows(folder), records.read_json(folder / "sweep.json"), metric_of(folder)
+    lost = diverged(folder)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=True
     )
@@ -84,14 +85,15 @@ def write(folder: Path) -> Path:
         page=described,
         metric=metric,
         rows=rows,
+        diverged=lost,
         groups=[(group, [row for row in rows if row.group == group]) for group in _groups(rows)],
         figures=[(axis, _figures(rows, axis, metric)) for axis in _axes(rows)],
-        courses=courses.panels(folder, rows, metric) if described.get("course") else [],
+        courses=courses.panels(folder, rows, metric) if described.get("course") and rows else [],
         findings=findings(rows, metric),
         config=records.read_json(folder / "config.json"),
-        environment=records.read_json(folder / rows[0].name / "environment.json")[-1],
-        low=min(row.last.mean - (row.last.std or 0) for row in rows),
-        high=max(row.last.mean + (row.last.std or 0) for row in rows),
+        environment=records.read_json(folder / [*[row.name for row in rows], *lost][0] / "environment.json")[-1],
+        low=min((row.last.mean - (row.last.std or 0) for row in rows), default=0),
+        high=max((row.last.mean + (row.last.std or 0) for row in rows), default=0),
     )
     path = folder / "report.html"
     records.replace(path, page)
@@ -103,8 +105,15 @@ def metric_of(folder: Path) -> Metric:
     return METRICS[records.read_json(folder / "sweep.json").get("metric", "accuracy")]
 
 
+def diverged(folder: Path) -> dict[str, str]:
+    """What is said of each of the sweep's arms that diverged."""
+    notes = records.diverged(folder)
+    names = [arm["name"] for arm in records.read_json(folder / "sweep.json")["arms"]]
+    return {name: notes[name] for name in names if name in notes}
+
+
 def read_rows(folder: Path) -> list[Row]:
-    """Reads every arm that a folder holds, in the sweep's order.
+    """Reads every arm that a folder holds, but for those that diverged, in the sweep's order.
 
     Args:
       folder: what a sweep filled.
@@ -118,9 +127,12 @@ def read_rows(folder: Path) -> list[Row]:
     path = folder / "sweep.json"
     arms = records.read_json(path)["arms"] if path.exists() else []
     histories = {arm["name"]: records.read(folder / arm["name"]) for arm in arms}
-    if not any(histories.values()):
+    histories = {name: history if len(history) > 1 else [] for name, history in histories.items()}
+    lost = diverged(folder) if arms else {}
+    if not lost and not any(histories.values()):
         raise FileNotFoundError(f"{folder} holds no trained arm; name a folder that a sweep filled with --out.")
-    arms = [arm for arm in arms if histories[arm["name"]] and histories[arm["reference"]]]
+    there = {name for name, history in histories.items() if history} - set(lost)
+    arms = [arm for arm in arms if arm["name"] in there and arm["reference"] in {*there, *lost}]
     metric = metric_of(folder)
     best = {arm["name"]: _best(histories[arm["name"]], metric) for arm in arms}
     published = {arm["name"]: arm["published"] for arm in arms}
@@ -165,7 +177,7 @@ def _row(
         **{key: arm[key] for key in ("name", "group", "x", "axis", "published", "reference")},
         last=_estimate(metric.values(history)[-1], metric.digits),
         best=best[name],
-        gap=None if name == reference else best[name].mean - best[reference].mean,
+        gap=None if name == reference or reference not in best else best[name].mean - best[reference].mean,
         published_gap=published[name] - published[reference] if known else None,
         angle=_estimate(np.array(first, dtype=float)),
         step=records.read_json(times)["steps"][name] if times.exists() else None,

@@ -2,7 +2,7 @@
 
 A cached file ``FOLDER/NAME.npz`` holds a text once and for all as whole numbers: ``train`` and ``test`` ``(tokens,)``
 and the ``vocabulary`` that they count in. The folder is that of the images. Where a file is missing, it is made: from
-the ``.txt.xz`` files of ``../shared/data``, copied into the folder, else by TFDS.
+the compressed text where that lies in the folder (for Shakespeare ``tinyshakespeare.txt.xz``), else by TFDS.
 
 Characters: all 65 that occur; the last tenth of the text is the test set. Words: what white space separates, and an
 ``<eos>`` at the end of every line, as the authors count, with their ``<unk>`` for rare words; what the training text
@@ -34,7 +34,7 @@ class Source(NamedTuple):
     Attributes:
       tfds: its name there.
       splits: there; characters are joined, words are those to train on and those to test on.
-      files: in ``../shared/data``, the same.
+      files: the names of the compressed texts that may lie in the folder instead.
     """
 
     tfds: str
@@ -187,10 +187,11 @@ def _download(source: Source, path: Path) -> list[Iterable[str]]:
     try:
         import tensorflow_datasets as tfds  # noqa: PLC0415 (only to prepare: training reads cached arrays)
     except ImportError as error:
-        offline = f"copy {' and '.join(source.files)} from ../shared/data to {path.parent}" if source.files else ""
-        online = "where a network is, install TFDS (pip install 'jaxfa[tfds]' datasets) and run this again"
-        ways = "; or ".join(filter(None, (offline, online, "name another folder with --data or JAXFA_DATA")))
-        raise FileNotFoundError(f"No cached text at {path}. Choose: {ways}.") from error
+        given = " or ".join(filter(None, (path.name, " and ".join(source.files))))
+        raise FileNotFoundError(
+            f"No cached text at {path}. Where a network is, install TFDS (pip install 'jaxfa[tfds]' datasets) and run "
+            f"this again; or name the folder that holds {given} with --data FOLDER or JAXFA_DATA."
+        ) from error
 
     def lines(split: str) -> Iterator[str]:
         for example in tfds.as_numpy(tfds.load(source.tfds, split=split)):

@@ -12,6 +12,10 @@ from experiments import checkpoint, records
 from experiments.trainer import State, Trainer
 
 
+class DivergenceError(FloatingPointError):
+    """A training whose loss is no finite number; its folder says so, and it is not trained again."""
+
+
 def train(
     trainer: Trainer,
     epochs: int,
@@ -37,9 +41,12 @@ def train(
     Raises:
       ValueError: if the folder or its checkpoint is of another configuration, or damaged, or diagnostics are asked for
         that its records lack.
-      FloatingPointError: if a loss is not finite.
+      DivergenceError: if a loss is not finite, now or in an earlier run of the same configuration.
     """
     records.open_run(folder, config)
+    note = folder / records.DIVERGED
+    if note.exists():
+        raise _error(folder, note.read_text())
     if trainer.task.diagnostics and any("error_rank" not in record for record in records.read(folder)):
         raise ValueError(
             f"{folder} holds epochs that were trained without diagnostics: choose another --out, or --fresh."
@@ -51,7 +58,11 @@ def train(
         history = records.truncate(folder, done)
         bar = progress.add_task(folder.name, total=epochs, completed=max(done, 0)) if progress else None
         for epoch in range(done + 1, epochs + 1):
-            state, record = _epoch(trainer, state, epoch, folder)
+            try:
+                state, record = _epoch(trainer, state, epoch)
+            except DivergenceError as error:
+                records.replace(note, str(error))
+                raise _error(folder, str(error)) from None
             history.append(records.append(folder, record))
             if epoch == epochs or epoch % save_every == 0:
                 checkpoint.save(manager, epoch, state)
@@ -61,17 +72,22 @@ def train(
     return history
 
 
-def _epoch(trainer: Trainer, state: State, epoch: int, folder: Path) -> tuple[State, dict[str, Any]]:
+def _error(folder: Path, note: str) -> DivergenceError:
+    return DivergenceError(f"{folder} {note}; lower the learning rate. The records of the epochs before it are kept.")
+
+
+def _epoch(trainer: Trainer, state: State, epoch: int) -> tuple[State, dict[str, Any]]:
     """Trains for one epoch (none for epoch 0) and measures: the only place where the host waits for the device."""
     started = time.perf_counter()
     losses: Any = []
     if epoch:
         state, losses = trainer.advance(state, trainer.shuffle(state), trainer.steps)
+        losses = np.asarray(jax.device_get(losses)).reshape(-1, len(trainer.seeds))
+        _stop_unless_finite(trainer, epoch, "training", losses)
         state = trainer.task.between(state, epoch) if trainer.task.between else state
     found = trainer.evaluate(state)
-    losses = np.asarray(jax.device_get(losses)).reshape(-1, len(trainer.seeds))
+    _stop_unless_finite(trainer, epoch, "test", found["test_loss"][None])
     seconds = time.perf_counter() - started
-    _stop_unless_finite(trainer, epoch, losses, found["test_loss"], folder)
     record: dict[str, Any] = {"epoch": epoch, "step": epoch * trainer.steps, "seconds": round(seconds, 3)}
     record["train_loss"] = losses.mean(0).tolist() if epoch else None
     return state, record | {key: _lists(value) for key, value in found.items()}
@@ -81,19 +97,10 @@ def _lists(value: Any) -> Any:
     return {key: _lists(item) for key, item in value.items()} if isinstance(value, dict) else value.tolist()
 
 
-def _stop_unless_finite(trainer: Trainer, epoch: int, losses: np.ndarray, test_loss: np.ndarray, folder: Path) -> None:
+def _stop_unless_finite(trainer: Trainer, epoch: int, name: str, losses: np.ndarray) -> None:
+    """Raises an error with the place of the first of these losses, ``(steps, seeds)``, that is no number."""
     steps, seeds = np.nonzero(~np.isfinite(losses))
     if len(steps):
-        where = (
-            f"the training loss is {losses[steps[0], seeds[0]]} at step {(epoch - 1) * trainer.steps + steps[0] + 1}"
-        )
-        seed = trainer.seeds[seeds[0]]
-    elif not np.isfinite(test_loss).all():
-        index = int(np.argmin(np.isfinite(test_loss)))
-        where, seed = f"the test loss is {test_loss[index]}", trainer.seeds[index]
-    else:
-        return
-    raise FloatingPointError(
-        f"{folder}: {where} of epoch {epoch}, seed {seed}. Training has diverged: lower the learning rate. The records "
-        f"and the last checkpoint before it are kept."
-    )
+        step = (epoch - 1) * trainer.steps + steps[0] + 1 if name == "training" else epoch * trainer.steps
+        value, seed = losses[steps[0], seeds[0]], trainer.seeds[seeds[0]]
+        raise DivergenceError(f"diverged: the {name} loss is {value} at step {step}, epoch {epoch}, seed {seed}")

@@ -75,8 +75,8 @@ def test_validation_split_never_sees_the_test_images(tiny, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "No command given; choose one of list, run, report"),
-        (["walk"], "Unknown command 'walk'; choose one of list, run, report"),
+        ([], "No command given; choose one of list, run, report, results"),
+        (["walk"], "Unknown command 'walk'; choose one of list, run, report, results"),
         (["run"], "No experiment given; choose one of compare"),
         (["run", "contrast"], "Unknown experiment 'contrast'; choose one of compare"),
         (["run", "compare", "--model", "lenet"], "lenet needs images of at least 12 x 12"),

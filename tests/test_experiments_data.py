@@ -47,7 +47,7 @@ def test_cached_file_from_the_folder_or_the_variable(name, shape, classes, tmp_p
 
 def test_missing_file_names_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(FileNotFoundError, match=r"jaxfa\[tfds\].*unpack\.py.*--npz.*JAXFA_DATA.*digits"):
+    with pytest.raises(FileNotFoundError, match=r"jaxfa\[tfds\].*mnist\.npz with --data FOLDER or JAXFA_DATA.*digits"):
         data.load("mnist", tmp_path)
 
 

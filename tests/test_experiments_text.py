@@ -83,9 +83,12 @@ def test_windows_that_a_text_does_not_have_are_refused(play, options, message):
 
 def test_a_missing_text_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(FileNotFoundError, match=r"copy tinyshakespeare.txt.xz from .*jaxfa\[tfds\].*JAXFA_DATA"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"jaxfa\[tfds\].* shakespeare.npz or tinyshakespeare.txt.xz with --data FOLDER or JAXFA",
+    ):
         text.load("shakespeare", tmp_path, context=7)
-    with pytest.raises(FileNotFoundError, match=r"Choose: where a network is"):
+    with pytest.raises(FileNotFoundError, match=r"Where a network is.*holds wikitext103.npz with"):
         text.load("wikitext103", tmp_path, context=7)
     with pytest.raises(ValueError, match="Unknown text 'ulysses'; choose one of shakespeare"):
         text.load("ulysses", tmp_path, context=7)
