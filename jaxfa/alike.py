@@ -57,7 +57,15 @@ def alike(
         if learning_rate:
             refuse_accumulation(state)
         put, _, paths = _seats(params, feedback, name, shape)
-        return OptimizerState(state, own_state(tx.init(put(params, feedback)), state, paths))
+        try:
+            full = tx.init(put(params, feedback))
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"The optimizer steps on the weights, but not on the {name} of their feedback, which it was shown at "
+                f"{[jax.tree_util.keystr(path) for path in paths]}: give it masks and labels as functions of a tree, "
+                f"which go by names or numbers of axes, in the place of trees."
+            ) from error
+        return OptimizerState(state, own_state(full, state, paths))
 
     def update(updates: Any, state: OptimizerState, both: Any, **extra: Any) -> tuple[Any, OptimizerState]:
         (gradients, signals), (params, feedback) = updates, both
@@ -70,10 +78,7 @@ def alike(
         learns = zip(take(learned), take(others if shape is None else steps), strict=True)
 
         def learn(node: Any, signal: Any) -> Any:
-            if not jax.tree.leaves(getattr(node, name)):  # masked by a wrapper outside
-                return jax.tree.map(jnp.zeros_like, signal)
-            step, steps = next(learns)
-            q = getattr(node, name)
+            (step, steps), q = next(learns), getattr(node, name)
             rest = jax.tree.map(lambda leaf: jnp.where(steps, -learning_rate * leaf, 0).astype(leaf.dtype), signal)
             return replace(rest, **{name: _decayed(step.reshape(q.shape), q, steps, weight_decay)})
 
@@ -105,7 +110,7 @@ def _seats(params: Any, feedback: Any, name: str, shape: Shape | None) -> tuple[
 
     def put(tree: Any, feedback: Any) -> Any:
         filled, structure = jax.tree.flatten(tree)
-        for i, q in zip(seats, _values(feedback, name), strict=True):
+        for i, q in zip(seats, [getattr(node, name) for node in nodes_of(feedback)], strict=True):
             filled[i] = q.reshape(filled[i].shape) if q.size == filled[i].size else q
         return jax.tree.unflatten(structure, filled)
 
@@ -121,10 +126,6 @@ def _only(node: Any, name: str) -> Any:
     return replace(masked, **{name: getattr(node, name)})
 
 
-def _values(feedback: Any, name: str) -> list[Any]:
-    return [value for node in nodes_of(feedback) for value in jax.tree.leaves(getattr(node, name))]
-
-
 def _places(weights: list[Any], feedback: Any, name: str, shape: Shape) -> list[int]:
     """Which of the weights each feedback stands for: the one of its shape nearest to it in the tree.
 
@@ -133,8 +134,6 @@ def _places(weights: list[Any], feedback: Any, name: str, shape: Shape) -> list[
     """
     places: list[int] = []
     for path, node in jax.tree_util.tree_leaves_with_path(feedback, is_leaf=is_feedback):
-        if not jax.tree.leaves(getattr(node, name)):
-            continue
         wanted = shape(node)
         found = _nearest(path, wanted, weights)
         if len(found) != 1 or found[0] in places:

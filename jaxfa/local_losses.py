@@ -22,7 +22,8 @@ def check_names(params: Any, feedback: Any) -> None:
     Raises:
       ValueError: if there is one.
     """
-    weights, lost = by_name(params), sorted(by_name(feedback).keys() - by_name(params).keys())
+    weights = {name for name, w in by_name(params).items() if jax.tree.leaves(w)}  # the others are masked
+    lost = sorted(by_name(feedback).keys() - weights)
     if lost:
         raise ValueError(
             f"Alignment found feedback for {lost} but factored weights for {sorted(weights)} alone. Give the optimizer "
@@ -108,7 +109,8 @@ def _beside(params: Any, feedback: Any, make: Any) -> Any:
     named = by_name(feedback)
 
     def place(w: Any) -> Any:
-        return make(w, named[w.name]) if is_factors(w) and w.name in named else optax.MaskedNode()
+        has = is_factors(w) and w.name in named
+        return make(w, named[w.name]) if has else jax.tree.map(lambda _: optax.MaskedNode(), w)
 
     return jax.tree.map(place, params, is_leaf=is_factors)
 

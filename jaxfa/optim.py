@@ -33,6 +33,10 @@ class OptimizerState(NamedTuple):
     feedback: Any
 
 
+class Shared(NamedTuple):
+    """In a feedback's state, what it shares with the parameters' state."""
+
+
 def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTransformationExtraArgs:
     """One optax transformation for parameters and feedback: ``tx`` for the one, the rule's for the other.
 
@@ -157,13 +161,13 @@ def _opposite(g: jax.Array) -> jax.Array:
 def own_state(state: Any, theirs: Any, paths: list[Any]) -> Any:
     """What a second state of ``tx`` has of its own beside a first, ``theirs``: the arrays kept for the leaves at paths.
 
-    All else, such as counts and injected rates, is one for both. It is masked here and found there.
+    All else, such as counts and injected rates, is one for both: ``theirs``.
     """
     shared = dict(jax.tree_util.tree_leaves_with_path(theirs))
 
     def keep(path: Any, leaf: Any) -> Any:
         own = jnp.ndim(leaf) > 0 and any(path[len(path) - len(end) :] == end for end in paths)
-        return leaf if own or path not in shared else optax.MaskedNode()
+        return leaf if own or path not in shared else Shared()
 
     return jax.tree_util.tree_map_with_path(keep, state)
 
@@ -171,14 +175,13 @@ def own_state(state: Any, theirs: Any, paths: list[Any]) -> Any:
 def whole_state(own: Any, theirs: Any) -> Any:
     """The inverse of :func:`own_state`."""
     shared = dict(jax.tree_util.tree_leaves_with_path(theirs))
+
+    def is_shared(node: Any) -> bool:
+        return isinstance(node, Shared)
+
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: shared.get(path, leaf) if is_masked(leaf) else leaf, own, is_leaf=is_masked
+        lambda path, leaf: shared[path] if is_shared(leaf) else leaf, own, is_leaf=is_shared
     )
-
-
-def is_masked(node: Any) -> bool:
-    """Whether a node of a tree is one of optax's empty ones."""
-    return isinstance(node, optax.MaskedNode)
 
 
 def refuse_inside(state: Any) -> None:

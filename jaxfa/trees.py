@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import optax
 
 from jaxfa.base import is_feedback
 
@@ -35,7 +36,11 @@ def is_pair(tree: Any) -> bool:
 
 
 def split(tree: Any) -> tuple[Any, Any]:
-    """The parameters, in the structure that they have without any feedback, and the feedback likewise."""
+    """The parameters, in the structure that they have without any feedback, and the feedback likewise.
+
+    A feedback whose arrays a wrapper has masked is as masked as they are.
+    """
+    tree = jax.tree.map(_or_masked, tree, is_leaf=is_feedback)
     if is_pair(tree):
         return tree
     parts = (_part(tree, feedback) for feedback in (False, True))
@@ -47,9 +52,13 @@ def join(tree: Any, params: Any, feedback: Any) -> Any:
     """The inverse of :func:`split`: a tree structured as ``tree``, of other parameters and feedback."""
     if is_pair(tree):
         return params, feedback
-    nodes, structure = jax.tree.flatten(tree, is_leaf=is_feedback)
+    nodes, structure = jax.tree.flatten(jax.tree.map(_or_masked, tree, is_leaf=is_feedback), is_leaf=is_feedback)
     weights, rest = iter(jax.tree.leaves(params)), iter(nodes_of(feedback))
     return jax.tree.unflatten(structure, [next(rest if is_feedback(node) else weights) for node in nodes])
+
+
+def _or_masked(node: Any) -> Any:
+    return node if jax.tree.leaves(node) else optax.MaskedNode()
 
 
 def _part(tree: Any, feedback: bool) -> Any:
