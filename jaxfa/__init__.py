@@ -14,6 +14,7 @@ from jaxfa.base import LayerFeedback as LayerFeedback
 from jaxfa.base import Rule as Rule
 from jaxfa.base import backprop as backprop
 from jaxfa.base import register as register
+from jaxfa.calibration import calibrate as calibrate
 from jaxfa.dfa import DirectMatrix as DirectMatrix
 from jaxfa.dfa import dfa as dfa
 from jaxfa.dkp import dkp as dkp
@@ -30,7 +31,6 @@ from jaxfa.ldfa import normative_ldfa as normative_ldfa
 from jaxfa.ops import direct as direct
 from jaxfa.ops import error_wire as error_wire
 from jaxfa.ops import with_feedback as with_feedback
-from jaxfa.optim import calibrate as calibrate
 from jaxfa.optim import optimizer as optimizer
 from jaxfa.rank import hoyer_penalty as hoyer_penalty
 from jaxfa.rank import prune as prune

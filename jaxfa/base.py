@@ -165,8 +165,9 @@ class Rule(NamedTuple):
       refine: ``(forward, feedback, key) -> feedback`` on the whole tree of feedbacks, before the gradient step.
         ``forward`` is, for layer-wise rules, a tree of :class:`Layer` shaped like the feedback; for direct rules, the
         function ``taps -> logits`` of the plain network with ``taps[l]`` added to ``h_l``.
-      transform: the optax transformation of the feedback's signals, or, for a rule whose weights and feedback must
-        learn alike, a function ``tx -> (tx for the parameters, tx for the feedback)``.
+      transform: the optax transformation of the feedback's signals, run in the steps that move the parameters; None
+        leaves the feedback as it is. For a rule whose weights and feedback learn together it is a function ``tx -> ``
+        the transformation of the pair ``(params, feedback)``.
       source: where a direct rule's error is taken: the path of a module, at the same end of it as the taps, its input
         without ``at=``, its output with it; None is the logits.
       globs: the globs of layer paths that the rule was given, of which none may match nothing.
@@ -176,7 +177,7 @@ class Rule(NamedTuple):
 
     init: Callable[..., Any]
     refine: Callable[..., Any] = keep
-    transform: optax.GradientTransformation | Callable[..., Any] = optax.set_to_zero()
+    transform: optax.GradientTransformation | Callable[..., Any] | None = None
     source: str | None = None
     globs: tuple[str, ...] = ()
     weights: Callable[[jax.Array, str], Any] | None = None

@@ -9,8 +9,8 @@ import jax
 import optax
 from jax.nn import initializers
 
+from jaxfa.alike import alike
 from jaxfa.base import Initializer, LayerFeedback, Rule, register
-from jaxfa.optim import decayed
 
 
 @register
@@ -65,7 +65,7 @@ def kolen_pollack(*, weight_decay: float = 1e-3, distribution: Initializer | Non
         )
     draw = distribution or initializers.glorot_uniform()
 
-    def alike(tx: optax.GradientTransformation) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-        return (decayed(tx, weight_decay),) * 2
+    def together(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        return alike(tx, weight_decay, "b", lambda feedback: feedback.b.shape)
 
-    return Rule(lambda key, w: KolenPollackFeedback(scale * draw(key, w.shape, w.dtype)), transform=alike)
+    return Rule(lambda key, w: KolenPollackFeedback(scale * draw(key, w.shape, w.dtype)), transform=together)

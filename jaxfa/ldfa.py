@@ -158,7 +158,10 @@ def ldfa(
             return LowRank(p, q)
         return LearnedLowRank(p, q, learn_p, learn_q, labels is not None and is_at(path, labels))
 
-    transform = factors_learn(learn_p, learn_q, learning_rate, weight_decay)
+    def shape(feedback: LowRank) -> tuple[int, ...]:
+        return (*feedback.q.shape[:-1], feedback.p.shape[-2])
+
+    transform = factors_learn(learn_p, learn_q, learning_rate, weight_decay, shape)
     return Rule(init, transform=transform, globs=globs_of(rank, labels))
 
 

@@ -2,15 +2,14 @@
 
 import numbers
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfa.base import Operation, Rule, is_feedback
-from jaxfa.optim import decayed
+from jaxfa.alike import Shape, alike
+from jaxfa.base import Operation
 from jaxfa.paths import matches
 from jaxfa.shards import refuse_shards
 
@@ -141,23 +140,17 @@ def check_outputs_last(op: Operation, x: jax.Array, w: jax.Array, q: jax.Array, 
         )
 
 
-def factors_learn(learn_p: bool, learn_q: bool, learning_rate: float, weight_decay: float) -> Any:
-    """The transformation of both factors: plain steps of Oja's rule for ``p``; ``q`` learns as the weights do."""
+def factors_learn(
+    learn_p: bool, learn_q: bool, learning_rate: float, weight_decay: float, shape: Shape | None = None
+) -> Any:
+    """The transformation of both factors: plain steps of Oja's rule for ``p``; ``q`` learns as the weights do.
+
+    These are of the ``shape`` that it tells of a feedback; None where there are none.
+    """
     if not 0.0 <= weight_decay < 1.0:
         raise ValueError(f"weight_decay must be in [0, 1), got {weight_decay}.")
-    for_p = optax.sgd(learning_rate) if learn_p else optax.set_to_zero()
     if not learn_q:
-        fixed = Rule._field_defaults["transform"]
-        return optax.partition({"p": for_p, "q": optax.set_to_zero()}, _labels) if learn_p else fixed
-
-    def alike(tx: optax.GradientTransformation) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-        both = decayed(tx, weight_decay)
-        return both, optax.partition({"p": for_p, "q": both}, _labels)
-
-    return alike
-
-
-def _labels(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda node: replace(node, p="p", q="q") if is_feedback(node) else node, tree, is_leaf=is_feedback
-    )
+        # What does not learn has a signal of zero.
+        return optax.sgd(learning_rate) if learn_p else None
+    rate = learning_rate if learn_p else 0.0
+    return lambda tx: alike(tx, weight_decay, "q", shape, rate)

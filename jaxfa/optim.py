@@ -1,22 +1,49 @@
-"""Optax transformations: one optimizer for the parameters and the feedback; sparse calibration."""
+"""One optax transformation for the parameters and the feedback."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from jaxfa.base import Rule, is_feedback
+from jaxfa.trees import join, nodes_of, split, unboxed
+
+# What keeps a copy of the parameters, or searches along its own step, would undo or overlook a step made after it.
+_NOT_INSIDE = (
+    optax.LookaheadState,
+    optax.contrib.ScheduleFreeState,
+    optax.contrib.SAMState,
+    optax.ScaleByLBFGSState,
+    optax.ScaleByBacktrackingLinesearchState,
+    optax.ScaleByZoomLinesearchState,
+)
+_ACCUMULATES = (optax.MultiStepsState, optax.ApplyEvery)
 
 
-def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTransformation:
+class OptimizerState(NamedTuple):
+    """The state of :func:`optimizer`.
+
+    Attributes:
+      params: the state of the user's optimizer, as it would be without any feedback.
+      feedback: the state of the feedback's learning.
+    """
+
+    params: Any
+    feedback: Any
+
+
+class Shared(NamedTuple):
+    """In a feedback's state, what it shares with the parameters' state."""
+
+
+def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTransformationExtraArgs:
     """One optax transformation for parameters and feedback: ``tx`` for the one, the rule's for the other.
 
-    Nothing in ``tx`` (weight decay, momentum, clipping) touches a feedback, except where the rule asks for it
-    (Kolen-Pollack, LDFA). In a Flax model what keeps a copy of the updates, such as ``optax.MultiSteps``, goes inside,
-    around ``tx``.
+    ``tx`` is shown the parameters alone, in the structure that they have without feedback, so that masks, labels and
+    norms are theirs. It touches a feedback only where the rule asks for it (Kolen-Pollack, LDFA). What the rule itself
+    does to weights and feedback happens when ``tx`` takes a step, and not where it accumulates, skips or freezes.
+    Wrappers go inside, around ``tx``, or outside, around the result; where a rule allows but one, the error says so.
 
     Args:
       tx: the optimizer of the parameters.
@@ -24,11 +51,13 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
 
     Returns:
       A transformation of any tree that holds both, such as the pair ``(params, feedback)`` or the state that
-      ``nnx.Optimizer`` passes it; a feedback is recognised by its class.
+      ``nnx.Optimizer`` passes it; a feedback is recognised by its class. Further arguments of ``update`` are of that
+      tree, too: ``value_fn`` takes it, ``grad`` has its structure.
 
     Raises:
       TypeError: if ``rule`` is not a :class:`jaxfa.Rule`.
-      ValueError: by ``init``, if the rule's feedback learns and the tree holds none.
+      ValueError: by ``init``, if the rule's feedback learns and the tree holds none, or ``tx`` has a wrapper that must
+        go outside.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa, optax
@@ -45,176 +74,144 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"jaxfa.optimizer(tx, rule) expects a jaxfa.Rule such as jaxfa.fa(), got {rule!r}.")
-    alike = not isinstance(rule.transform, optax.GradientTransformation)
-    for_params, for_feedback = rule.transform(tx) if alike else (tx, rule.transform)
-    both = optax.with_extra_args_support(optax.partition({"params": for_params, "feedback": for_feedback}, _labels))
+    transform = rule.transform
+    if transform is None or isinstance(transform, optax.GradientTransformation):
+        both = _apart(tx, transform)
+    else:
+        both = transform(tx)
 
-    def init(tree: Any) -> Any:
-        tree = _unboxed(tree)
-        learns = rule.transform is not Rule._field_defaults["transform"]
-        if learns and not any(map(is_feedback, jax.tree.leaves(tree, is_leaf=is_feedback))):
+    def init(tree: Any) -> OptimizerState:
+        tree = unboxed(tree)
+        if transform is not None and not any(map(is_feedback, nodes_of(tree))):
             raise ValueError(
                 "This rule's feedback learns, but the optimizer was given none. Pass it the pair (params, feedback), "
                 "or make it as nnx.Optimizer(model, tx, wrt=(nnx.Param, jaxfa.nn.Feedback))."
             )
-        return both.init(tree)
+        return both.init(split(tree))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        found, state = both.update(_unboxed(updates), state, tree := _unboxed(params), both=tree, **extra)
-        return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(found)), state
+    def update(updates: Any, state: OptimizerState, params: Any = None, **extra: Any) -> tuple[Any, OptimizerState]:
+        boxed: Any = jax.tree.structure(updates)
+        tree = unboxed(params)
+        trees = {name: arg for name, arg in extra.items() if jax.tree.structure(arg) == boxed}
+        extra |= {name: split(unboxed(arg))[0] for name, arg in trees.items()}
+        if "value_fn" in extra:
+            value_fn = extra["value_fn"]
+            extra["value_fn"] = lambda params: value_fn(join(tree, params, split(tree)[1]))
+        found, state = both.update(split(unboxed(updates)), state, split(tree), **extra)
+        found = join(unboxed(updates), *found)
+        leaves = jax.tree.leaves(found)  # twice as many from optax.lookahead
+        return (jax.tree.unflatten(boxed, leaves) if len(leaves) == boxed.num_leaves else found), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class CalibrationState(NamedTuple):
-    """The state of :func:`calibrate`.
+def _apart(tx: Any, own: optax.GradientTransformation | None) -> optax.GradientTransformationExtraArgs:
+    """``tx`` for the parameters and, in the steps that move these, ``own`` for the feedback; None leaves it fixed."""
+    tx = with_extra(tx)
 
-    Attributes:
-      step: updates so far.
-      calibrations: how many of them took the true gradient.
-      inner: the optimizer's own state.
-      own: the state of the calibrations' optimizer, if they have one.
+    def init(both: Any) -> OptimizerState:
+        state = tx.init(both[0])
+        if own is None:
+            return OptimizerState(state, optax.EmptyState())
+        refuse_accumulation(state)
+        return OptimizerState(state, own.init(both[1]))
+
+    def update(updates: Any, state: OptimizerState, both: Any, **extra: Any) -> tuple[Any, OptimizerState]:
+        found, after = tx.update(updates[0], state.params, both[0], **extra)
+        fixed = jax.tree.map(jnp.zeros_like, updates[1])
+        if own is None:
+            return (found, fixed), OptimizerState(after, state.feedback)
+        learned, kept = own.update(updates[1], state.feedback, both[1])
+        moves = sum(map(moved, jax.tree.leaves(found))) > 0
+        learned, kept = (
+            jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, old)
+            for new, old in ((learned, fixed), (kept, state.feedback))
+        )
+        return (found, learned), OptimizerState(after, kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def with_extra(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """``tx``, which may be ``optax.MultiSteps`` itself, as a transformation that takes any argument."""
+    return optax.with_extra_args_support(tx.gradient_transformation() if isinstance(tx, optax.MultiSteps) else tx)
+
+
+def moved(step: jax.Array) -> jax.Array:
+    """Whether a step is not zero."""
+    return jnp.any(step != 0)
+
+
+def stepped(tx: Any, updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
+    """``tx.update``, and a tree of which leaves it takes a step on: those whose update depends on their gradient.
+
+    A step may well be zero, and what is no step, such as a decay of frozen weights, may be not. So this asks ``tx``
+    once more, for the opposite gradient, large enough to be seen behind a momentum and as finite as the true one.
     """
-
-    step: jax.Array
-    calibrations: jax.Array
-    inner: Any
-    own: Any = None
+    found, after = tx.update(updates, state, params, **extra)
+    probe, _ = tx.update(jax.tree.map(_opposite, updates), state, params, **extra)
+    return found, after, jax.tree.map(lambda a, b: jnp.any(a != b), found, probe)
 
 
-def calibrate(
-    tx: optax.GradientTransformation,
-    *,
-    every: int,
-    below: float | None = None,
-    optimizer: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Sparse calibration: at every ``every``-th update the parameters step by the true gradient; feedback stands still.
+def _opposite(g: jax.Array) -> jax.Array:
+    sign = jnp.where(g > 0, 1, -1).astype(g.dtype)
+    return jnp.where(jnp.isfinite(g), -1024 * (g + sign), g)
 
-    It composes with any rule. With ``below`` the true gradient is measured then, too, but used only where the cosine
-    between it and the rule's has fallen under that value. The control to run beside it, what any gain must be compared
-    with, is the same number of steps of backpropagation and no rule: ``jaxfa.backprop()`` with
-    ``optax.conditionally_mask(tx, lambda step, **_: (step + 1) % every == 0)``.
 
-    Args:
-      tx: what :func:`optimizer` made.
-      every: updates from one calibration to the next; the paper's ``T`` epochs are ``T`` times the steps of one.
-      below: the cosine under which to calibrate; None calibrates always.
-      optimizer: an optimizer for the true gradients alone, while ``tx`` stands still. By default they go through
-        ``tx``, where momentum and second moments are mostly the rule's, so that under Adam one of many weighs little.
+def own_state(state: Any, theirs: Any, paths: list[Any]) -> Any:
+    """What a second state of ``tx`` has of its own beside a first, ``theirs``: the arrays kept for the leaves at paths.
 
-    Returns:
-      A transformation whose ``update`` takes one argument more, ``true_gradient``: a function of no arguments that
-      returns the parameters' true gradient on this batch, run at these steps only. Its leaves, in order, stand for the
-      parameters among the updates': ``jax.grad(loss)(params, None)``, or ``nnx.grad(loss)(jaxfa.nn.plain(model))``.
+    All else, such as counts and injected rates, is one for both: ``theirs``.
+    """
+    shared = dict(jax.tree_util.tree_leaves_with_path(theirs))
+
+    def keep(path: Any, leaf: Any) -> Any:
+        own = jnp.ndim(leaf) > 0 and any(path[len(path) - len(end) :] == end for end in paths)
+        return leaf if own or path not in shared else Shared()
+
+    return jax.tree_util.tree_map_with_path(keep, state)
+
+
+def whole_state(own: Any, theirs: Any) -> Any:
+    """The inverse of :func:`own_state`."""
+    shared = dict(jax.tree_util.tree_leaves_with_path(theirs))
+
+    def is_shared(node: Any) -> bool:
+        return isinstance(node, Shared)
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: shared[path] if is_shared(leaf) else leaf, own, is_leaf=is_shared
+    )
+
+
+def refuse_inside(state: Any) -> None:
+    """Refuses optimizers that would undo what a rule does to the weights after their step.
 
     Raises:
-      ValueError: if ``every`` is below 1.
-      TypeError: by ``init``, if ``tx`` was not made by :func:`optimizer`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxfa, optax
-      >>> rule, w = jaxfa.fa(), jnp.ones((3, 2))
-      >>> tx = jaxfa.calibrate(jaxfa.optimizer(optax.sgd(1.0), rule), every=2)
-      >>> both = w, rule.init(jax.random.key(0), w)
-      >>> state, pseudo = tx.init(both), jax.tree.map(jnp.zeros_like, both)
-      >>> for _ in range(2):
-      ...     updates, state = tx.update(pseudo, state, both, true_gradient=lambda: w)
-      >>> float(updates[0][0, 0]), int(state.calibrations)
-      (-1.0, 1)
-
-    Source: Caillon, Fagnou, Delattre, Allauzen, "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees",
-    2026, https://openreview.net/forum?id=kasbbmwk3s; calibrating on measured alignment answers a question it leaves.
+      ValueError: if the state is of such a one.
     """
-    if every < 1:
-        raise ValueError(f"calibrate needs every >= 1 updates from one calibration to the next, got {every}.")
-    tx = optax.with_extra_args_support(tx)
-
-    def init(tree: Any) -> CalibrationState:
-        inner = tx.init(tree)
-        if getattr(inner, "inner_states", {}).keys() != {"params", "feedback"}:
-            raise TypeError("calibrate(tx) expects what jaxfa.optimizer(tx, rule) made; wrap that, not what it wraps.")
-        own = optimizer.init(_weights(tree)) if optimizer else None
-        return CalibrationState(jnp.zeros((), int), jnp.zeros((), int), inner, own)
-
-    def update(
-        updates: Any, state: CalibrationState, params: Any = None, *, true_gradient: Callable[[], Any], **extra: Any
-    ) -> tuple[Any, CalibrationState]:
-        pseudo = _weights(updates)
-
-        def measure() -> tuple[list[jax.Array], jax.Array]:
-            true = _like(jax.tree.leaves(true_gradient()), pseudo)
-            return true, jnp.asarray(True) if below is None else _cosine(pseudo, true) < below
-
-        def choose(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(now, a, b), new, old)
-
-        due = (state.step + 1) % every == 0
-        true, now = lax.cond(due, measure, lambda: (pseudo, jnp.asarray(False)))
-        chosen = pseudo if optimizer else choose(true, pseudo)
-        found, inner = tx.update(_with_weights(updates, chosen), state.inner, params, **extra)
-        ours, own = _weights(found), state.own
-        if optimizer:
-            theirs, own = optimizer.update(true, state.own, None if params is None else _weights(params))
-            ours, own, inner = choose(theirs, ours), choose(own, state.own), choose(state.inner, inner)
-        before, after = (s.inner_states["feedback"] for s in (state.inner, inner))
-        inner = inner._replace(inner_states={**inner.inner_states, "feedback": choose(before, after)})
-        still = _with_weights(jax.tree.map(lambda update: jnp.where(now, 0, update), found), ours)
-        return still, CalibrationState(state.step + 1, state.calibrations + now, inner, own)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _like(true: list[jax.Array], pseudo: list[jax.Array]) -> list[jax.Array]:
-    shapes = [[leaf.shape for leaf in leaves] for leaves in (true, pseudo)]
-    if shapes[0] != shapes[1]:
+    if found := _first(state, _NOT_INSIDE):
         raise ValueError(
-            f"true_gradient() must return the parameters' gradients: expected {shapes[1]}, got {shapes[0]}."
+            f"This rule changes the weights after the optimizer's step, which what has a {found} inside "
+            f"jaxfa.optimizer would undo: put it outside, such as optax.lookahead(jaxfa.optimizer(tx, rule), ...) or "
+            f"optax.chain(jaxfa.optimizer(tx, rule), line_search)."
         )
-    return [t.astype(p.dtype) for t, p in zip(true, pseudo, strict=True)]
 
 
-def _cosine(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-    return optax.tree.vdot(a, b) / (optax.tree.norm(a) * optax.tree.norm(b))
+def refuse_accumulation(state: Any) -> None:
+    """Refuses optimizers that accumulate, beside a feedback that learns from each batch.
+
+    Raises:
+      ValueError: if the state is of such a one.
+    """
+    if found := _first(state, _ACCUMULATES):
+        raise ValueError(
+            f"This rule's feedback learns by a transformation of its own, to which what has a {found} inside "
+            f"jaxfa.optimizer gives no mean over batches: put it outside, "
+            f"optax.MultiSteps(jaxfa.optimizer(tx, rule), every_k_schedule)."
+        )
 
 
-def _are_weights(tree: Any) -> list[bool]:
-    labels = _labels(_unboxed(tree))
-    of_leaves = jax.tree.map(lambda label, node: jax.tree.map(lambda _: label, node), labels, _unboxed(tree))
-    return [label == "params" for label in jax.tree.leaves(of_leaves)]
-
-
-def _weights(tree: Any) -> list[jax.Array]:
-    """The leaves that are parameters, not feedback."""
-    pairs = zip(jax.tree.leaves(tree), _are_weights(tree), strict=True)
-    return [leaf for leaf, is_weight in pairs if is_weight]
-
-
-def _with_weights(tree: Any, weights: list[jax.Array]) -> Any:
-    """The tree with other leaves in the places of its parameters."""
-    leaves, structure = jax.tree.flatten(tree)
-    given = iter(weights)
-    pairs = zip(leaves, _are_weights(tree), strict=True)
-    return jax.tree.unflatten(structure, [next(given) if is_weight else leaf for leaf, is_weight in pairs])
-
-
-def decayed(tx: optax.GradientTransformation, weight_decay: float) -> optax.GradientTransformation:
-    """``tx`` followed by ``w <- (1 - lambda) w``, not multiplied by the learning rate, for whatever has two axes."""
-    return optax.chain(tx, optax.add_decayed_weights(-weight_decay, mask=_is_matrix))
-
-
-def _is_matrix(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-
-
-def _unboxed(tree: Any) -> Any:
-    # Flax's variables are boxes around values. nnx.Optimizer shows them to `init` and not to `update`, nnx.split to
-    # both; the optimizer's state is always made for the values.
-    def is_box(node: Any) -> bool:
-        return hasattr(node, "get_value")
-
-    return jax.tree.map(lambda node: node.get_value() if is_box(node) else node, tree, is_leaf=is_box)
-
-
-def _labels(tree: Any) -> Any:
-    return jax.tree.map(lambda node: "feedback" if is_feedback(node) else "params", tree, is_leaf=is_feedback)
+def _first(state: Any, kinds: tuple[Any, ...]) -> str | None:
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return next((type(node).__name__ for node in nodes if isinstance(node, kinds)), None)

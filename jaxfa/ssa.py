@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, Layer, LayerFeedback, Operation, Rule, is_feedback, register, transpose
-from jaxfa.local_losses import aligned, orthogonal, pull
+from jaxfa.base import DirectFeedback, Layer, LayerFeedback, Operation, Rule, register, transpose
+from jaxfa.local_losses import learn_aligned, orthogonal
 from jaxfa.lowrank import orthonormal
 from jaxfa.projection import direct_matrix, project
 from jaxfa.retractions import Retraction, polar
@@ -183,15 +183,12 @@ def ssa(
         lift = None if y.shape == logits.shape else direct_matrix(key_lift, draw, y, logits)
         return (TransportedLift if pull_feedback else LiftedFeedback)(b, lift, layer.op)
 
-    def learn(tx: optax.GradientTransformation) -> tuple[Any, Any]:
+    def learn(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         nothing = optax.identity()
         gradients = optax.masked(stiefel(None) if project else nothing, orthonormal_factors)
         steps = optax.masked(stiefel(retraction, project=project) if retraction else nothing, orthonormal_factors)
-        losses = aligned(alpha, beta if pull_weights else 0.0)
-        # A lift is fixed: the optimizer, whose weights may decay, is not shown it.
-        for_feedback = optax.masked(optax.chain(pull(beta), tx), _feedback_factors)
-        for_params = optax.chain(losses, gradients, orthogonal(gamma), tx, steps)
-        return for_params, for_feedback if pull_feedback else optax.set_to_zero()
+        around = optax.chain(gradients, orthogonal(gamma)), steps
+        return learn_aligned(tx, around, alpha, (beta if pull_weights else 0.0, beta if pull_feedback else None))
 
     def weights(w: jax.Array | Factors, path: str) -> Factors:
         return factorise(w, rank, name=path)
@@ -212,13 +209,3 @@ def _turned(key: jax.Array, w: Factors, scale: float) -> Factors:
     (n, r), m = w.u.shape, w.v.shape[0]
     u, v = orthonormal(key_u, (n, r), w.dtype), orthonormal(key_v, (m, r), w.dtype)
     return replace(w, u=u.astype(w.dtype), s=scale * w.s, v=v.astype(w.dtype))
-
-
-def _feedback_factors(tree: Any) -> Any:
-    """A mask of the factors of all feedback, and of nothing else."""
-
-    def mark(node: Any) -> Any:
-        none = jax.tree.map(lambda _: False, node)
-        return replace(none, b=jax.tree.map(lambda _: True, node.b)) if is_feedback(node) else none
-
-    return jax.tree.map(mark, tree, is_leaf=is_feedback)

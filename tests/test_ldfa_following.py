@@ -58,16 +58,28 @@ def test_behind_a_fixed_p_q_follows_the_weights_at_the_rate_of_the_decay(family,
     assert max(missed(family(2, learn_p=False, weight_decay=0.02), tx)) < 1e-12
 
 
+def beside(rule, for_feedback):
+    """The rule, but that its feedback learns by another transformation of the pair."""
+
+    def transform(tx):
+        ours, others = rule.transform(tx), for_feedback(tx)
+
+        def update(updates, states, both):
+            (steps, _), mine = ours.update(updates, states[0], both)
+            (_, learned), theirs = others.update(updates, states[1], both)
+            return (steps, learned), (mine, theirs)
+
+        return optax.GradientTransformation(lambda both: (ours.init(both), others.init(both)), update)
+
+    return rule._replace(transform=transform)
+
+
 def other_decay(rule):
-    return rule._replace(
-        transform=lambda tx: (rule.transform(tx)[0], jaxfa.ldfa(2, learn_p=False, weight_decay=0.03).transform(tx)[1])
-    )
+    return beside(rule, jaxfa.ldfa(2, learn_p=False, weight_decay=0.03).transform)
 
 
 def wrong_sign(rule):
-    return rule._replace(
-        transform=lambda tx: (rule.transform(tx)[0], rule.transform(optax.chain(tx, optax.scale(-1)))[1])
-    )
+    return beside(rule, lambda tx: rule.transform(optax.chain(tx, optax.scale(-1))))
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ from jaxfa.nn.convert import prune as prune
 from jaxfa.nn.coverage import Coverage as Coverage
 from jaxfa.nn.coverage import Row as Row
 from jaxfa.nn.errors import errors as errors
+from jaxfa.nn.optimizer import Optimizer as Optimizer
 from jaxfa.nn.variables import Feedback as Feedback
 
 __all__ = [
-    "Aligned", "Coverage", "Feedback", "Link", "Row", "align", "alignment", "attach", "errors", "export",
+    "Aligned", "Coverage", "Feedback", "Link", "Optimizer", "Row", "align", "alignment", "attach", "errors", "export",
     "factorise", "imbalances", "links", "merge", "plain", "prune", "weight_angles",
 ]  # fmt: skip

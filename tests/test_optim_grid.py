@@ -1,0 +1,272 @@
+"""The grid: every rule, every optax wrapper, inside and outside of ``jaxfa.optimizer``, against theory or refused."""
+
+import itertools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxfa
+from jaxfa.base import is_feedback
+from tests.methods import METHODS, create
+
+KEY = jax.random.PRNGKey(0)
+SIZES = (4, 3, 3, 3)  # widths repeat, so that a shape alone does not tell whose weights a feedback stands for
+FROZEN = 1
+DECAY, RATE, STEPS, NAN, ZERO = 0.1, 0.2, 6, 3, 5  # one batch is of NaN, one teaches nothing
+FIXED = "backprop", "fa"
+RULES = {
+    "backprop": jaxfa.backprop(),
+    "fa": jaxfa.fa(),
+    "brsf": jaxfa.brsf(),
+    "dkp": jaxfa.dkp(learning_rate=0.1),
+    "kolen_pollack": jaxfa.kolen_pollack(weight_decay=DECAY),
+    "ldfa": jaxfa.ldfa(2, weight_decay=DECAY, learning_rate=RATE),
+    "ldfa_q": jaxfa.ldfa(2, learn_p=False, weight_decay=DECAY),
+    "ldfa_p": jaxfa.ldfa(2, learn_q=False, learning_rate=RATE),
+    "dldfa": jaxfa.dldfa(2, weight_decay=DECAY, learning_rate=RATE),
+    "dldfa_q": jaxfa.dldfa(2, learn_p=False, weight_decay=DECAY),
+    "ssa": jaxfa.ssa(parallel=False, beta=0.0),
+    "ssa_transported": jaxfa.ssa(parallel=False, beta=0.05, pull_weights=False, pull_feedback=True),
+}
+JOINT = [name for name, rule in RULES.items() if callable(rule.transform)]
+LEARNS_ITSELF = "brsf", "dkp", "ldfa", "ldfa_p", "dldfa"
+
+
+class Wrapper(NamedTuple):
+    """A row: ``wrap(tx)`` for a tree, around ``base``; what it does to a batch of NaN; and when it steps."""
+
+    wrap: Any
+    base: Any = optax.sgd(0.1, momentum=0.5)
+    steps: Any = lambda t: True
+    searches: bool = False
+    nan: bool = False
+
+
+def by_name(tree):
+    """True of weights, and of what learns as they do."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "'b'" not in jax.tree_util.keystr(path), tree)
+
+
+def by_shape(tree):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
+
+def labels(tree):
+    """One layer is frozen."""
+
+    def label(path, leaf):
+        del leaf
+        layers = [key.idx for key in path if isinstance(key, jax.tree_util.SequenceKey)]
+        return "frozen" if layers[-1] == FROZEN else "learns"
+
+    return jax.tree_util.tree_map_with_path(label, tree)
+
+
+def decayed(mask):
+    return lambda tx, tree: optax.chain(tx, optax.add_decayed_weights(-0.01, mask=mask(tree)))
+
+
+def partition(tx, tree, labels):
+    return optax.partition({"learns": tx, "frozen": optax.set_to_zero()}, labels)
+
+
+descent, SEARCH = optax.identity(), optax.scale_by_backtracking_linesearch(4)
+WRAPPERS = {
+    "chain": Wrapper(lambda tx, _: optax.chain(optax.scale(0.5), tx, optax.scale(2.0))),
+    "MultiSteps": Wrapper(lambda tx, _: optax.MultiSteps(tx, 3), steps=lambda t: t % 3 == 2),
+    "apply_if_finite": Wrapper(lambda tx, _: optax.apply_if_finite(tx, 9), steps=lambda t: t != NAN, nan=True),
+    "partition by name": Wrapper(lambda tx, tree: partition(tx, tree, labels)),
+    "partition by tree": Wrapper(lambda tx, tree: partition(tx, tree, labels(tree))),
+    "set_to_zero": Wrapper(lambda tx, _: optax.chain(tx, optax.set_to_zero()), steps=lambda t: False),
+    "mask by name": Wrapper(decayed(lambda tree: by_name)),
+    "mask by shape": Wrapper(decayed(lambda tree: by_shape)),
+    "mask by tree": Wrapper(decayed(by_shape)),
+    "masked": Wrapper(lambda tx, tree: optax.masked(tx, lambda tree: jax.tree.map(lambda leaf: True, tree))),
+    "inject_hyperparams": Wrapper(
+        lambda tx, _: optax.inject_hyperparams(lambda rate: optax.chain(tx, optax.scale(rate)))(rate=0.5)
+    ),
+    "lookahead": Wrapper(lambda tx, _: optax.lookahead(tx, 2, 0.5)),
+    "schedule_free": Wrapper(lambda tx, _: optax.contrib.schedule_free(tx, 0.1)),
+    "clip_by_global_norm": Wrapper(lambda tx, _: optax.chain(optax.clip_by_global_norm(0.5), tx)),
+    "muon": Wrapper(lambda tx, _: optax.chain(tx, optax.contrib.muon(0.1)), descent),
+    "lbfgs": Wrapper(lambda tx, _: optax.chain(tx, optax.lbfgs(linesearch=SEARCH)), descent, searches=True),
+    "line search": Wrapper(lambda tx, _: optax.chain(tx, SEARCH), optax.sgd(4.0), searches=True),
+}
+UNDONE = "lookahead", "schedule_free", "lbfgs", "line search"
+
+
+def is_refused(rule, wrapper, inside):
+    """Which cells are refused: what would undo a rule's own step, or take batches from a feedback that learns."""
+    if not inside:
+        return False
+    return (
+        (rule in JOINT and wrapper in UNDONE)
+        or (rule in LEARNS_ITSELF and wrapper == "MultiSteps")
+        or (rule in ("dldfa", "dldfa_q") and "by tree" in wrapper)
+    )
+
+
+def value(params):
+    return sum(jnp.sum((leaf - 0.3) ** 2) for leaf in jax.tree.leaves(params)) / 4
+
+
+def lesson(params, feedback, t, wrapper):
+    """Gradients and signals of a batch."""
+    factor = {ZERO: 0.0, NAN: np.nan if wrapper.nan else 1.0}.get(t, 1.0)
+    grads = jax.tree.map(lambda leaf: factor * (leaf - 0.3) / 2, params)
+
+    def teach(i, node):
+        if isinstance(node, jaxfa.kolen_pollack().init(KEY, jnp.ones((1, 1))).__class__):
+            return replace(node, b=grads[i]["w"])
+        return jax.tree.map(lambda leaf: factor * jnp.sin(leaf + t), node)
+
+    return grads, [None if node is None else teach(i, node) for i, node in enumerate(feedback or [])]
+
+
+def train(tx, tree, view, wrapper, jit=True):
+    """All trees of a run, from the first."""
+    searches, track = wrapper.searches, [tree]
+
+    def step(tree, state, grads):
+        params = view(tree)[0]
+        extra = {"value": value(params), "grad": grads, "value_fn": lambda tree: value(view(tree)[0])}
+        updates, state = tx.update(grads, state, tree, **(extra if searches else {}))
+        return optax.apply_updates(tree, updates), state
+
+    step = jax.jit(step) if jit else step
+    state = tx.init(tree)
+    for t in range(STEPS):
+        params, feedback = view(tree)
+        grads = lesson(params, feedback, t, wrapper)
+        tree, state = step(tree, state, grads if feedback is not None else grads[0])
+        track.append(tree)
+    return track
+
+
+def trees(rule, inside, wrapper):
+    """The tree that a user passes to ``update``, how to see the pair in it, and the tree for masks."""
+    both = create(rule, KEY, SIZES, jnp.float64)
+    if wrapper != "lookahead":
+        return both, lambda tree: tree, both[0] if inside else both
+    pack = optax.LookaheadParams.init_synced
+    if inside:
+        return (pack(both[0]), both[1]), lambda tree: (tree[0].fast, tree[1]), both[0]
+    return pack(both), lambda tree: tree.fast, both
+
+
+FIELDS = {"kolen_pollack": "b", "ldfa": "q", "ldfa_q": "q", "dldfa": "q", "dldfa_q": "q", "ssa_transported": "b"}
+ON_STIEFEL = [optax.masked(jaxfa.stiefel(*args), jaxfa.orthonormal_factors) for args in ((None,), ())]
+
+
+def has(node):
+    return bool(jax.tree.leaves(node))
+
+
+def masked(tree):
+    return jax.tree.map(lambda _: optax.MaskedNode(), tree)
+
+
+def shown(name, params, feedback):
+    """What of the feedback the user's optimizer learns, where it sees it: in the places of the weights."""
+    nodes = [getattr(node, FIELDS[name]) if has(node) else None for node in feedback]
+    if name.startswith("dldfa"):
+        return nodes
+    if name == "ssa_transported":
+        return [masked(p) if b is None else {"b": masked(p["b"]), "w": b} for p, b in zip(params, nodes, strict=True)]
+    return [p if q is None else p | {"w": q} for p, q in zip(params, nodes, strict=True)]
+
+
+def theory(name, tx, steps=lambda t: True, frozen=None):
+    """The rule with an optimizer, on layers in a list, by the book: weights, then feedback, and decay in its steps."""
+    own = RULES[name].transform if name in ("brsf", "dkp", "ldfa_p") else None
+    is_ssa, decay = name.startswith("ssa"), 0.0 if name.startswith("ssa") else DECAY
+
+    def init(both):
+        twins = tx.init(shown(name, *both)) if name in FIELDS else ()
+        return jnp.zeros((), int), tx.init(both[0]), twins, own.init(both[1]) if own else ()
+
+    def update(updates, state, both, **extra):
+        (t, weights, twins, others), (g, s), (params, feedback) = state, updates, both
+        now = [jnp.asarray(steps(t)) & (i != frozen) for i in range(len(params))]
+        if is_ssa:
+            g, _ = ON_STIEFEL[0].update(g, ON_STIEFEL[0].init(params), params)
+        u, weights = tx.update(g, weights, params, **extra)
+        if is_ssa:
+            back, _ = ON_STIEFEL[1].update(u, ON_STIEFEL[1].init(params), params)
+            u = [jax.tree.map(lambda a, b, n=n: jnp.where(n, a, b), x, y) for x, y, n in zip(back, u, now, strict=True)]
+        if name in FIELDS and not is_ssa:
+            u = [
+                {"w": jax.tree.map(lambda a, w, n=n: a - n * decay * w, one["w"], p["w"]), "b": one["b"]}
+                for one, p, n in zip(u, params, now, strict=True)
+            ]
+        learned = jax.tree.map(jnp.zeros_like, s)
+        if own:
+            steps_of, kept = own.update(s, others, feedback)
+            learned = jax.tree.map(lambda a: jnp.where(steps(t), a, 0), steps_of)
+            others = jax.tree.map(lambda new, old: jnp.where(steps(t), new, old), kept, others)
+        if name in FIELDS:
+            signals = shown(name, g, s)
+            if name == "ssa_transported":
+                signals = shown(
+                    name,
+                    g,
+                    [
+                        n and replace(n, b=jax.tree.map(lambda b, w: 0.1 * (b - w), n.b, p["w"])) if has(n) else n
+                        for n, p in zip(feedback, params, strict=True)
+                    ],
+                )
+            v, twins = tx.update(signals, twins, shown(name, params, feedback), **extra)
+            for i, node in enumerate(feedback):
+                if has(node):
+                    step = v[i] if name.startswith("dldfa") else v[i]["w"]
+                    q, rate = getattr(node, FIELDS[name]), RATE if name in ("ldfa", "dldfa") else 0.0
+                    step = jax.tree.map(lambda a, b, n=now[i]: a - n * decay * b, step, q)
+                    rest = jax.tree.map(lambda a, n=now[i]: jnp.where(n, -rate * a, 0), s[i])
+                    learned[i] = replace(rest, **{FIELDS[name]: step})
+        return (u, learned), (t + 1, weights, twins, others)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def same(a, b):
+    np.testing.assert_array_equal(a, b)
+
+
+def near(a, b):
+    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_is_lawful_under_every_wrapper_or_refuses_it(rule, wrapper, inside, x64):
+    made, row = RULES[rule], WRAPPERS[wrapper]
+    tree, view, masks = trees(made, inside, wrapper)
+    tx = row.wrap(row.base, masks) if inside else row.base
+    ours = jaxfa.optimizer(tx, made)
+    if is_refused(rule, wrapper, inside):
+        with pytest.raises(ValueError, match=r"put it outside|in the place of trees"):
+            ours.init(tree)
+        return
+    last = view(train(ours if inside else row.wrap(ours, masks), tree, view, row)[-1])
+    if rule in ("backprop", "fa", "dkp", "brsf"):  # the weights are those of plain optax without any feedback
+        alone = tree if wrapper != "lookahead" else optax.LookaheadParams.init_synced(view(tree)[0])
+        alone = alone[0] if wrapper != "lookahead" else alone
+        plain = row.wrap(row.base, view(tree)[0])
+        if inside or rule in FIXED:
+            expected = train(plain, alone, lambda tree: (getattr(tree, "fast", tree), None), row)[-1]
+            jax.tree.map(same, last[0], getattr(expected, "fast", expected))
+    if rule in FIXED:
+        return jax.tree.map(same, last[1], view(tree)[1])
+    if inside:
+        frozen = FROZEN if "partition" in wrapper else None
+        book = theory(rule, optax.with_extra_args_support(tx) if wrapper != "MultiSteps" else tx, row.steps, frozen)
+    else:
+        book = row.wrap(theory(rule, row.base), masks)
+    expected = view(train(book, tree, view, row)[-1])
+    jax.tree.map(near, last, expected)
