@@ -158,10 +158,10 @@ def test_constants_and_what_is_carried_are_counted_in_every_version():
         return lax.scan(lambda c, row: ((c[0] @ w + b, c[1] + 1, row), c[0] * row), (x, 0, x[0]), x)
 
     def loop(w, b, x):
-        return lax.while_loop(lambda c: (c[1] < b).all(), lambda c: (c[0] @ w, c[1] + 1), (x, 0))
+        return lax.while_loop(lambda c: c[1] < b, lambda c: (c[0] @ w, c[1] + 1), (x, 0.0))
 
     def parts(function, name, read):
-        program = opened(jax.make_jaxpr(function)(W["below"], jnp.ones(4), X))
+        program = opened(jax.make_jaxpr(function)(W["below"], 3.0, X))
         (eqn,) = (eqn for eqn in equations(program) if eqn.primitive.name == name)
         return read(eqn)[1:]
 
