@@ -155,7 +155,7 @@ def test_scales_are_no_contractions():
 
 def test_constants_and_what_is_carried_are_counted_in_every_version():
     def scan(w, b, x):
-        return lax.scan(lambda c, row: ((c[0] @ w + b, c[1] + 1, row), c[0] * row), (x, 0, x[0]), x)
+        return lax.scan(lambda c, row: ((c[0] @ w + b, c[1] + 1, row), c[2] * row), (x, 0, x[0]), x)
 
     def loop(w, b, x):
         return lax.while_loop(lambda c: c[1] < b, lambda c: (c[0] @ w, c[1] + 1), (x, 0.0))
