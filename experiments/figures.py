@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments import records
 
@@ -89,7 +89,7 @@ def write(folder: Path, figure: Figure, *, title: str, caption: str, table: Sequ
         figure.savefig(folder / "figure.png", dpi=160)
     drawing = (folder / "figure.svg").read_text()
     table = [*table, *map(list, records.diverged(folder).items())]
-    shown = Table(*table[0])
+    shown = Table(*(Column(head, overflow="fold") for head in table[0]))
     for row in table[1:]:
         shown.add_row(*row)
     Console().print(shown)
