@@ -37,9 +37,9 @@ def kolen_pollack(*, weight_decay: float = 1e-3, distribution: Initializer | Non
 
     The difference obeys ``w - b <- (1 - lambda) (w - b)`` whatever the data, under SGD and, when both have the same
     optimizer state, under Adam. So the rule needs both to learn alike: :func:`jaxfa.optimizer` runs the parameters'
-    own transformation on the feedback and decays both. Biases and norms (arrays of fewer than two axes, stacked layers
-    counting one more) do not decay. The transformation must act entry by entry, as SGD, momentum and Adam do: one norm
-    for everything, as in ``clip_by_global_norm``, clips the two by different amounts, and the law no longer holds.
+    own transformation on the feedback, in the places of its weights and under their paths, and decays both in the steps
+    that it takes. Biases and norms (arrays of fewer than two axes, stacked layers counting one more) do not decay. A
+    transformation whose step depends on the parameters otherwise than linearly, such as LAMB's, breaks the law.
 
     Args:
       weight_decay: ``lambda``, per step, not multiplied by the learning rate. The alignment takes about ``1 / lambda``

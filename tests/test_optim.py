@@ -1,5 +1,7 @@
 """One optimizer for parameters and feedback, which never touches what is fixed."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 import jaxfa
+from jaxfa.base import is_direct
 
 KEY = jax.random.PRNGKey(0)
 W = jnp.arange(1.0, 7.0).reshape(3, 2)
@@ -79,3 +82,105 @@ def test_what_is_no_rule_is_refused():
     for wrong in (jaxfa.fa, "fa", optax.sgd(0.1), None):
         with pytest.raises(TypeError, match=r"expects a jaxfa\.Rule such as jaxfa\.fa\(\)"):
             jaxfa.optimizer(optax.sgd(0.1), wrong)
+
+
+def run(tx, both, steps, signals=None):
+    """All trees of a run, from the first; by default nothing is taught."""
+    track, state = [both], tx.init(both)
+    for t in range(steps):
+        given = jax.tree.map(jnp.zeros_like, both) if signals is None else signals(both, t)
+        updates, state = tx.update(given, state, both)
+        both = optax.apply_updates(both, updates)
+        track.append(both)
+    return track
+
+
+def test_weights_decay_when_the_users_optimizer_steps_and_only_then():
+    rule, w = jaxfa.kolen_pollack(weight_decay=0.1), jnp.ones((2, 2))
+    both = w, rule.init(KEY, w)
+    inside = jaxfa.optimizer(optax.MultiSteps(optax.sgd(1.0), 4), rule)
+    outside = optax.MultiSteps(jaxfa.optimizer(optax.sgd(1.0), rule), 4)
+    for tx in (inside, outside):
+        seen = [float(one[0][0, 0]) for one in run(tx, both, 8)[1:]]
+        np.testing.assert_allclose(seen, [1.0, 1.0, 1.0, 0.9, 0.9, 0.9, 0.9, 0.81], rtol=1e-6)
+    for still in (optax.set_to_zero(), optax.sgd(0.0)):
+        jax.tree.map(np.testing.assert_array_equal, run(jaxfa.optimizer(still, rule), both, 3)[-1], both)
+
+
+def kolen_pollack_lesson(both, t):
+    grads = jax.tree.map(lambda leaf: jnp.sin(leaf + t), both[0])
+    return grads, {name: jaxfa.kolen_pollack().init(KEY, W).__class__(grads[name]["w"]) for name in both[1]}
+
+
+@pytest.mark.parametrize(
+    ("tx", "fall"),
+    [
+        (lambda name, _: optax.adamw(0.01, weight_decay=5.0, mask=name), 0.9 - 0.05),
+        (lambda name, tree: optax.adamw(0.01, weight_decay=5.0, mask=tree), 0.9 - 0.05),
+        (lambda name, _: optax.partition({True: optax.sgd(0.1), False: optax.sgd(0.3)}, name), 0.9),
+        (lambda name, _: optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1)), 0.9),
+        (lambda name, _: optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)), 0.9),
+        (lambda name, _: optax.contrib.muon(0.1, weight_decay=0.0), 0.9),
+        (lambda name, _: optax.lion(0.1, weight_decay=0.0), 0.9),
+    ],
+    ids=["mask by name", "mask tree", "labels by name", "global norm", "noise", "muon", "lion"],
+)
+def test_kolen_pollacks_difference_falls_at_every_step_whatever_goes_by_names(tx, fall, x64):
+    rule, w = jaxfa.kolen_pollack(weight_decay=0.1), W.astype(jnp.float64)
+    params = {name: {"w": w / (i + 1), "bias": jnp.ones(2)} for i, name in enumerate(("in", "mid", "out"))}
+    both = params, {name: rule.init(key, w) for name, key in zip(("mid", "out"), jax.random.split(KEY), strict=True)}
+
+    def name(tree):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1] == jax.tree_util.DictKey("w"), tree)
+
+    track = run(jaxfa.optimizer(tx(name, name(params)), rule), both, 5, kolen_pollack_lesson)
+    for before, after in itertools.pairwise(track):
+        for layer in ("mid", "out"):
+            apart = [weights[layer]["w"] - feedback[layer].b for weights, feedback in (before, after)]
+            np.testing.assert_allclose(apart[1], fall * apart[0], rtol=1e-9, atol=1e-12)
+
+
+def test_an_injected_rate_is_one_for_weights_and_feedback(x64):
+    rule = jaxfa.kolen_pollack(weight_decay=0.1)
+    both = {"out": {"w": W}}, {"out": rule.init(KEY, W)}
+    tx = jaxfa.optimizer(optax.inject_hyperparams(optax.adam)(0.1), rule)
+    state = tx.init(both)
+    state.params.hyperparams["learning_rate"] = jnp.asarray(0.7)
+    updates, _ = tx.update(kolen_pollack_lesson(both, 0), state, both)
+    after = optax.apply_updates(both, updates)
+    np.testing.assert_allclose(after[0]["out"]["w"] - after[1]["out"].b, 0.9 * (W - both[1]["out"].b), atol=1e-6)
+
+
+def test_a_feedback_whose_weights_can_not_be_told_is_refused_with_its_path():
+    rule = jaxfa.kolen_pollack()
+    b = rule.init(KEY, W)
+    for params, feedback in (({"w1": W, "w2": W}, {"b2": b}), ({"w": W.T}, {"w": rule.init(KEY, jnp.ones((5, 5)))})):
+        with pytest.raises(ValueError, match=r"The feedback at .* learns as the weights .* beside it"):
+            jaxfa.optimizer(optax.sgd(0.1), rule).init((params, feedback))
+
+
+LEARN = {"dkp": jaxfa.dkp(), "brsf": jaxfa.brsf(), "ldfa": jaxfa.ldfa(2), "kolen_pollack": jaxfa.kolen_pollack()}
+
+
+@pytest.mark.parametrize("rule", LEARN.values(), ids=list(LEARN))
+def test_a_batch_of_nan_leaves_all_as_it_is_inside_apply_if_finite(rule):
+    made = rule.init(KEY, jnp.ones((5, 3)), jnp.ones((5, 2))) if is_direct(rule) else rule.init(KEY, W)
+    both = {"out": {"w": W}}, {"out": made}
+    tx = jaxfa.optimizer(optax.apply_if_finite(optax.adam(0.1), 5), rule)
+    state = tx.init(both)
+    bad = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), both)
+    updates, after = tx.update(bad, state, both)
+    jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), updates)
+    jax.tree.map(np.testing.assert_array_equal, after.feedback, state.feedback)
+    good = jax.tree.map(jnp.ones_like, both)
+    updates, _ = tx.update(good, after, both)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+
+
+def test_a_transformation_that_does_nothing_is_one_like_any_other():
+    assert jaxfa.fa().transform is None
+    rule = jaxfa.Rule(jaxfa.fa().init, transform=optax.set_to_zero())
+    both = pair(rule)
+    tx = jaxfa.optimizer(optax.sgd(1.0), rule)
+    updates, _ = tx.update(both, tx.init(both), both)
+    np.testing.assert_array_equal(updates[1]["layer"].b, 0)

@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,7 @@ import optax
 import pytest
 
 import jaxfa
-from jaxfa.base import is_feedback
-from tests.methods import METHODS, create
+from tests.methods import create
 
 KEY = jax.random.PRNGKey(0)
 SIZES = (4, 3, 3, 3)  # widths repeat, so that a shape alone does not tell whose weights a feedback stands for
@@ -129,13 +129,12 @@ def lesson(params, feedback, t, wrapper):
 
 
 def train(tx, tree, view, wrapper, jit=True):
-    """All trees of a run, from the first."""
-    searches, track = wrapper.searches, [tree]
+    """The tree at the end of a run."""
 
     def step(tree, state, grads):
         params = view(tree)[0]
         extra = {"value": value(params), "grad": grads, "value_fn": lambda tree: value(view(tree)[0])}
-        updates, state = tx.update(grads, state, tree, **(extra if searches else {}))
+        updates, state = tx.update(grads, state, tree, **(extra if wrapper.searches else {}))
         return optax.apply_updates(tree, updates), state
 
     step = jax.jit(step) if jit else step
@@ -144,8 +143,7 @@ def train(tx, tree, view, wrapper, jit=True):
         params, feedback = view(tree)
         grads = lesson(params, feedback, t, wrapper)
         tree, state = step(tree, state, grads if feedback is not None else grads[0])
-        track.append(tree)
-    return track
+    return tree
 
 
 def trees(rule, inside, wrapper):
@@ -183,15 +181,25 @@ def shown(name, params, feedback):
 
 def theory(name, tx, steps=lambda t: True, frozen=None):
     """The rule with an optimizer, on layers in a list, by the book: weights, then feedback, and decay in its steps."""
+    tx = optax.with_extra_args_support(tx.gradient_transformation() if isinstance(tx, optax.MultiSteps) else tx)
     own = RULES[name].transform if name in ("brsf", "dkp", "ldfa_p") else None
     is_ssa, decay = name.startswith("ssa"), 0.0 if name.startswith("ssa") else DECAY
+    rate = RATE if name in ("ldfa", "dldfa") else 0.0
 
     def init(both):
         twins = tx.init(shown(name, *both)) if name in FIELDS else ()
-        return jnp.zeros((), int), tx.init(both[0]), twins, own.init(both[1]) if own else ()
+        return (
+            jnp.zeros((), int),
+            tx.init(both[0]),
+            twins,
+            own.init([node if has(node) else None for node in both[1]]) if own else (),
+        )
 
-    def update(updates, state, both, **extra):
-        (t, weights, twins, others), (g, s), (params, feedback) = state, updates, both
+    def update(updates, state, params, **extra):
+        (t, weights, twins, others), (g, s), (params, feedback) = state, updates, params
+        if extra:
+            both = extra["value_fn"]
+            extra |= {"grad": extra["grad"][0], "value_fn": lambda params: both((params, feedback))}
         now = [jnp.asarray(steps(t)) & (i != frozen) for i in range(len(params))]
         if is_ssa:
             g, _ = ON_STIEFEL[0].update(g, ON_STIEFEL[0].init(params), params)
@@ -205,10 +213,13 @@ def theory(name, tx, steps=lambda t: True, frozen=None):
                 for one, p, n in zip(u, params, now, strict=True)
             ]
         learned = jax.tree.map(jnp.zeros_like, s)
-        if own:
-            steps_of, kept = own.update(s, others, feedback)
-            learned = jax.tree.map(lambda a: jnp.where(steps(t), a, 0), steps_of)
-            others = jax.tree.map(lambda new, old: jnp.where(steps(t), new, old), kept, others)
+        if own:  # learns in the steps that move the weights
+            moves = steps(t) & (sum(jnp.sum(leaf != 0) for leaf in jax.tree.leaves(u)) > 0)
+            present = [[node if has(node) else None for node in nodes] for nodes in (s, feedback)]
+            steps_of, kept = own.update(present[0], others, present[1])
+            steps_of = jax.tree.unflatten(jax.tree.structure(s), jax.tree.leaves(steps_of))
+            learned = jax.tree.map(lambda a: jnp.where(moves, a, 0), steps_of)
+            others = jax.tree.map(lambda new, old: jnp.where(moves, new, old), kept, others)
         if name in FIELDS:
             signals = shown(name, g, s)
             if name == "ssa_transported":
@@ -224,7 +235,7 @@ def theory(name, tx, steps=lambda t: True, frozen=None):
             for i, node in enumerate(feedback):
                 if has(node):
                     step = v[i] if name.startswith("dldfa") else v[i]["w"]
-                    q, rate = getattr(node, FIELDS[name]), RATE if name in ("ldfa", "dldfa") else 0.0
+                    q = getattr(node, FIELDS[name])
                     step = jax.tree.map(lambda a, b, n=now[i]: a - n * decay * b, step, q)
                     rest = jax.tree.map(lambda a, n=now[i]: jnp.where(n, -rate * a, 0), s[i])
                     learned[i] = replace(rest, **{FIELDS[name]: step})
@@ -233,17 +244,19 @@ def theory(name, tx, steps=lambda t: True, frozen=None):
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def same(a, b):
-    np.testing.assert_array_equal(a, b)
+def cells():
+    """All of them, but for what takes long to compile and is of the kind of another cell."""
+    for rule, wrapper, inside in itertools.product(RULES, WRAPPERS, (True, False)):
+        if wrapper == "lbfgs" and rule not in (*FIXED, "kolen_pollack") and not is_refused(rule, wrapper, inside):
+            continue
+        if rule in ("ldfa_q", "dldfa_q") and (wrapper != "MultiSteps" or not inside):
+            continue
+        if rule in ("ldfa_p", "ssa") and not inside:
+            continue
+        yield pytest.param(rule, wrapper, inside, id=f"{rule}-{wrapper}-{'inside' if inside else 'outside'}")
 
 
-def near(a, b):
-    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "wrapper", "inside"), list(cells()))
 def test_every_rule_is_lawful_under_every_wrapper_or_refuses_it(rule, wrapper, inside, x64):
     made, row = RULES[rule], WRAPPERS[wrapper]
     tree, view, masks = trees(made, inside, wrapper)
@@ -253,20 +266,14 @@ def test_every_rule_is_lawful_under_every_wrapper_or_refuses_it(rule, wrapper, i
         with pytest.raises(ValueError, match=r"put it outside|in the place of trees"):
             ours.init(tree)
         return
-    last = view(train(ours if inside else row.wrap(ours, masks), tree, view, row)[-1])
-    if rule in ("backprop", "fa", "dkp", "brsf"):  # the weights are those of plain optax without any feedback
-        alone = tree if wrapper != "lookahead" else optax.LookaheadParams.init_synced(view(tree)[0])
-        alone = alone[0] if wrapper != "lookahead" else alone
-        plain = row.wrap(row.base, view(tree)[0])
-        if inside or rule in FIXED:
-            expected = train(plain, alone, lambda tree: (getattr(tree, "fast", tree), None), row)[-1]
-            jax.tree.map(same, last[0], getattr(expected, "fast", expected))
-    if rule in FIXED:
-        return jax.tree.map(same, last[1], view(tree)[1])
-    if inside:
-        frozen = FROZEN if "partition" in wrapper else None
-        book = theory(rule, optax.with_extra_args_support(tx) if wrapper != "MultiSteps" else tx, row.steps, frozen)
-    else:
-        book = row.wrap(theory(rule, row.base), masks)
-    expected = view(train(book, tree, view, row)[-1])
-    jax.tree.map(near, last, expected)
+    last = view(train(ours if inside else row.wrap(ours, masks), tree, view, row))
+    if rule == "backprop" or (rule == "fa" and inside):  # plain optax on the parameters alone, bit for bit
+        params = view(tree)[0]
+        alone = optax.LookaheadParams.init_synced(params) if wrapper == "lookahead" else params
+        expected = train(row.wrap(row.base, params), alone, lambda tree: (getattr(tree, "fast", tree), None), row)
+        chex.assert_trees_all_equal(last, (getattr(expected, "fast", expected), view(tree)[1]))
+        return
+    frozen = FROZEN if "partition" in wrapper else None
+    book = theory(rule, tx, row.steps, frozen) if inside else row.wrap(theory(rule, row.base), masks)
+    expected = view(train(book, tree, view, row))
+    chex.assert_trees_all_close(last, expected, rtol=1e-6 if wrapper == "muon" else 1e-9, atol=1e-12)
