@@ -347,7 +347,7 @@ def test_refine_leaves_rules_without_a_phase_of_their_own_alone():
     own = ("weight_mirror", "normative_ldfa", "grape", "fdfa")
 
     def phase(rule, params, feedback):
-        refined = refine(rule, params, feedback, batch()[0], KEY)
+        refined = refine.__wrapped__(rule, params, feedback, batch()[0], KEY)
         changed.append(refined is not feedback)
         return refined
 
