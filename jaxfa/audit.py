@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxfa.ops import DIRECT, FORWARD, INNER, LOCAL, TRANSPORT
 
@@ -25,6 +27,7 @@ _CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 # (Not of a gather: what is looked up in a table is an embedding, an activation.)
 _CHOICES = {"dynamic_slice": slice(0, 1), "select_n": slice(1, None)}
 _TAP = re.compile(r"tap\[(.*?)\]")
+_ERROR = "jaxfa.error"  # the scope in which an output becomes its error
 _NONE: frozenset[Any] = frozenset()
 
 
@@ -82,7 +85,14 @@ class _Flow(NamedTuple):
         return bool(self.names) and not self.data and not self.is_error
 
 
-def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, *, names: tuple[Any, Any]) -> Audit:
+class _Ref:
+    """What a mutable array holds, at any time."""
+
+    def __init__(self, flow: _Flow) -> None:
+        self.flow = flow
+
+
+def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: tuple[Any, Any]) -> Audit:
     """Traces a network's gradient and reports how the error reaches every parameter.
 
     Args:
@@ -104,20 +114,32 @@ def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, *, nam
       >>> sorted(result.arrivals["first"])
       [Passage(kind='output', name=''), Passage(kind='weights', name='last')]
     """
-    floats = jax.eval_shape(lambda *args: _floats(forward(*args)), params, rest, data)
 
-    def program(params: Any, rest: Any, data: Any, errors: Any) -> Any:
-        _, vjp = jax.vjp(lambda params: _floats(forward(params, rest, data)), params)
-        return vjp(errors)
+    def program(params: Any, rest: Any, data: Any) -> Any:
+        outputs, vjp = jax.vjp(lambda params: _floats(forward(params, rest, data)), params)
+        with jax.named_scope(_ERROR):
+            errors = [lax.optimization_barrier(output) for output in outputs]
+        return vjp(errors), outputs  # with the outputs, lest the forward pass be taken for dead
 
-    jaxpr = jax.make_jaxpr(program)(params, rest, data, floats)
+    walker, ends = _walked(program, params, rest, data, names)
+    arrivals = dict(zip(jax.tree.leaves(names[0]), (end.way for end in ends), strict=False))
+    return Audit(list(walker.uses.values()), arrivals, frozenset(walker.passages))
+
+
+def uses(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: tuple[Any, Any]) -> list[Use]:
+    """The uses alone, of which the forward pass tells; arguments as for :func:`audit`."""
+    walker, _ = _walked(lambda *args: _floats(forward(*args)), params, rest, data, names)
+    return list(walker.uses.values())
+
+
+def _walked(program: Callable[..., Any], params: Any, rest: Any, data: Any, names: Any) -> tuple["_Walker", Any]:
+    jaxpr = jax.make_jaxpr(program)(params, rest, data).jaxpr
+    # Without what nothing uses: a tap ignores the error that comes from above.
+    jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     flows = [_Flow(frozenset([name]) if name else _NONE) for name in jax.tree.leaves(names)]
     flows += [_Flow(data=True)] * len(jax.tree.leaves(data))
-    flows += [_Flow(data=True, is_error=True, way=frozenset([OUTPUT]))] * len(floats)
     walker = _Walker()
-    ends = walker.walk(jaxpr.jaxpr, flows, "")
-    arrivals = dict(zip(jax.tree.leaves(names[0]), (end.way for end in ends), strict=True))
-    return Audit(list(walker.uses.values()), arrivals, frozenset(walker.passages))
+    return walker, walker.walk(jaxpr, flows, "")
 
 
 def _floats(outputs: Any) -> list[Any]:
@@ -153,12 +175,23 @@ class _Walker:
             # The predicate is left out: weights that data chose among are weights.
             return [_join(outs) for outs in zip(*branches, strict=True)]
         if eqn.primitive.name == "optimization_barrier":
-            return flows
+            error = _Flow(data=True, is_error=True, way=frozenset([OUTPUT]))
+            return [error] * len(flows) if _ERROR in scope else flows
+        if eqn.primitive.name == "new_ref":
+            return [_Ref(flows[0])]
+        if isinstance(flows[0] if flows else None, _Ref) and eqn.primitive.name in ("get", "swap", "addupdate"):
+            return self.reference(eqn, *flows)
         for value in eqn.params.values():
             body = value.jaxpr if isinstance(value, ClosedJaxpr) else value
             if isinstance(body, Jaxpr) and len(body.invars) == len(flows):
                 return self.walk(body, flows, scope)
         return [self.primitive(eqn, flows, scope)] * len(eqn.outvars)
+
+    def reference(self, eqn: JaxprEqn, ref: _Ref, *flows: _Flow) -> list[_Flow]:
+        before = ref.flow
+        if eqn.primitive.name != "get":
+            ref.flow = _join([before, flows[0]])
+        return [before] * len(eqn.outvars)
 
     def primitive(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> _Flow:
         out = _join(flows)._replace(
@@ -195,7 +228,10 @@ class _Walker:
         return out._replace(way=way | passages)
 
     def scan(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[_Flow]:
-        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        if "num_consts" in eqn.params:
+            consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        else:  # jax 0.12
+            consts, carries, _ = (len(part) for part in eqn.params["ft_in"].unpack())
         fixed, carry, xs = flows[:consts], flows[consts : consts + carries], flows[consts + carries :]
         while True:
             outs = self.walk(eqn.params["jaxpr"].jaxpr, [*fixed, *carry, *xs], scope)
