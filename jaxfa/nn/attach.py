@@ -17,7 +17,7 @@ from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.program import Example
 from jaxfa.nn.stream import call_streamed, check_streams
 from jaxfa.nn.tap import Tap, place_tap
-from jaxfa.nn.taps import check_source, end_at, fill_taps, keep_leaves, measure_taps, only_leaf, tappable
+from jaxfa.nn.taps import check_source, end_at, fill_taps, keep_leaves, measure_taps, only_leaf, tappable, true_size
 from jaxfa.nn.variables import init_stack, modules_of
 from jaxfa.paths import matches
 
@@ -218,7 +218,7 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> 
     if rule.source in seen:
         check_source(model, rule.source, list(seen))
         error = only_leaf(seen[rule.source], rule.source)
-        above = weights_above(model, method, error, rule.source, example)
+        above = weights_above(model, method, true_size(error), rule.source, example)
         end_at(model, rule.source, list(seen))
     fill_taps(model, rule, rngs, *tappable(model, seen, error))
     return above

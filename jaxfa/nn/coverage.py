@@ -145,6 +145,7 @@ class _Cover:
         taps = taps_of(aligned.model).values()
         self.blocks = [tap.path for tap in taps if not tap.at_input]
         self.inputs = [tap.path for tap in taps if tap.at_input]
+        self.delivering = [tap.path for tap in taps if tap.feedback is not None]
         self.taps = {tap.scope(leaf): tap.path for tap in taps for leaf in tap.leaves}
         self.places = {tap.scope(leaf): _place(tap, leaf) for tap in taps for leaf in tap.leaves}
         self.feedback = _feedback_of(aligned.model)
@@ -230,7 +231,7 @@ class _Cover:
     def lost(self, names: Any) -> list[str]:
         """Sentences for the taps and weights of this forward pass that no error reaches, though one would without the rule."""
         delivered = {self.taps[step.name] for step in self.result.passages if step.name in self.taps}
-        silent = [path for path in dict.fromkeys(self.taps.values()) if path not in delivered]
+        silent = [path for path in self.delivering if path not in delivered]
         idle = [name for name in names if name in self.params and not self.result.arrivals[name]]
         idle = [name for name in idle if not self.allows(name)]
         if silent:

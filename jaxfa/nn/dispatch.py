@@ -40,8 +40,9 @@ class Dispatch(Walk):
 
     def learn(self, program: Program, tap: Tap) -> Any:
         name = f"{len(self.blocks)}: {tap.path}"  # a block may run more than once
-        self.blocks[name], self.states[name] = (program, tap), program.states[0]
-        return program.run(lax.stop_gradient(program.states[0]))
+        state = jax.tree.map(lambda a: a, program.states[0])  # a copy, since the block is about to change its own
+        self.blocks[name], self.states[name] = (program, tap), state
+        return program.run(lax.stop_gradient(state))
 
 
 def check_dispatches(model: nnx.Module, rule: Rule, mesh: Mesh | None) -> Mesh:

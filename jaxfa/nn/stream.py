@@ -82,7 +82,8 @@ class Sweep(Walk):
         found, gradients, signals = learn(program, self.waiting(program), tap, lambda: after(self.e, self.known))
         self.learned += _product(gradients, split_floats(program.states[0])[0])
         self.learned += _product(signals, tap.feedbacks())
-        self.known = gradients, signals
+        # Not the error at its input, which nothing may need.
+        self.known = {name: one for name, one in gradients.items() if name.startswith("0/")}, signals
         return found
 
 
@@ -96,7 +97,7 @@ def learn(program: Program, state: Any, tap: Tap, error: Callable[[], jax.Array]
         return {name: leaves[name] for name in tap.leaves}, found
 
     leaves, vjp, found = jax.vjp(forward, floats, has_aux=True)
-    e, feedbacks = error(), tap.feedbacks()
+    e, feedbacks = error(), tap.named(state[0]["feedback_tap"]["feedback"].get_value())
     deltas, signals = {}, {}
     for name, h in leaves.items():
         with jax.named_scope(f"tap[{tap.scope(name)}]"):
@@ -139,7 +140,7 @@ def check_streams(model: nnx.Module, rule: Rule, schedule: str) -> None:
     for path, tap in taps_of(model).items():
         within = [other for other in stacks if path.startswith(f"{other}/")]
         if tap.at_input or stacks[path] or within:
-            reason = f"inside {within[0]!r}" if within else "in a stack of layers" if stacks[path] else "at an input"
+            reason = f"inside {within[0]!r}" if within else "in a stack of layers" if stacks[path] else "at a layer's input"
             raise ValueError(
                 f"schedule={schedule!r} teaches whole blocks, each by itself, but the tap {path!r} is {reason}. Name "
                 f"separate modules with at= (SSA, whose at= chooses layers to factor, always taps their inputs: take "

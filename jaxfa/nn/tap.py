@@ -53,9 +53,10 @@ class Tap(nnx.Module):
 
     def feedbacks(self) -> dict[str, Any]:
         """The feedback of every tapped leaf."""
-        if self.feedback is None:
-            return {}
-        value = self.feedback.get_value()
+        return {} if self.feedback is None else self.named(self.feedback.get_value())
+
+    def named(self, value: Any) -> dict[str, Any]:
+        """One value for each tapped leaf: those in a dictionary, or this one for all."""
         return value if isinstance(value, dict) else dict.fromkeys(self.leaves, value)
 
     def __call__(self, h: Any) -> Any:
@@ -64,9 +65,7 @@ class Tap(nnx.Module):
             self.recorder.record(self.path, {name: _struct(leaf) for name, leaf in named_floats(h).items()})
             return h
         if self.shift is not None:
-            shifts = self.shift.get_value()
-            shifts = shifts if isinstance(shifts, dict) else dict.fromkeys(self.leaves, shifts)
-            return at_leaves(h, {name: _adding(shift) for name, shift in shifts.items()})
+            return at_leaves(h, {name: _adding(one) for name, one in self.named(self.shift.get_value()).items()})
         if not self.leaves:
             return h
         if self.channel is None:

@@ -152,16 +152,17 @@ def tappable(model: nnx.Module, seen: dict[str, Any], error: Any) -> tuple[dict[
     for path in taps:
         leaves = {name: h for name, h in seen[path].items() if h.shape[:1] == error.shape[:1]}
         if not leaves:
-            given = [_true(h).shape for h in seen[path].values()]
+            given = [true_size(h).shape for h in seen[path].values()]
             raise ValueError(
                 f"Direct feedback needs an activation with the logits' batch axis first: expected h of shape "
-                f"({_true(error).shape[0]}, ..., n) at the tap {path!r} for logits {_true(error).shape}, got {given}. "
+                f"({true_size(error).shape[0]}, ..., n) at the tap {path!r} for logits {true_size(error).shape}, got {given}. "
                 f"Tap a module before the batch axis is merged with others, or moved."
             )
-        found[path] = {name: _true(h) for name, h in leaves.items()}
-    return found, _true(error)
+        found[path] = {name: true_size(h) for name, h in leaves.items()}
+    return found, true_size(error)
 
 
-def _true(marked: Any) -> jax.ShapeDtypeStruct:
+def true_size(marked: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array that was measured, in the example's own batch."""
     sizes = (size // MARK if size % MARK == 0 else size for size in marked.shape)
     return jax.ShapeDtypeStruct(tuple(sizes), marked.dtype)
