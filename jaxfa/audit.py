@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from jaxfa._jaxprs import bodies, opened, scan_parts, while_parts
 from jaxfa.ops import DIRECT, FORWARD, INNER, LOCAL, TRANSPORT
 
 _CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
@@ -133,7 +134,7 @@ def uses(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: 
 
 
 def _walked(program: Callable[..., Any], params: Any, rest: Any, data: Any, names: Any) -> tuple["_Walker", Any]:
-    jaxpr = jax.make_jaxpr(program)(params, rest, data).jaxpr
+    jaxpr = opened(jax.make_jaxpr(program)(params, rest, data))
     # Without what nothing uses: a tap ignores the error that comes from above.
     jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     flows = [_Flow(frozenset([name]) if name else _NONE) for name in jax.tree.leaves(names)]
@@ -166,31 +167,41 @@ class _Walker:
         return [read(v) for v in jaxpr.outvars]
 
     def equation(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[_Flow]:
-        if eqn.primitive.name == "scan":
-            return self.scan(eqn, flows, scope)
-        if eqn.primitive.name == "while":
-            return self.loop(eqn, flows, scope)
-        if eqn.primitive.name == "cond":
-            branches = [self.walk(branch.jaxpr, flows[1:], scope) for branch in eqn.params["branches"]]
-            # The predicate is left out: weights that data chose among are weights.
-            return [_join(outs) for outs in zip(*branches, strict=True)]
-        if eqn.primitive.name == "optimization_barrier":
-            error = _Flow(data=True, is_error=True, way=frozenset([OUTPUT]))
-            return [error] * len(flows) if _ERROR in scope else flows
-        if eqn.primitive.name == "new_ref":
-            return [_Ref(flows[0])]
-        if isinstance(flows[0] if flows else None, _Ref) and eqn.primitive.name in ("get", "swap", "addupdate"):
-            return self.reference(eqn, *flows)
-        for value in eqn.params.values():
-            body = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-            if isinstance(body, Jaxpr) and len(body.invars) == len(flows):
+        handlers = {
+            "scan": self.scan,
+            "while": self.loop,
+            "cond": self.branches,
+            "optimization_barrier": self.barrier,
+            "new_ref": self.new_ref,
+            **dict.fromkeys(("get", "swap", "addupdate"), self.used_ref),
+        }
+        handle = handlers.get(eqn.primitive.name)
+        if handle is not None:
+            return handle(eqn, flows, scope)
+        for body in bodies(eqn):
+            if len(body.invars) == len(flows):
                 return self.walk(body, flows, scope)
         return [self.primitive(eqn, flows, scope)] * len(eqn.outvars)
 
-    def reference(self, eqn: JaxprEqn, ref: _Ref, *flows: _Flow) -> list[_Flow]:
-        before = ref.flow
+    def branches(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[_Flow]:
+        # The predicate is left out: weights that data chose among are weights.
+        results = [self.walk(branch, flows[1:], scope) for branch in bodies(eqn)]
+        return [_join(outs) for outs in zip(*results, strict=True)]
+
+    def barrier(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[_Flow]:
+        del eqn
+        error = _Flow(data=True, is_error=True, way=frozenset([OUTPUT]))
+        return [error] * len(flows) if _ERROR in scope else flows
+
+    def new_ref(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[Any]:
+        del eqn, scope
+        return [_Ref(flows[0])]
+
+    def used_ref(self, eqn: JaxprEqn, flows: list[Any], scope: str) -> list[_Flow]:
+        del scope
+        ref, before = flows[0], flows[0].flow
         if eqn.primitive.name != "get":
-            ref.flow = _join([before, flows[0]])
+            ref.flow = _join([before, flows[1]])
         return [before] * len(eqn.outvars)
 
     def primitive(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> _Flow:
@@ -228,23 +239,20 @@ class _Walker:
         return out._replace(way=way | passages)
 
     def scan(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[_Flow]:
-        if "num_consts" in eqn.params:
-            consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
-        else:  # jax 0.12
-            consts, carries, _ = (len(part) for part in eqn.params["ft_in"].unpack())
+        body, consts, carries = scan_parts(eqn)
         fixed, carry, xs = flows[:consts], flows[consts : consts + carries], flows[consts + carries :]
         while True:
-            outs = self.walk(eqn.params["jaxpr"].jaxpr, [*fixed, *carry, *xs], scope)
+            outs = self.walk(body, [*fixed, *carry, *xs], scope)
             grown = [_join(pair) for pair in zip(carry, outs[:carries], strict=True)]
             if grown == carry:
                 return outs
             carry = grown
 
     def loop(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[_Flow]:
-        skip, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        body, skip, consts = while_parts(eqn)
         fixed, carry = flows[skip : skip + consts], flows[skip + consts :]
         while True:
-            outs = self.walk(eqn.params["body_jaxpr"].jaxpr, [*fixed, *carry], scope)
+            outs = self.walk(body, [*fixed, *carry], scope)
             grown = [_join(pair) for pair in zip(carry, outs, strict=True)]
             if grown == carry:
                 return carry

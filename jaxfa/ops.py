@@ -232,8 +232,7 @@ def vary_alike(arrays: Any, *others: Any) -> Any:
 
 def varying_axes(kind: Any) -> frozenset[Any]:
     """The mesh axes over which an array of a type varies, or what a ref holds."""
-    kind = getattr(kind, "inner_aval", kind)
-    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+    return getattr(kind, "inner_aval", kind).manual_axis_type.varying
 
 
 def check_family(feedback: Any, family: type, here: str, there: str) -> None:

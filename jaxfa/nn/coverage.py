@@ -229,7 +229,7 @@ class _Cover:
         )
 
     def lost(self, names: Any) -> list[str]:
-        """Sentences for the taps and weights of this forward pass that no error reaches, though one would without the rule."""
+        """Sentences for the taps and weights in use that no error reaches, though one would without the rule."""
         delivered = {self.taps[step.name] for step in self.result.passages if step.name in self.taps}
         silent = [path for path in self.delivering if path not in delivered]
         idle = [name for name in names if name in self.params and not self.result.arrivals[name]]
@@ -244,12 +244,12 @@ class _Cover:
 
 
 _SILENT = (
-    "- the tap {0!r} gets no error: nothing differentiable is between it and the output (stop_gradient, sign, round, an "
-    "integer). Tap what comes after that, give it a surrogate derivative, or allow={0!r} if it is meant not to learn."
+    "- the tap {0!r} gets no error: nothing differentiable is between it and the output (stop_gradient, sign, round, "
+    "an integer). Tap what comes after that, give it a surrogate derivative, or allow={0!r} if it is meant not to learn."
 )
 _IDLE = (
-    "- no error reaches {0!r}, which would learn by backpropagation. Name another module with at=, or allow={0!r} if it "
-    "is meant not to learn."
+    "- no error reaches {0!r}, which would learn by backpropagation. Name another module with at=, or allow={0!r} if "
+    "it is meant not to learn."
 )
 
 

@@ -92,10 +92,9 @@ def _learn(mesh: Mesh, blocks: dict[str, Any], states: dict[str, Any], e: jax.Ar
         index = lax.axis_index(LAYER)
         states, e, _ = vary_alike((states, e, index))
         shares = [partial(_share, blocks, names[device::devices]) for device in range(devices)]
-        return jax.tree.map(lambda a: a[None], lax.switch(index, shares, states, e))
+        return lax.psum(lax.switch(index, shares, states, e), LAYER)
 
-    learned = jax.shard_map(on_device, mesh=mesh, in_specs=P(), out_specs=P(LAYER), axis_names={LAYER})(states, e)
-    return jax.tree.map(lambda a: a.sum(0), learned)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={LAYER})(states, e)
 
 
 def _share(blocks: dict[str, Any], own: list[str], states: dict[str, Any], e: jax.Array) -> Any:

@@ -140,7 +140,8 @@ def check_streams(model: nnx.Module, rule: Rule, schedule: str) -> None:
     for path, tap in taps_of(model).items():
         within = [other for other in stacks if path.startswith(f"{other}/")]
         if tap.at_input or stacks[path] or within:
-            reason = f"inside {within[0]!r}" if within else "in a stack of layers" if stacks[path] else "at a layer's input"
+            where = "in a stack of layers" if stacks[path] else "at a layer's input"
+            reason = f"inside {within[0]!r}" if within else where
             raise ValueError(
                 f"schedule={schedule!r} teaches whole blocks, each by itself, but the tap {path!r} is {reason}. Name "
                 f"separate modules with at= (SSA, whose at= chooses layers to factor, always taps their inputs: take "
@@ -178,7 +179,7 @@ def call_streamed(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _floats_of(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], Callable[[list[Any]], Any]]:
-    """The floats of a tree, the function that puts others in their places, and the one that makes a cotangent of them."""
+    """The floats of a tree; the functions that put others in their places, and that make a cotangent of them."""
     leaves, structure = jax.tree.flatten(tree)
 
     def put(values: list[Any], other: Callable[[Any], Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,8 +14,14 @@ from jaxfa.nn.leaves import at_leaves, named_floats
 from jaxfa.nn.variables import Recorder, intercept, modules_of, release
 
 
+_REFUSAL = (
+    "The gradient of the model inside jaxfa.nn.attach's was asked for, past the tap at {!r}: call the Aligned model, "
+    "attach with method= for another method than __call__, or take jaxfa.nn.plain(aligned) for true gradients."
+)
+
+
 class Channel:
-    """What the taps of one run read the error from. Hashed by identity, so that a tap may hold it as a static attribute.
+    """What the taps of one run read the error from. Hashed by identity, so that a tap may hold it as an attribute.
 
     Attributes:
       ref: holds the error in the backward pass; None where nothing is differentiated.
@@ -64,20 +71,19 @@ class Tap(nnx.Module):
         if self.recorder is not None:
             self.recorder.record(self.path, {name: _struct(leaf) for name, leaf in named_floats(h).items()})
             return h
+        return at_leaves(h, self._functions())
+
+    def _functions(self) -> dict[str, Callable[[jax.Array], jax.Array]]:
+        """What is done at the leaves; each is the identity but for its derivative, or for a shift."""
         if self.shift is not None:
-            return at_leaves(h, {name: _adding(one) for name, one in self.named(self.shift.get_value()).items()})
-        if not self.leaves:
-            return h
+            return {name: _adding(one) for name, one in self.named(self.shift.get_value()).items()}
         if self.channel is None:
-            refuse = f"The gradient of the model inside jaxfa.nn.attach's was asked for, past the tap at {self.path!r}"
-            refuse += ": call the Aligned model, attach with method= for another method than __call__, or take "
-            refuse += "jaxfa.nn.plain(aligned) for true gradients."
-            return at_leaves(h, dict.fromkeys(self.leaves, lambda leaf: undifferentiated(refuse, leaf)))
+            return dict.fromkeys(self.leaves, partial(undifferentiated, _REFUSAL.format(self.path)))
         if self.is_source:
-            return at_leaves(h, dict.fromkeys(self.leaves, self._send))
+            return dict.fromkeys(self.leaves, self._send)
         if self.channel.ref is None:
-            return h
-        return at_leaves(h, {name: self._receiving(name, one) for name, one in self.feedbacks().items()})
+            return {}
+        return {name: self._receiving(name, one) for name, one in self.feedbacks().items()}
 
     def _send(self, leaf: jax.Array) -> jax.Array:
         assert self.channel is not None

@@ -152,10 +152,10 @@ def tappable(model: nnx.Module, seen: dict[str, Any], error: Any) -> tuple[dict[
     for path in taps:
         leaves = {name: h for name, h in seen[path].items() if h.shape[:1] == error.shape[:1]}
         if not leaves:
-            given = [true_size(h).shape for h in seen[path].values()]
+            given, wanted = [true_size(h).shape for h in seen[path].values()], true_size(error).shape
             raise ValueError(
                 f"Direct feedback needs an activation with the logits' batch axis first: expected h of shape "
-                f"({true_size(error).shape[0]}, ..., n) at the tap {path!r} for logits {true_size(error).shape}, got {given}. "
+                f"({wanted[0]}, ..., n) at the tap {path!r} for logits {wanted}, got {given}. "
                 f"Tap a module before the batch axis is merged with others, or moved."
             )
         found[path] = {name: true_size(h) for name, h in leaves.items()}
