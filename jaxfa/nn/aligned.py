@@ -114,7 +114,8 @@ def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
       loss: ``model -> scalar``, called with a copy of ``aligned`` and of its plain twin.
 
     Returns:
-      ``{"path/of/kernel": Alignment(angle in degrees, norm_ratio)}``; for a stack of layers, arrays of them.
+      ``{"path/of/kernel": Alignment(angle in degrees, norm_ratio)}``; for a stack of layers, arrays of them. An angle
+      is NaN where one of the two gradients is zero: a parameter that does not learn, by the rule or at all.
 
     Example:
       >>> import jax.numpy as jnp, jaxfa.nn

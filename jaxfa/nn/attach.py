@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 from jaxfa.base import Rule, init_at, is_direct
 from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
-from jaxfa.nn.coverage import table_of, traced, uses_of, weights_above
+from jaxfa.nn.coverage import uses_of, weights_above
 from jaxfa.nn.dispatch import call_dispatched, check_dispatches
 from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.program import Example
 from jaxfa.nn.stream import call_streamed, check_streams
 from jaxfa.nn.tap import Tap, place_tap
-from jaxfa.nn.taps import check_source, end_at, fill_taps, keep_leaves, measure_taps, only_leaf, tappable, true_size
+from jaxfa.nn.taps import check_source, end_at, fill_taps, measure_taps, only_leaf, tappable, that_are_read, true_size
 from jaxfa.nn.variables import init_stack, modules_of
 from jaxfa.paths import matches
 
@@ -98,7 +98,7 @@ def attach(
     forward = _forward(model, rule, schedule, mesh)
     aligned = Aligned(model, rule, (*allow, *backprop), **call._asdict(), forward=forward)
     if call.example is not None:
-        _audit(aligned, call.example)
+        aligned.coverage().refuse()
     return aligned
 
 
@@ -114,13 +114,6 @@ def _example(example: Any, kwargs: dict[str, Any] | None) -> Example | None:
     if example is None and not kwargs:
         return None
     return Example.of(() if example is None else example if isinstance(example, tuple) else (example,), kwargs or {})
-
-
-def _audit(aligned: Aligned, example: Example) -> None:
-    """Refuses what would not learn by the rule alone; drops the feedback of what nothing reads."""
-    found = traced(aligned, example)
-    keep_leaves(aligned.model, {step.name for step in found.passages if step.kind == "direct"})
-    table_of(aligned, found, example).refuse()
 
 
 def _check_method(model: Any, method: str) -> None:
@@ -220,7 +213,8 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> 
         error = only_leaf(seen[rule.source], rule.source)
         above = weights_above(model, method, true_size(error), rule.source, example)
         end_at(model, rule.source, list(seen))
-    fill_taps(model, rule, rngs, *tappable(model, seen, error))
+    found, error = tappable(model, seen, error)
+    fill_taps(model, rule, rngs, that_are_read(model, call, found), error)
     return above
 
 

@@ -1,5 +1,7 @@
 """Lists every weight contraction of a model with how its error travels, read off the traced gradient."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +12,7 @@ from jax.tree_util import DictKey
 from jaxfa.audit import OUTPUT, Audit, Use, audit, uses
 from jaxfa.base import is_direct
 from jaxfa.nn.contraction import Contraction
+from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Example, Program, method_of
 from jaxfa.nn.tap import Tap, plain_of, taps_of
 from jaxfa.nn.taps import record_taps
@@ -66,22 +69,28 @@ class Coverage(NamedTuple):
 
 def uses_of(model: nnx.Module, method: str, example: Example) -> dict[str, Use]:
     """The weight contractions of a model's forward pass, by the path of the layer that owns the weights."""
-    found = uses(*_traced(model, method, example, skip=0))
+    found = uses(*_traced(model, method, example))
     return {_layer(name): use for use in found for name in sorted(use.weights)}
 
 
-def trace(model: nnx.Module, method: str, example: Example, *, skip: int = 0) -> Audit:
-    """Audits a model's gradient. The first ``skip`` segments of every path are left out of its names."""
-    return audit(*_traced(model, method, example, skip=skip))
+def trace(model: nnx.Module, method: str, example: Example) -> Audit:
+    """Audits the gradient of all outputs of a model."""
+    return audit(*_traced(model, method, example))
 
 
-def _traced(model: nnx.Module, method: str, example: Example, *, skip: int) -> tuple[Any, ...]:
-    """What an audit asks for: a function, its parameters, its other state, its data, and the names of the first two."""
+def _traced(
+    model: nnx.Module, method: str, example: Example, *, skip: int = 0, of: Callable[[Any], Any] | None = None
+) -> tuple[Any, ...]:
+    """What an audit asks for: a function, its parameters, its other state, its data, and the names of the first two.
+
+    The first ``skip`` segments of every path are left out of the names; ``of`` says which outputs are meant.
+    """
     program = Program(model, method_of(method), *example.arguments(), _own(nnx.Param), _own(Feedback), _own(object))
     params, feedback, rest, data = structs(program.states)
 
     def forward(params: Any, states: Any, data: Any) -> Any:
-        return program.run(params, *states, data)[0]
+        outputs = program.run(params, *states, data)[0]
+        return outputs if of is None else of(program.returned(outputs))
 
     def own(path: Any, leaf: Any) -> str:
         return "/".join(_segments(path)[1 + skip :]) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
@@ -121,20 +130,16 @@ def weights_above(model: nnx.Module, method: str, tapped: Any, source: str, exam
 
 def cover(aligned: Any, example: Example) -> Coverage:
     """The table of an attached model for these inputs."""
-    return table_of(aligned, traced(aligned, example), example)
+    return _Cover(aligned, traced(aligned, example), example).table()
 
 
 def traced(aligned: Any, example: Example) -> Audit:
     """The audit of an attached model."""
     # Layer-wise rules are in the model itself; a direct one needs its root.
     if is_direct(aligned.rule):
-        return trace(aligned, "__call__", example, skip=1)
+        of = partial(error_in, logits=aligned.logits)
+        return audit(*_traced(aligned, "__call__", example, skip=1, of=of))
     return trace(aligned.model, aligned.method, example)
-
-
-def table_of(aligned: Any, result: Audit, example: Example) -> Coverage:
-    """The table of an attached model from its audit."""
-    return _Cover(aligned, result, example).table()
 
 
 class _Cover:
@@ -245,7 +250,7 @@ class _Cover:
 
 _SILENT = (
     "- the tap {0!r} gets no error: nothing differentiable is between it and the output (stop_gradient, sign, round, "
-    "an integer). Tap what comes after that, give it a surrogate derivative, or allow={0!r} if it is meant not to learn."
+    "an integer). Tap what comes after that, give it a surrogate derivative, or allow={0!r} if it shall not learn."
 )
 _IDLE = (
     "- no error reaches {0!r}, which would learn by backpropagation. Name another module with at=, or allow={0!r} if "

@@ -16,10 +16,11 @@ from jaxfa.ops import varying_axes
 def call_direct(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a model with a direct rule, which may be differentiated."""
     program = Program(aligned.model, method_of(aligned.method), args, kwargs)
-    source = _Source()
+    channels: list[Channel] = []
 
     def run(states: Any, ref: Any) -> Any:
         channel = Channel(ref)
+        channels.append(channel)
 
         def prepare(model: Any) -> None:
             for tap in taps_of(model).values():
@@ -27,12 +28,11 @@ def call_direct(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
         found = program.run(*states, prepare=prepare)
         channel.ref = None  # an inner jit's cache may keep the channel
-        source.kind = channel.source
         return found
 
     def error_of(outputs: Any) -> jax.Array:
         if aligned.rule.source is not None:
-            return source.zeros(aligned.rule.source)  # the source will write it
+            return _zeros(channels[-1].source, aligned.rule.source)  # the source will write it
         return error_in(program.returned(outputs[0]), aligned.logits)
 
     try:
@@ -42,16 +42,19 @@ def call_direct(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             "The model uses a traced value that is none of its own: a direct rule follows what is an argument, a "
             "variable or an array attribute of the model. Hand the model what it closes over as an argument."
         ) from error
+    except KeyError as error:
+        if "AbstractRef" not in str(error):
+            raise
+        raise ValueError(
+            f"The tap {channels[-1].last!r} is inside a lax.cond, lax.switch or nnx.cond, where JAX {jax.__version__} "
+            f"can't differentiate what reads an error; JAX 0.12 can. Tap the module around it, or choose between the "
+            f"results with jnp.where."
+        ) from error
 
 
-class _Source:
-    """The type of the activation at a rule's source."""
-
-    def __init__(self) -> None:
-        self.kind: Any = None
-
-    def zeros(self, path: str) -> jax.Array:
-        if self.kind is None:
-            raise ValueError(f"This call never reaches the rule's source {path!r}, where its error is taken.")
-        zeros = jnp.zeros(self.kind.shape, self.kind.dtype)
-        return lax.pcast(zeros, tuple(sorted(varying_axes(self.kind), key=repr)), to="varying")
+def _zeros(kind: Any, source: str) -> jax.Array:
+    """Zeros of the type of the activation at a rule's source."""
+    if kind is None:
+        raise ValueError(f"This call never reaches the rule's source {source!r}, where its error is taken.")
+    zeros = jnp.zeros(kind.shape, kind.dtype)
+    return lax.pcast(zeros, tuple(sorted(varying_axes(kind), key=repr)), to="varying")

@@ -99,7 +99,7 @@ def _learn(mesh: Mesh, blocks: dict[str, Any], states: dict[str, Any], e: jax.Ar
 
 def _share(blocks: dict[str, Any], own: list[str], states: dict[str, Any], e: jax.Array) -> Any:
     """What all blocks learn, zeros but for one device's own."""
-    learned = {name: partial(_one, *blocks[name], states[name]) for name in blocks}
+    learned = {name: partial(_one, blocks[name], states[name]) for name in blocks}
     return {name: one(e) if name in own else _zeros(one, e) for name, one in learned.items()}
 
 
@@ -108,6 +108,7 @@ def _zeros(one: Callable[[jax.Array], Any], e: jax.Array) -> Any:
     return vary_alike((zeros, e))[0]
 
 
-def _one(program: Program, tap: Tap, state: Any, e: jax.Array) -> tuple[Any, Any]:
+def _one(block: tuple[Program, Tap], state: Any, e: jax.Array) -> tuple[Any, Any]:
     """What one block's floats and its feedback learn."""
+    program, tap = block
     return learn(program, state, tap, lambda: e)[1:]

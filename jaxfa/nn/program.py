@@ -69,13 +69,19 @@ class Program:
         return jax.eval_shape(run, *structs(self.states))
 
 
-def changed_state(node: Any, *before: Any) -> Any:
+def changed_state(node: Any, before: Any) -> Any:
     """What of a node's state is not as it was; the rest may be of an outer trace, in which no one may write it."""
-    known = {id(leaf) for leaf in jax.tree.leaves(before)}
+    old = {path: jax.tree.leaves(leaf) for state in before for path, leaf in nnx.to_flat_state(state)}
+    known = {id(one) for leaves in old.values() for one in leaves}
+
+    def is_new(path: Any, leaf: Any) -> bool:
+        leaves = jax.tree.leaves(leaf)
+        if path in old and len(leaves) == len(old[path]):
+            return any(one is not other for one, other in zip(leaves, old[path], strict=True))
+        return any(id(one) not in known for one in leaves)  # else it is what was there, by another path
+
     state = nnx.to_flat_state(nnx.state(node, nnx.Not(Feedback)))
-    return nnx.from_flat_state(
-        [(path, leaf) for path, leaf in state if any(id(one) not in known for one in jax.tree.leaves(leaf))]
-    )
+    return nnx.from_flat_state([(path, leaf) for path, leaf in state if is_new(path, leaf)])
 
 
 class Example(NamedTuple):

@@ -13,7 +13,6 @@ from jaxfa.nn.contraction import restore
 from jaxfa.nn.leaves import at_leaves, named_floats
 from jaxfa.nn.variables import Recorder, intercept, modules_of, release
 
-
 _REFUSAL = (
     "The gradient of the model inside jaxfa.nn.attach's was asked for, past the tap at {!r}: call the Aligned model, "
     "attach with method= for another method than __call__, or take jaxfa.nn.plain(aligned) for true gradients."
@@ -26,11 +25,13 @@ class Channel:
     Attributes:
       ref: holds the error in the backward pass; None where nothing is differentiated.
       source: the type of the activation at the rule's source, once the run has come there.
+      last: the path of the last tap that the run has come to.
     """
 
     def __init__(self, ref: Any) -> None:
         self.ref = ref
         self.source: Any = None
+        self.last = ""
 
 
 class Tap(nnx.Module):
@@ -93,6 +94,7 @@ class Tap(nnx.Module):
     def _receiving(self, name: str, feedback: Any) -> Callable[[jax.Array], jax.Array]:
         def run(leaf: jax.Array) -> jax.Array:
             assert self.channel is not None
+            self.channel.last = self.path
             with jax.named_scope(f"tap[{self.scope(name)}]"):
                 return receive(leaf, feedback, self.channel.ref)
 
@@ -109,6 +111,11 @@ def _struct(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 
 def place_tap(module: Any, path: str, *, at_input: bool) -> None:
     """Taps a module's output, or its input."""
+    if isinstance(module, nnx.bridge.ToNNX):
+        raise TypeError(
+            f"{path!r} is a Linen module (nnx.bridge.ToNNX), whose attributes are its own: hold it in an nnx.Module "
+            f"that calls it, and name that one in at=."
+        )
     module.feedback_tap = nnx.data(Tap(path, at_input=at_input))
     intercept(module, _tapped_input if at_input else _tapped_output)
 

@@ -4,14 +4,16 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.interpreters.partial_eval import dce_jaxpr
 
+from jaxfa._jaxprs import opened
 from jaxfa.base import Layer, Rule, init_at
 from jaxfa.nn.contraction import find_site
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import MARK, Example, Program, method_of
 from jaxfa.nn.tap import remove_tap, taps_of
-from jaxfa.nn.variables import Feedback, Recorder, init_stack, modules_of
+from jaxfa.nn.variables import Feedback, Recorder, init_stack, modules_of, structs
 
 
 def stacks_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
@@ -69,17 +71,6 @@ def _layer(module: Any, h: Any) -> Layer | None:
     return Layer(module.operation, h, module.kernel.get_value()) if isinstance(module, Factored) else None
 
 
-def keep_leaves(model: nnx.Module, scopes: set[str]) -> None:
-    """Drops the feedback of leaves that nothing reads, to which nothing is delivered, unless a tap has no other."""
-    for tap in taps_of(model).values():
-        found = tap.feedbacks()
-        kept = {name: one for name, one in found.items() if tap.scope(name) in scopes}
-        if 0 < len(kept) < len(found):
-            tap.leaves = tuple(kept)
-            if isinstance(tap.feedback.get_value(), dict):
-                tap.feedback = nnx.data(Feedback(kept if len(kept) > 1 else next(iter(kept.values()))))
-
-
 def record_taps(model: nnx.Module, method: str, example: Example) -> dict[str, dict[str, Any]]:
     """The shapes of the activations at every tap, in the order of the forward pass."""
     return _recorded(model, method, example, lambda out: None)[0]
@@ -91,8 +82,7 @@ def measure_taps(model: nnx.Module, method: str, example: Example, logits: Any) 
     The batch axis is known by giving the batch a size that nothing else has; where the model runs with no other size
     than it has, an axis of the batch's size is taken for it.
     """
-    for axis in (0, 1):
-        marked = example.marked(axis)
+    for marked in filter(None, map(example.marked, (0, 1))):
         try:
             seen, error = _recorded(model, method, marked, lambda out: error_in(out, logits))
         except Exception:
@@ -166,3 +156,24 @@ def true_size(marked: Any) -> jax.ShapeDtypeStruct:
     """The shape of an array that was measured, in the example's own batch."""
     sizes = (size // MARK if size % MARK == 0 else size for size in marked.shape)
     return jax.ShapeDtypeStruct(tuple(sizes), marked.dtype)
+
+
+def that_are_read(model: nnx.Module, call: Any, found: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> dict[str, Any]:
+    """Of several arrays at a tap those that the logits depend on, such as a hidden state and not a cache."""
+    several = {path: leaves for path, leaves in found.items() if len(leaves) > 1}
+    if not several:
+        return found
+    program = Program(model, method_of(call.method), *call.example.arguments())
+
+    def logits(shifts: Any, states: Any) -> jax.Array:
+        def prepare(copy: Any) -> None:
+            for path, tap in taps_of(copy).items():
+                tap.shift = nnx.Variable(shifts[path]) if path in shifts else None
+
+        return error_in(program.returned(program.run(*states, prepare=prepare)[0]), call.logits)
+
+    jaxpr = opened(jax.make_jaxpr(logits)(several, structs(program.states)))
+    _, used = dce_jaxpr(jaxpr, [True])
+    flags = jax.tree.unflatten(jax.tree.structure(several), used[: len(jax.tree.leaves(several))])
+    read = {path: {name: h for name, h in leaves.items() if flags[path][name]} for path, leaves in several.items()}
+    return found | {path: leaves or found[path] for path, leaves in read.items()}
