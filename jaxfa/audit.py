@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxfa._jaxprs import bodies, opened, scan_parts, while_parts
 from jaxfa.ops import DIRECT, FORWARD, INNER, LOCAL, TRANSPORT
@@ -26,6 +28,7 @@ _CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 # (Not of a gather: what is looked up in a table is an embedding, an activation.)
 _CHOICES = {"dynamic_slice": slice(0, 1), "select_n": slice(1, None)}
 _TAP = re.compile(r"tap\[(.*?)\]")
+_ERROR = "jaxfa.error"  # the scope in which an output becomes its error
 _NONE: frozenset[Any] = frozenset()
 
 
@@ -83,7 +86,14 @@ class _Flow(NamedTuple):
         return bool(self.names) and not self.data and not self.is_error
 
 
-def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, *, names: tuple[Any, Any]) -> Audit:
+class _Ref:
+    """What a mutable array holds, at any time."""
+
+    def __init__(self, flow: _Flow) -> None:
+        self.flow = flow
+
+
+def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: tuple[Any, Any]) -> Audit:
     """Traces a network's gradient and reports how the error reaches every parameter.
 
     Args:
@@ -105,20 +115,32 @@ def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, *, nam
       >>> sorted(result.arrivals["first"])
       [Passage(kind='output', name=''), Passage(kind='weights', name='last')]
     """
-    floats = jax.eval_shape(lambda *args: _floats(forward(*args)), params, rest, data)
 
-    def program(params: Any, rest: Any, data: Any, errors: Any) -> Any:
-        _, vjp = jax.vjp(lambda params: _floats(forward(params, rest, data)), params)
-        return vjp(errors)
+    def program(params: Any, rest: Any, data: Any) -> Any:
+        outputs, vjp = jax.vjp(lambda params: _floats(forward(params, rest, data)), params)
+        with jax.named_scope(_ERROR):
+            errors = [lax.optimization_barrier(output) for output in outputs]
+        return vjp(errors), outputs  # with the outputs, lest the forward pass be taken for dead
 
-    jaxpr = jax.make_jaxpr(program)(params, rest, data, floats)
+    walker, ends = _walked(program, params, rest, data, names)
+    arrivals = dict(zip(jax.tree.leaves(names[0]), (end.way for end in ends), strict=False))
+    return Audit(list(walker.uses.values()), arrivals, frozenset(walker.passages))
+
+
+def uses(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: tuple[Any, Any]) -> list[Use]:
+    """The uses alone, of which the forward pass tells; arguments as for :func:`audit`."""
+    walker, _ = _walked(lambda *args: _floats(forward(*args)), params, rest, data, names)
+    return list(walker.uses.values())
+
+
+def _walked(program: Callable[..., Any], params: Any, rest: Any, data: Any, names: Any) -> tuple["_Walker", Any]:
+    jaxpr = opened(jax.make_jaxpr(program)(params, rest, data))
+    # Without what nothing uses: a tap ignores the error that comes from above.
+    jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     flows = [_Flow(frozenset([name]) if name else _NONE) for name in jax.tree.leaves(names)]
     flows += [_Flow(data=True)] * len(jax.tree.leaves(data))
-    flows += [_Flow(data=True, is_error=True, way=frozenset([OUTPUT]))] * len(floats)
     walker = _Walker()
-    ends = walker.walk(opened(jaxpr), flows, "")
-    arrivals = dict(zip(jax.tree.leaves(names[0]), (end.way for end in ends), strict=True))
-    return Audit(list(walker.uses.values()), arrivals, frozenset(walker.passages))
+    return walker, walker.walk(jaxpr, flows, "")
 
 
 def _floats(outputs: Any) -> list[Any]:
@@ -145,20 +167,42 @@ class _Walker:
         return [read(v) for v in jaxpr.outvars]
 
     def equation(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[_Flow]:
-        if eqn.primitive.name == "scan":
-            return self.scan(eqn, flows, scope)
-        if eqn.primitive.name == "while":
-            return self.loop(eqn, flows, scope)
-        if eqn.primitive.name == "cond":
-            branches = [self.walk(branch, flows[1:], scope) for branch in bodies(eqn)]
-            # The predicate is left out: weights that data chose among are weights.
-            return [_join(outs) for outs in zip(*branches, strict=True)]
-        if eqn.primitive.name == "optimization_barrier":
-            return flows
+        handlers = {
+            "scan": self.scan,
+            "while": self.loop,
+            "cond": self.branches,
+            "optimization_barrier": self.barrier,
+            "new_ref": self.new_ref,
+            **dict.fromkeys(("get", "swap", "addupdate"), self.used_ref),
+        }
+        handle = handlers.get(eqn.primitive.name)
+        if handle is not None:
+            return handle(eqn, flows, scope)
         for body in bodies(eqn):
             if len(body.invars) == len(flows):
                 return self.walk(body, flows, scope)
         return [self.primitive(eqn, flows, scope)] * len(eqn.outvars)
+
+    def branches(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[_Flow]:
+        # The predicate is left out: weights that data chose among are weights.
+        results = [self.walk(branch, flows[1:], scope) for branch in bodies(eqn)]
+        return [_join(outs) for outs in zip(*results, strict=True)]
+
+    def barrier(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[_Flow]:
+        del eqn
+        error = _Flow(data=True, is_error=True, way=frozenset([OUTPUT]))
+        return [error] * len(flows) if _ERROR in scope else flows
+
+    def new_ref(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[Any]:
+        del eqn, scope
+        return [_Ref(flows[0])]
+
+    def used_ref(self, eqn: JaxprEqn, flows: list[Any], scope: str) -> list[_Flow]:
+        del scope
+        ref, before = flows[0], flows[0].flow
+        if eqn.primitive.name != "get":
+            ref.flow = _join([before, flows[1]])
+        return [before] * len(eqn.outvars)
 
     def primitive(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> _Flow:
         out = _join(flows)._replace(

@@ -219,18 +219,23 @@ def _cotangent(tree: Any, primal: Any, feedback: Any) -> Any:
     return jax.tree.map(cast, tree, primal)
 
 
-def vary_alike(arrays: Any) -> Any:
-    """Under ``shard_map``, lets every array vary over the mesh axes that one of them varies over.
+def vary_alike(arrays: Any, *others: Any) -> Any:
+    """Under ``shard_map``, lets every array vary over the mesh axes that one of them, or of the others, varies over.
 
     A backward pass of our own must return cotangents that vary as their primals do. Weights and feedback are
     replicated, errors are not: autodiff sums over the devices where it transposes this cast.
     """
+    union: frozenset[Any] = frozenset().union(*(varying_axes(jax.typeof(a)) for a in jax.tree.leaves((arrays, others))))
 
-    def axes(array: jax.Array) -> frozenset[Any]:
-        return jax.typeof(array).manual_axis_type.varying
+    def vary(array: jax.Array) -> jax.Array:
+        return lax.pcast(array, tuple(sorted(union - varying_axes(jax.typeof(array)), key=repr)), to="varying")
 
-    union: frozenset[Any] = frozenset().union(*(axes(leaf) for leaf in jax.tree.leaves(arrays)))
-    return jax.tree.map(lambda leaf: lax.pcast(leaf, tuple(sorted(union - axes(leaf), key=repr)), to="varying"), arrays)
+    return jax.tree.map(vary, arrays)
+
+
+def varying_axes(kind: Any) -> frozenset[Any]:
+    """The mesh axes over which an array of a type varies, or what a ref holds."""
+    return getattr(kind, "inner_aval", kind).manual_axis_type.varying
 
 
 def check_family(feedback: Any, family: type, here: str, there: str) -> None:

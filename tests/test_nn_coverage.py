@@ -180,8 +180,10 @@ def test_other_wrong_use_is_refused():
         attach(stacked, jaxfa.fa(), None)
     with pytest.raises(ValueError, match="already"):
         jaxfa.nn.attach(attach(model, jaxfa.fa(), x), jaxfa.fa(), rngs=nnx.Rngs(1), example=x)
-    with pytest.raises(RuntimeError, match="has no error wire"):
-        attach(model, jaxfa.dfa(), x).model(x)
+    direct = attach(model, jaxfa.dfa(), x)
+    np.testing.assert_array_equal(direct.model(x), model(x))
+    with pytest.raises(RuntimeError, match=r"past the tap at 'fc[23]': call the Aligned model"):
+        nnx.grad(lambda direct: direct.model(x).sum())(direct)
     unused = nnx.Sequential(MLP(nnx.Rngs(0)))
     unused.spare = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="never called"):

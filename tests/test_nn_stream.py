@@ -82,7 +82,7 @@ def test_every_schedule_learns_what_the_stored_gradient_is(name, rule):
     for model in (stream, dispatch):
         value, got = gradient(model, MODELS[name][2])
         assert value == want_value  # the forward pass is bit-identical
-        chex.assert_trees_all_close(nnx.to_pure_dict(got), nnx.to_pure_dict(want), rtol=2e-5, atol=1e-7)
+        chex.assert_trees_all_close(nnx.to_pure_dict(got), nnx.to_pure_dict(want), rtol=2e-5, atol=3e-7)
         # BatchNorm's means and dropout's counts are those of one pass.
         statistics, others = zip(*(nnx.state(m, nnx.BatchStat, ...) for m in (model, stored)), strict=True)
         chex.assert_trees_all_close(*map(nnx.to_pure_dict, statistics), rtol=1e-6)
@@ -183,6 +183,20 @@ class Odd(nnx.Module):
         return self.head(h)
 
 
+class Noisy(Odd):
+    """Blocks that share their weights and get their noise as an argument."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        layer, noise = nnx.Linear(6, 6, rngs=rngs), nnx.Dropout(0.5)
+        self.blocks = nnx.List([nnx.Sequential(layer, one) for one in (noise, nnx.Dropout(0.5))])
+
+    def __call__(self, h):
+        for block in self.blocks:
+            h = block(h, rngs=self.dropout.rngs)
+        return self.head(h)
+
+
 def odd(schedule, way="plainly"):
     mesh = jaxfa.parallel.mesh(layer=2) if schedule == "dispatch" else None
     options = {"rngs": nnx.Rngs(1), "example": inputs(9, 6), "at": "blocks/*", "schedule": schedule, "mesh": mesh}
@@ -238,18 +252,9 @@ def test_inputs_that_are_empty_or_no_numbers(schedule):
 
 
 @every_order
-def test_blocks_inside_transformations_and_inputs_with_state_are_refused(schedule):
+def test_blocks_inside_transformations_are_refused(schedule):
     with pytest.raises(ValueError, match=r"'blocks/0' inside a transformation \(remat, jit, scan, cond\)"):
         odd(schedule, "remat")
-
-    class Noisy(Odd):
-        def __call__(self, h):
-            return self.head(self.blocks[0](h, rngs=self.dropout.rngs))
-
-    with pytest.raises(ValueError, match=r"'blocks/0' gets an argument with state of its own"):
-        jaxfa.nn.attach(
-            Noisy(nnx.Rngs(0)), jaxfa.dfa(), rngs=nnx.Rngs(1), example=inputs(9, 6), at="blocks/0", schedule="stream"
-        )
 
 
 def test_training_takes_the_same_steps():
@@ -272,19 +277,6 @@ ONE, TWO = (jaxfa.parallel.mesh(layer=size) for size in (1, 2))
 DATA = Mesh(np.array(jax.devices("cpu")[:2]), ("data",))
 
 
-class Shared(nnx.Module):
-    """Two blocks that share their weights."""
-
-    def __init__(self, rngs):
-        self.blocks = nnx.List([nnx.Sequential(layer) for layer in [nnx.Linear(6, 6, rngs=rngs)] * 2])
-        self.head = nnx.Linear(6, 3, rngs=rngs)
-
-    def __call__(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
 @pytest.mark.parametrize(
     ("make", "rule", "options", "message"),
     [
@@ -298,7 +290,6 @@ class Shared(nnx.Module):
         (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": "dispatch"}, "needs mesh= with an axis 'layer', got none"),
         (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": "dispatch", "mesh": DATA}, "an axis 'layer', got {'data'"),
         (Residual, jaxfa.dfa(), {"at": "stem", "schedule": "dispatch", "mesh": TWO}, "2 devices need as many tapped"),
-        (Shared, jaxfa.dfa(), {"at": "blocks/*"}, "weights of their own; 'blocks/1' shares"),
     ],
 )
 def test_what_can_not_be_streamed_is_told_so(make, rule, options, message):

@@ -9,11 +9,14 @@ from jax.flatten_util import ravel_pytree
 from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
 from jaxfa.forward_mode import backward_alone
-from jaxfa.nn.contraction import contractions_of, layer_of, restore, sites_of
+from jaxfa.nn.contraction import contractions_of, layer_of, sites_of
 from jaxfa.nn.coverage import Coverage, cover
+from jaxfa.nn.direct import call_direct
 from jaxfa.nn.learning import note_refined, quiet, remind
-from jaxfa.nn.tap import Tap, call_with_wires, remove_tap, taps_of
-from jaxfa.nn.variables import Recorder, abstractly, modules_of, structs
+from jaxfa.nn.leaves import error_in
+from jaxfa.nn.program import Example, Program, is_transformed, method_of
+from jaxfa.nn.tap import plain_of, taps_of
+from jaxfa.nn.variables import Recorder
 from jaxfa.svd import is_factors
 
 
@@ -23,17 +26,16 @@ class Aligned(nnx.Module):
     Attributes:
       model: a copy of the user's model with the rule in it. Parameters and state keep their paths.
       rule: the rule.
-      forward: how it runs where blocks learn in an order of their own: ``(model, args, kwargs) -> logits``.
     """
 
-    def __init__(
-        self, model: nnx.Module, rule: Rule, example: Any, allow: tuple[str, ...], forward: Any = None
-    ) -> None:
+    def __init__(self, model: nnx.Module, rule: Rule, allow: tuple[str, ...], **options: Any) -> None:
         self.model = model
         self.rule = nnx.static(rule)
-        self.example = nnx.static(example)
         self.allow = allow
-        self.forward = nnx.static(forward)
+        self.example: Example | None = nnx.static(options.get("example"))
+        self.method: str = options.get("method", "__call__")
+        self.logits = nnx.static(options.get("logits"))
+        self.forward = nnx.static(options.get("forward"))
         self.reminds = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,14 +45,13 @@ class Aligned(nnx.Module):
             return remind(self.rule, outputs) if self.reminds else outputs
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.forward is not None:
-            return self.forward(self.model, args, kwargs)
-        if is_direct(self.rule):
-            return call_with_wires(self.model, plain(self), args, kwargs)
-        if self.example is None and _is_traced((args, kwargs, nnx.state(self.model))):
+        # Where nothing is transformed nothing is differentiated.
+        if is_direct(self.rule) and is_transformed():
+            return (self.forward or call_direct)(self, args, kwargs)
+        if not is_direct(self.rule) and self.example is None and is_transformed():
             # Without an example to check it by, every trace checks itself: a gradient is never taken unchecked.
             self.coverage(*args, **kwargs).refuse()
-        return self.model(*args, **kwargs)
+        return method_of(self.method)(self.model, *args, **kwargs)
 
     def coverage(self, *args: Any, **kwargs: Any) -> Coverage:
         """How the error reaches and leaves every weight contraction, as a table, read off the traced gradient.
@@ -62,11 +63,15 @@ class Aligned(nnx.Module):
         Raises:
           ValueError: if there are neither.
         """
-        if not (args or kwargs or self.example):
-            raise ValueError(
-                "coverage() traces the model: give attach() an example=, or this call one batch of inputs."
-            )
-        return cover(quiet(self), structs(args) or self.example or (), structs(kwargs))
+        return cover(quiet(self), self.example_of("coverage", args, kwargs))
+
+    def example_of(self, who: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+        """The shapes of these inputs; without any the example that :func:`attach` was given."""
+        if args or kwargs:
+            return Example.of(args, kwargs)
+        if self.example is None:
+            raise ValueError(f"{who}() traces the model: give attach() an example=, or this call one batch of inputs.")
+        return self.example
 
     def refine(self, key: jax.Array, *args: Any, **kwargs: Any) -> None:
         """Runs the rule's own phase on the feedback, in place: the weight mirror's noise; nothing for most rules.
@@ -80,7 +85,8 @@ class Aligned(nnx.Module):
             return
         if not (args or kwargs):
             raise ValueError("This rule's own phase runs the model: give refine(key, x) one batch of inputs.")
-        parts = _taps_with_feedback(self.model) if is_direct(self.rule) else contractions_of(self.model)
+        taps = {path: tap for path, tap in taps_of(self.model).items() if tap.feedback is not None}
+        parts = taps if is_direct(self.rule) else contractions_of(self.model)
         forward = _shifted_forward(self, args, kwargs) if is_direct(self.rule) else _layers(self, args, kwargs)
         if isinstance(forward, dict):  # a layer that this forward pass does not use has nothing to mirror
             parts = {path: parts[path] for path in forward}
@@ -109,11 +115,7 @@ def plain(aligned: Aligned) -> Any:
       >>> jaxfa.nn.plain(aligned).kernel is aligned.model.kernel
       True
     """
-    model = nnx.clone(aligned.model, variables=False)
-    for _, module in list(modules_of(model)):
-        restore(module)
-        remove_tap(module)
-    return model
+    return plain_of(aligned.model)
 
 
 def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
@@ -124,7 +126,8 @@ def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
       loss: ``model -> scalar``, called with a copy of ``aligned`` and of its plain twin.
 
     Returns:
-      ``{"path/of/kernel": Alignment(angle in degrees, norm_ratio)}``; for a stack of layers, arrays of them.
+      ``{"path/of/kernel": Alignment(angle in degrees, norm_ratio)}``; for a stack of layers, arrays of them. An angle
+      is NaN where one of the two gradients is zero: a parameter that does not learn, by the rule or at all.
 
     Example:
       >>> import jax.numpy as jnp, jaxfa.nn
@@ -184,20 +187,12 @@ def _as_array(value: Any) -> jax.Array:
     return ravel_pytree(value)[0] if is_factors(value) else value
 
 
-def _is_traced(tree: Any) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def _taps_with_feedback(model: nnx.Module) -> dict[str, Tap]:
-    return {path: tap for path, (tap, _) in taps_of(model).items() if tap.feedback is not None}
-
-
 def _layers(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a layer-wise ``refine`` looks at: every contraction with its operation, input shape and weights."""
     recorder, probe = Recorder(), nnx.clone(aligned.model, variables=False)
     for contraction in contractions_of(probe).values():
         contraction.recorder = recorder
-    abstractly(lambda model, *args, **kwargs: model(*args, **kwargs), probe, args, kwargs)
+    Program(probe, method_of(aligned.method), args, kwargs).abstractly(lambda out: None)
     kernels = {path: module.kernel.get_value() for path, (module, _) in sites_of(plain(aligned)).items()}
     seen = {path: one for path, one in contractions_of(aligned.model).items() if path in recorder.seen}
     return {path: layer_of(one, kernels[path], recorder.seen[path]) for path, one in seen.items()}
@@ -205,13 +200,15 @@ def _layers(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _shifted_forward(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a direct ``refine`` looks at: ``taps -> logits`` of the plain network with ``taps[path]`` added to ``h``."""
-    graphdef, state = nnx.split(aligned.model)
+    program = Program(aligned.model, method_of(aligned.method), args, kwargs)
 
-    def forward(taps: dict[str, jax.Array]) -> jax.Array:
-        model = nnx.merge(graphdef, state, copy=True)
-        found = taps_of(model)
-        for path, value in taps.items():
-            found[path][0].shift = nnx.Variable(value)
-        return model(*args, **kwargs)
+    def forward(shifts: dict[str, Any]) -> jax.Array:
+        def prepare(model: Any) -> None:
+            found = taps_of(model)
+            for path, value in shifts.items():
+                found[path].shift = nnx.Variable(value)
+
+        outputs, _ = program.run(*program.states, prepare=prepare)
+        return error_in(program.returned(outputs), aligned.logits)
 
     return forward

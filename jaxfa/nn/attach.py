@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -14,9 +14,11 @@ from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import uses_of, weights_above
 from jaxfa.nn.dispatch import call_dispatched, check_dispatches
 from jaxfa.nn.factored import Factored, factorise_chosen
+from jaxfa.nn.program import Example
 from jaxfa.nn.stream import call_streamed, check_streams
-from jaxfa.nn.tap import Tap, check_source, fill_taps, place_tap, record_taps
-from jaxfa.nn.variables import init_stack, modules_of, structs
+from jaxfa.nn.tap import Tap, place_tap
+from jaxfa.nn.taps import check_source, end_at, fill_taps, measure_taps, only_leaf, tappable, that_are_read, true_size
+from jaxfa.nn.variables import init_stack, modules_of
 from jaxfa.paths import matches
 
 
@@ -27,6 +29,9 @@ def attach(
     rngs: nnx.Rngs,
     at: str | tuple[str, ...] | None = None,
     example: Any = None,
+    example_kwargs: dict[str, Any] | None = None,
+    method: str = "__call__",
+    logits: Callable[[Any], Any] | None = None,
     allow: str | tuple[str, ...] = (),
     schedule: str = "stored",
     mesh: Mesh | None = None,
@@ -48,9 +53,13 @@ def attach(
       rngs: the feedback is drawn from ``rngs.feedback()``.
       at: globs of module paths, matched segment by segment (``"blocks/*"``): where direct rules tap; for layer-wise
         rules and for ``jaxfa.ssa``, the modules in which the layers get the rule.
-      example: one batch of inputs, an array or a tuple of the model's positional arguments (or their shapes). With it
-        the gradient is traced and every contraction accounted for now; without it, whenever the model is traced.
-        Direct rules need it.
+      example: one batch of inputs, an array or a tuple of the model's positional arguments (or their shapes): arrays,
+        trees of them, flags, modules such as a cache. With it the gradient is traced and every contraction accounted
+        for now; without it, whenever the model is traced. Direct rules need it.
+      example_kwargs: keyword arguments, likewise.
+      method: the model's method that these are for and that is called by ``aligned(...)``.
+      logits: for direct rules of models with several outputs, a function that picks from them those whose error is
+        delivered, such as ``lambda out: out[0]``. By default all arrays of floats; several lie side by side.
       allow: globs of layers that may pass errors on by backpropagation.
       schedule: ``"stored"`` keeps every activation for the backward pass, as autodiff does; ``"stream"``, for direct
         rules with ``at=``, keeps none: the model runs once more when the error is known, and every tapped block learns
@@ -82,17 +91,41 @@ def attach(
     globs, allow = _globs(at), _globs(allow) or ()
     weights = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
     _refuse_unmatched("allow", allow, weights, under=True)
-    args = None if example is None else structs(example if isinstance(example, tuple) else (example,))
+    _check_method(model, method)
+    call = Call(method, logits, _example(example, example_kwargs))
     model = _copy(model)
     if rule.weights is not None:
         _refuse_unmatched("at", globs, list(sites_of(model)), under=True)
         model = factorise_chosen(model, rule.weights, _chooser(globs))
     put = _put_direct if is_direct(rule) else _put_layerwise
-    backprop = put(model, rule, rngs, globs, args)
-    aligned = Aligned(model, rule, args, (*allow, *backprop), _forward(model, rule, schedule, mesh))
-    if args is not None:
+    backprop = put(model, rule, rngs, globs, call)
+    forward = _forward(model, rule, schedule, mesh)
+    aligned = Aligned(model, rule, (*allow, *backprop), **call._asdict(), forward=forward)
+    if call.example is not None:
         aligned.coverage().refuse()
     return aligned
+
+
+class Call(NamedTuple):
+    """How a model is called: its method, which of its outputs are logits, and what with."""
+
+    method: str
+    logits: Callable[[Any], Any] | None
+    example: Example | None
+
+
+def _example(example: Any, kwargs: dict[str, Any] | None) -> Example | None:
+    if example is None and not kwargs:
+        return None
+    return Example.of(() if example is None else example if isinstance(example, tuple) else (example,), kwargs or {})
+
+
+def _check_method(model: Any, method: str) -> None:
+    if not callable(getattr(model, method, None)):
+        own = [name for name in dir(type(model)) if not name.startswith("_") and name not in dir(nnx.Module)]
+        raise TypeError(
+            f"{type(model).__name__} has no method {method!r}; its own are {own}. Say with method= which one is called."
+        )
 
 
 def _check(model: Any, rule: Any, rngs: Any) -> None:
@@ -130,12 +163,13 @@ def _chooser(globs: Any) -> Callable[[str], bool]:
     return lambda path: globs is None or matches(path, globs, under=True)
 
 
-def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> list[str]:
+def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> list[str]:
     """Puts a layer-wise rule on a model; returns the layers that the rule itself leaves to backpropagation."""
     sites = sites_of(model)
     _refuse_unmatched("at", at, list(sites), under=True)
     _refuse_unmatched("the rule's globs", rule.globs, list(sites), under=True)
-    first = set() if args is None else {path for path, use in uses_of(model, args).items() if use.first}
+    found = {} if call.example is None else uses_of(model, call.method, call.example)
+    first = {path for path, use in found.items() if use.first}
     backprop = []
     for path, (module, site) in sites.items():
         if rule.weights is not None and not isinstance(module, Factored):
@@ -151,17 +185,18 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -
     return backprop
 
 
-def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> list[str]:
-    """Taps a model for a direct rule."""
-    if args is None:
+def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> list[str]:
+    """Taps a model for a direct rule; returns the layers that it leaves to backpropagation."""
+    if call.example is None:
         raise ValueError(
             "A direct rule needs example=, one batch of inputs: its feedback leads from outputs to layers."
         )
-    modules, uses = dict(modules_of(model)), uses_of(model, args)
+    modules, method, example = dict(modules_of(model)), call.method, call.example
     # A rule on factored layers taps their inputs; at= has chosen layers then, not where to tap.
     at_input = at is None or rule.weights is not None
     if at_input:
-        sites = [path for path in sites_of(model) if path not in uses or not uses[path].first]
+        used = uses_of(model, method, example)
+        sites = [path for path in sites_of(model) if path not in used or not used[path].first]
         learns = [path for path in sites if rule.weights is None or isinstance(modules[path], Factored)]
         tapped = list(filter(_chooser(at), learns))
     else:
@@ -175,13 +210,15 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> l
     _refuse_unmatched("the rule's globs", rule.globs, tapped, under=True)
     for path in tapped:
         place_tap(modules[path], path, at_input=at_input)
-    # Before the taps have their feedback, while they pass everything on.
-    seen = record_taps(model, args, {})
+    seen, error = measure_taps(model, method, example, call.logits)
     above = []
     if rule.source in seen:
-        check_source(model, rule.source, seen)
-        above = weights_above(model, seen[rule.source], rule.source, args)
-    fill_taps(model, rule, rngs, args)
+        check_source(model, rule.source, list(seen))
+        error = only_leaf(seen[rule.source], rule.source)
+        above = weights_above(model, method, true_size(error), rule.source, example)
+        end_at(model, rule.source, list(seen))
+    found, error = tappable(model, seen, error)
+    fill_taps(model, rule, rngs, that_are_read(model, call, found), error)
     return above
 
 

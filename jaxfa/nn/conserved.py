@@ -11,10 +11,10 @@ from jaxfa.conservation import Pair, imbalance, shrink
 from jaxfa.dfa import DirectMatrix
 from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.contraction import Site, contractions_of, sites_of
-from jaxfa.nn.coverage import trace
+from jaxfa.nn.coverage import trace, traced
 from jaxfa.nn.learning import quiet
+from jaxfa.nn.program import Example
 from jaxfa.nn.tap import taps_of
-from jaxfa.nn.variables import structs
 from jaxfa.nn.views import Whole
 
 
@@ -60,13 +60,11 @@ def links(aligned: Aligned, *args: Any) -> dict[str, Link]:
 
     Source: as :func:`jaxfa.conservation.quantity`.
     """
-    args = structs(args) or aligned.example
-    if not args:
-        raise ValueError("links() traces the model: give attach() an example=, or this call one batch of inputs.")
+    example = aligned.example_of("links", args, {})
     sites = {path: found for path, found in sites_of(plain(aligned)).items() if _is_simple(*found)}
-    known = _direct_feedback(aligned, args) if is_direct(aligned.rule) else _layer_feedback(aligned)
+    known = _direct_feedback(aligned, example) if is_direct(aligned.rule) else _layer_feedback(aligned)
     found = {}
-    for layer, reader in _readers(plain(aligned), args).items():
+    for layer, reader in _readers(plain(aligned), aligned.method, example).items():
         if layer in sites and reader in sites and reader in known:
             pair, feedback = _pair(sites[layer][0], sites[reader][0]), known[reader]
             fits = pair.above.shape[-2] % pair.w.shape[-1] == 0
@@ -155,9 +153,9 @@ def _is_simple(module: Any, site: Site) -> bool:
     return kinds and not site.stack(module.kernel.get_value())
 
 
-def _readers(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, str]:
+def _readers(model: nnx.Module, method: str, example: Example) -> dict[str, str]:
     """The one layer that reads each layer directly: of those that its error has passed, the one below all others."""
-    found = trace(model, args, {})
+    found = trace(model, method, example)
     order = [name for use in found.uses for name in sorted(use.weights)]
     above = {name: {step.name for step in found.arrivals.get(name, ()) if step.kind == "weights"} for name in order}
     readers = {}
@@ -180,12 +178,12 @@ def _layer_feedback(aligned: Aligned) -> dict[str, Any]:
     return {path: one for path, one in feedback.items() if one is None or type(one).matrix is not LayerFeedback.matrix}
 
 
-def _direct_feedback(aligned: Aligned, args: tuple[Any, ...]) -> dict[str, jax.Array]:
+def _direct_feedback(aligned: Aligned, example: Example) -> dict[str, jax.Array]:
     """The matrix of the last layer, by its path: where the error is delivered to its very input, as a layer would."""
-    ways = trace(aligned, args, {}, skip=1).arrivals
-    taps = {Passage("direct", tap.scope): tap.feedback for tap, _ in taps_of(aligned.model).values()}
+    ways = traced(aligned, example).arrivals
+    taps = {Passage("direct", tap.scope("")): tap.feedback for tap in taps_of(aligned.model).values()}
     found: dict[str, jax.Array] = {}
-    for layer, reader in _readers(plain(aligned), args).items():
+    for layer, reader in _readers(plain(aligned), aligned.method, example).items():
         way = [taps.get(step) for step in ways[f"{layer}/kernel"]]
         if ways[f"{reader}/kernel"] == {OUTPUT} and len(way) == 1 and way[0] is not None:
             feedback = way[0].get_value()

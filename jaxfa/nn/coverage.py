@@ -1,5 +1,7 @@
 """Lists every weight contraction of a model with how its error travels, read off the traced gradient."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -7,12 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.tree_util import DictKey
 
-from jaxfa.audit import OUTPUT, Audit, Use, audit
+from jaxfa.audit import OUTPUT, Audit, Use, audit, uses
 from jaxfa.base import is_direct
 from jaxfa.nn.contraction import Contraction
 from jaxfa.nn.learning import how_it_learns
-from jaxfa.nn.tap import Tap
-from jaxfa.nn.variables import Feedback, modules_of, split_arrays, structs
+from jaxfa.nn.leaves import error_in
+from jaxfa.nn.program import Example, Program, method_of
+from jaxfa.nn.tap import Tap, plain_of, taps_of
+from jaxfa.nn.taps import record_taps
+from jaxfa.nn.variables import Feedback, modules_of, structs, value_of
 from jaxfa.paths import matches
 from jaxfa.svd import is_factors
 
@@ -65,89 +70,112 @@ class Coverage(NamedTuple):
         return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def uses_of(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, Use]:
+def uses_of(model: nnx.Module, method: str, example: Example) -> dict[str, Use]:
     """The weight contractions of a model's forward pass, by the path of the layer that owns the weights."""
-    return {_layer(name): use for use in trace(model, args, {}).uses for name in sorted(use.weights)}
+    found = uses(*_traced(model, method, example))
+    return {_layer(name): use for use in found for name in sorted(use.weights)}
 
 
-def trace(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, skip: int = 0) -> Audit:
-    """Audits a model's gradient. The first ``skip`` segments of every path are left out of its names."""
-    graphdef, params, feedback, rest = nnx.split(model, nnx.Param, Feedback, ...)
-    params, states = structs(params), structs((feedback, rest))
-    arrays, rebuild = split_arrays((args, kwargs))
+def trace(model: nnx.Module, method: str, example: Example) -> Audit:
+    """Audits the gradient of all outputs of a model."""
+    return audit(*_traced(model, method, example))
 
-    def forward(params: Any, states: Any, arrays: Any) -> Any:
-        args, kwargs = rebuild(arrays)
-        return nnx.merge(graphdef, params, *states, copy=True)(*args, **kwargs)
+
+def _traced(
+    model: nnx.Module, method: str, example: Example, *, skip: int = 0, of: Callable[[Any], Any] | None = None
+) -> tuple[Any, ...]:
+    """What an audit asks for: a function, its parameters, its other state, its data, and the names of the first two.
+
+    The first ``skip`` segments of every path are left out of the names; ``of`` says which outputs are meant.
+    """
+    program = Program(model, method_of(method), *example.arguments(), _own(nnx.Param), _own(Feedback), _own(object))
+    params, feedback, rest, data = structs(program.states)
+
+    def forward(params: Any, states: Any, data: Any) -> Any:
+        outputs = program.run(params, *states, data)[0]
+        return outputs if of is None else of(program.returned(outputs))
 
     def own(path: Any, leaf: Any) -> str:
-        return "/".join(_segments(path)[skip:]) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
+        return "/".join(_segments(path)[1 + skip :]) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
 
     def replaced(path: Any, _: Any) -> str:
-        *owner, holder, _ = _segments(path)[skip:]
+        *owner, holder, _ = _segments(path)[1 + skip :]
         return "" if holder == "feedback_tap" else "/".join([*owner, "kernel"])
 
     # State is named, too: weights that are frozen in a variable of another type carry errors all the same.
     names_of = jax.tree_util.tree_map_with_path
-    names = (names_of(own, params), (names_of(replaced, states[0]), names_of(own, states[1])))
-    return audit(forward, params, states, structs(arrays), names=names)
+    names = names_of(own, params), (names_of(replaced, feedback), names_of(own, rest))
+    return forward, params, (feedback, rest), data, names
 
 
-def weights_above(model: nnx.Module, tapped: Any, source: str, args: tuple[Any, ...]) -> list[str]:
+def _own(kind: type) -> Any:
+    """The filter of a model's own state of a kind, not its arguments'."""
+    return lambda path, value: path[0] == 0 and isinstance(value, kind)
+
+
+def weights_above(model: nnx.Module, method: str, tapped: Any, source: str, example: Example) -> list[str]:
     """The weights through which the error comes to a rule's source: where a shift of its activation would be felt."""
-    graphdef, state = nnx.split(model)
-    arrays, rebuild = split_arrays(args)
+    program = Program(model, method_of(method), *example.arguments(), _own(object))
 
-    def forward(shift: jax.Array, state: Any, arrays: Any) -> Any:
-        copy = nnx.merge(graphdef, state, copy=True)
-        dict(modules_of(copy))[source].feedback_tap.shift = nnx.Variable(shift)
-        return copy(*rebuild(arrays))
+    def forward(shift: jax.Array, state: Any, data: Any) -> Any:
+        def prepare(copy: Any) -> None:
+            taps_of(copy)[source].shift = nnx.Variable({"": shift})
+
+        return program.run(state, data, prepare=prepare)[0]
 
     def own(path: Any, leaf: Any) -> str:
-        return "/".join(_segments(path)) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
+        return "/".join(_segments(path)[1:]) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
 
-    states = structs(state)
-    names = (source, jax.tree_util.tree_map_with_path(own, states))
-    found = audit(forward, tapped, states, structs(arrays), names=names)
+    state, data = structs(program.states)
+    found = audit(forward, tapped, state, data, (source, jax.tree_util.tree_map_with_path(own, state)))
     return [step.name for step in found.arrivals[source] if step.kind == "weights"]
 
 
-def cover(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coverage:
+def cover(aligned: Any, example: Example) -> Coverage:
     """The table of an attached model for these inputs."""
-    # Layer-wise rules are in the model itself; a direct one needs the wires that the root lays.
-    model, skip = (aligned, 1) if is_direct(aligned.rule) else (aligned.model, 0)
-    return _Cover(aligned, trace(model, args, kwargs, skip=skip)).table()
+    return _Cover(aligned, traced(aligned, example), example).table()
+
+
+def traced(aligned: Any, example: Example) -> Audit:
+    """The audit of an attached model."""
+    # Layer-wise rules are in the model itself; a direct one needs its root.
+    if is_direct(aligned.rule):
+        of = partial(error_in, logits=aligned.logits)
+        return audit(*_traced(aligned, "__call__", example, skip=1, of=of))
+    return trace(aligned.model, aligned.method, example)
 
 
 class _Cover:
     """Turns an audit into rows."""
 
-    def __init__(self, aligned: Any, result: Audit) -> None:
-        self.result, self.allow = result, aligned.allow
-        taps = [tap for _, tap in modules_of(aligned.model) if isinstance(tap, Tap)]
+    def __init__(self, aligned: Any, result: Audit, example: Example) -> None:
+        self.aligned, self.result, self.allow, self.example = aligned, result, aligned.allow, example
+        taps = taps_of(aligned.model).values()
         self.blocks = [tap.path for tap in taps if not tap.at_input]
         self.inputs = [tap.path for tap in taps if tap.at_input]
-        self.places = {tap.scope: f"{'input' if tap.at_input else 'output'} of {tap.path}" for tap in taps}
-        self.taps = {tap.scope: tap.path for tap in taps}
+        self.delivering = [tap.path for tap in taps if tap.feedback is not None]
+        self.taps = {tap.scope(leaf): tap.path for tap in taps for leaf in tap.leaves}
+        self.places = {tap.scope(leaf): _place(tap, leaf) for tap in taps for leaf in tap.leaves}
         held = _feedback_of(aligned.model)
         self.feedback = {path: _describe(feedback) for path, feedback in held.items()}
         self.learns = {path: how_it_learns(aligned.rule, feedback) for path, feedback in held.items()}
         flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Not(Feedback)))
-        self.shapes = {"/".join(map(str, path)): _shape(leaf.get_value()) for path, leaf in flat}
+        self.shapes = {"/".join(map(str, path)): _shape(value_of(leaf)) for path, leaf in flat}
+        self.params = {"/".join(map(str, path)) for path, leaf in flat if isinstance(leaf, nnx.Param)}
         self.first = {name for use in result.uses if use.first for name in use.weights}
 
     def table(self) -> Coverage:
         names = dict.fromkeys(name for use in self.result.uses for name in sorted(use.weights))
         carriers = names | dict.fromkeys(sorted(step.name for step in self.result.passages if step.kind == "weights"))
         impure = [self.impure(name) for name in self.result.arrivals]
-        violations = [*map(self.backpropagates, carriers), *impure]
+        violations = [*map(self.backpropagates, carriers), *impure, *self.lost(names)]
         return Coverage(tuple(map(self.row, names)), tuple(filter(None, violations)))
 
     def row(self, name: str) -> Row:
         way = self.result.arrivals.get(name, frozenset())
         taps = [self.taps[step.name] for step in way if step.name in self.taps and step.kind == "direct"]
         # A direct feedback stands where it brings an error, a layer's own where it sends one on.
-        holders = taps if self.taps else [_layer(name)]
+        holders = dict.fromkeys(taps) if self.taps else [_layer(name)]
         feedback = " ".join(self.feedback.get(path, "") for path in holders)
         learns = ", ".join({self.learns[path]: None for path in holders if path in self.learns})
         return Row(_layer(name), self.shapes[name], self.arrives(name), self.leaves(name), feedback, learns)
@@ -210,6 +238,34 @@ class _Cover:
             f"shortcut passes a tap by or a layer is used twice. Name whole blocks with at=, shortcut included, or "
             f"allow={_layer(name)!r}."
         )
+
+    def lost(self, names: Any) -> list[str]:
+        """Sentences for the taps and weights in use that no error reaches, though one would without the rule."""
+        delivered = {self.taps[step.name] for step in self.result.passages if step.name in self.taps}
+        silent = [path for path in self.delivering if path not in delivered]
+        idle = [name for name in names if name in self.params and not self.result.arrivals[name]]
+        idle = [name for name in idle if not self.allows(name)]
+        if silent:
+            seen = record_taps(self.aligned.model, self.aligned.method, self.example)
+            silent = [path for path in silent if path in seen and not matches(path, self.allow, under=True)]
+        if idle:
+            true = trace(plain_of(self.aligned.model), self.aligned.method, self.example).arrivals
+            idle = [name for name in idle if true.get(name)]
+        return [_SILENT.format(path) for path in silent] + [_IDLE.format(_layer(name)) for name in idle]
+
+
+_SILENT = (
+    "- the tap {0!r} gets no error: nothing differentiable is between it and the output (stop_gradient, sign, round, "
+    "an integer). Tap what comes after that, give it a surrogate derivative, or allow={0!r} if it shall not learn."
+)
+_IDLE = (
+    "- no error reaches {0!r}, which would learn by backpropagation. Name another module with at=, or allow={0!r} if "
+    "it is meant not to learn."
+)
+
+
+def _place(tap: Tap, leaf: str) -> str:
+    return f"{'input' if tap.at_input else 'output'} {leaf + ' ' if leaf else ''}of {tap.path}"
 
 
 def _feedback_of(model: nnx.Module) -> dict[str, Any]:

@@ -17,9 +17,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxfa.base import Rule
-from jaxfa.nn.stream import Inputs, Run, Walk, changed_state, check_streams, split_inputs, split_model, walked
+from jaxfa.nn.leaves import error_in
+from jaxfa.nn.program import Program, method_of
+from jaxfa.nn.stream import Walk, check_streams, learn, relearned, split_floats, walked
 from jaxfa.nn.tap import Tap, taps_of
-from jaxfa.ops import deliver, error_wire, listen, vary_alike
+from jaxfa.ops import vary_alike
 from jaxfa.shards import LAYER
 
 
@@ -27,21 +29,20 @@ class Dispatch(Walk):
     """A forward pass that keeps what every block computes with.
 
     Attributes:
-      runs: how to run each block, by its tap's path.
-      scopes: the name scope of each block's delivery.
-      blocks: what each computes with.
+      blocks: how to run each block, and its tap.
+      states: what each computes with.
     """
 
     def __init__(self) -> None:
         super().__init__(())
-        self.runs: dict[str, Run] = {}
-        self.scopes: dict[str, str] = {}
-        self.blocks: dict[str, Inputs] = {}
+        self.blocks: dict[str, tuple[Program, Tap]] = {}
+        self.states: dict[str, Any] = {}
 
-    def learn(self, run: Run, tap: Tap, block: Inputs) -> Any:
-        name = f"{len(self.runs)}: {tap.path}"  # a block may run more than once
-        self.runs[name], self.scopes[name], self.blocks[name] = run, f"tap[{tap.scope}]", block
-        return run(block._replace(params=lax.stop_gradient(block.params), arrays=lax.stop_gradient(block.arrays)))
+    def learn(self, program: Program, tap: Tap) -> Any:
+        name = f"{len(self.blocks)}: {tap.path}"  # a block may run more than once
+        state = jax.tree.map(lambda a: a, program.states[0])  # a copy, since the block is about to change its own
+        self.blocks[name], self.states[name] = (program, tap), state
+        return program.run(lax.stop_gradient(state))
 
 
 def check_dispatches(model: nnx.Module, rule: Rule, mesh: Mesh | None) -> Mesh:
@@ -56,35 +57,49 @@ def check_dispatches(model: nnx.Module, rule: Rule, mesh: Mesh | None) -> Mesh:
     return mesh
 
 
-def call_dispatched(mesh: Mesh, model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
+def call_dispatched(mesh: Mesh, aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a tapped model; its blocks' gradients are formed on different devices, and summed over them."""
-    graphdef, params, feedback, rest = split_model(model)
-    split_inputs("The dispatched model", args, kwargs)
-    walk = Dispatch()
-    copy = walked(walk, graphdef, params, feedback, rest)
-    logits = copy(*args, **kwargs)
-    nnx.update(model, changed_state(copy, params, rest))
-    return logits + listen(partial(_learn, mesh, walk.runs, walk.scopes), error_wire(logits), walk.blocks)
+    program = Program(aligned.model, method_of(aligned.method), args, kwargs)
+    blocks: dict[str, tuple[Program, Tap]] = {}
+
+    def keep(state: Any) -> Any:
+        def run(state: Any) -> Any:
+            walk = Dispatch()
+            found = program.run(state, prepare=walked(walk))
+            blocks.update(walk.blocks)
+            # What a block computes with comes from the state, or from what is before the block: as an output it takes
+            # its gradient there.
+            learns = {
+                name: (split_floats(one)[0], walk.blocks[name][1].feedbacks()) for name, one in walk.states.items()
+            }
+            return (found, learns), walk.states
+
+        (found, _), pullback, states = jax.vjp(run, state, has_aux=True)
+        return found, (pullback, states)
+
+    def backward(kept: Any, cotangents: Any) -> Any:
+        pullback, states = kept
+        e = error_in(program.returned(cotangents[0]), aligned.logits)
+        return pullback((cotangents, _learn(mesh, blocks, states, e)))[0]
+
+    return program.finish(*relearned(keep, backward, program.states[0]))
 
 
-def _learn(mesh: Mesh, runs: dict[str, Run], scopes: dict[str, str], blocks: dict[str, Inputs], e: jax.Array) -> Any:
-    names, devices = list(runs), mesh.shape[LAYER]
+def _learn(mesh: Mesh, blocks: dict[str, Any], states: dict[str, Any], e: jax.Array) -> Any:
+    names, devices = list(blocks), mesh.shape[LAYER]
 
-    def on_device(blocks: Any, e: jax.Array) -> Any:
+    def on_device(states: Any, e: jax.Array) -> Any:
         index = lax.axis_index(LAYER)
-        blocks, e, _ = vary_alike((blocks, e, index))
-        shares = [partial(_share, runs, scopes, names[device::devices]) for device in range(devices)]
-        return lax.psum(lax.switch(index, shares, blocks, e), LAYER)
+        states, e, _ = vary_alike((states, e, index))
+        shares = [partial(_share, blocks, names[device::devices]) for device in range(devices)]
+        return lax.psum(lax.switch(index, shares, states, e), LAYER)
 
-    sums = jax.shard_map(on_device, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={LAYER})(blocks, e)
-    return {name: _cotangent(blocks[name], sums[name]) for name in names}
+    return jax.shard_map(on_device, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={LAYER})(states, e)
 
 
-def _share(
-    runs: dict[str, Run], scopes: dict[str, str], own: list[str], blocks: dict[str, Inputs], e: jax.Array
-) -> Any:
+def _share(blocks: dict[str, Any], own: list[str], states: dict[str, Any], e: jax.Array) -> Any:
     """What all blocks learn, zeros but for one device's own."""
-    learned = {name: partial(_one, runs[name], scopes[name], blocks[name]) for name in runs}
+    learned = {name: partial(_one, blocks[name], states[name]) for name in blocks}
     return {name: one(e) if name in own else _zeros(one, e) for name, one in learned.items()}
 
 
@@ -93,23 +108,7 @@ def _zeros(one: Callable[[jax.Array], Any], e: jax.Array) -> Any:
     return vary_alike((zeros, e))[0]
 
 
-def _one(run: Run, scope: str, block: Inputs, e: jax.Array) -> tuple[Any, Any, Any]:
-    """What one block's parameters and feedback learn, and the errors at those of its inputs that are no integers."""
-    floats = {i: array for i, array in enumerate(block.arrays) if jnp.issubdtype(array.dtype, jnp.inexact)}
-
-    def forward(params: Any, floats: dict[int, jax.Array]) -> jax.Array:
-        arrays = [floats.get(i, array) for i, array in enumerate(block.arrays)]
-        return run(block._replace(params=params, arrays=arrays))[0]
-
-    out, vjp = jax.vjp(forward, block.params, floats)
-    ((_, feedback),) = nnx.to_flat_state(block.feedback)
-    with jax.named_scope(scope):
-        delta, signal = deliver((out, feedback.get_value()), e)
-    return *vjp(delta), signal
-
-
-def _cotangent(block: Inputs, learned: tuple[Any, Any, Any]) -> Inputs:
-    params, errors, signal = learned
-    feedback = jax.tree.unflatten(jax.tree.structure(block.feedback), jax.tree.leaves(signal))
-    arrays = [errors.get(i, jnp.zeros_like(array)) for i, array in enumerate(block.arrays)]
-    return Inputs(params, feedback, jax.tree.map(jnp.zeros_like, block.rest), arrays)
+def _one(block: tuple[Program, Tap], state: Any, e: jax.Array) -> tuple[Any, Any]:
+    """What one block's floats and its feedback learn."""
+    program, tap = block
+    return learn(program, state, tap, lambda: e)[1:]

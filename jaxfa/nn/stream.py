@@ -7,65 +7,23 @@ for blocks of any shapes. (For stacks of equal blocks without Flax, see :func:`j
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.errors import TraceContextError
 from jax import lax
 
 from jaxfa.base import Rule, is_direct
+from jaxfa.nn.leaves import error_in, named_floats
+from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.tap import Tap, taps_of
-from jaxfa.nn.variables import Feedback, modules_of, split_arrays
-from jaxfa.ops import deliver, error_wire, listen
+from jaxfa.nn.taps import stacks_of
+from jaxfa.nn.variables import Feedback, value_of
+from jaxfa.ops import deliver
 from jaxfa.stack import after
-
-
-class Inputs(NamedTuple):
-    """What a block computes with.
-
-    Attributes:
-      params: its floats, of whatever type of variable.
-      feedback: its tap's feedback.
-      rest: its other state, such as keys.
-      arrays: the arrays among its arguments.
-    """
-
-    params: Any
-    feedback: Any
-    rest: Any
-    arrays: list[jax.Array]
-
-
-Run = Callable[[Inputs], tuple[jax.Array, Any]]  # a block's output, and its state afterwards
-
-
-def _run(graphdef: Any, own_call: Callable[..., Any], rebuild: Callable[..., Any], block: Inputs) -> Any:
-    copy = nnx.merge(graphdef, *block[:3], copy=True)
-    args, kwargs = rebuild(block.arrays)
-    return own_call(copy, *args, **kwargs), changed_state(copy, block.params, block.rest)
-
-
-def changed_state(model: nnx.Module, *before: Any) -> Any:
-    """What of a model's state is not as it was; the rest may be of an outer trace, in which no one may write it."""
-    known = {id(leaf) for leaf in jax.tree.leaves(before)}
-    state = nnx.to_flat_state(nnx.state(model, nnx.Not(Feedback)))
-    return nnx.from_flat_state(
-        [(path, leaf) for path, leaf in state if any(id(one) not in known for one in jax.tree.leaves(leaf))]
-    )
-
-
-def split_model(model: nnx.Module) -> tuple[Any, Any, Any, Any]:
-    """A graph, and the states of floats, feedback and the rest; copies, since the model's own are about to change."""
-    graphdef, *states = nnx.split(model, _is_float, Feedback, ...)
-    return graphdef, *jax.tree.map(lambda a: a, states)
-
-
-def _is_float(path: Any, variable: Any) -> bool:
-    del path
-    leaves = jax.tree.leaves(variable)
-    return not isinstance(variable, Feedback) and all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
 
 
 class Walk:
@@ -88,24 +46,22 @@ class Walk:
                 f"The model calls its tapped block {tap.path!r} inside a transformation (remat, jit, scan, cond): take "
                 f"schedule='stored', or call it as it is, since in other schedules it runs once more anyway."
             ) from None
-        arrays, rebuild = split_inputs(f"The tapped block {tap.path!r}", args, kwargs)
-        graphdef, params, feedback, rest = split_model(module)
-        run = partial(_run, graphdef, own_call, rebuild)
-        out, changed = self.learn(run, tap, Inputs(params, feedback, rest, arrays))
-        nnx.update(module, changed)
-        return lax.stop_gradient(out)
+        program = Program(module, own_call, args, kwargs)
+        return program.finish(*lax.stop_gradient(self.learn(program, tap)))
 
-    def learn(self, run: Run, tap: Tap, block: Inputs) -> Any:
+    def learn(self, program: Program, tap: Tap) -> Any:
         """Runs a block as it is: the output error is not known yet."""
         del tap
-        self.known, changed = run(self.waiting(block))
-        return self.known, changed
+        found = program.run(self.waiting(program))
+        self.known = found[0]
+        return found
 
-    def waiting(self, block: Inputs) -> Inputs:
-        """The block, its parameters and inputs as constants, after what is known."""
-        params, feedback, rest, arrays = block
-        rest, arrays = after((rest, lax.stop_gradient(arrays)), self.known)
-        return Inputs(lax.stop_gradient(params), feedback, rest, arrays)
+    def waiting(self, program: Program) -> Any:
+        """What a block computes with, as constants; all but its floats after what is known."""
+        flat = nnx.to_flat_state(program.states[0])
+        others = {path: leaf for path, leaf in flat if not (path[0] == 0 and _is_float(leaf))}
+        others = after(others, self.known)
+        return lax.stop_gradient(nnx.from_flat_state([(path, others.get(path, leaf)) for path, leaf in flat]))
 
 
 class Sweep(Walk):
@@ -113,125 +69,134 @@ class Sweep(Walk):
 
     Attributes:
       e: the output error.
-      gradients: what each parameter inside a tapped block learns, by its path.
-      signals: what each feedback learns, by its variable's identity, as taps may share it.
-      errors: the sum of the products of every block's inputs with the errors at them, held fixed: its gradient is the
-        error of what comes before the blocks, and of nothing where that is another block.
+      learned: the sum of the products of what every block computes with and its gradient, which is held fixed: a sum
+        whose gradient that is, wherever it comes from.
     """
 
     def __init__(self, e: jax.Array) -> None:
         super().__init__(e)
         self.e = e
-        self.gradients: dict[str, jax.Array] = {}
-        self.signals: dict[int, Any] = {}
-        self.errors: Any = 0.0
+        self.learned: Any = 0.0
 
-    def learn(self, run: Run, tap: Tap, block: Inputs) -> Any:
-        now = self.waiting(block)
-
-        def forward(params: Any, arrays: Any) -> Any:
-            return run(now._replace(params=params, arrays=arrays))
-
-        out, vjp, changed = jax.vjp(forward, now.params, now.arrays, has_aux=True)
-        with jax.named_scope(f"tap[{tap.scope}]"):
-            delta, signal = deliver((out, tap.feedback.get_value()), after(self.e, self.known))
-        learned, errors = vjp(delta)
-        for array, error in zip(block.arrays, errors, strict=True):
-            if jnp.issubdtype(array.dtype, jnp.inexact):
-                self.errors += jnp.vdot(error, array)
-        self._add(tap, learned, signal)
-        self.known = learned, signal
-        return out, changed
-
-    def _add(self, tap: Tap, learned: Any, signal: Any) -> None:
-        for own, gradient in _flat(learned).items():
-            name = f"{tap.path}/{own}"
-            self.gradients[name] = self.gradients.get(name, 0) + gradient
-        before = self.signals.get(id(tap.feedback))
-        self.signals[id(tap.feedback)] = signal if before is None else jax.tree.map(jnp.add, before, signal)
+    def learn(self, program: Program, tap: Tap) -> Any:
+        found, gradients, signals = learn(program, self.waiting(program), tap, lambda: after(self.e, self.known))
+        self.learned += _product(gradients, split_floats(program.states[0])[0])
+        self.learned += _product(signals, tap.feedbacks())
+        # Not the error at its input, which nothing may need.
+        self.known = {name: one for name, one in gradients.items() if name.startswith("0/")}, signals
+        return found
 
 
-def split_inputs(who: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """As :func:`split_arrays`; refuses inputs whose state a run would change, which running twice would lose."""
-    stateful = nnx.Variable | nnx.Module | nnx.Rngs | nnx.RngStream
-    leaves = jax.tree.leaves((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, stateful))
-    if any(isinstance(leaf, stateful) for leaf in leaves):
-        raise ValueError(
-            f"{who} gets an argument with state of its own, such as nnx.Rngs, which only schedule='stored' knows. Keep "
-            f"it inside the block: nnx.Dropout(rate, rngs=rngs)."
+def learn(program: Program, state: Any, tap: Tap, error: Callable[[], jax.Array]) -> tuple[Any, Any, Any]:
+    """What a block returns and changes, and what its floats and its feedback learn."""
+    floats, rebuild = split_floats(state)
+
+    def forward(floats: dict[str, Any]) -> tuple[Any, Any]:
+        found = program.run(rebuild(floats))
+        leaves = named_floats(program.returned(found[0]))
+        return {name: leaves[name] for name in tap.leaves}, found
+
+    leaves, vjp, found = jax.vjp(forward, floats, has_aux=True)
+    e, feedbacks = error(), tap.named(state[0]["feedback_tap"]["feedback"].get_value())
+    deltas, signals = {}, {}
+    for name, h in leaves.items():
+        with jax.named_scope(f"tap[{tap.scope(name)}]"):
+            deltas[name], signals[name] = deliver((h, feedbacks[name]), e)
+    return found, vjp(deltas)[0], signals
+
+
+def split_floats(state: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
+    """The floats of a state by their paths, but for feedback, and the function that puts others in their places."""
+    flat = nnx.to_flat_state(state)
+    names = {path: "/".join(map(str, path)) for path, _ in flat}
+    floats = {names[path]: value_of(leaf) for path, leaf in flat if _is_float(leaf) and not isinstance(leaf, Feedback)}
+
+    def put(leaf: Any, value: Any) -> Any:
+        return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
+
+    def rebuild(values: dict[str, Any]) -> Any:
+        return nnx.from_flat_state(
+            [(path, put(leaf, values[names[path]]) if names[path] in values else leaf) for path, leaf in flat]
         )
-    return split_arrays((args, kwargs))
+
+    return floats, rebuild
+
+
+def _is_float(leaf: Any) -> bool:
+    return all(jnp.issubdtype(one.dtype, jnp.inexact) for one in jax.tree.leaves(leaf))
+
+
+def _product(fixed: Any, values: Any) -> jax.Array:
+    """The inner product of two trees; values with no gradient, such as counts, are left out."""
+    pairs = zip(jax.tree.leaves(lax.stop_gradient(fixed)), jax.tree.leaves(values), strict=True)
+    return sum((jnp.vdot(one, other) for one, other in pairs if _is_float(other)), jnp.zeros(()))
 
 
 def check_streams(model: nnx.Module, rule: Rule, schedule: str) -> None:
     """Refuses what no sweep can teach block after block: other rules, and taps inside each other or inside a stack."""
     if not is_direct(rule) or rule.source is not None:
         raise ValueError(f"schedule={schedule!r} is for direct rules whose error is the logits'; take 'stored'.")
-    paths = list(taps_of(model))
-    for path, (tap, stack) in taps_of(model).items():
-        within = [other for other in paths if path.startswith(f"{other}/")]
-        if tap.at_input or stack or within:
-            reason = f"inside {within[0]!r}" if within else "in a stack of layers" if stack else "at a layer's input"
+    stacks = stacks_of(model)
+    for path, tap in taps_of(model).items():
+        within = [other for other in stacks if path.startswith(f"{other}/")]
+        if tap.at_input or stacks[path] or within:
+            where = "in a stack of layers" if stacks[path] else "at a layer's input"
+            reason = f"inside {within[0]!r}" if within else where
             raise ValueError(
                 f"schedule={schedule!r} teaches whole blocks, each by itself, but the tap {path!r} is {reason}. Name "
                 f"separate modules with at= (SSA, whose at= chooses layers to factor, always taps their inputs: take "
                 f"schedule='stored'); for stacked blocks there is jaxfa.direct_stack."
             )
-    known = _flat(nnx.state(model, _is_float))
-    for path, module in modules_of(model):
-        shared = [own for own in _flat(nnx.state(module, _is_float)) if path in paths and f"{path}/{own}" not in known]
-        if shared:
-            raise ValueError(f"schedule={schedule!r} needs blocks with weights of their own; {path!r} shares {shared}.")
 
 
-def call_streamed(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def relearned(keep: Callable[[Any], Any], backward: Callable[[Any, Any], Any], tree: Any) -> Any:
+    """The outputs of ``keep(tree) -> (outputs, kept)``; what the tree learns is ``backward(kept, cotangents)``."""
+    del backward
+    return keep(tree)[0]
+
+
+relearned.defvjp(lambda keep, backward, tree: keep(tree), lambda keep, backward, *rest: (backward(*rest),))
+
+
+def call_streamed(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a tapped model, keeping its inputs alone; its gradient is formed by a second forward sweep."""
-    graphdef, params, feedback, rest = split_model(model)
-    arrays, rebuild = split_inputs("The streamed model", args, kwargs)
-    constants = lax.stop_gradient(params)
-    copy = walked(Walk(arrays), graphdef, constants, feedback, rest)
-    constant_args, constant_kwargs = rebuild(lax.stop_gradient(arrays))
-    logits = copy(*constant_args, **constant_kwargs)
-    nnx.update(model, changed_state(copy, constants, rest))
-    tree = params, feedback, rest, arrays
-    return lax.stop_gradient(logits) + listen(partial(_learn, graphdef, rebuild), error_wire(logits), tree)
+    program = Program(aligned.model, method_of(aligned.method), args, kwargs)
+
+    def keep(state: Any) -> Any:
+        return program.run(state, prepare=walked(Walk(state))), state
+
+    def backward(state: Any, cotangents: Any) -> Any:
+        def surrogate(floats: list[Any]) -> jax.Array:
+            sweep = Sweep(error_in(program.returned(cotangents[0]), aligned.logits))
+            outputs = program.run(rebuild(floats), prepare=walked(sweep))
+            return _product(cotangents, outputs) + sweep.learned
+
+        floats, rebuild, cotangent = _floats_of(state)
+        return cotangent(jax.grad(surrogate)(floats))
+
+    return program.finish(*relearned(keep, backward, program.states[0]))
 
 
-def _learn(graphdef: Any, rebuild: Callable[..., Any], tree: Any, e: jax.Array) -> Any:
-    params, feedback, rest, arrays = tree
+def _floats_of(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], Callable[[list[Any]], Any]]:
+    """The floats of a tree; the functions that put others in their places, and that make a cotangent of them."""
+    leaves, structure = jax.tree.flatten(tree)
 
-    def surrogate(params: Any, arrays: Any) -> Any:
-        sweep = Sweep(e)
-        args, kwargs = rebuild(arrays)
-        model = walked(sweep, graphdef, params, feedback, rest)
-        logits = model(*args, **kwargs)
-        signals = {path: sweep.signals.get(id(tap.feedback)) for path, (tap, _) in taps_of(model).items()}
-        return jnp.vdot(e, logits) + sweep.errors, (sweep.gradients, signals)
+    def put(values: list[Any], other: Callable[[Any], Any]) -> Any:
+        given = iter(values)
+        return jax.tree.unflatten(structure, [next(given) if _is_float(one) else other(one) for one in leaves])
 
-    exact, (gradients, signals) = jax.grad(surrogate, argnums=(0, 1), has_aux=True, allow_int=True)(params, arrays)
-    dparams = _map(lambda path, leaf: leaf + gradients.get(path, 0), exact[0])
+    def cotangent(values: list[Any]) -> Any:
+        return put(values, lambda one: np.zeros(one.shape, jax.dtypes.float0))
 
-    def signal(path: str, own: Any) -> Any:
-        found = signals[path.removesuffix("/feedback_tap/feedback")]
-        return jax.tree.map(jnp.zeros_like, own) if found is None else found  # a block that did not run
-
-    dfeedback = _map(signal, feedback)
-    return dparams, dfeedback, jax.tree.map(jnp.zeros_like, rest), exact[1]
+    return [leaf for leaf in leaves if _is_float(leaf)], lambda values: put(values, lambda one: one), cotangent
 
 
-def walked(walk: Walk, graphdef: Any, *states: Any) -> Any:
-    """A model whose tapped blocks are run by a walk."""
-    model = nnx.merge(graphdef, *states, copy=True)
-    for tap, _ in taps_of(model).values():
-        tap.walk = walk
-    return model
+def walked(walk: Walk) -> Callable[[Any], None]:
+    """Lets a walk run the tapped blocks of a model."""
 
+    def prepare(model: Any) -> None:
+        for tap in taps_of(model).values():
+            tap.walk = walk
 
-def _flat(state: Any) -> dict[str, Any]:
-    return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-
-
-def _map(function: Callable[[str, Any], Any], state: Any) -> Any:
-    leaves = nnx.to_flat_state(state)
-    changed = [(path, leaf.replace(function("/".join(map(str, path)), leaf.get_value()))) for path, leaf in leaves]
-    return nnx.from_flat_state(changed)
+    return prepare

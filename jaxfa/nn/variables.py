@@ -70,28 +70,10 @@ def structs(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if _is_array(leaf) else leaf, tree)
 
 
-def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The arrays of a tree, and the function that puts others in their places."""
-    leaves, structure = jax.tree.flatten(tree)
-
-    def rebuild(arrays: list[Any]) -> Any:
-        given = iter(arrays)
-        return jax.tree.unflatten(structure, [next(given) if _is_array(leaf) else leaf for leaf in leaves])
-
-    return [leaf for leaf in leaves if _is_array(leaf)], rebuild
+def value_of(leaf: Any) -> Any:
+    """The value of a leaf of a state, a variable or a plain array."""
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def abstractly(call: Callable[..., Any], model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Evaluates ``call(model, *args, **kwargs)`` for its shapes alone, on a copy: no state of the model changes."""
-    graphdef, state = nnx.split(model)
-    arrays, rebuild = split_arrays((args, kwargs))
-
-    def run(state: Any, arrays: list[Any]) -> Any:
-        args, kwargs = rebuild(arrays)
-        return call(nnx.merge(graphdef, state, copy=True), *args, **kwargs)
-
-    return jax.eval_shape(run, structs(state), structs(arrays))

@@ -1,0 +1,130 @@
+"""The output error for taps that read it in their backward pass, wherever in a program they are.
+
+A wire (:func:`jaxfa.direct`) has to be carried by the forward pass from tap to tap. Here nothing is: while the program
+is linearised every tap holds a mutable array (a ref), whose value it will read in its backward. When the output's
+error is known a new ref with it is put in that one's place. So a tap may be inside any transformation, and no ref
+crosses from a forward to a backward pass, which JAX would refuse.
+
+JAX's documentation, "Ref: mutable arrays for data plumbing and memory control", https://docs.jax.dev/en/latest/array_refs.html
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxfa.base import DirectFeedback
+from jaxfa.ops import check_family, deliver, vary_alike, varying_axes
+
+Run = Callable[[Any, Any], Any]  # (tree, ref) -> outputs
+
+
+def receive(h: jax.Array, feedback: DirectFeedback, ref: Any) -> jax.Array:
+    """``h``; its backward ignores the layers above and delivers the error that the ref holds by then."""
+    check_family(feedback, DirectFeedback, "direct", "jaxfa.linear(x, w, feedback)")
+    h, feedback = vary_alike((h, feedback), ref)
+    return _receive(h, feedback, ref)
+
+
+@jax.custom_vjp
+def _receive(h: jax.Array, feedback: Any, ref: Any) -> jax.Array:
+    del feedback, ref
+    return h
+
+
+def _receive_forward(h: jax.Array, feedback: Any, ref: Any) -> tuple[jax.Array, Any]:
+    return h, (h, feedback, ref)
+
+
+def _receive_backward(residuals: Any, _: jax.Array) -> Any:
+    h, feedback, ref = residuals
+    return *deliver((h, feedback), ref[...]), None
+
+
+_receive.defvjp(_receive_forward, _receive_backward)
+
+
+@jax.custom_vjp
+def send(h: jax.Array, ref: Any) -> jax.Array:
+    """``h``; its backward writes the error that arrives at it into the ref."""
+    del ref
+    return h
+
+
+def _send_forward(h: jax.Array, ref: Any) -> tuple[jax.Array, Any]:
+    return h, ref
+
+
+def _send_backward(ref: Any, error: jax.Array) -> tuple[jax.Array, None]:
+    ref[...] = vary_alike(error, ref)
+    return error, None
+
+
+send.defvjp(_send_forward, _send_backward)
+
+
+@jax.tree_util.register_static
+class Hole:
+    """Stands in a pullback where the ref with the error will be. One is like another."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Hole)
+
+    def __hash__(self) -> int:
+        return hash(Hole)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def with_error(run: Run, error_of: Callable[[Any], jax.Array], tree: Any) -> Any:
+    """``run(tree, None)``, differentiated as ``run(tree, ref)`` whose ref holds the error in the backward pass.
+
+    Args:
+      run: ``(tree, ref) -> outputs``; it may close over no value that is differentiated.
+      error_of: the error of a tree shaped as the outputs, holding their cotangents.
+      tree: what is differentiated.
+
+    Returns:
+      The outputs.
+    """
+    del error_of
+    return run(tree, None)
+
+
+def _forward(run: Run, error_of: Callable[[Any], jax.Array], tree: Any) -> tuple[Any, Any]:
+    kinds = []
+    jax.eval_shape(lambda tree: kinds.append(jax.typeof(error_of(run(tree, None)))), tree)
+    zeros = jnp.zeros(kinds[0].shape, kinds[0].dtype)
+    ref = jax.new_ref(lax.pcast(zeros, tuple(sorted(varying_axes(kinds[0]), key=repr)), to="varying"))
+    outputs, pullback = jax.vjp(lambda tree: run(tree, ref), tree)
+    return outputs, jax.tree.map(lambda leaf: Hole() if leaf is ref else leaf, pullback)
+
+
+def _backward(run: Run, error_of: Callable[[Any], jax.Array], pullback: Any, cotangents: Any) -> Any:
+    del run
+    ref = jax.new_ref(error_of(cotangents))
+    return jax.tree.map(lambda leaf: ref if _is_hole(leaf) else leaf, pullback, is_leaf=_is_hole)(cotangents)
+
+
+def _is_hole(leaf: Any) -> bool:
+    return isinstance(leaf, Hole)
+
+
+with_error.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def undifferentiated(reason: str, h: jax.Array) -> jax.Array:
+    """``h``, whose gradient is refused for a reason."""
+    del reason
+    return h
+
+
+def _refuse(reason: str, h: jax.Array) -> Any:
+    del h
+    raise RuntimeError(reason)
+
+
+undifferentiated.defvjp(_refuse, _refuse)

@@ -1,0 +1,60 @@
+"""How a tapped model runs: as a function of its state, whose taps read the output error in their backward pass."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxfa.delivery import with_error
+from jaxfa.nn.leaves import error_in
+from jaxfa.nn.program import Program, method_of
+from jaxfa.nn.tap import Channel, taps_of
+from jaxfa.ops import varying_axes
+
+
+def call_direct(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a model with a direct rule, which may be differentiated."""
+    program = Program(aligned.model, method_of(aligned.method), args, kwargs)
+    channels: list[Channel] = []
+
+    def run(states: Any, ref: Any) -> Any:
+        channel = Channel(ref)
+        channels.append(channel)
+
+        def prepare(model: Any) -> None:
+            for tap in taps_of(model).values():
+                tap.channel = channel
+
+        found = program.run(*states, prepare=prepare)
+        channel.ref = None  # an inner jit's cache may keep the channel
+        return found
+
+    def error_of(outputs: Any) -> jax.Array:
+        if aligned.rule.source is not None:
+            return _zeros(channels[-1].source, aligned.rule.source)  # the source will write it
+        return error_in(program.returned(outputs[0]), aligned.logits)
+
+    try:
+        return program.finish(*with_error(run, error_of, tuple(program.states)))
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            "The model uses a traced value that is none of its own: a direct rule follows what is an argument, a "
+            "variable or an array attribute of the model. Hand the model what it closes over as an argument."
+        ) from error
+    except KeyError as error:
+        if "AbstractRef" not in str(error):
+            raise
+        raise ValueError(
+            f"The tap {channels[-1].last!r} is inside a lax.cond, lax.switch or nnx.cond, where JAX {jax.__version__} "
+            f"can't differentiate what reads an error; JAX 0.12 can. Tap the module around it, or choose between the "
+            f"results with jnp.where."
+        ) from error
+
+
+def _zeros(kind: Any, source: str) -> jax.Array:
+    """Zeros of the type of the activation at a rule's source."""
+    if kind is None:
+        raise ValueError(f"This call never reaches the rule's source {source!r}, where its error is taken.")
+    zeros = jnp.zeros(kind.shape, kind.dtype)
+    return lax.pcast(zeros, tuple(sorted(varying_axes(kind), key=repr)), to="varying")

@@ -1,0 +1,179 @@
+"""Which modules of a model are tapped, what is seen there, and the feedback that leads to them."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from jaxfa._jaxprs import opened
+from jaxfa.base import Layer, Rule, init_at
+from jaxfa.nn.contraction import find_site
+from jaxfa.nn.factored import Factored
+from jaxfa.nn.leaves import error_in
+from jaxfa.nn.program import MARK, Example, Program, method_of
+from jaxfa.nn.tap import remove_tap, taps_of
+from jaxfa.nn.variables import Feedback, Recorder, init_stack, modules_of, structs
+
+
+def stacks_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """For every tap the shape of the stack that it is in, ``()`` for a single module."""
+    tapped = [module for _, module in modules_of(model) if hasattr(module, "feedback_tap")]
+    return {module.feedback_tap.path: _stack_of(module) for module in tapped}
+
+
+def _stack_of(module: Any) -> tuple[int, ...]:
+    for _, layer in modules_of(module):
+        site = find_site(layer)
+        if site is not None:
+            return site.stack(layer.kernel.get_value())
+    return ()
+
+
+def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, seen: dict[str, dict[str, Any]], error: Any) -> None:
+    """Makes every tap's feedback.
+
+    Args:
+      model: with taps in it.
+      rule: a direct rule.
+      rngs: for the feedback.
+      seen: the shapes of the activations at every tap, by path and leaf.
+      error: the output error's shape.
+    """
+    stacks = stacks_of(model)
+    owners = {module.feedback_tap.path: module for _, module in modules_of(model) if hasattr(module, "feedback_tap")}
+    keys = {path: rngs.feedback() for path in sorted(owners) if not owners[path].feedback_tap.is_source}
+    shared = None
+    for path in sorted(keys, key=lambda path: -max(one.size for one in seen[path].values())):
+        # A shared feedback is made for the largest.
+        tap, stack = owners[path].feedback_tap, stacks[path]
+        tap.leaves = tuple(seen[path])
+        if shared is None:
+            split = jax.random.split(keys[path], len(tap.leaves)) if len(tap.leaves) > 1 else [keys[path]]
+            value: Any = {}
+            for (name, h), key in zip(seen[path].items(), split, strict=True):
+                init = init_at(rule, path=path, layer=_layer(owners[path], h))
+                value[name] = init_stack(lambda key, init=init, h=h: init(key, h, error), key, stack)
+            first = next(iter(value.values()))
+            if first is None:
+                tap.leaves = ()
+                continue
+            tap.feedback = nnx.data(Feedback(value if len(value) > 1 and not first.shared else first))
+            shared = tap.feedback if first.shared else None
+        else:
+            tap.feedback = nnx.data(shared)
+        if shared is not None and stack:
+            raise ValueError(f"A feedback shared by all layers can't be inside the stack {path!r}; use one per layer.")
+
+
+def _layer(module: Any, h: Any) -> Layer | None:
+    """The layer that a tapped input enters, for rules that ask; only factored ones are needed."""
+    return Layer(module.operation, h, module.kernel.get_value()) if isinstance(module, Factored) else None
+
+
+def record_taps(model: nnx.Module, method: str, example: Example) -> dict[str, dict[str, Any]]:
+    """The shapes of the activations at every tap, in the order of the forward pass."""
+    return _recorded(model, method, example, lambda out: None)[0]
+
+
+def measure_taps(model: nnx.Module, method: str, example: Example, logits: Any) -> tuple[dict[str, Any], Any]:
+    """As :func:`record_taps`, and the error's shape; of arrays, those that are tapped.
+
+    The batch axis is known by giving the batch a size that nothing else has; where the model runs with no other size
+    than it has, an axis of the batch's size is taken for it.
+    """
+    for marked in filter(None, map(example.marked, (0, 1))):
+        try:
+            seen, error = _recorded(model, method, marked, lambda out: error_in(out, logits))
+        except Exception:
+            continue
+        if error.shape[0] % MARK == 0:
+            return seen, error
+    return _recorded(model, method, example, lambda out: error_in(out, logits))
+
+
+def _recorded(model: nnx.Module, method: str, example: Example, of: Any) -> tuple[dict[str, Any], Any]:
+    recorder = Recorder()
+
+    def prepare(copy: Any) -> None:
+        for tap in taps_of(copy).values():
+            tap.recorder = recorder
+
+    found = Program(model, method_of(method), *example.arguments()).abstractly(of, prepare)
+    return recorder.seen, found
+
+
+def check_source(model: nnx.Module, source: str, order: list[str]) -> None:
+    """Refuses a source that no tap comes before, or of which there are several."""
+    if source in order[:1]:
+        raise ValueError(f"No tapped module comes before the source {source!r}: {order} is the forward pass's order.")
+    if stacks_of(model)[source]:
+        raise ValueError(f"The source {source!r} is inside a stack of layers; name a module outside of it.")
+
+
+def end_at(model: nnx.Module, source: str, order: list[str]) -> None:
+    """Lets the error be taken at the source; what comes after it needs no tap."""
+    above = order[order.index(source) + 1 :]
+    for _, module in list(modules_of(model)):
+        if hasattr(module, "feedback_tap") and module.feedback_tap.path in above:
+            remove_tap(module)
+    tap = taps_of(model)[source]
+    tap.is_source, tap.leaves = True, ("",)
+
+
+def only_leaf(leaves: dict[str, Any], path: str) -> Any:
+    """The one array at a source."""
+    if len(leaves) != 1:
+        raise ValueError(f"A source is a module that returns one array of floats; {path!r} has {sorted(leaves)}.")
+    return next(iter(leaves.values()))
+
+
+def tappable(model: nnx.Module, seen: dict[str, Any], error: Any) -> tuple[dict[str, dict[str, Any]], Any]:
+    """Of what :func:`measure_taps` found the arrays to which an error can be delivered, and the error; of true sizes.
+
+    Raises:
+      ValueError: if a tapped module was not called, or has none.
+    """
+    taps = taps_of(model)
+    unused = [path for path in taps if path not in seen]
+    if unused:
+        raise ValueError(f"The forward pass never called the tapped modules {unused}; name modules that it calls.")
+    found = {}
+    for path in taps:
+        leaves = {name: h for name, h in seen[path].items() if h.shape[:1] == error.shape[:1]}
+        if not leaves:
+            given, wanted = [true_size(h).shape for h in seen[path].values()], true_size(error).shape
+            raise ValueError(
+                f"Direct feedback needs an activation with the logits' batch axis first: expected h of shape "
+                f"({wanted[0]}, ..., n) at the tap {path!r} for logits {wanted}, got {given}. "
+                f"Tap a module before the batch axis is merged with others, or moved."
+            )
+        found[path] = {name: true_size(h) for name, h in leaves.items()}
+    return found, true_size(error)
+
+
+def true_size(marked: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array that was measured, in the example's own batch."""
+    sizes = (size // MARK if size % MARK == 0 else size for size in marked.shape)
+    return jax.ShapeDtypeStruct(tuple(sizes), marked.dtype)
+
+
+def that_are_read(model: nnx.Module, call: Any, found: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> dict[str, Any]:
+    """Of several arrays at a tap those that the logits depend on, such as a hidden state and not a cache."""
+    several = {path: leaves for path, leaves in found.items() if len(leaves) > 1}
+    if not several:
+        return found
+    program = Program(model, method_of(call.method), *call.example.arguments())
+
+    def logits(shifts: Any, states: Any) -> jax.Array:
+        def prepare(copy: Any) -> None:
+            for path, tap in taps_of(copy).items():
+                tap.shift = nnx.Variable(shifts[path]) if path in shifts else None
+
+        return error_in(program.returned(program.run(*states, prepare=prepare)[0]), call.logits)
+
+    jaxpr = opened(jax.make_jaxpr(logits)(several, structs(program.states)))
+    _, used = dce_jaxpr(jaxpr, [True])
+    flags = jax.tree.unflatten(jax.tree.structure(several), used[: len(jax.tree.leaves(several))])
+    read = {path: {name: h for name, h in leaves.items() if flags[path][name]} for path, leaves in several.items()}
+    return found | {path: leaves or found[path] for path, leaves in read.items()}
