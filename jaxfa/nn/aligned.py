@@ -10,6 +10,8 @@ from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
 from jaxfa.nn.contraction import contractions_of, layer_of, restore, sites_of
 from jaxfa.nn.coverage import Coverage, cover
+from jaxfa.nn.own import OwnContraction, call_with_feedback
+from jaxfa.nn.program import is_transformed, method_of
 from jaxfa.nn.tap import Tap, call_with_wires, remove_tap, taps_of
 from jaxfa.nn.variables import Recorder, abstractly, modules_of, structs
 from jaxfa.svd import is_factors
@@ -22,16 +24,25 @@ class Aligned(nnx.Module):
       model: a copy of the user's model with the rule in it. Parameters and state keep their paths.
       rule: the rule.
       forward: how it runs where blocks learn in an order of their own: ``(model, args, kwargs) -> logits``.
+      own: the feedback of contractions that no layer makes.
+      left: the parameters whose own contractions are left to backpropagation.
     """
 
     def __init__(
-        self, model: nnx.Module, rule: Rule, example: Any, allow: tuple[str, ...], forward: Any = None
+        self,
+        model: nnx.Module,
+        rule: Rule,
+        example: Any,
+        allow: tuple[str, ...],
+        forward: Any = None,
+        own: tuple[list[OwnContraction], tuple[str, ...]] = ([], ()),
     ) -> None:
         self.model = model
         self.rule = nnx.static(rule)
         self.example = nnx.static(example)
         self.allow = allow
         self.forward = nnx.static(forward)
+        self.own, self.left = nnx.List(own[0]), own[1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass, bit for bit; its gradient is the rule's."""
@@ -42,6 +53,8 @@ class Aligned(nnx.Module):
         if self.example is None and _is_traced((args, kwargs, nnx.state(self.model))):
             # Without an example to check it by, every trace checks itself: a gradient is never taken unchecked.
             self.coverage(*args, **kwargs).refuse()
+        if self.own and is_transformed():  # where nothing is transformed nothing is differentiated
+            return call_with_feedback(self.model, method_of("__call__"), self.own, self.left, args, kwargs)
         return self.model(*args, **kwargs)
 
     def coverage(self, *args: Any, **kwargs: Any) -> Coverage:

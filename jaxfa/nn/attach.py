@@ -14,6 +14,8 @@ from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import uses_of, weights_above
 from jaxfa.nn.dispatch import call_dispatched, check_dispatches
 from jaxfa.nn.factored import Factored, factorise_chosen
+from jaxfa.nn.own import Survey, put_own, survey
+from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.stream import call_streamed, check_streams
 from jaxfa.nn.tap import Tap, check_source, fill_taps, place_tap, record_taps
 from jaxfa.nn.variables import init_stack, modules_of, structs
@@ -83,9 +85,9 @@ def attach(
     if rule.weights is not None:
         _refuse_unmatched("at", globs, list(sites_of(model)), under=True)
         model = factorise_chosen(model, rule.weights, _chooser(globs))
-    put = _put_direct if is_direct(rule) else _put_layerwise
-    backprop = put(model, rule, rngs, globs, args)
-    aligned = Aligned(model, rule, args, (*allow, *backprop), _forward(model, rule, schedule, mesh))
+    put = _put_direct if is_direct(rule) else partial(_put_layerwise, allow=allow)
+    backprop, *own = put(model, rule, rngs, globs, args)
+    aligned = Aligned(model, rule, args, (*allow, *backprop), _forward(model, rule, schedule, mesh), *own)
     if args is not None:
         aligned.coverage().refuse()
     return aligned
@@ -126,11 +128,9 @@ def _chooser(globs: Any) -> Callable[[str], bool]:
     return lambda path: globs is None or matches(path, globs, under=True)
 
 
-def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> list[str]:
+def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any, *, allow: Any) -> tuple[list[str], Any]:
     """Puts a layer-wise rule on a model; returns the layers that the rule itself leaves to backpropagation."""
     sites = sites_of(model)
-    _refuse_unmatched("at", at, list(sites), under=True)
-    _refuse_unmatched("the rule's globs", rule.globs, list(sites), under=True)
     first = set() if args is None else {path for path, use in uses_of(model, args).items() if use.first}
     backprop = []
     for path, (module, site) in sites.items():
@@ -144,10 +144,20 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -
             backprop.append(path)
         else:
             place(module, Contraction(site, feedback, path))
-    return backprop
+    if args is None or rule.weights is not None:
+        found = Survey({}, set())
+    else:
+        found = survey(model, method_of("__call__"), Example.of(args, {}))
+    names = dict.fromkeys(site.name for site in found.sites)
+    paths = [*sites, *names]
+    _refuse_unmatched("at", at, paths, under=True)
+    _refuse_unmatched("the rule's globs", rule.globs, paths, under=True)
+    left = tuple(name for name in names if matches(name, allow, under=True) or not _chooser(at)(name))
+    own = put_own(rule, rngs, found, lambda name: name not in left)
+    return backprop, (own, tuple(names.keys() - {one.path for one in own}))
 
 
-def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> list[str]:
+def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> tuple[list[str]]:
     """Taps a model for a direct rule."""
     if args is None:
         raise ValueError(
@@ -178,7 +188,7 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> l
         check_source(model, rule.source, seen)
         above = weights_above(model, seen[rule.source], rule.source, args)
     fill_taps(model, rule, rngs, args)
-    return above
+    return (above,)
 
 
 def _refuse_unmatched(name: str, globs: Any, paths: list[str], *, under: bool) -> None:

@@ -81,6 +81,8 @@ def trace(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, s
         return "/".join(_segments(path)[skip:]) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
 
     def replaced(path: Any, _: Any) -> str:
+        if _segments(path)[0] == "own" and skip:
+            return model.own[int(_segments(path)[1])].path
         *owner, holder, _ = _segments(path)[skip:]
         return "" if holder == "feedback_tap" else "/".join([*owner, "kernel"])
 
@@ -112,7 +114,7 @@ def weights_above(model: nnx.Module, tapped: Any, source: str, args: tuple[Any, 
 def cover(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coverage:
     """The table of an attached model for these inputs."""
     # Layer-wise rules are in the model itself; a direct one needs the wires that the root lays.
-    model, skip = (aligned, 1) if is_direct(aligned.rule) else (aligned.model, 0)
+    model, skip = (aligned, 1) if is_direct(aligned.rule) or aligned.own else (aligned.model, 0)
     return _Cover(aligned, trace(model, args, kwargs, skip=skip)).table()
 
 
@@ -126,7 +128,7 @@ class _Cover:
         self.inputs = [tap.path for tap in taps if tap.at_input]
         self.places = {tap.scope: f"{'input' if tap.at_input else 'output'} of {tap.path}" for tap in taps}
         self.taps = {tap.scope: tap.path for tap in taps}
-        self.feedback = _feedback_of(aligned.model)
+        self.feedback = _feedback_of(aligned)
         flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Not(Feedback)))
         self.shapes = {"/".join(map(str, path)): _shape(leaf.get_value()) for path, leaf in flat}
         self.first = {name for use in result.uses if use.first for name in use.weights}
@@ -205,10 +207,15 @@ class _Cover:
         )
 
 
-def _feedback_of(model: nnx.Module) -> dict[str, str]:
+def _feedback_of(aligned: Any) -> dict[str, str]:
     """The feedback of each layer or tap, in words."""
-    parts = {module.path: module for _, module in modules_of(model) if isinstance(module, Contraction | Tap)}
-    return {path: _describe(part.feedback.get_value()) for path, part in parts.items() if part.feedback is not None}
+    parts = [module for _, module in modules_of(aligned.model) if isinstance(module, Contraction | Tap)]
+    found: dict[str, str] = {}
+    for part in (*parts, *aligned.own):
+        if part.feedback is not None:
+            path = _layer(part.path)
+            found[path] = ", ".join(filter(None, [found.get(path), _describe(part.feedback.get_value())]))
+    return found
 
 
 def _describe(feedback: Any) -> str:

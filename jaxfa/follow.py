@@ -1,0 +1,269 @@
+"""Looks through a traced program for contractions with weights, or runs it with something else in their place."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
+
+from jaxfa._jaxprs import opened, scan_parts
+from jaxfa.ops import FORWARD
+from jaxfa.weights import Value, Weight, base, marked, moved
+
+CONTRACTIONS = ("dot_general", "conv_general_dilated")
+
+
+class Contraction(NamedTuple):
+    """An activation contracted with weights.
+
+    Attributes:
+      eqn: the equation.
+      at: which operand the weights are.
+      weight: the weights.
+      x: the activation.
+    """
+
+    eqn: JaxprEqn
+    at: int
+    weight: Weight
+    x: Value
+
+    def roles(self) -> tuple[frozenset[int], frozenset[int]]:
+        """The base's axes over which it contracts, and those that count outputs."""
+        params, at, axes = self.eqn.params, self.at, self.weight.axes
+        none = frozenset[int]()
+        if self.eqn.primitive.name == "dot_general":
+            contracted, batch = (sides[at] for sides in params["dimension_numbers"])
+            free = [axis for axis in range(len(axes)) if axis not in (*contracted, *batch)]
+            return none.union(*(axes[i] for i in contracted)), none.union(*(axes[i] for i in free))
+        outputs, *inputs = params["dimension_numbers"].rhs_spec if at == 1 else params["dimension_numbers"].lhs_spec
+        return none.union(*(axes[i] for i in inputs)), axes[outputs]
+
+
+Act = Callable[[Contraction, Any], Any]
+
+
+class Follower:
+    """An interpreter of programs that knows which of its values are weights.
+
+    Args:
+      act: called with each contraction and with what is held; the contraction's result, or None for its own.
+      lost: called with the name of weights that are multiplied with an activation and summed, without a contraction.
+      live: whether to run the program; else it is looked through.
+    """
+
+    def __init__(self, act: Act, lost: Callable[[str], None], *, live: bool) -> None:
+        self.act, self.lost, self.live = act, lost, live
+
+    def run(self, program: Any, values: Sequence[Value], held: Any) -> list[Value]:
+        """The values that a program returns.
+
+        Args:
+          program: a jaxpr, closed or open.
+          values: its arguments.
+          held: for each site what ``act`` needs there; in the body of a ``scan`` its entry for one layer of a stack.
+        """
+        jaxpr = opened(program)
+        known: dict[Any, Value] = dict(zip(jaxpr.invars, values, strict=True))
+        known |= {var: _constant(value) for var, value in zip(jaxpr.constvars, getattr(program, "consts", ()))}
+
+        def read(atom: Any) -> Value:
+            return _constant(atom.val) if isinstance(atom, Literal) else known[atom]
+
+        for eqn in jaxpr.eqns:
+            scope = str(eqn.source_info.name_stack)
+            with jax.named_scope(scope) if scope and self.live else nullcontext():
+                outs = self.equation(jaxpr, eqn, [read(var) for var in eqn.invars], held)
+            known |= dict(zip(eqn.outvars, outs, strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+    def equation(self, jaxpr: Any, eqn: JaxprEqn, ins: list[Value], held: Any) -> list[Value]:
+        if any(value.weight is not None for value in ins):
+            match eqn.primitive.name:
+                case "jit" | "pjit" | "closed_call":
+                    return self.run(eqn.params["jaxpr"], ins, held)
+                case "remat2" | "checkpoint" | "remat":
+                    options = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
+                    return self.inside([eqn.params["jaxpr"]], ins, held, lambda run: jax.checkpoint(run[0], **options))
+                case "cond":
+                    index, *ins = ins
+                    return self.inside(
+                        eqn.params["branches"], ins, held, lambda runs: partial(lax.switch, index.here, runs)
+                    )
+                case "scan":
+                    return self.scan(eqn, ins, held)
+        values: list[Any] = [None] * len(eqn.outvars)
+        found = contraction(eqn, ins)
+        if found is not None:
+            values = [self.act(found, held)]
+        elif _sums_scaled(eqn, ins):
+            self.lost(ins[0].weight.name)  # type: ignore[union-attr]
+        bind = _alone(jaxpr, eqn)
+        if self.live and values[0] is None:
+            values = bind(*(value.here for value in ins))
+        return self.results(eqn, ins, values, bind)
+
+    def results(self, eqn: JaxprEqn, ins: list[Value], values: list[Any], bind: Callable[..., Any]) -> list[Value]:
+        covered = eqn.primitive.name == "custom_vjp_call" and _is_covered(eqn)
+        data, learns = any(value.data for value in ins) or covered, any(value.learns for value in ins)
+        fulls = [value.full for value in ins]
+        outs = []
+        for i, (var, here) in enumerate(zip(eqn.outvars, values, strict=True)):
+            full = None
+            if not data and all(fulls):
+                full = lambda i=i: bind(*(make() for make in fulls))[i]  # noqa: E731
+            mine = learns and jnp.issubdtype(var.aval.dtype, jnp.inexact)
+            outs.append(Value(here, full, data, mine))
+        if len(outs) == 1 and outs[0].learns and not covered:
+            outs = [outs[0]._replace(weight=_weight(eqn, ins, outs[0], lambda *operands: bind(*operands)[0]))]
+        return outs
+
+    def inside(self, programs: Any, ins: list[Value], held: Any, wrap: Callable[[list[Any]], Any]) -> list[Value]:
+        """The values that one of several programs returns, run within a transformation."""
+        runs, labels = [], []
+        for program in programs:
+            labels.append(self.quietly(program, ins) if self.live else self.run(program, ins, held))
+
+            def run(*arrays: Any, program: Any = program) -> list[Any]:
+                known = [value._replace(here=array) for value, array in zip(ins, arrays, strict=True)]
+                return [value.here for value in self.run(program, known, held)]
+
+            runs.append(run)
+        arrays = wrap(runs)(*(value.here for value in ins)) if self.live else [None] * len(labels[0])
+        return [_joined(values)._replace(here=here) for here, *values in zip(arrays, *labels, strict=True)]
+
+    def quietly(self, program: Any, ins: list[Value]) -> list[Value]:
+        """What is known of the values that a program returns."""
+        follower = Follower(lambda found, held: None, lambda name: None, live=False)
+        return follower.run(program, [value._replace(here=None) for value in ins], None)
+
+    def scan(self, eqn: JaxprEqn, ins: list[Value], held: Any) -> list[Value]:
+        _, consts, carried = scan_parts(eqn)
+        body, params = eqn.params["jaxpr"], eqn.params
+        fixed, carry, over = ins[:consts], ins[consts : consts + carried], ins[consts + carried :]
+        rows = [_row(value, var.aval) for value, var in zip(over, opened(body).invars[consts + carried :], strict=True)]
+        carry = [_joined([value]) for value in carry]
+        while True:
+            outs = self.quietly(body, [*fixed, *carry, *rows])
+            grown = [_joined(pair) for pair in zip(carry, outs[:carried], strict=True)]
+            if [value[2:4] for value in grown] == [value[2:4] for value in carry]:
+                break
+            carry = grown
+        if not self.live:
+            self.run(body, [*fixed, *carry, *rows], held)
+            return [_joined([value]) for value in outs]
+        # What is held for a stack is taken layer by layer, as the stack is.
+        marks = {row.weight.levels[-1] for row in rows if row.weight is not None}
+        layered = {site: one for site, one in held.items() if marks & set(site.levels)}
+
+        def step(carries: Any, entries: Any) -> tuple[Any, Any]:
+            arrays, layers = entries
+            known = [value._replace(here=array) for value, array in zip(carry, carries, strict=True)]
+            seen = [_entry(value, array) for value, array in zip(rows, arrays, strict=True)]
+            outs = [value.here for value in self.run(body, [*fixed, *known, *seen], held | layers)]
+            return outs[:carried], outs[carried:]
+
+        options = {key: params[key] for key in ("length", "reverse", "unroll")}
+        xs = [value.here for value in over], layered
+        ends, ys = lax.scan(step, [value.here for value in ins[consts : consts + carried]], xs, **options)
+        return [_joined([value])._replace(here=here) for value, here in zip(outs, [*ends, *ys], strict=True)]
+
+
+def contraction(eqn: JaxprEqn, ins: list[Value]) -> Contraction | None:
+    """The contraction of an activation with weights that an equation is, if it is any.
+
+    Weights that data chose, such as an expert's, are weights if a matrix of them was chosen: if both what is contracted
+    and what remains are axes of the parameter. What is looked up in a table is an activation.
+    """
+    if eqn.primitive.name not in CONTRACTIONS:
+        return None
+    for at in (1, 0):
+        w, x = ins[at], ins[1 - at]
+        if w.weight is None or not (x.learns and x.data):
+            continue
+        found = Contraction(eqn, at, w.weight, x)
+        contracted, outputs = found.roles()
+        pointwise = not contracted and not outputs
+        if not pointwise and (not w.data or (contracted and outputs)):
+            return found
+    return None
+
+
+def _weight(eqn: JaxprEqn, ins: list[Value], out: Value, bind: Callable[..., Any]) -> Weight | None:
+    """What an equation's result is as weights."""
+    weights = [value.weight for value in ins if value.weight is not None]
+    if len(weights) == 1:
+        found = moved(eqn, ins, bind)
+        if found is not None:
+            return found
+    if out.data or not weights:
+        return None
+    # A function of parameters alone, such as a norm: the derivative of weights that are made so is their own.
+    largest = max(weights, key=lambda weight: len(weight.shape))
+    mark = marked(eqn, *(weight.mark for weight in weights))
+    return base(largest.name, mark, eqn.outvars[0].aval, lambda: out.here, out.full, largest.dtype)
+
+
+def _sums_scaled(eqn: JaxprEqn, ins: list[Value]) -> bool:
+    """Whether this sums products of weights and activations over an axis of the weights, and one of them remains."""
+    weight = ins[0].weight if eqn.primitive.name == "reduce_sum" else None
+    if weight is None or weight.tail is not None:
+        return False
+    gone = [weight.axes[axis] for axis in eqn.params["axes"]]
+    kept = [axes for i, axes in enumerate(weight.axes) if i not in eqn.params["axes"]]
+    return any(gone) and any(kept)
+
+
+def _constant(value: Any) -> Value:
+    return Value(value, lambda: value)
+
+
+def _joined(values: Sequence[Value]) -> Value:
+    """What is known of a value that may be one of several, as an activation."""
+    learns = any(value.learns for value in values)
+    return Value(values[0].here, None, learns or any(value.data for value in values), learns)
+
+
+def _row(value: Value, aval: Any) -> Value:
+    """What is known of one entry of what a ``scan`` runs over."""
+    weight = value.weight
+    if weight is None or value.data:
+        return value._replace(full=None, weight=None)
+    levels = (*weight.levels, f"{weight.mark}/")
+    makes = [constant.full for constant in weight.constants]
+
+    def root() -> jax.Array:
+        run = lambda w: weight.tail(w, *(make() for make in makes))  # noqa: E731
+        for _ in weight.levels:
+            run = jax.vmap(run)
+        return run(weight.root())
+
+    made = None if None in (weight.root, weight.tail, *makes) else root
+    return Value(None, None, False, True, base(weight.name, levels[-1], aval, None, made, weight.dtype, levels))
+
+
+def _entry(row: Value, array: Any) -> Value:
+    if row.weight is None:
+        return row._replace(here=array)
+    return row._replace(here=array, weight=row.weight._replace(here=lambda: array))
+
+
+def _is_covered(eqn: JaxprEqn) -> bool:
+    """Whether an equation is a layer that has feedback already."""
+    body = opened(eqn.params["call_jaxpr"])
+    return any(FORWARD in str(inner.source_info.name_stack) for inner in body.eqns)
+
+
+def _alone(jaxpr: Any, eqn: JaxprEqn) -> Callable[..., list[Any]]:
+    """One equation as a function of its operands."""
+
+    def bind(*values: Any) -> list[Any]:
+        given = {var: value for var, value in zip(eqn.invars, values, strict=True) if not isinstance(var, Literal)}
+        program = jaxpr.replace(constvars=[], invars=list(given), outvars=list(eqn.outvars), eqns=[eqn])
+        return jaxpr_as_fun(ClosedJaxpr(program, []))(*given.values())
+
+    return bind

@@ -1,0 +1,137 @@
+"""A call of a model as a function of the arrays in it, whatever the model is called with and whatever it returns."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.extend.core import get_opaque_trace_state
+
+from jaxfa.nn.leaves import is_node
+from jaxfa.nn.variables import Feedback, structs
+
+with jax.ensure_compile_time_eval():
+    _OUTSIDE = get_opaque_trace_state()
+
+
+def is_transformed() -> bool:
+    """Whether this runs inside a transformation, of which one may be a gradient."""
+    return bool(get_opaque_trace_state() != _OUTSIDE)
+
+
+def method_of(name: str) -> Callable[..., Any]:
+    """The function ``(model, ...)`` that calls a model's method."""
+    return lambda model, *args, **kwargs: getattr(model, name)(*args, **kwargs)
+
+
+class Program:
+    """A function of a model and its arguments, modules among them, as one of their state.
+
+    Attributes:
+      states: the arrays of all, sorted by filters as ``nnx.split`` does; the model's paths begin with 0.
+    """
+
+    def __init__(self, model: nnx.Module, call: Callable[..., Any], args: Any, kwargs: Any, *filters: Any) -> None:
+        self.nodes = (model, args, kwargs)
+        self.call = call
+        self.graphdef, *self.states = nnx.split(self.nodes, *filters, ...)
+        self.result: Any = None
+
+    def run(self, *states: Any, prepare: Callable[[Any], None] = lambda model: None) -> tuple[Any, Any]:
+        """The arrays of the outputs, and of the state those that are others than before; changes no state.
+
+        Args:
+          *states: shaped as :attr:`states`.
+          prepare: what to do to the copy of the model that is run.
+        """
+        model, args, kwargs = nnx.merge(self.graphdef, *states, copy=True)
+        prepare(model)
+        self.result, outputs = nnx.split((self.call(model, *args, **kwargs),))
+        return outputs, changed_state((model, args, kwargs), states)
+
+    def returned(self, outputs: Any) -> Any:
+        """What it returned, with these arrays in it."""
+        return nnx.merge(self.result, outputs)[0]
+
+    def finish(self, outputs: Any, changed: Any) -> Any:
+        """Gives the model and its arguments their new state; what it returned."""
+        nnx.update(self.nodes, changed)
+        return self.returned(outputs)
+
+    def abstractly(self, of: Callable[[Any], Any], prepare: Callable[[Any], None] = lambda model: None) -> Any:
+        """The shapes of a function of what it returns."""
+
+        def run(*states: Any) -> Any:
+            return of(self.returned(self.run(*states, prepare=prepare)[0]))
+
+        return jax.eval_shape(run, *structs(self.states))
+
+
+def changed_state(node: Any, *before: Any) -> Any:
+    """What of a node's state is not as it was; the rest may be of an outer trace, in which no one may write it."""
+    known = {id(leaf) for leaf in jax.tree.leaves(before)}
+    state = nnx.to_flat_state(nnx.state(node, nnx.Not(Feedback)))
+    return nnx.from_flat_state(
+        [(path, leaf) for path, leaf in state if any(id(one) not in known for one in jax.tree.leaves(leaf))]
+    )
+
+
+class Example(NamedTuple):
+    """Arguments by their shapes: arrays, trees, modules. Hashable, so that a module may hold it as a static attribute."""
+
+    graphdef: Any
+    structure: Any
+    leaves: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Example":
+        """The example of these arguments, arrays or their shapes."""
+        blank = jax.tree.map(_blank, (args, kwargs), is_leaf=is_node)
+        graphdef, state = nnx.split(blank)
+        leaves, structure = jax.tree.flatten(state)
+        return cls(graphdef, structure, tuple(map(_describe, leaves)))
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments, with blank arrays that take no memory."""
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.structure, list(map(_blank, self.leaves))))
+
+    def marked(self, axis: int) -> "Example | None":
+        """The same with another size of its batch, one that nothing else has, if the batch is on that axis."""
+        sizes = [leaf.shape[axis] for leaf in self.leaves if len(leaf.shape) > axis]
+        if not sizes:
+            return None
+
+        def mark(leaf: Any) -> Any:
+            if len(leaf.shape) <= axis or leaf.shape[axis] != sizes[0] or not isinstance(leaf, jax.ShapeDtypeStruct):
+                return leaf
+            shape = (*leaf.shape[:axis], sizes[0] * MARK, *leaf.shape[axis + 1 :])
+            return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+        return self._replace(leaves=tuple(map(mark, self.leaves)))
+
+
+MARK = 1009  # a prime that no size has for a factor, but by chance
+
+
+class _Keys(NamedTuple):
+    """Of an array of PRNG keys what makes another."""
+
+    shape: tuple[int, ...]
+    impl: Any
+
+
+def _describe(leaf: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return _Keys(leaf.shape, jax.random.key_impl(leaf))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _blank(leaf: Any) -> Any:
+    if isinstance(leaf, _Keys):
+        key = jax.random.key(0, impl=leaf.impl)
+        return jax.random.split(key, leaf.shape) if leaf.shape else key
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+    return leaf
