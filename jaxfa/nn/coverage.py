@@ -11,7 +11,7 @@ from jaxfa.audit import OUTPUT, Audit, Use, audit
 from jaxfa.base import is_direct
 from jaxfa.nn.contraction import Contraction
 from jaxfa.nn.tap import Tap
-from jaxfa.nn.variables import Feedback, modules_of, split_arrays, structs
+from jaxfa.nn.variables import Feedback, modules_of, split_arrays, structs, value_of
 from jaxfa.paths import matches
 from jaxfa.svd import is_factors
 
@@ -130,11 +130,14 @@ class _Cover:
         self.taps = {tap.scope: tap.path for tap in taps}
         self.feedback = _feedback_of(aligned)
         flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Not(Feedback)))
-        self.shapes = {"/".join(map(str, path)): _shape(leaf.get_value()) for path, leaf in flat}
+        self.shapes = {"/".join(map(str, path)): _shape(value_of(leaf)) for path, leaf in flat}
+        self.params = {"/".join(map(str, path)) for path, leaf in flat if isinstance(leaf, nnx.Param)}
         self.first = {name for use in result.uses if use.first for name in use.weights}
 
     def table(self) -> Coverage:
-        names = dict.fromkeys(name for use in self.result.uses for name in sorted(use.weights))
+        # Of weights that are made of a parameter and other state, such as a mask, the parameter has the row.
+        uses = [self.params & use.weights or use.weights for use in self.result.uses]
+        names = dict.fromkeys(name for weights in uses for name in sorted(weights))
         carriers = names | dict.fromkeys(sorted(step.name for step in self.result.passages if step.kind == "weights"))
         impure = [self.impure(name) for name in self.result.arrivals]
         violations = [*map(self.backpropagates, carriers), *impure]

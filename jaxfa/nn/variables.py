@@ -81,6 +81,11 @@ def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     return [leaf for leaf in leaves if _is_array(leaf)], rebuild
 
 
+def value_of(leaf: Any) -> Any:
+    """The value of a leaf of a state, a variable or a plain array."""
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
