@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from jaxfa._jaxprs import opened, scan_parts
-from jaxfa.ops import FORWARD
+from jaxfa.ops import FORWARD, LOCAL
 from jaxfa.weights import Value, Weight, base, marked, moved
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
@@ -54,10 +54,20 @@ class Follower:
       act: called with each contraction and with what is held; the contraction's result, or None for its own.
       lost: called with the name of weights that are multiplied with an activation and summed, without a contraction.
       live: whether to run the program; else it is looked through.
+      local: the contractions, by their ids, to run in the scope of what is a layer's own.
     """
 
-    def __init__(self, act: Act, lost: Callable[[str], None], *, live: bool) -> None:
-        self.act, self.lost, self.live = act, lost, live
+    def __init__(
+        self,
+        act: Act = lambda found, held: None,
+        lost: Callable[[str], None] = lambda name: None,
+        *,
+        live: bool,
+        local: frozenset[int] = frozenset(),
+    ) -> None:
+        self.act, self.lost, self.live, self.local = act, lost, live, local
+        self.products: set[int] = set()
+        self.shown: set[int] = set()
 
     def run(self, program: Any, values: Sequence[Value], held: Any) -> list[Value]:
         """The values that a program returns.
@@ -104,12 +114,19 @@ class Follower:
             self.lost(ins[0].weight.name)  # type: ignore[union-attr]
         bind = _alone(jaxpr, eqn)
         if self.live and values[0] is None:
-            values = bind(*(value.here for value in ins))
+            with jax.named_scope(LOCAL) if id(eqn) in self.local else nullcontext():
+                values = bind(*(value.here for value in ins))
         return self.results(eqn, ins, values, bind)
 
     def results(self, eqn: JaxprEqn, ins: list[Value], values: list[Any], bind: Callable[..., Any]) -> list[Value]:
         covered = eqn.primitive.name == "custom_vjp_call" and _is_covered(eqn)
         data, learns = any(value.data for value in ins) or covered, any(value.learns for value in ins)
+        products = frozenset[int]().union(*(value.products for value in ins))
+        if data and not covered and eqn.primitive.name not in (*CONTRACTIONS, "mul", "div"):
+            self.shown |= products
+        if not data and learns and eqn.primitive.name in CONTRACTIONS:
+            self.products.add(id(eqn))
+            products |= {id(eqn)}
         fulls = [value.full for value in ins]
         outs = []
         for i, (var, here) in enumerate(zip(eqn.outvars, values, strict=True)):
@@ -117,7 +134,7 @@ class Follower:
             if not data and all(fulls):
                 full = lambda i=i: bind(*(make() for make in fulls))[i]  # noqa: E731
             mine = learns and jnp.issubdtype(var.aval.dtype, jnp.inexact)
-            outs.append(Value(here, full, data, mine))
+            outs.append(Value(here, full, data, mine, products=frozenset() if data else products))
         if len(outs) == 1 and outs[0].learns and not covered:
             outs = [outs[0]._replace(weight=_weight(eqn, ins, outs[0], lambda *operands: bind(*operands)[0]))]
         return outs
@@ -138,8 +155,7 @@ class Follower:
 
     def quietly(self, program: Any, ins: list[Value]) -> list[Value]:
         """What is known of the values that a program returns."""
-        follower = Follower(lambda found, held: None, lambda name: None, live=False)
-        return follower.run(program, [value._replace(here=None) for value in ins], None)
+        return Follower(live=False).run(program, [value._replace(here=None) for value in ins], None)
 
     def scan(self, eqn: JaxprEqn, ins: list[Value], held: Any) -> list[Value]:
         _, consts, carried = scan_parts(eqn)
@@ -171,6 +187,33 @@ class Follower:
         xs = [value.here for value in over], layered
         ends, ys = lax.scan(step, [value.here for value in ins[consts : consts + carried]], xs, **options)
         return [_joined([value])._replace(here=here) for value, here in zip(outs, [*ends, *ys], strict=True)]
+
+
+def with_local_products(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose products of parameters with parameters are in the scope of what is a layer's own.
+
+    The derivative of such a product, as of a spectral norm, is the weights' own: no error passes it on its way down. It
+    is none of these if it is added to an activation, as a learned query that went through a projection is.
+
+    Args:
+      forward: ``(params, rest, data) -> outputs``.
+    """
+
+    def run(params: Any, rest: Any, data: Any) -> Any:
+        program, returned = jax.make_jaxpr(forward, return_shape=True)(params, rest, data)
+        values = [
+            Value(leaf, None, learns=True, weight=base("", str(i), leaf, lambda leaf=leaf: leaf, None, leaf.dtype))
+            for i, leaf in enumerate(jax.tree.leaves(params))
+        ]
+        values += [Value(leaf) for leaf in jax.tree.leaves(rest)]
+        values += [Value(leaf, data=True) for leaf in jax.tree.leaves(data)]
+        seen = Follower(live=False)
+        seen.run(program, values, None)
+        local = frozenset(seen.products - seen.shown)
+        outs = Follower(live=True, local=local).run(program, values, {})
+        return jax.tree.unflatten(jax.tree.structure(returned), [out.here for out in outs])
+
+    return run
 
 
 def contraction(eqn: JaxprEqn, ins: list[Value]) -> Contraction | None:

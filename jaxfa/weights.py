@@ -60,6 +60,7 @@ class Value(NamedTuple):
       data: whether it depends on the data.
       learns: whether it depends on a parameter.
       weight: what it is as weights, if it is any.
+      products: the contractions of parameters with parameters, by their ids, that it is made of.
     """
 
     here: Any = None
@@ -67,6 +68,7 @@ class Value(NamedTuple):
     data: bool = False
     learns: bool = False
     weight: Weight | None = None
+    products: frozenset[int] = frozenset()
 
 
 def base(name: str, mark: str, aval: Any, here: Any, root: Any, dtype: Any, levels: tuple[str, ...] = ()) -> Weight:

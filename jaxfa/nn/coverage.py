@@ -9,6 +9,7 @@ from jax.tree_util import DictKey
 
 from jaxfa.audit import OUTPUT, Audit, Use, audit
 from jaxfa.base import is_direct
+from jaxfa.follow import with_local_products
 from jaxfa.nn.contraction import Contraction
 from jaxfa.nn.tap import Tap
 from jaxfa.nn.variables import Feedback, modules_of, split_arrays, structs, value_of
@@ -67,8 +68,18 @@ def uses_of(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, Use]:
     return {_layer(name): use for use in trace(model, args, {}).uses for name in sorted(use.weights)}
 
 
-def trace(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, skip: int = 0) -> Audit:
-    """Audits a model's gradient. The first ``skip`` segments of every path are left out of its names."""
+def trace(
+    model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, skip: int = 0, local: bool = False
+) -> Audit:
+    """Audits a model's gradient.
+
+    Args:
+      model: the model.
+      args: its positional arguments, or their shapes.
+      kwargs: its keyword arguments, likewise.
+      skip: how many segments of every path are left out of its names.
+      local: whether to take products of parameters alone, such as a spectral norm, for a part of the weights.
+    """
     graphdef, params, feedback, rest = nnx.split(model, nnx.Param, Feedback, ...)
     params, states = structs(params), structs((feedback, rest))
     arrays, rebuild = split_arrays((args, kwargs))
@@ -89,6 +100,7 @@ def trace(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, s
     # State is named, too: weights that are frozen in a variable of another type carry errors all the same.
     names_of = jax.tree_util.tree_map_with_path
     names = (names_of(own, params), (names_of(replaced, states[0]), names_of(own, states[1])))
+    forward = with_local_products(forward) if local else forward
     return audit(forward, params, states, structs(arrays), names=names)
 
 
@@ -115,7 +127,10 @@ def cover(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Covera
     """The table of an attached model for these inputs."""
     # Layer-wise rules are in the model itself; a direct one needs the wires that the root lays.
     model, skip = (aligned, 1) if is_direct(aligned.rule) or aligned.own else (aligned.model, 0)
-    return _Cover(aligned, trace(model, args, kwargs, skip=skip)).table()
+    table = _Cover(aligned, trace(model, args, kwargs, skip=skip)).table()
+    if table.violations:  # then it is worth a closer look
+        table = _Cover(aligned, trace(model, args, kwargs, skip=skip, local=True)).table()
+    return table
 
 
 class _Cover:
