@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
+from jaxfa._jaxprs import bodies, opened, scan_parts, while_parts
 from jaxfa.ops import CHOICE, DIRECT, FORWARD, INNER, LOCAL, TRANSPORT
 
 _CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
@@ -115,7 +116,7 @@ def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, *, nam
     flows += [_Flow(data=True)] * len(jax.tree.leaves(data))
     flows += [_Flow(data=True, is_error=True, way=frozenset([OUTPUT]))] * len(floats)
     walker = _Walker()
-    ends = walker.walk(jaxpr.jaxpr, flows, "")
+    ends = walker.walk(opened(jaxpr), flows, "")
     arrivals = dict(zip(jax.tree.leaves(names[0]), (end.way for end in ends), strict=True))
     return Audit(list(walker.uses.values()), arrivals, frozenset(walker.passages))
 
@@ -150,14 +151,13 @@ class _Walker:
         if eqn.primitive.name == "while":
             return self.loop(eqn, flows, scope)
         if eqn.primitive.name == "cond":
-            branches = [self.walk(branch.jaxpr, flows[1:], scope) for branch in eqn.params["branches"]]
+            branches = [self.walk(branch, flows[1:], scope) for branch in bodies(eqn)]
             # The predicate is left out: weights that data chose among are weights.
             return [_join(outs) for outs in zip(*branches, strict=True)]
         if eqn.primitive.name == "optimization_barrier":
             return flows
-        for value in eqn.params.values():
-            body = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-            if isinstance(body, Jaxpr) and len(body.invars) == len(flows):
+        for body in bodies(eqn):
+            if len(body.invars) == len(flows):
                 return self.walk(body, flows, scope)
         return [self.primitive(eqn, flows, scope)] * len(eqn.outvars)
 
@@ -198,20 +198,20 @@ class _Walker:
         return out._replace(way=way | passages)
 
     def scan(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[_Flow]:
-        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        body, consts, carries = scan_parts(eqn)
         fixed, carry, xs = flows[:consts], flows[consts : consts + carries], flows[consts + carries :]
         while True:
-            outs = self.walk(eqn.params["jaxpr"].jaxpr, [*fixed, *carry, *xs], scope)
+            outs = self.walk(body, [*fixed, *carry, *xs], scope)
             grown = [_join(pair) for pair in zip(carry, outs[:carries], strict=True)]
             if grown == carry:
                 return outs
             carry = grown
 
     def loop(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[_Flow]:
-        skip, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        body, skip, consts = while_parts(eqn)
         fixed, carry = flows[skip : skip + consts], flows[skip + consts :]
         while True:
-            outs = self.walk(eqn.params["body_jaxpr"].jaxpr, [*fixed, *carry], scope)
+            outs = self.walk(body, [*fixed, *carry], scope)
             grown = [_join(pair) for pair in zip(carry, outs, strict=True)]
             if grown == carry:
                 return carry

@@ -230,8 +230,7 @@ def vary_alike(arrays: Any) -> Any:
     """
 
     def axes(array: jax.Array) -> frozenset[Any]:
-        kind = jax.typeof(array)
-        return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+        return jax.typeof(array).manual_axis_type.varying
 
     union: frozenset[Any] = frozenset().union(*(axes(leaf) for leaf in jax.tree.leaves(arrays)))
     return jax.tree.map(lambda leaf: lax.pcast(leaf, tuple(sorted(union - axes(leaf), key=repr)), to="varying"), arrays)

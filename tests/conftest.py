@@ -1,18 +1,13 @@
 """What every test runs under: eight CPU devices, no silent broadcasting, double precision where a test asks for it."""
 
-import os
-
-# Programs are tiny, so that most time goes to compiling them: the older emitters of fusions do so in half the time.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
-)
-
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 8)  # no XLA flag: a jaxlib that does not know one ends the process, in silence
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_disable_most_optimizations", True)  # for the same reason
+# Programs are tiny, so that most time goes to compiling them.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import jaxfa
+from jaxfa._jaxprs import equations, opened
 from tests.methods import create, loss
 
 SIZES = (40, 64, 56, 48, 10)
@@ -45,16 +45,8 @@ def program(name, steps=None):
 
 def contractions(jaxpr):
     """Shapes of every matrix product, in all nested programs."""
-    found = []
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            found.append(tuple(v.aval.shape for v in (*eqn.invars, *eqn.outvars)))
-        for value in eqn.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                inner = part.jaxpr if isinstance(part, ClosedJaxpr) else part
-                if isinstance(inner, Jaxpr):
-                    found += contractions(inner)
-    return found
+    products = [eqn for eqn in equations(opened(jaxpr)) if eqn.primitive.name == "dot_general"]
+    return [tuple(v.aval.shape for v in (*eqn.invars, *eqn.outvars)) for eqn in products]
 
 
 def dot_flops(shapes):
@@ -66,7 +58,7 @@ def dot_flops(shapes):
 @pytest.mark.parametrize("steps", [None, 3], ids=["one_gradient", "scanned_steps"])
 def test_the_program_has_the_matrix_products_of_the_rule_and_no_other(name, steps):
     function, args = program(name, steps)
-    found = contractions(jax.make_jaxpr(jax.jit(function))(*args).jaxpr)
+    found = contractions(jax.make_jaxpr(jax.jit(function))(*args))
     assert len(found) == 3 * len(LAYERS) - 1
     assert sum(dot_flops(shapes) for shapes in found) == EXPECTED[name]
 
@@ -88,7 +80,7 @@ def test_the_compiled_program_skips_what_direct_feedback_skips(steps):
 def test_a_low_rank_error_costs_what_its_thin_products_cost():
     r = 5
     function, args = program("ldfa")
-    results = [shapes[-1] for shapes in contractions(jax.make_jaxpr(function)(*args).jaxpr)]
+    results = [shapes[-1] for shapes in contractions(jax.make_jaxpr(function)(*args))]
     thin = 0
     for n, m in LAYERS[1:]:
         assert (m, m) not in results  # no covariance

@@ -15,6 +15,7 @@ import jaxfa
 import jaxfa.nn
 import jaxfa.parallel
 from experiments.vgg import VGG
+from jaxfa._jaxprs import bodies, equations, opened
 from tests.networks import BLOCKS, MLP, TRAINED, Residual, Scanned, Transformer, inputs, loss
 
 
@@ -118,21 +119,11 @@ def test_each_device_multiplies_for_its_own_blocks_alone():
     model = attach("residual", jaxfa.dfa(), "dispatch", jaxfa.parallel.mesh(layer=3))
     graphdef, state = nnx.split(model)
     jaxpr = jax.make_jaxpr(lambda state, x: nnx.grad(loss)(nnx.merge(graphdef, state), x))(state, x)
-    switches = [eqn for eqn in equations(jaxpr.jaxpr) if len(eqn.params.get("branches", ())) == 3]
+    switches = [eqn for eqn in equations(opened(jaxpr)) if len(eqn.params.get("branches", ())) == 3]
     assert len(switches) == 1
-    branches = switches[0].params["branches"]
-    products = [sum(eqn.primitive.name == "dot_general" for eqn in equations(one.jaxpr)) for one in branches]
+    products = [sum(e.primitive.name == "dot_general" for e in equations(one)) for one in bodies(switches[0])]
     # The delivery; for each layer, of which a residual block has two, its output, its gradient and the error below it.
     assert products == [1 + 3, 1 + 2 * 3, 1 + 2 * 3]
-
-
-def equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda value: hasattr(value, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def test_the_table_is_read_off_the_sweep_itself():
@@ -242,7 +233,8 @@ def test_inputs_that_are_empty_or_no_numbers(schedule):
     chex.assert_trees_all_equal(keys, after)
     assert model(inputs(9, 6)[:0]).shape == (0, 3)
     # In evaluation nothing is written, so that a jitted function may close over the model.
-    np.testing.assert_allclose(jax.jit(model.__call__)(inputs(9, 6)), model(inputs(9, 6)), rtol=1e-5)
+    # A logit that nearly cancels out has the others' rounding: in double precision the two agree to 2e-16.
+    np.testing.assert_allclose(jax.jit(model.__call__)(inputs(9, 6)), model(inputs(9, 6)), rtol=1e-5, atol=1e-7)
 
 
 @every_order

@@ -74,11 +74,9 @@ def _learn(mesh: Mesh, runs: dict[str, Run], scopes: dict[str, str], blocks: dic
         index = lax.axis_index(LAYER)
         blocks, e, _ = vary_alike((blocks, e, index))
         shares = [partial(_share, runs, scopes, names[device::devices]) for device in range(devices)]
-        return jax.tree.map(lambda a: a[None], lax.switch(index, shares, blocks, e))
+        return lax.psum(lax.switch(index, shares, blocks, e), LAYER)
 
-    # Summed outside: jax 0.8.2 can't batch a psum inside.
-    learned = jax.shard_map(on_device, mesh=mesh, in_specs=P(), out_specs=P(LAYER), axis_names={LAYER})(blocks, e)
-    sums = jax.tree.map(lambda a: a.sum(0), learned)
+    sums = jax.shard_map(on_device, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={LAYER})(blocks, e)
     return {name: _cotangent(blocks[name], sums[name]) for name in names}
 
 
