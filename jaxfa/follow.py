@@ -66,6 +66,7 @@ class Follower:
         local: frozenset[int] = frozenset(),
     ) -> None:
         self.act, self.lost, self.live, self.local = act, lost, live, local
+        self.tables: set[str] = set()  # parameters that data looked something up in
         self.products: set[int] = set()
         self.shown: set[int] = set()
 
@@ -112,6 +113,8 @@ class Follower:
             values = [self.act(found, held)]
         elif _sums_scaled(eqn, ins):
             self.lost(ins[0].weight.name)  # type: ignore[union-attr]
+        elif eqn.primitive.name == "gather" and ins[0].weight is not None and ins[1].data:
+            self.tables.add(ins[0].weight.name)
         bind = _alone(jaxpr, eqn)
         if self.live and values[0] is None:
             with jax.named_scope(LOCAL) if id(eqn) in self.local else nullcontext():

@@ -8,12 +8,12 @@ from jax.flatten_util import ravel_pytree
 
 from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
-from jaxfa.nn.contraction import contractions_of, layer_of, restore, sites_of
+from jaxfa.nn.contraction import contractions_of, layer_of, sites_of
 from jaxfa.nn.coverage import Coverage, cover
 from jaxfa.nn.own import OwnContraction, call_with_feedback
 from jaxfa.nn.program import is_transformed, method_of
-from jaxfa.nn.tap import Tap, call_with_wires, remove_tap, taps_of
-from jaxfa.nn.variables import Recorder, abstractly, modules_of, structs
+from jaxfa.nn.tap import Tap, call_with_wires, plain_of, taps_of
+from jaxfa.nn.variables import Recorder, abstractly, structs
 from jaxfa.svd import is_factors
 
 
@@ -110,11 +110,7 @@ def plain(aligned: Aligned) -> Any:
       >>> jaxfa.nn.plain(aligned).kernel is aligned.model.kernel
       True
     """
-    model = nnx.clone(aligned.model, variables=False)
-    for _, module in list(modules_of(model)):
-        restore(module)
-        remove_tap(module)
-    return model
+    return plain_of(aligned.model)
 
 
 def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:

@@ -145,7 +145,7 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any, *
         else:
             place(module, Contraction(site, feedback, path))
     if args is None or rule.weights is not None:
-        found = Survey({}, set())
+        found = Survey({}, set(), set())
     else:
         found = survey(model, method_of("__call__"), Example.of(args, {}))
     names = dict.fromkeys(site.name for site in found.sites)

@@ -11,7 +11,9 @@ from jaxfa.audit import OUTPUT, Audit, Use, audit
 from jaxfa.base import is_direct
 from jaxfa.follow import with_local_products
 from jaxfa.nn.contraction import Contraction
-from jaxfa.nn.tap import Tap
+from jaxfa.nn.own import Survey, survey
+from jaxfa.nn.program import Example, method_of
+from jaxfa.nn.tap import Tap, plain_of
 from jaxfa.nn.variables import Feedback, modules_of, split_arrays, structs, value_of
 from jaxfa.paths import matches
 from jaxfa.svd import is_factors
@@ -127,17 +129,19 @@ def cover(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Covera
     """The table of an attached model for these inputs."""
     # Layer-wise rules are in the model itself; a direct one needs the wires that the root lays.
     model, skip = (aligned, 1) if is_direct(aligned.rule) or aligned.own else (aligned.model, 0)
-    table = _Cover(aligned, trace(model, args, kwargs, skip=skip)).table()
-    if table.violations:  # then it is worth a closer look
-        table = _Cover(aligned, trace(model, args, kwargs, skip=skip, local=True)).table()
-    return table
+    table = _Cover(aligned, trace(model, args, kwargs, skip=skip))
+    if table.violations():  # then it is worth a closer look
+        table = _Cover(aligned, trace(model, args, kwargs, skip=skip, local=True))
+    rest = table.matrices()
+    seen = survey(plain_of(aligned.model), method_of("__call__"), Example.of(args, kwargs)) if rest else None
+    return table.table(rest, seen)
 
 
 class _Cover:
     """Turns an audit into rows."""
 
     def __init__(self, aligned: Any, result: Audit) -> None:
-        self.result, self.allow = result, aligned.allow
+        self.result, self.allow, self.left = result, aligned.allow, aligned.left
         taps = [tap for _, tap in modules_of(aligned.model) if isinstance(tap, Tap)]
         self.blocks = [tap.path for tap in taps if not tap.at_input]
         self.inputs = [tap.path for tap in taps if tap.at_input]
@@ -148,15 +152,39 @@ class _Cover:
         self.shapes = {"/".join(map(str, path)): _shape(value_of(leaf)) for path, leaf in flat}
         self.params = {"/".join(map(str, path)) for path, leaf in flat if isinstance(leaf, nnx.Param)}
         self.first = {name for use in result.uses if use.first for name in use.weights}
-
-    def table(self) -> Coverage:
         # Of weights that are made of a parameter and other state, such as a mask, the parameter has the row.
-        uses = [self.params & use.weights or use.weights for use in self.result.uses]
-        names = dict.fromkeys(name for weights in uses for name in sorted(weights))
-        carriers = names | dict.fromkeys(sorted(step.name for step in self.result.passages if step.kind == "weights"))
+        uses = [self.params & use.weights or use.weights for use in result.uses]
+        self.names = list(dict.fromkeys(name for weights in uses for name in sorted(weights)))
+
+    def matrices(self) -> list[str]:
+        """The parameters that are matrices and in no contraction, nor the bias of a layer that is."""
+        known = {name for use in self.result.uses for name in use.weights}
+        layers = {_layer(name) for name in known}
+        rest = [name for name in self.params - known if name.rpartition("/")[0] not in layers]
+        return [name for name in rest if sum(size > 1 for size in self.shapes[name]) > 1]
+
+    def violations(self) -> list[str]:
+        passed = sorted(step.name for step in self.result.passages if step.kind == "weights")
         impure = [self.impure(name) for name in self.result.arrivals]
-        violations = [*map(self.backpropagates, carriers), *impure]
-        return Coverage(tuple(map(self.row, names)), tuple(filter(None, violations)))
+        return list(filter(None, [*map(self.backpropagates, dict.fromkeys([*self.names, *passed])), *impure]))
+
+    def table(self, rest: list[str], seen: Survey | None) -> Coverage:
+        """The table.
+
+        Args:
+          rest: the matrices that are in no contraction.
+          seen: what the model's forward pass makes of them.
+        """
+        rows, violations = list(map(self.row, self.names)), self.violations()
+        for name in sorted(rest):
+            contracted = seen is not None and (name in seen.lost or name in {site.name for site in seen.sites})
+            leaves = "not needed: looked up" if seen and name in seen.tables else "exact, entry by entry"
+            if contracted:
+                block = self.block(name, name)
+                leaves = f"exact inside {block}" if block else f"not followed{', allowed' if self.allows(name) else ''}"
+                violations += [] if block or self.allows(name) else [_LOST.format(_layer(name))]
+            rows.append(Row(_layer(name), self.shapes[name], self.arrives(name), leaves, ""))
+        return Coverage(tuple(rows), tuple(violations))
 
     def row(self, name: str) -> Row:
         way = self.result.arrivals.get(name, frozenset())
@@ -201,14 +229,21 @@ class _Cover:
     def allows(self, name: str) -> bool:
         return matches(name, self.allow, under=True)
 
-    def backpropagates(self, name: str) -> str:
+    def victims(self, name: str) -> list[str]:
+        """The parameters to which a parameter's weights send the error on."""
         ways = self.result.arrivals
         victims = [below for below in ways if ("weights", name) in ways[below] and not self.block(below, name)]
-        victims = [below for below in victims if _layer(below) != _layer(name)]
-        if not victims or self.allows(name):
+        return [below for below in victims if _layer(below) != _layer(name)]
+
+    def backpropagates(self, name: str) -> str:
+        victims = self.victims(name)
+        beside = [use.weights & self.params for use in self.result.uses if name in use.weights - self.params]
+        if not victims or self.allows(name) or any(set(victims) <= set(self.victims(w)) for ws in beside for w in ws):
             return ""
         others = " and others" if len(victims) > 3 else ""
-        mend = "Name what is below it in at=, too" if self.taps else "Make it a layer that attach() takes, unmasked"
+        mend = "Name what is below it in at=, too" if self.taps else "Make it a layer that attach() takes"
+        if name in self.left:
+            mend = "at= leaves it out, or it is masked or chosen by data, where a rule needs a matrix, as fa() has"
         return (
             f"- {_layer(name)!r} sends the error on to {', '.join(map(repr, victims[:3]))}{others} through its own "
             f"weights, which is backpropagation. {mend}, or allow={_layer(name)!r}."
@@ -223,6 +258,13 @@ class _Cover:
             f"shortcut passes a tap by or a layer is used twice. Name whole blocks with at=, shortcut included, or "
             f"allow={_layer(name)!r}."
         )
+
+
+_LOST = (
+    "- {0!r} is contracted with an activation in a way that cannot be followed, as weights that data scales or chooses "
+    "and sums written out are, so that an error may go on through it by backpropagation. Write it as one contraction, "
+    "such as jnp.einsum, of the parameter with the activation, or allow={0!r}."
+)
 
 
 def _feedback_of(aligned: Any) -> dict[str, str]:

@@ -175,15 +175,17 @@ class Survey(NamedTuple):
     Attributes:
       sites: where a rule can be put, with what is there.
       lost: the parameters that cannot be followed to where they are contracted.
+      tables: the parameters that data looked something up in.
     """
 
     sites: dict[OwnSite, Contraction]
     lost: set[str]
+    tables: set[str]
 
 
 def survey(model: nnx.Module, call: Callable[..., Any], example: Example) -> Survey:
     """Looks through a model's forward pass."""
-    found = Survey({}, set())
+    found = Survey({}, set(), set())
 
     def see(one: Contraction, held: Any) -> None:
         site = site_of(one)
@@ -194,8 +196,9 @@ def survey(model: nnx.Module, call: Callable[..., Any], example: Example) -> Sur
 
     program = Program(model, call, *example.arguments(), *_KINDS)
     jaxpr = jax.make_jaxpr(lambda *states: program.run(*states)[0])(*structs(program.states))
-    Follower(see, found.lost.add, live=False).run(jaxpr, _values(program.states, live=False), None)
-    return found
+    follower = Follower(see, found.lost.add, live=False)
+    follower.run(jaxpr, _values(program.states, live=False), None)
+    return found._replace(tables=follower.tables)
 
 
 def call_with_feedback(model: nnx.Module, call: Callable[..., Any], own: Any, left: Any, args: Any, kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxfa.base import Layer, Rule, init_at
-from jaxfa.nn.contraction import find_site
+from jaxfa.nn.contraction import find_site, restore
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.variables import Feedback, Recorder, abstractly, init_stack, intercept, modules_of, release
 from jaxfa.ops import direct
@@ -74,6 +74,15 @@ def remove_tap(module: Any) -> None:
     if hasattr(module, "feedback_tap"):
         del module.feedback_tap
         release(module)
+
+
+def plain_of(model: nnx.Module) -> Any:
+    """A model without the rule that was put on it, which shares its variables."""
+    model = nnx.clone(model, variables=False)
+    for _, module in list(modules_of(model)):
+        restore(module)
+        remove_tap(module)
+    return model
 
 
 def _tapped_input(self: Any, own_call: Any, h: jax.Array, *args: Any, **kwargs: Any) -> Any:
