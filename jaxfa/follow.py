@@ -3,46 +3,16 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from jaxfa._jaxprs import opened, scan_parts
+from jaxfa.contractions import CONTRACTIONS, Contraction, contraction, sums_scaled, weight_of
 from jaxfa.ops import FORWARD, LOCAL
-from jaxfa.weights import Value, Weight, base, marked, moved
-
-CONTRACTIONS = ("dot_general", "conv_general_dilated")
-
-
-class Contraction(NamedTuple):
-    """An activation contracted with weights.
-
-    Attributes:
-      eqn: the equation.
-      at: which operand the weights are.
-      weight: the weights.
-      x: the activation.
-    """
-
-    eqn: JaxprEqn
-    at: int
-    weight: Weight
-    x: Value
-
-    def roles(self) -> tuple[frozenset[int], frozenset[int]]:
-        """The base's axes over which it contracts, and those that count outputs."""
-        params, at, axes = self.eqn.params, self.at, self.weight.axes
-        none = frozenset[int]()
-        if self.eqn.primitive.name == "dot_general":
-            contracted, batch = (sides[at] for sides in params["dimension_numbers"])
-            free = [axis for axis in range(len(axes)) if axis not in (*contracted, *batch)]
-            return none.union(*(axes[i] for i in contracted)), none.union(*(axes[i] for i in free))
-        outputs, *inputs = params["dimension_numbers"].rhs_spec if at == 1 else params["dimension_numbers"].lhs_spec
-        return none.union(*(axes[i] for i in inputs)), axes[outputs]
-
+from jaxfa.weights import Value, base, is_float, over_stack
 
 Act = Callable[[Contraction, Any], Any]
 
@@ -80,7 +50,8 @@ class Follower:
         """
         jaxpr = opened(program)
         known: dict[Any, Value] = dict(zip(jaxpr.invars, values, strict=True))
-        known |= {var: _constant(value) for var, value in zip(jaxpr.constvars, getattr(program, "consts", ()))}
+        constants = map(_constant, getattr(program, "consts", ()))
+        known |= dict(zip(jaxpr.constvars, constants, strict=True))
 
         def read(atom: Any) -> Value:
             return _constant(atom.val) if isinstance(atom, Literal) else known[atom]
@@ -111,7 +82,7 @@ class Follower:
         found = contraction(eqn, ins)
         if found is not None:
             values = [self.act(found, held)]
-        elif _sums_scaled(eqn, ins):
+        elif sums_scaled(eqn, ins):
             self.lost(ins[0].weight.name)  # type: ignore[union-attr]
         elif eqn.primitive.name == "gather" and ins[0].weight is not None and ins[1].data:
             self.tables.add(ins[0].weight.name)
@@ -130,16 +101,13 @@ class Follower:
         if not data and learns and eqn.primitive.name in CONTRACTIONS:
             self.products.add(id(eqn))
             products |= {id(eqn)}
-        fulls = [value.full for value in ins]
         outs = []
         for i, (var, here) in enumerate(zip(eqn.outvars, values, strict=True)):
-            full = None
-            if not data and all(fulls):
-                full = lambda i=i: bind(*(make() for make in fulls))[i]  # noqa: E731
-            mine = learns and jnp.issubdtype(var.aval.dtype, jnp.inexact)
+            full = None if data else _full(bind, [value.full for value in ins], i)
+            mine = learns and is_float(var)
             outs.append(Value(here, full, data, mine, products=frozenset() if data else products))
         if len(outs) == 1 and outs[0].learns and not covered:
-            outs = [outs[0]._replace(weight=_weight(eqn, ins, outs[0], lambda *operands: bind(*operands)[0]))]
+            outs = [outs[0]._replace(weight=weight_of(eqn, ins, outs[0], lambda *operands: bind(*operands)[0]))]
         return outs
 
     def inside(self, programs: Any, ins: list[Value], held: Any, wrap: Callable[[list[Any]], Any]) -> list[Value]:
@@ -205,7 +173,7 @@ def with_local_products(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(params: Any, rest: Any, data: Any) -> Any:
         program, returned = jax.make_jaxpr(forward, return_shape=True)(params, rest, data)
         values = [
-            Value(leaf, None, learns=True, weight=base("", str(i), leaf, lambda leaf=leaf: leaf, None, leaf.dtype))
+            Value(leaf, None, learns=True, weight=base("", str(i), leaf, partial(_same, leaf), None))
             for i, leaf in enumerate(jax.tree.leaves(params))
         ]
         values += [Value(leaf) for leaf in jax.tree.leaves(rest)]
@@ -219,53 +187,17 @@ def with_local_products(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def contraction(eqn: JaxprEqn, ins: list[Value]) -> Contraction | None:
-    """The contraction of an activation with weights that an equation is, if it is any.
-
-    Weights that data chose, such as an expert's, are weights if a matrix of them was chosen: if both what is contracted
-    and what remains are axes of the parameter. What is looked up in a table is an activation.
-    """
-    if eqn.primitive.name not in CONTRACTIONS:
-        return None
-    for at in (1, 0):
-        w, x = ins[at], ins[1 - at]
-        if w.weight is None or not (x.learns and x.data):
-            continue
-        found = Contraction(eqn, at, w.weight, x)
-        contracted, outputs = found.roles()
-        pointwise = not contracted and not outputs
-        if not pointwise and (not w.data or (contracted and outputs)):
-            return found
-    return None
+def _same(value: Any) -> Any:
+    return value
 
 
-def _weight(eqn: JaxprEqn, ins: list[Value], out: Value, bind: Callable[..., Any]) -> Weight | None:
-    """What an equation's result is as weights."""
-    weights = [value.weight for value in ins if value.weight is not None]
-    if len(weights) == 1:
-        found = moved(eqn, ins, bind)
-        if found is not None:
-            return found
-    if out.data or not weights:
-        return None
-    # A function of parameters alone, such as a norm: the derivative of weights that are made so is their own.
-    largest = max(weights, key=lambda weight: len(weight.shape))
-    mark = marked(eqn, *(weight.mark for weight in weights))
-    return base(largest.name, mark, eqn.outvars[0].aval, lambda: out.here, out.full, largest.dtype)
-
-
-def _sums_scaled(eqn: JaxprEqn, ins: list[Value]) -> bool:
-    """Whether this sums products of weights and activations over an axis of the weights, and one of them remains."""
-    weight = ins[0].weight if eqn.primitive.name == "reduce_sum" else None
-    if weight is None or weight.tail is not None:
-        return False
-    gone = [weight.axes[axis] for axis in eqn.params["axes"]]
-    kept = [axes for i, axes in enumerate(weight.axes) if i not in eqn.params["axes"]]
-    return any(gone) and any(kept)
+def _full(bind: Callable[..., Any], makes: list[Any], at: int) -> Callable[[], Any] | None:
+    """What makes one result of an equation, if there is what makes its operands."""
+    return None if None in makes else lambda: bind(*(make() for make in makes))[at]
 
 
 def _constant(value: Any) -> Value:
-    return Value(value, lambda: value)
+    return Value(value, partial(_same, value))
 
 
 def _joined(values: Sequence[Value]) -> Value:
@@ -280,16 +212,17 @@ def _row(value: Value, aval: Any) -> Value:
     if weight is None or value.data:
         return value._replace(full=None, weight=None)
     levels = (*weight.levels, f"{weight.mark}/")
-    makes = [constant.full for constant in weight.constants]
+    makes: list[Any] = [constant.full for constant in weight.constants]
 
     def root() -> jax.Array:
-        run = lambda w: weight.tail(w, *(make() for make in makes))  # noqa: E731
-        for _ in weight.levels:
-            run = jax.vmap(run)
-        return run(weight.root())
+        def run(w: jax.Array) -> jax.Array:
+            return weight.tail(w, *(make() for make in makes))  # type: ignore[misc]
+
+        return over_stack(run, weight.levels)(weight.root())  # type: ignore[misc]
 
     made = None if None in (weight.root, weight.tail, *makes) else root
-    return Value(None, None, False, True, base(weight.name, levels[-1], aval, None, made, weight.dtype, levels))
+    inside = base(weight.name, levels[-1], aval, lambda: None, made)
+    return Value(learns=True, weight=inside._replace(dtype=weight.dtype, levels=levels))
 
 
 def _entry(row: Value, array: Any) -> Value:

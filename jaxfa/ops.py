@@ -30,9 +30,9 @@ def with_feedback(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         :class:`jaxfa.Factors`, differentiable in it.
 
     Returns:
-      A function ``(x, w, feedback=None, *constants) -> y``. The cotangent of ``feedback`` is the rule's own learning signal;
-      ``feedback=None`` is ``op`` with ordinary autodiff, forward mode included. Constants, such as
-      a mask or the index of an expert, are what else ``op(x, w, *constants)`` takes; no gradient is sent to them.
+      A function ``(x, w, feedback=None, *constants) -> y``. The cotangent of ``feedback`` is the rule's own learning
+      signal; ``feedback=None`` is ``op`` with ordinary autodiff, forward mode included. Constants, such as a mask or
+      the index of an expert, are what else ``op(x, w, *constants)`` takes; no gradient is sent to them.
 
     Raises:
       TypeError: if the feedback is not a :class:`jaxfa.LayerFeedback`.

@@ -7,10 +7,12 @@ parameter it is, so that the contraction is linear in something that feedback ca
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 # What moves the entries of an array and changes none.
@@ -71,10 +73,27 @@ class Value(NamedTuple):
     products: frozenset[int] = frozenset()
 
 
-def base(name: str, mark: str, aval: Any, here: Any, root: Any, dtype: Any, levels: tuple[str, ...] = ()) -> Weight:
+def base(name: str, mark: str, aval: Any, here: Callable[[], Any], root: Callable[[], Any] | None) -> Weight:
     """A value as its own base."""
     axes = tuple(frozenset([axis]) for axis in range(len(aval.shape)))
-    return Weight(name, mark, levels, aval.shape, dtype, root, here, lambda w: w, (), True, axes)
+    return Weight(name, mark, (), aval.shape, aval.dtype, root, here, lambda w: w, (), True, axes)
+
+
+def over_stack(run: Callable[..., Any], levels: tuple[str, ...]) -> Callable[..., Any]:
+    """A function of one layer's weights as one of those of all layers of its stacks."""
+    for _ in levels:
+        run = jax.vmap(run)
+    return run
+
+
+def shape_of(var: Any) -> tuple[int, ...]:
+    """The shape of a variable of a program."""
+    return tuple(var.aval.shape)
+
+
+def is_float(var: Any) -> bool:
+    """Whether a variable of a program is of floats, which alone have derivatives."""
+    return hasattr(var.aval, "dtype") and bool(jnp.issubdtype(var.aval.dtype, jnp.inexact))
 
 
 def moved(eqn: JaxprEqn, ins: list[Value], bind: Callable[..., Any]) -> Weight | None:
@@ -88,24 +107,22 @@ def moved(eqn: JaxprEqn, ins: list[Value], bind: Callable[..., Any]) -> Weight |
     [at] = [i for i, value in enumerate(ins) if value.weight is not None and value.learns]
     weight: Any = ins[at].weight
     others = tuple(value for i, value in enumerate(ins) if i != at)
-    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+    name, shape = eqn.primitive.name, shape_of(eqn.outvars[0])
 
     def step(w: Any, *constants: Any) -> Any:
         return bind(*constants[:at], w, *constants[at:])
 
     if any(value.learns for value in others):
         # Scaled by an activation: where that is contracted, too, nobody can follow it.
-        scaled = name in ("mul", "div") and at == 0 or name == "mul"
+        scaled = name == "mul" or (name == "div" and at == 0)
         return weight._replace(tail=None, thin=False) if scaled else None
-    if name in _MOVES or (name == "broadcast_in_dim" and eqn.outvars[0].aval.size == eqn.invars[at].aval.size):
+    if name in _MOVES or (name == "broadcast_in_dim" and math.prod(shape) == math.prod(shape_of(eqn.invars[at]))):
         if weight.thin:
             return _moved_base(weight, eqn, step)
     elif name not in _SCALES + _LINEAR or (name == "div" and at == 1):
         return None
     axes = _axes(eqn, at, weight.axes)
-    if axes is None:
-        return None
-    thin = weight.thin and name in _SCALES and all(v.aval.shape == () for i, v in enumerate(eqn.invars) if i != at)
+    thin = weight.thin and name in _SCALES and all(shape_of(v) == () for i, v in enumerate(eqn.invars) if i != at)
     if weight.tail is None:
         return weight._replace(axes=axes)
     before, count = weight.tail, len(weight.constants)
@@ -113,19 +130,15 @@ def moved(eqn: JaxprEqn, ins: list[Value], bind: Callable[..., Any]) -> Weight |
     def tail(w: jax.Array, *constants: Any) -> jax.Array:
         return step(before(w, *constants[:count]), *constants[count:])
 
-    assert len(axes) == len(shape)
     return weight._replace(tail=tail, constants=(*weight.constants, *others), thin=thin, axes=axes)
 
 
 def _moved_base(weight: Weight, eqn: JaxprEqn, step: Callable[[Any], Any]) -> Weight:
     """The same tail on a base whose entries have moved."""
-    root, shape = weight.root, eqn.outvars[0].aval.shape
+    root, shape = weight.root, shape_of(eqn.outvars[0])
 
     def stacked() -> jax.Array:
-        run = step
-        for _ in weight.levels:
-            run = jax.vmap(run)
-        return run(root())  # type: ignore[misc]
+        return over_stack(step, weight.levels)(root())  # type: ignore[misc]
 
     return weight._replace(
         mark=marked(eqn, weight.mark),
@@ -140,42 +153,39 @@ def marked(eqn: JaxprEqn, *marks: str) -> str:
     """The mark of an equation's result, from its operands': short, and the same in every process."""
     kinds = bool | int | float | str | tuple
     settings = sorted((key, repr(value)) for key, value in eqn.params.items() if isinstance(value, kinds))
-    told = repr((eqn.primitive.name, settings, [var.aval.shape for var in eqn.outvars], marks))
+    told = repr((eqn.primitive.name, settings, [getattr(var.aval, "shape", None) for var in eqn.outvars], marks))
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
-def _axes(eqn: JaxprEqn, at: int, axes: tuple[frozenset[int], ...]) -> tuple[frozenset[int], ...] | None:
-    """On which axes of an equation's result those of one operand's base lie; None if that cannot be told."""
-    params, name, none = eqn.params, eqn.primitive.name, frozenset[int]()
-    shape = eqn.outvars[0].aval.shape
-    match name:
+def _axes(eqn: JaxprEqn, at: int, axes: tuple[frozenset[int], ...]) -> tuple[frozenset[int], ...]:
+    """On which axes of an equation's result those of one operand's base lie."""
+    params, none = eqn.params, frozenset[int]()
+    shape = shape_of(eqn.outvars[0])
+    found: Any = axes
+    match eqn.primitive.name:
         case "transpose":
-            return tuple(axes[axis] for axis in params["permutation"])
-        case "squeeze" | "reduce_sum":
-            gone = params["dimensions" if name == "squeeze" else "axes"]
-            return tuple(axis for i, axis in enumerate(axes) if i not in gone)
+            found = [axes[axis] for axis in params["permutation"]]
+        case "squeeze":
+            found = [axis for i, axis in enumerate(axes) if i not in params["dimensions"]]
+        case "reduce_sum":
+            found = [axis for i, axis in enumerate(axes) if i not in params["axes"]]
         case "broadcast_in_dim":
             lies = dict(zip(params["broadcast_dimensions"], axes, strict=True))
-            return tuple(lies.get(axis, none) for axis in range(len(shape)))
+            found = [lies.get(axis, none) for axis in range(len(shape))]
         case "reshape":
-            return _regrouped(eqn.invars[at].aval.shape, shape, axes)
+            found = _regrouped(shape_of(eqn.invars[at]), shape, axes)
         case "gather":
-            if at != 0:
-                return None
             numbers = params["dimension_numbers"]
             gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-            left = iter(axis for i, axis in enumerate(axes) if i not in gone)
-            return tuple(next(left) if i in numbers.offset_dims else none for i in range(len(shape)))
+            left = iter([axis for i, axis in enumerate(axes) if i not in gone])
+            found = [next(left) if i in numbers.offset_dims else none for i in range(len(shape))]
         case "dot_general":
             contracted, batch = (sides[at] for sides in params["dimension_numbers"])
             first = [axes[axis] for axis in batch]
             own = [axis for i, axis in enumerate(axes) if i not in (*contracted, *batch)]
             rest = [none] * (len(shape) - len(first) - len(own))
-            return (*first, *own, *rest) if at == 0 else (*first, *rest, *own)
-        case "dynamic_slice" if at != 0:
-            return None
-        case _:
-            return axes
+            found = [*first, *own, *rest] if at == 0 else [*first, *rest, *own]
+    return tuple(found)
 
 
 def _regrouped(before: Any, after: Any, axes: tuple[frozenset[int], ...]) -> tuple[frozenset[int], ...]:

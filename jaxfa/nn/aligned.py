@@ -1,5 +1,6 @@
 """The model that :func:`jaxfa.nn.attach` returns, its plain twin, and how well the two agree."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,9 +10,12 @@ from jax.flatten_util import ravel_pytree
 from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
 from jaxfa.nn.contraction import contractions_of, layer_of, sites_of
-from jaxfa.nn.coverage import Coverage, cover
-from jaxfa.nn.own import OwnContraction, call_with_feedback
-from jaxfa.nn.program import is_transformed, method_of
+from jaxfa.nn.coverage import cover
+from jaxfa.nn.own import layer_of as own_layer_of
+from jaxfa.nn.own import weights_of
+from jaxfa.nn.program import Example, is_transformed, method_of
+from jaxfa.nn.survey import OwnContraction, by_path, program_of, run_with_feedback, survey
+from jaxfa.nn.table import Coverage
 from jaxfa.nn.tap import Tap, call_with_wires, plain_of, taps_of
 from jaxfa.nn.variables import Recorder, abstractly, structs
 from jaxfa.svd import is_factors
@@ -35,7 +39,8 @@ class Aligned(nnx.Module):
         example: Any,
         allow: tuple[str, ...],
         forward: Any = None,
-        own: tuple[list[OwnContraction], tuple[str, ...]] = ([], ()),
+        *,
+        own: tuple[Sequence[OwnContraction], tuple[str, ...]] = ((), ()),
     ) -> None:
         self.model = model
         self.rule = nnx.static(rule)
@@ -54,7 +59,8 @@ class Aligned(nnx.Module):
             # Without an example to check it by, every trace checks itself: a gradient is never taken unchecked.
             self.coverage(*args, **kwargs).refuse()
         if self.own and is_transformed():  # where nothing is transformed nothing is differentiated
-            return call_with_feedback(self.model, method_of("__call__"), self.own, self.left, args, kwargs)
+            program = program_of(self.model, method_of("__call__"), args, kwargs)
+            return run_with_feedback(program, self.own, self.left)
         return self.model(*args, **kwargs)
 
     def coverage(self, *args: Any, **kwargs: Any) -> Coverage:
@@ -85,7 +91,8 @@ class Aligned(nnx.Module):
             return
         if not (args or kwargs):
             raise ValueError("This rule's own phase runs the model: give refine(key, x) one batch of inputs.")
-        parts = _taps_with_feedback(self.model) if is_direct(self.rule) else contractions_of(self.model)
+        layers = contractions_of(self.model) | by_path(self.own)
+        parts = _taps_with_feedback(self.model) if is_direct(self.rule) else layers
         forward = _shifted_forward(self, args, kwargs) if is_direct(self.rule) else _layers(self, args, kwargs)
         if isinstance(forward, dict):  # a layer that this forward pass does not use has nothing to mirror
             parts = {path: parts[path] for path in forward}
@@ -173,7 +180,20 @@ def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
         for _ in site.layers(kernel):
             measure = jax.vmap(measure)
         found[path] = measure(site.matrices(kernel), contraction.feedback.get_value())
+    for path, one, contracted in _own(aligned, aligned.example):
+        w, measure = weights_of(contracted, one.site), weight_angle
+        for _ in range(len(one.site.levels) + one.site.view.batch):
+            measure = jax.vmap(measure)
+        found[path] = measure(w, one.feedback.get_value())
     return found
+
+
+def _own(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> list[tuple[str, Any, Any]]:
+    """A model's own contractions with feedback that a call makes: path, feedback, and what is there."""
+    if not aligned.own:
+        return []
+    sites = survey(aligned.model, method_of("__call__"), Example.of(args, kwargs or {})).sites
+    return [(path, one, sites[one.site]) for path, one in by_path(aligned.own).items() if one.site in sites]
 
 
 def _as_array(value: Any) -> jax.Array:
@@ -197,7 +217,8 @@ def _layers(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     abstractly(lambda model, *args, **kwargs: model(*args, **kwargs), probe, args, kwargs)
     kernels = {path: module.kernel.get_value() for path, (module, _) in sites_of(plain(aligned)).items()}
     seen = {path: one for path, one in contractions_of(aligned.model).items() if path in recorder.seen}
-    return {path: layer_of(one, kernels[path], recorder.seen[path]) for path, one in seen.items()}
+    layers = {path: layer_of(one, kernels[path], recorder.seen[path]) for path, one in seen.items()}
+    return layers | {path: own_layer_of(found, one.site) for path, one, found in _own(aligned, args, kwargs)}
 
 
 def _shifted_forward(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -14,9 +14,9 @@ from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import uses_of, weights_above
 from jaxfa.nn.dispatch import call_dispatched, check_dispatches
 from jaxfa.nn.factored import Factored, factorise_chosen
-from jaxfa.nn.own import Survey, put_own, survey
 from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.stream import call_streamed, check_streams
+from jaxfa.nn.survey import Survey, put_own, survey
 from jaxfa.nn.tap import Tap, check_source, fill_taps, place_tap, record_taps
 from jaxfa.nn.variables import init_stack, modules_of, structs
 from jaxfa.paths import matches
@@ -86,8 +86,8 @@ def attach(
         _refuse_unmatched("at", globs, list(sites_of(model)), under=True)
         model = factorise_chosen(model, rule.weights, _chooser(globs))
     put = _put_direct if is_direct(rule) else partial(_put_layerwise, allow=allow)
-    backprop, *own = put(model, rule, rngs, globs, args)
-    aligned = Aligned(model, rule, args, (*allow, *backprop), _forward(model, rule, schedule, mesh), *own)
+    backprop, own = put(model, rule, rngs, globs, args)
+    aligned = Aligned(model, rule, args, (*allow, *backprop), _forward(model, rule, schedule, mesh), own=own)
     if args is not None:
         aligned.coverage().refuse()
     return aligned
@@ -157,7 +157,7 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any, *
     return backprop, (own, tuple(names.keys() - {one.path for one in own}))
 
 
-def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> tuple[list[str]]:
+def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> tuple[list[str], Any]:
     """Taps a model for a direct rule."""
     if args is None:
         raise ValueError(
@@ -188,7 +188,7 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> t
         check_source(model, rule.source, seen)
         above = weights_above(model, seen[rule.source], rule.source, args)
     fill_taps(model, rule, rngs, args)
-    return (above,)
+    return above, ((), ())
 
 
 def _refuse_unmatched(name: str, globs: Any, paths: list[str], *, under: bool) -> None:

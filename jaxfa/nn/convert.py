@@ -112,7 +112,7 @@ def _dense(layer: Factored) -> Any:
         view = layer.product.view
         # The view only moves entries, so that its transpose is its inverse.
         sizes = [size for _, size in sorted(zip(view.permutation, view.permuted, strict=True))]
-        kernel = transpose(view.matrices, jax.ShapeDtypeStruct(tuple(sizes), kernel.dtype), kernel)
+        kernel = transpose(view.matrices, jnp.zeros(sizes, kernel.dtype), kernel)
     state = {"kernel": nnx.Param(kernel)}
     state |= {} if layer.bias is None else {"bias": nnx.Param(layer.bias.get_value())}
     return nnx.merge(layer.own, nnx.State(state), copy=True)

@@ -1,6 +1,6 @@
 """Lists every weight contraction of a model with how its error travels, read off the traced gradient."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,64 +10,19 @@ from jax.tree_util import DictKey
 from jaxfa.audit import OUTPUT, Audit, Use, audit
 from jaxfa.base import is_direct
 from jaxfa.follow import with_local_products
-from jaxfa.nn.contraction import Contraction
-from jaxfa.nn.own import Survey, survey
+from jaxfa.nn.describe import feedback_of, layer_name
 from jaxfa.nn.program import Example, method_of
+from jaxfa.nn.survey import Survey, survey
+from jaxfa.nn.table import Coverage, Row
 from jaxfa.nn.tap import Tap, plain_of
 from jaxfa.nn.variables import Feedback, modules_of, split_arrays, structs, value_of
 from jaxfa.paths import matches
 from jaxfa.svd import is_factors
 
-_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
-
-
-class Row(NamedTuple):
-    """One contraction with weights.
-
-    Attributes:
-      layer: the path of the layer.
-      shape: the weights' shape.
-      arrives: how the error gets to its output.
-      leaves: how the error goes on to what is below.
-      feedback: the feedback's class and size, where it has one.
-    """
-
-    layer: str
-    shape: tuple[int, ...]
-    arrives: str
-    leaves: str
-    feedback: str
-
-
-class Coverage(NamedTuple):
-    """A printable table.
-
-    Attributes:
-      rows: a :class:`Row` for each weight contraction, in the order of the forward pass.
-      violations: a sentence for each contraction that would stay backpropagation although nobody allowed it.
-    """
-
-    rows: tuple[Row, ...]
-    violations: tuple[str, ...]
-
-    def refuse(self) -> None:
-        """Raises a ``ValueError`` if there are violations."""
-        if self.violations:
-            head = "This model would not learn by the rule alone."
-            raise ValueError("\n".join([head, *self.violations, "", str(self)]))
-
-    def __str__(self) -> str:
-        """The table as text."""
-        head = ("layer", "weights", "error arrives", "error leaves", "feedback")
-        lines = [head, *((row.layer, str(row.shape), row.arrives, row.leaves, row.feedback) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        padded = (map(str.ljust, line, widths) for line in lines)
-        return "\n".join("  ".join(line).rstrip() for line in padded)
-
 
 def uses_of(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, Use]:
     """The weight contractions of a model's forward pass, by the path of the layer that owns the weights."""
-    return {_layer(name): use for use in trace(model, args, {}).uses for name in sorted(use.weights)}
+    return {layer_name(name): use for use in trace(model, args, {}).uses for name in sorted(use.weights)}
 
 
 def trace(
@@ -147,7 +102,7 @@ class _Cover:
         self.inputs = [tap.path for tap in taps if tap.at_input]
         self.places = {tap.scope: f"{'input' if tap.at_input else 'output'} of {tap.path}" for tap in taps}
         self.taps = {tap.scope: tap.path for tap in taps}
-        self.feedback = _feedback_of(aligned)
+        self.feedback = feedback_of(aligned)
         flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Not(Feedback)))
         self.shapes = {"/".join(map(str, path)): _shape(value_of(leaf)) for path, leaf in flat}
         self.params = {"/".join(map(str, path)) for path, leaf in flat if isinstance(leaf, nnx.Param)}
@@ -159,7 +114,7 @@ class _Cover:
     def matrices(self) -> list[str]:
         """The parameters that are matrices and in no contraction, nor the bias of a layer that is."""
         known = {name for use in self.result.uses for name in use.weights}
-        layers = {_layer(name) for name in known}
+        layers = {layer_name(name) for name in known}
         rest = [name for name in self.params - known if name.rpartition("/")[0] not in layers]
         return [name for name in rest if sum(size > 1 for size in self.shapes[name]) > 1]
 
@@ -182,16 +137,16 @@ class _Cover:
             if contracted:
                 block = self.block(name, name)
                 leaves = f"exact inside {block}" if block else f"not followed{', allowed' if self.allows(name) else ''}"
-                violations += [] if block or self.allows(name) else [_LOST.format(_layer(name))]
-            rows.append(Row(_layer(name), self.shapes[name], self.arrives(name), leaves, ""))
+                violations += [] if block or self.allows(name) else [_LOST.format(layer_name(name))]
+            rows.append(Row(layer_name(name), self.shapes[name], self.arrives(name), leaves, ""))
         return Coverage(tuple(rows), tuple(violations))
 
     def row(self, name: str) -> Row:
         way = self.result.arrivals.get(name, frozenset())
         taps = [self.taps[step.name] for step in way if step.name in self.taps and step.kind == "direct"]
         # A direct feedback stands where it brings an error, a layer's own where it sends one on.
-        feedback = " ".join(self.feedback.get(path, "") for path in (taps if self.taps else [_layer(name)]))
-        return Row(_layer(name), self.shapes[name], self.arrives(name), self.leaves(name), feedback)
+        feedback = " ".join(self.feedback.get(path, "") for path in (taps if self.taps else [layer_name(name)]))
+        return Row(layer_name(name), self.shapes[name], self.arrives(name), self.leaves(name), feedback)
 
     def block(self, below: str, above: str) -> str | None:
         """The tapped block that holds both parameters, inside which the backward is meant to be exact."""
@@ -224,7 +179,7 @@ class _Cover:
         if "weights" in kinds:
             block = self.block(name, name)
             return f"exact inside {block}" if block else f"backpropagation{', allowed' if self.allows(name) else ''}"
-        return "not needed: input tapped" if _layer(name) in self.inputs else "not needed"
+        return "not needed: input tapped" if layer_name(name) in self.inputs else "not needed"
 
     def allows(self, name: str) -> bool:
         return matches(name, self.allow, under=True)
@@ -233,7 +188,7 @@ class _Cover:
         """The parameters to which a parameter's weights send the error on."""
         ways = self.result.arrivals
         victims = [below for below in ways if ("weights", name) in ways[below] and not self.block(below, name)]
-        return [below for below in victims if _layer(below) != _layer(name)]
+        return [below for below in victims if layer_name(below) != layer_name(name)]
 
     def backpropagates(self, name: str) -> str:
         victims = self.victims(name)
@@ -245,8 +200,8 @@ class _Cover:
         if name in self.left:
             mend = "at= leaves it out, or it is masked or chosen by data, where a rule needs a matrix, as fa() has"
         return (
-            f"- {_layer(name)!r} sends the error on to {', '.join(map(repr, victims[:3]))}{others} through its own "
-            f"weights, which is backpropagation. {mend}, or allow={_layer(name)!r}."
+            f"- {layer_name(name)!r} sends the error on to {', '.join(map(repr, victims[:3]))}{others} through its own "
+            f"weights, which is backpropagation. {mend}, or allow={layer_name(name)!r}."
         )
 
     def impure(self, name: str) -> str:
@@ -256,7 +211,7 @@ class _Cover:
         return (
             f"- the error reaches {name!r} on {len(starts)} ways at once (from {', '.join(starts[:3])}), as when a "
             f"shortcut passes a tap by or a layer is used twice. Name whole blocks with at=, shortcut included, or "
-            f"allow={_layer(name)!r}."
+            f"allow={layer_name(name)!r}."
         )
 
 
@@ -267,35 +222,12 @@ _LOST = (
 )
 
 
-def _feedback_of(aligned: Any) -> dict[str, str]:
-    """The feedback of each layer or tap, in words."""
-    parts = [module for _, module in modules_of(aligned.model) if isinstance(module, Contraction | Tap)]
-    found: dict[str, str] = {}
-    for part in (*parts, *aligned.own):
-        if part.feedback is not None:
-            path = _layer(part.path)
-            found[path] = ", ".join(filter(None, [found.get(path), _describe(part.feedback.get_value())]))
-    return found
-
-
-def _describe(feedback: Any) -> str:
-    leaves = jax.tree.leaves(feedback)
-    shapes = "".join(f" {leaf.shape}" for leaf in leaves if leaf.shape)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    unit, scale = next(unit for unit in _UNITS if size >= unit[1] or unit[1] == 1)
-    return f"{type(feedback).__name__}{shapes} {size / scale:.3g} {unit}"
-
-
 def _shape(value: Any) -> tuple[int, ...]:
     return value.shape if is_factors(value) else jnp.shape(value)
 
 
 def _segments(path: Any) -> list[str]:
     return [str(key.key) for key in path if isinstance(key, DictKey)]
-
-
-def _layer(name: str) -> str:
-    return name.removesuffix("/kernel")
 
 
 def _inside(name: str, block: str) -> bool:

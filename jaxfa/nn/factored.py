@@ -87,9 +87,8 @@ def operation_of(layer: Any, path: str = "") -> Operation:
         its own, which two thin layers have not.
     """
     operation: Any = None
-    if type(layer).__call__ not in _OWN_CALLS or layer.promote_dtype is not promote_dtype:
-        pass
-    elif layer.preferred_element_type is not None or layer.precision is not None:
+    numbers = (layer.promote_dtype, layer.preferred_element_type, layer.precision)
+    if type(layer).__call__ not in _OWN_CALLS or numbers != (promote_dtype, None, None):
         pass
     elif isinstance(layer, nnx.Conv):
         operation = _convolution(layer)

@@ -1,4 +1,4 @@
-"""Contractions that a model makes by itself, outside of Flax's layers: ``x @ w``, einsums, tied heads, adapters."""
+"""Contractions of a model's own, such as ``x @ w``, einsums, tied heads and adapters, in a rule's terms."""
 
 import dataclasses
 import string
@@ -8,16 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.tree_util import DictKey
 
-from jaxfa.base import LayerFeedback, Rule, init_at, register, transpose
-from jaxfa.follow import Contraction, Follower
-from jaxfa.nn.program import Example, Program
-from jaxfa.nn.variables import Feedback, init_stack, structs
-from jaxfa.nn.views import Call, Groups, Matrices, Whole, of_einsum, roles
+from jaxfa.base import Layer, LayerFeedback, register, transpose
+from jaxfa.contractions import Contraction
+from jaxfa.nn.views import Bound, Call, Groups, Matrices, Whole, of_einsum, roles
 from jaxfa.ops import CHOICE, with_feedback
-from jaxfa.weights import Value, base
+from jaxfa.weights import over_stack, shape_of
 
 
 class OwnSite(NamedTuple):
@@ -72,7 +68,7 @@ def _einsum(found: Contraction) -> tuple[str, tuple[int, ...]]:
     """The subscripts ``"x,kernel->result"`` of a ``dot_general``, and the kernel's shape: it has an output's axis."""
     at, numbers, shape = found.at, found.eqn.params["dimension_numbers"], found.weight.shape
     w = list(string.ascii_lowercase[: len(shape)])
-    x = list(string.ascii_uppercase[: found.eqn.invars[1 - at].aval.ndim])
+    x = list(string.ascii_uppercase[: len(shape_of(found.eqn.invars[1 - at]))])
     for sides in numbers:
         for i, j in zip(sides[at], sides[1 - at], strict=True):
             x[j] = w[i]
@@ -131,139 +127,61 @@ def contract(found: Contraction, site: OwnSite, feedback: LayerFeedback) -> jax.
     constants = [value.here for value in weight.constants]
     if not site.thin:
         return with_feedback(partial(_chosen, found))(x, w, Viewed(feedback, site.view), *constants)
-    is_dot = found.eqn.primitive.name == "dot_general"
-    last = -1 if is_dot else found.eqn.params["dimension_numbers"].out_spec[1]
-
-    def operation(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
-        kernel = weight.tail(kernel[..., 0] if site.is_vector else kernel, *constants)
-        y = _evaluate(found, x, kernel, **options)
-        return y[..., None] if site.is_vector else jnp.moveaxis(y, last, -1)
-
-    view = of_einsum(*_einsum(found)) if is_dot else site.view
-    bound = view.bind(Call(operation, (), (), {}), x)
+    bound = _bound(found, site, x, constants)
     run = with_feedback(bound.op)
-    for _ in range(view.batch):
+    for _ in range(site.view.batch):
         run = jax.vmap(run)
     y = bound.join(run(bound.split(x), site.matrices(w), feedback))
-    return y[..., 0] if site.is_vector else jnp.moveaxis(y, -1, last)
+    return y[..., 0] if site.is_vector else jnp.moveaxis(y, -1, _last(found))
+
+
+def _bound(found: Contraction, site: OwnSite, x: Any, constants: list[Any]) -> Bound:
+    """The contraction in a rule's terms, with its channels last."""
+
+    def run(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+        return _evaluate(found, x, found.weight.tail(kernel, *constants), **options)  # type: ignore[misc]
+
+    def operation(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+        if not site.is_vector:
+            return jnp.moveaxis(run(x, kernel, **options), _last(found), -1)
+        if kernel.shape[-1] == 1:
+            return run(x, kernel[..., 0])[..., None]
+        return jax.vmap(run, (None, -1), -1)(x, kernel)
+
+    view = of_einsum(*_einsum(found)) if found.eqn.primitive.name == "dot_general" else site.view
+    return view.bind(Call(operation, (), (), {}), x)
+
+
+def _last(found: Contraction) -> int:
+    """The axis of the result that counts outputs, if there is one alone."""
+    return -1 if found.eqn.primitive.name == "dot_general" else found.eqn.params["dimension_numbers"].out_spec[1]
+
+
+def layer_of(found: Contraction, site: OwnSite) -> Layer:
+    """The :class:`jaxfa.Layer` of a contraction that was looked through; a stack's is vectorised."""
+    aval: Any = found.eqn.invars[1 - found.at].aval
+    w = weights_of(found, site)
+    bound = _bound(found, site, aval, [value.full() for value in found.weight.constants])  # type: ignore[misc]
+    x = jax.eval_shape(bound.split, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    layers = w.shape[: len(site.levels) + site.view.batch]
+    op = bound.op
+    for _ in layers:
+        op = jax.vmap(op)
+    return Layer(op, jax.ShapeDtypeStruct((*layers, *x.shape[site.view.batch :]), x.dtype), w)
+
+
+def weights_of(found: Contraction, site: OwnSite) -> jax.Array:
+    """The weights of a contraction that was looked through as rules see them, a stack's layers in front."""
+    return over_stack(site.matrices, site.levels)(found.weight.root().astype(found.weight.dtype))  # type: ignore[misc]
 
 
 def _chosen(found: Contraction, x: jax.Array, w: jax.Array, *constants: jax.Array) -> jax.Array:
     """The contraction as a function of the base, from which the constants choose."""
     with jax.named_scope(CHOICE):
-        w = found.weight.tail(w, *constants)
+        w = found.weight.tail(w, *constants)  # type: ignore[misc]
     return _evaluate(found, x, w)
 
 
 def _evaluate(found: Contraction, x: jax.Array, w: jax.Array, **options: Any) -> jax.Array:
     operands = (w, x) if found.at == 0 else (x, w)
     return found.eqn.primitive.bind(*operands, **found.eqn.params | options)
-
-
-class OwnContraction(nnx.Module):
-    """The feedback of a contraction that no layer makes."""
-
-    def __init__(self, site: OwnSite, feedback: LayerFeedback) -> None:
-        self.site = nnx.static(site)
-        self.path = site.name
-        self.feedback = Feedback(feedback)
-
-
-class Survey(NamedTuple):
-    """The contractions of a model that have no feedback.
-
-    Attributes:
-      sites: where a rule can be put, with what is there.
-      lost: the parameters that cannot be followed to where they are contracted.
-      tables: the parameters that data looked something up in.
-    """
-
-    sites: dict[OwnSite, Contraction]
-    lost: set[str]
-    tables: set[str]
-
-
-def survey(model: nnx.Module, call: Callable[..., Any], example: Example) -> Survey:
-    """Looks through a model's forward pass."""
-    found = Survey({}, set(), set())
-
-    def see(one: Contraction, held: Any) -> None:
-        site = site_of(one)
-        if site is None:
-            found.lost.add(one.weight.name)
-        else:
-            found.sites.setdefault(site, one)
-
-    program = Program(model, call, *example.arguments(), *_KINDS)
-    jaxpr = jax.make_jaxpr(lambda *states: program.run(*states)[0])(*structs(program.states))
-    follower = Follower(see, found.lost.add, live=False)
-    follower.run(jaxpr, _values(program.states, live=False), None)
-    return found._replace(tables=follower.tables)
-
-
-def call_with_feedback(model: nnx.Module, call: Callable[..., Any], own: Any, left: Any, args: Any, kwargs: Any) -> Any:
-    """Runs a model whose own contractions have feedback.
-
-    Args:
-      model: the model.
-      call: the function ``(model, ...)`` to run.
-      own: the :class:`OwnContraction` of each.
-      left: the parameters that are left to backpropagation.
-      args: positional arguments.
-      kwargs: keyword arguments.
-    """
-    held = {one.site: one.feedback.get_value() for one in own}
-
-    def act(found: Contraction, held: Any) -> jax.Array | None:
-        site, name = site_of(found), found.weight.name
-        if site in held:
-            return contract(found, site, held[site])
-        if name in left:
-            return None
-        raise ValueError(
-            f"This call contracts {name!r} as the example did not, so that there is no feedback for it: give attach() "
-            f"an example of this call, or allow={name!r}."
-        )
-
-    program = Program(model, call, args, kwargs, *_KINDS)
-    jaxpr, returned = jax.make_jaxpr(program.run, return_shape=True)(*structs(program.states))
-    values = Follower(act, lambda name: None, live=True).run(jaxpr, _values(program.states, live=True), held)
-    return program.finish(*jax.tree.unflatten(jax.tree.structure(returned), [value.here for value in values]))
-
-
-def _is_own(path: Any, value: Any, kind: type = object) -> bool:
-    return path[0] == 0 and isinstance(value, kind)
-
-
-_KINDS = (partial(_is_own, kind=nnx.Param), _is_own)
-
-
-def _values(states: Any, *, live: bool) -> list[Value]:
-    """What is known of a model's parameters, its other state and its arguments."""
-    params, state, data = states
-    values = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        name = "/".join(str(key.key) for key in path[1:] if isinstance(key, DictKey))
-        here = leaf if live else None
-        weight = base(name, name, leaf, lambda leaf=leaf: leaf, lambda leaf=leaf: leaf, leaf.dtype)
-        values.append(Value(here, lambda leaf=leaf: leaf, learns=True, weight=weight))
-    values += [Value(leaf if live else None, lambda leaf=leaf: leaf) for leaf in jax.tree.leaves(state)]
-    return values + [Value(leaf if live else None, data=True) for leaf in jax.tree.leaves(data)]
-
-
-def put_own(rule: Rule, rngs: nnx.Rngs, found: Survey, is_chosen: Any) -> list[OwnContraction]:
-    """Feedback for a model's own contractions."""
-    own = []
-    for site, one in found.sites.items():
-        if not is_chosen(site.name):
-            continue
-        root: Any = one.weight.root
-        w, matrices = root().astype(one.weight.dtype), site.matrices
-        for _ in site.levels:
-            matrices = jax.vmap(matrices)
-        w = matrices(w)
-        layers = w.shape[: len(site.levels) + site.view.batch]
-        feedback = init_stack(init_at(rule, path=site.name), rngs.feedback(), layers, w)
-        plain = feedback is None or (not site.thin and type(feedback).transport is not LayerFeedback.transport)
-        own += [] if plain else [OwnContraction(site, feedback)]
-    return own

@@ -1,0 +1,35 @@
+"""The feedback of a model in words."""
+
+from typing import Any
+
+import jax
+
+from jaxfa.nn.contraction import Contraction
+from jaxfa.nn.tap import Tap
+from jaxfa.nn.variables import modules_of
+
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+
+
+def feedback_of(aligned: Any) -> dict[str, str]:
+    """The feedback of each layer or tap, in words."""
+    parts = [module for _, module in modules_of(aligned.model) if isinstance(module, Contraction | Tap)]
+    found: dict[str, str] = {}
+    for part in (*parts, *aligned.own):
+        if part.feedback is not None:
+            path = layer_name(part.path)
+            found[path] = ", ".join(filter(None, [found.get(path), _describe(part.feedback.get_value())]))
+    return found
+
+
+def _describe(feedback: Any) -> str:
+    leaves = jax.tree.leaves(feedback)
+    shapes = "".join(f" {leaf.shape}" for leaf in leaves if leaf.shape)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    unit, scale = next(unit for unit in _UNITS if size >= unit[1] or unit[1] == 1)
+    return f"{type(feedback).__name__}{shapes} {size / scale:.3g} {unit}"
+
+
+def layer_name(name: str) -> str:
+    """The layer that a parameter stands for: what holds a kernel, else the parameter itself."""
+    return name.removesuffix("/kernel")
