@@ -87,16 +87,17 @@ def cover(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Covera
     table = _Cover(aligned, trace(model, args, kwargs, skip=skip))
     if table.violations():  # then it is worth a closer look
         table = _Cover(aligned, trace(model, args, kwargs, skip=skip, local=True))
-    rest = table.matrices()
-    seen = survey(plain_of(aligned.model), method_of("__call__"), Example.of(args, kwargs)) if rest else None
-    return table.table(rest, seen)
+    if not table.hides():
+        return table.table(None)
+    model = plain_of(aligned.model) if is_direct(aligned.rule) else aligned.model
+    return table.table(survey(model, method_of("__call__"), Example.of(args, kwargs)))
 
 
 class _Cover:
     """Turns an audit into rows."""
 
     def __init__(self, aligned: Any, result: Audit) -> None:
-        self.result, self.allow, self.left = result, aligned.allow, aligned.left
+        self.result, self.allow, self.left, self.own = result, aligned.allow, aligned.left, aligned.own
         taps = [tap for _, tap in modules_of(aligned.model) if isinstance(tap, Tap)]
         self.blocks = [tap.path for tap in taps if not tap.at_input]
         self.inputs = [tap.path for tap in taps if tap.at_input]
@@ -123,23 +124,39 @@ class _Cover:
         impure = [self.impure(name) for name in self.result.arrivals]
         return list(filter(None, [*map(self.backpropagates, dict.fromkeys([*self.names, *passed])), *impure]))
 
-    def table(self, rest: list[str], seen: Survey | None) -> Coverage:
-        """The table.
+    def hides(self) -> bool:
+        """Whether there may be weights that data chooses: matrices in no contraction, or stacks in a first one."""
+        stacks = [name for name in self.first & self.params if sum(size > 1 for size in self.shapes[name]) > 2]
+        return bool(self.matrices() or stacks)
 
-        Args:
-          rest: the matrices that are in no contraction.
-          seen: what the model's forward pass makes of them.
-        """
-        rows, violations = list(map(self.row, self.names)), self.violations()
-        for name in sorted(rest):
-            contracted = seen is not None and (name in seen.lost or name in {site.name for site in seen.sites})
-            leaves = "not needed: looked up" if seen and name in seen.tables else "exact, entry by entry"
-            if contracted:
-                block = self.block(name, name)
-                leaves = f"exact inside {block}" if block else f"not followed{', allowed' if self.allows(name) else ''}"
-                violations += [] if block or self.allows(name) else [_LOST.format(layer_name(name))]
-            rows.append(Row(layer_name(name), self.shapes[name], self.arrives(name), leaves, ""))
+    def table(self, seen: Survey | None) -> Coverage:
+        """The table; with what the forward pass shows of weights that the gradient does not show."""
+        rest = {} if seen is None else dict.fromkeys(sorted(self.matrices()), "exact, entry by entry")
+        if seen is not None:
+            rest |= dict.fromkeys(seen.tables & rest.keys(), "not needed: looked up")
+        violations, lost = self.violations(), self.lost(seen, rest)
+        for name in lost:
+            block = self.block(name, name)
+            rest[name] = f"exact inside {block}" if block else f"not followed{', allowed' if self.allows(name) else ''}"
+            violations += [] if block or self.allows(name) else [_LOST.format(layer_name(name))]
+        rows = [self.row(name) for name in self.names]
+        rows = [
+            row._replace(leaves=rest[name]) if name in lost else row for name, row in zip(self.names, rows, strict=True)
+        ]
+        others = [name for name in rest if name not in self.names]
+        rows += [
+            Row(layer_name(name), self.shapes[name], self.arrives(name), rest[name], "") for name in sorted(others)
+        ]
         return Coverage(tuple(rows), tuple(violations))
+
+    def lost(self, seen: Survey | None, rest: Any) -> list[str]:
+        """The weights that an error passes on its way down without anybody's seeing it in the gradient."""
+        if seen is None:
+            return []
+        own = {one.site for one in self.own}
+        chosen = {site.name for site in seen.sites if site not in own and (site.name in rest or not site.thin)}
+        shown = {step.name for step in self.result.passages if step.kind == "weights"}
+        return sorted((seen.lost | chosen) - shown)
 
     def row(self, name: str) -> Row:
         way = self.result.arrivals.get(name, frozenset())

@@ -79,7 +79,7 @@ def changed_state(node: Any, *before: Any) -> Any:
 
 
 class Example(NamedTuple):
-    """Arguments by their shapes: arrays, trees, modules. Hashable, so that a module may hold it as a static attribute."""
+    """Arguments by their shapes: arrays, trees, modules. Hashable, so that a module may hold it as a static one."""
 
     graphdef: Any
     structure: Any
