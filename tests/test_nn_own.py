@@ -403,7 +403,6 @@ def test_what_a_forward_pass_writes_and_returns_is_kept():
         nnx.state(model, nnx.Not(nnx.Any(jaxfa.nn.Feedback, nnx.RngKey))) for model in (models[0], models[1].model)
     )
     jax.tree.map(np.testing.assert_array_equal, *states)
-    np.testing.assert_array_equal(jax.jit(lambda x: models[1](x)[0])(x).shape, (5, 3))
 
 
 def test_it_trains_at_chosen_places_by_name():
@@ -420,6 +419,7 @@ def test_it_trains_at_chosen_places_by_name():
 
     values = [train(aligned, optimizer) for _ in range(10)]
     assert values[-1] < values[0]
+    np.testing.assert_allclose(jax.jit(lambda x: aligned(x))(x), aligned(x), rtol=1e-6)  # closed over
     with pytest.raises(ValueError, match=r"at=\['v'\] matches nothing; the paths here are \['below', 'w'\]"):
         attach(model, jaxfa.fa(), x, at="v")
     assert len(attach(model, jaxfa.fa(), x, at="w").own) == 2
