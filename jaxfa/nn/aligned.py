@@ -11,8 +11,8 @@ from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
 from jaxfa.nn.contraction import contractions_of, layer_of, sites_of
 from jaxfa.nn.coverage import cover
+from jaxfa.nn.own import OwnSite, weights_of
 from jaxfa.nn.own import layer_of as own_layer_of
-from jaxfa.nn.own import weights_of
 from jaxfa.nn.program import Example, is_transformed, method_of
 from jaxfa.nn.survey import OwnContraction, by_path, program_of, run_with_feedback, survey
 from jaxfa.nn.table import Coverage
@@ -29,7 +29,7 @@ class Aligned(nnx.Module):
       rule: the rule.
       forward: how it runs where blocks learn in an order of their own: ``(model, args, kwargs) -> logits``.
       own: the feedback of contractions that no layer makes.
-      left: the parameters whose own contractions are left to backpropagation.
+      left: those that are left to backpropagation.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class Aligned(nnx.Module):
         allow: tuple[str, ...],
         forward: Any = None,
         *,
-        own: tuple[Sequence[OwnContraction], tuple[str, ...]] = ((), ()),
+        own: tuple[Sequence[OwnContraction], tuple[OwnSite, ...]] = ((), ()),
     ) -> None:
         self.model = model
         self.rule = nnx.static(rule)
         self.example = nnx.static(example)
         self.allow = allow
         self.forward = nnx.static(forward)
-        self.own, self.left = nnx.List(own[0]), own[1]
+        self.own, self.left = nnx.List(own[0]), nnx.static(own[1])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass, bit for bit; its gradient is the rule's."""

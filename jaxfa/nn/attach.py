@@ -152,9 +152,10 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any, *
     paths = [*sites, *names]
     _refuse_unmatched("at", at, paths, under=True)
     _refuse_unmatched("the rule's globs", rule.globs, paths, under=True)
-    left = tuple(name for name in names if matches(name, allow, under=True) or not _chooser(at)(name))
-    own = put_own(rule, rngs, found, lambda name: name not in left)
-    return backprop, (own, tuple(names.keys() - {one.path for one in own}))
+    free = [name for name in names if _chooser(at)(name) and not matches(name, allow, under=True)]
+    own, exact = put_own(rule, rngs, {site: one for site, one in found.sites.items() if site.name in free})
+    left = found.sites.keys() - {one.site for one in own}
+    return [*backprop, *exact], (own, tuple(site for site in found.sites if site in left))
 
 
 def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any) -> tuple[list[str], Any]:

@@ -97,7 +97,8 @@ class _Cover:
     """Turns an audit into rows."""
 
     def __init__(self, aligned: Any, result: Audit) -> None:
-        self.result, self.allow, self.left, self.own = result, aligned.allow, aligned.left, aligned.own
+        self.result, self.allow, self.own = result, aligned.allow, aligned.own
+        self.left = {site.name for site in aligned.left}
         taps = [tap for _, tap in modules_of(aligned.model) if isinstance(tap, Tap)]
         self.blocks = [tap.path for tap in taps if not tap.at_input]
         self.inputs = [tap.path for tap in taps if tap.at_input]

@@ -63,13 +63,13 @@ def program_of(model: nnx.Module, call: Callable[..., Any], args: Any, kwargs: A
     return Program(model, call, args, kwargs, partial(_is_own, kind=nnx.Param), _is_own)
 
 
-def run_with_feedback(program: Program, own: Any, left: tuple[str, ...]) -> Any:
+def run_with_feedback(program: Program, own: Any, left: tuple[OwnSite, ...]) -> Any:
     """Runs a model whose own contractions have feedback.
 
     Args:
       program: made by :func:`program_of`.
       own: the :class:`OwnContraction` of each.
-      left: the parameters that are left to backpropagation.
+      left: the contractions that are left to backpropagation.
     """
     held = {one.site: one.feedback.get_value() for one in own}
 
@@ -77,7 +77,7 @@ def run_with_feedback(program: Program, own: Any, left: tuple[str, ...]) -> Any:
         site, name = site_of(found), found.weight.name
         if site is not None and site in held:
             return contract(found, site, held[site])
-        if name in left:
+        if site is None or site in left:
             return None
         raise ValueError(
             f"This call contracts {name!r} as the example did not, so that there is no feedback for it: give attach() "
@@ -109,19 +109,19 @@ def _same(leaf: Any) -> Any:
     return leaf
 
 
-def put_own(rule: Rule, rngs: nnx.Rngs, found: Survey, is_chosen: Any) -> list[OwnContraction]:
-    """Feedback for a model's own contractions."""
-    own = []
-    for site, one in found.sites.items():
-        if not is_chosen(site.name):
-            continue
+def put_own(rule: Rule, rngs: nnx.Rngs, sites: dict[OwnSite, Contraction]) -> tuple[list[OwnContraction], list[str]]:
+    """Feedback for a model's own contractions; the parameters that the rule itself leaves to backpropagation."""
+    own, backprop = [], []
+    for site, one in sites.items():
         w = weights_of(one, site)
         layers = w.shape[: len(site.levels) + site.view.batch]
         feedback = init_stack(init_at(rule, path=site.name), rngs.feedback(), layers, w)
+        if feedback is None:
+            backprop.append(site.name)
         # A matrix alone can be masked and chosen from as the weights are; noise cannot be sent through what data chose.
-        matrix = type(feedback).transport is LayerFeedback.transport and rule.refine is keep
-        own += [OwnContraction(site, feedback)] if feedback is not None and (site.thin or matrix) else []
-    return own
+        elif site.thin or (type(feedback).transport is LayerFeedback.transport and rule.refine is keep):
+            own.append(OwnContraction(site, feedback))
+    return own, backprop
 
 
 def by_path(own: Any) -> dict[str, OwnContraction]:
