@@ -7,7 +7,8 @@ backpropagation. So what this finds is what the program does, whatever the modul
 
 Its limits: a contraction is JAX's ``dot_general`` or convolution. One that is spelled out as a product and a sum, a
 linear solve or an FFT, and one inside a Pallas kernel, a callback or another opaque primitive, are not seen; nor are
-weights that were multiplied by data or looked up by it (a mixture's experts), which look like activations.
+weights that were multiplied by data or looked up by it (a mixture's experts), which look like activations: these
+:mod:`jaxfa.follow` tells apart, in the forward pass.
 """
 
 import re

@@ -37,6 +37,7 @@ class Follower:
     ) -> None:
         self.act, self.lost, self.live, self.local = act, lost, live, local
         self.tables: set[str] = set()  # parameters that data looked something up in
+        self.stacks: dict[str, int] = {}  # over how many axes of a parameter scans run
         self.products: set[int] = set()
         self.shown: set[int] = set()
 
@@ -140,6 +141,7 @@ class Follower:
             if [value[2:4] for value in grown] == [value[2:4] for value in carry]:
                 break
             carry = grown
+        self.stacks |= {row.weight.name: len(row.weight.levels) for row in rows if row.weight is not None}
         if not self.live:
             self.run(body, [*fixed, *carry, *rows], held)
             return [_joined([value]) for value in outs]
@@ -163,8 +165,8 @@ class Follower:
 def with_local_products(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A function whose products of parameters with parameters are in the scope of what is a layer's own.
 
-    The derivative of such a product, as of a spectral norm, is the weights' own: no error passes it on its way down. It
-    is none of these if it is added to an activation, as a learned query that went through a projection is.
+    The derivative of such a product, as of a spectral norm, is the weights' own: no error passes it on its way down. A
+    product that is added to an activation, as a learned query that was projected is, is none of these.
 
     Args:
       forward: ``(params, rest, data) -> outputs``.

@@ -36,7 +36,11 @@ def attach(
     """Puts a rule on a model that knows nothing of it.
 
     Layer-wise rules take the place of the backward of every ``nnx.Linear``, ``LinearGeneral``, ``Einsum``, ``Conv``
-    and ``ConvTranspose``, and so of attention's projections and recurrent cells. Direct rules deliver the output error
+    and ``ConvTranspose``, and so of attention's projections and recurrent cells, and, where the example shows them, of
+    the contractions with a parameter that a model makes by itself: ``x @ w``, einsums and convolutions of its own,
+    tied heads, LoRA's adapters, experts chosen by an index. Their feedback is the parameter's, whose path they go by;
+    where the parameter learns elsewhere, too, as a tied embedding does, Kolen-Pollack's law holds for this part of its
+    steps. Direct rules deliver the output error
     to the outputs of the modules named by ``at``, inside which the backward is exact; without ``at``, to the input of
     every such layer but the first.
 
@@ -49,7 +53,8 @@ def attach(
       example: one batch of inputs, an array or a tuple of the model's positional arguments (or their shapes). With it
         the gradient is traced and every contraction accounted for now; without it, whenever the model is traced.
         Direct rules need it.
-      allow: globs of layers that may pass errors on by backpropagation.
+      allow: globs of layers that may pass errors on by backpropagation; a model's own contractions with these
+        parameters get no feedback.
       schedule: ``"stored"`` keeps every activation for the backward pass, as autodiff does; ``"stream"``, for direct
         rules with ``at=``, keeps none: the model runs once more when the error is known, and every tapped block learns
         as it runs, so that memory is set by the largest block (and by what lies between blocks). ``"dispatch"``,
@@ -145,7 +150,7 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, args: Any, *
         else:
             place(module, Contraction(site, feedback, path))
     if args is None or rule.weights is not None:
-        found = Survey({}, set(), set())
+        found = Survey({}, set(), set(), {})
     else:
         found = survey(model, method_of("__call__"), Example.of(args, {}))
     names = dict.fromkeys(site.name for site in found.sites)

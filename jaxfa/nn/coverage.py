@@ -10,7 +10,7 @@ from jax.tree_util import DictKey
 from jaxfa.audit import OUTPUT, Audit, Use, audit
 from jaxfa.base import is_direct
 from jaxfa.follow import with_local_products
-from jaxfa.nn.describe import feedback_of, layer_name
+from jaxfa.nn.describe import LOST, feedback_of, layer_name
 from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.survey import Survey, survey
 from jaxfa.nn.table import Coverage, Row
@@ -118,7 +118,11 @@ class _Cover:
         known = {name for use in self.result.uses for name in use.weights}
         layers = {layer_name(name) for name in known}
         rest = [name for name in self.params - known if name.rpartition("/")[0] not in layers]
-        return [name for name in rest if sum(size > 1 for size in self.shapes[name]) > 1]
+        return [name for name in rest if self.axes(name) > 1]
+
+    def axes(self, name: str, stack: int = 0) -> int:
+        """How many axes a parameter has beside those of a stack."""
+        return sum(size > 1 for size in self.shapes[name][stack:])
 
     def violations(self) -> list[str]:
         passed = sorted(step.name for step in self.result.passages if step.kind == "weights")
@@ -127,19 +131,21 @@ class _Cover:
 
     def hides(self) -> bool:
         """Whether there may be weights that data chooses: matrices in no contraction, or stacks in a first one."""
-        stacks = [name for name in self.first & self.params if sum(size > 1 for size in self.shapes[name]) > 2]
+        stacks = [name for name in self.first & self.params if self.axes(name) > 2]
         return bool(self.matrices() or stacks)
 
     def table(self, seen: Survey | None) -> Coverage:
         """The table; with what the forward pass shows of weights that the gradient does not show."""
-        rest = {} if seen is None else dict.fromkeys(sorted(self.matrices()), "exact, entry by entry")
+        rest: dict[str, str] = {}
         if seen is not None:
+            matrices = [name for name in self.matrices() if self.axes(name, seen.stacks.get(name, 0)) > 1]
+            rest = dict.fromkeys(matrices, "exact, entry by entry")
             rest |= dict.fromkeys(seen.tables & rest.keys(), "not needed: looked up")
         violations, lost = self.violations(), self.lost(seen, rest)
         for name in lost:
             block = self.block(name, name)
             rest[name] = f"exact inside {block}" if block else f"not followed{', allowed' if self.allows(name) else ''}"
-            violations += [] if block or self.allows(name) else [_LOST.format(layer_name(name))]
+            violations += [] if block or self.allows(name) else [LOST.format(layer_name(name))]
         rows = [self.row(name) for name in self.names]
         rows = [
             row._replace(leaves=rest[name]) if name in lost else row for name, row in zip(self.names, rows, strict=True)
@@ -231,13 +237,6 @@ class _Cover:
             f"shortcut passes a tap by or a layer is used twice. Name whole blocks with at=, shortcut included, or "
             f"allow={layer_name(name)!r}."
         )
-
-
-_LOST = (
-    "- {0!r} is contracted with an activation in a way that cannot be followed, as weights that data scales or chooses "
-    "and sums written out are, so that an error may go on through it by backpropagation. Write it as one contraction, "
-    "such as jnp.einsum, of the parameter with the activation, or allow={0!r}."
-)
 
 
 def _shape(value: Any) -> tuple[int, ...]:

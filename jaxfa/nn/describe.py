@@ -1,4 +1,4 @@
-"""The feedback of a model in words."""
+"""What a table says in words."""
 
 from typing import Any
 
@@ -8,6 +8,11 @@ from jaxfa.nn.contraction import Contraction
 from jaxfa.nn.tap import Tap
 from jaxfa.nn.variables import modules_of
 
+LOST = (
+    "- {0!r} is contracted with an activation in a way that cannot be followed, as weights that data scales or chooses "
+    "and sums written out are, so that an error may go on through it by backpropagation. Write it as one contraction, "
+    "such as jnp.einsum, of the parameter with the activation, or allow={0!r}."
+)
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 

@@ -33,16 +33,18 @@ class Survey(NamedTuple):
       sites: where a rule can be put, with what is there.
       lost: the parameters that cannot be followed to where they are contracted.
       tables: the parameters that data looked something up in.
+      stacks: for parameters that scans run over, over how many axes.
     """
 
     sites: dict[OwnSite, Contraction]
     lost: set[str]
     tables: set[str]
+    stacks: dict[str, int]
 
 
 def survey(model: nnx.Module, call: Callable[..., Any], example: Example) -> Survey:
     """Looks through a model's forward pass."""
-    found = Survey({}, set(), set())
+    found = Survey({}, set(), set(), {})
 
     def see(one: Contraction, held: Any) -> None:
         site = site_of(one)
@@ -55,7 +57,7 @@ def survey(model: nnx.Module, call: Callable[..., Any], example: Example) -> Sur
     jaxpr = jax.make_jaxpr(lambda *states: program.run(*states)[0])(*structs(program.states))
     follower = Follower(see, found.lost.add, live=False)
     follower.run(jaxpr, _values(program.states, live=False), None)
-    return found._replace(tables=follower.tables)
+    return found._replace(tables=follower.tables, stacks=follower.stacks)
 
 
 def program_of(model: nnx.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Program:
