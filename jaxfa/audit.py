@@ -7,7 +7,8 @@ backpropagation. So what this finds is what the program does, whatever the modul
 
 Its limits: a contraction is JAX's ``dot_general`` or convolution. One that is spelled out as a product and a sum, a
 linear solve or an FFT, and one inside a Pallas kernel, a callback or another opaque primitive, are not seen; nor are
-weights that were multiplied by data or looked up by it (a mixture's experts), which look like activations.
+weights that were multiplied by data or looked up by it (a mixture's experts), which look like activations: these
+:mod:`jaxfa.follow` tells apart, in the forward pass.
 """
 
 import re
@@ -21,7 +22,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxfa._jaxprs import bodies, opened, scan_parts, while_parts
-from jaxfa.ops import DIRECT, FORWARD, INNER, LOCAL, TRANSPORT
+from jaxfa.ops import CHOICE, DIRECT, FORWARD, INNER, LOCAL, TRANSPORT
 
 _CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 # Where an operand only says which entries are meant, the result is data no more than the others are.
@@ -163,7 +164,8 @@ class _Walker:
         for eqn in jaxpr.eqns:
             inner = f"{scope}/{eqn.source_info.name_stack}"
             for var, flow in zip(eqn.outvars, self.equation(eqn, [read(v) for v in eqn.invars], inner), strict=True):
-                known[var] = flow
+                # Whole numbers carry no error.
+                known[var] = flow if _is_float(var) else flow._replace(names=_NONE)
         return [read(v) for v in jaxpr.outvars]
 
     def equation(self, eqn: JaxprEqn, flows: list[_Flow], scope: str) -> list[_Flow]:
@@ -208,6 +210,8 @@ class _Walker:
         out = _join(flows)._replace(
             data=any(flow.data for flow in flows[_CHOICES.get(eqn.primitive.name, slice(None))])
         )
+        if CHOICE in scope and not out.is_error:
+            return out._replace(data=False)  # weights that data chose, where a rule takes them for weights
         if DIRECT in scope and out.is_error:
             tap = _TAP.findall(scope)
             return self.passed(out, "direct", frozenset(tap[-1:]) or frozenset(["?"]), way=_NONE)
@@ -257,6 +261,10 @@ class _Walker:
             if grown == carry:
                 return carry
             carry = grown
+
+
+def _is_float(var: Any) -> bool:
+    return jnp.issubdtype(getattr(var.aval, "dtype", jnp.float32), jnp.inexact)
 
 
 def _is_pointwise(eqn: JaxprEqn, flows: list[_Flow]) -> bool:

@@ -16,10 +16,11 @@ FORWARD = "jaxfa.forward"
 LOCAL = "jaxfa.local"
 TRANSPORT = "jaxfa.transport"
 DIRECT = "jaxfa.direct"
+CHOICE = "jaxfa.choice"  # what chooses or masks the weights, which are weights still
 INNER = "jaxfa.inner"  # a factored layer's second contraction: with the first it is one use of its weights
 
 
-def with_feedback(op: Operation) -> Callable[..., jax.Array]:
+def with_feedback(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Gives an operation a backward pass of its own: true weight gradients, errors through the feedback.
 
     ``y = op(x, w)``; backward ``dw = (d op / d w)^T delta`` and ``dx = feedback.transport(op, x, w, delta)``. For a
@@ -30,8 +31,9 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
         :class:`jaxfa.Factors`, differentiable in it.
 
     Returns:
-      A function ``(x, w, feedback=None) -> y``. The cotangent of ``feedback`` is the rule's own learning signal;
-      ``feedback=None`` is ``op`` with ordinary autodiff, forward mode included.
+      A function ``(x, w, feedback=None, *constants) -> y``. The cotangent of ``feedback`` is the rule's own learning
+      signal; ``feedback=None`` is ``op`` with ordinary autodiff, forward mode included. Constants, such as a mask or
+      the index of an expert, are what else ``op(x, w, *constants)`` takes; no gradient is sent to them.
 
     Raises:
       TypeError: if the feedback is not a :class:`jaxfa.LayerFeedback`.
@@ -48,37 +50,41 @@ def with_feedback(op: Operation) -> Callable[..., jax.Array]:
     deep learning", 2016, https://doi.org/10.1038/ncomms13276
     """
 
-    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+    def run(x: jax.Array, w: jax.Array, constants: Any) -> jax.Array:
         with jax.named_scope(FORWARD):
-            return op(x, w)
+            return op(x, w, *constants)
 
     @jax.custom_vjp
-    def forward(x: jax.Array, w: jax.Array, feedback: LayerFeedback) -> jax.Array:
+    def forward(x: jax.Array, w: jax.Array, feedback: LayerFeedback, constants: Any) -> jax.Array:
         del feedback
-        return run(x, w)
+        return run(x, w, constants)
 
-    def keep_residuals(x: jax.Array, w: jax.Array, feedback: LayerFeedback) -> tuple[jax.Array, Any]:
-        return run(x, w), (x, w, feedback)
+    def keep_residuals(x: jax.Array, w: jax.Array, feedback: LayerFeedback, constants: Any) -> tuple[jax.Array, Any]:
+        return run(x, w, constants), (x, w, feedback, constants)
 
     def backward(residuals: Any, delta: jax.Array) -> Any:
-        x, w, feedback = residuals
+        x, w, feedback, constants = residuals
+
+        def bound(x: jax.Array, w: jax.Array) -> jax.Array:
+            return op(x, w, *constants)
+
         with jax.named_scope(LOCAL):
-            dw = _local_gradient(op, x, w, delta)
+            dw = _local_gradient(bound, x, w, delta)
         with jax.named_scope(TRANSPORT):
-            dx = feedback.transport(op, x, w, delta)
+            dx = feedback.transport(bound, x, w, delta)
             signal = feedback.signal(x, w, delta, dw)
-        return _cotangent(dx, x, feedback), _cotangent(dw, w, feedback), _cotangent(signal, feedback, feedback)
+        return _cotangent(dx, x, feedback), _cotangent(dw, w, feedback), _cotangent(signal, feedback, feedback), None
 
     forward.defvjp(keep_residuals, backward)
 
-    def apply(x: jax.Array, w: jax.Array, feedback: LayerFeedback | None = None) -> jax.Array:
+    def apply(x: jax.Array, w: jax.Array, feedback: LayerFeedback | None = None, *constants: jax.Array) -> jax.Array:
         if feedback is None:
-            return op(x, w)
+            return op(x, w, *constants)
         check_family(feedback, LayerFeedback, "with_feedback, linear and conv", "jaxfa.direct(h, wire, feedback)")
         # Whole numbers, such as pixels, have no gradient; the rule's backward is told of a float that nothing uses.
         x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(w.dtype)
         with backward_alone():
-            return forward(*vary_alike((x, w, feedback)))
+            return forward(*vary_alike((x, w, feedback, constants)))
 
     return apply
 

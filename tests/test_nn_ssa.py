@@ -60,6 +60,21 @@ class Video(nnx.Module):
         return self.head(nnx.relu(self.conv2(nnx.relu(self.conv1(x)))).mean((-2, -3)))
 
 
+class Attention(nnx.Module):
+    """Attention, an einsum with biases and its outputs apart, and a layer that is called by keyword."""
+
+    def __init__(self, rngs):
+        options = {"param_dtype": float, "bias_init": nnx.initializers.normal(1.0), "rngs": rngs}
+        self.first = nnx.Linear(6, 6, **options)
+        self.attention = nnx.MultiHeadAttention(2, 6, decode=False, **options)
+        self.einsum = nnx.Einsum("nta,hab->nhtb", (2, 6, 3), (2, 3), **options)
+        self.head = nnx.Linear(3, 3, **options)
+
+    def __call__(self, x):
+        h = self.attention(jnp.tanh(self.first(inputs=x, out_sharding=None)))
+        return self.head(jnp.tanh(self.einsum(jnp.tanh(h))).sum(1))
+
+
 def attach(model, rule, x, **options):
     return jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=x, **options)
 
@@ -82,6 +97,27 @@ def test_at_full_rank_the_model_is_the_dense_one_and_so_is_what_comes_back(rule,
         chex.assert_trees_all_close(back(x), expected, atol=1e-5)
     merged = nnx.state(jaxfa.nn.merge(aligned), nnx.Param)
     chex.assert_trees_all_close(nnx.to_pure_dict(merged), nnx.to_pure_dict(nnx.state(model, nnx.Param)), atol=1e-5)
+
+
+def test_attention_and_einsums_are_factored_and_come_back(x64):
+    model, x = Attention(nnx.Rngs(0)), inputs(5, 4, 6)
+    aligned = attach(model, jaxfa.ssa(parallel=False), x)
+    for other in (aligned, jaxfa.nn.merge(aligned), jaxfa.nn.export(aligned)):
+        chex.assert_trees_all_close(other(x), model(x), atol=1e-12)
+    merged = nnx.state(jaxfa.nn.merge(aligned), nnx.Param)
+    chex.assert_trees_all_close(nnx.to_pure_dict(merged), nnx.to_pure_dict(nnx.state(model, nnx.Param)), atol=1e-12)
+    rows = {row.layer: (row.shape, row.leaves) for row in aligned.coverage().rows}
+    passed = {f"attention/{name}": ((6, 6), "through its feedback") for name in ("query", "key", "value", "out")}
+    assert rows.items() >= passed.items()
+    assert rows["einsum"] == ((6, 6), "through its feedback")
+    tied = nnx.grad(lambda m: (m(x) ** 2).sum())
+    exact = attach(jaxfa.nn.factorise(model), jaxfa.backprop(), x)
+    biases = [
+        {path: leaf.get_value() for path, leaf in nnx.to_flat_state(found) if path[-1] == "bias"}
+        for found in (tied(exact)["model"], tied(model), tied(aligned)["model"])
+    ]
+    chex.assert_trees_all_close(biases[0], biases[1], atol=1e-10)
+    assert np.abs(biases[2][("first", "bias")] - biases[1][("first", "bias")]).max() > 1e-2
 
 
 @pytest.mark.long
@@ -218,8 +254,11 @@ def test_what_has_no_factors_is_refused():
     options = {"preferred_element_type": jnp.float32}, {"promote_dtype": lambda arrays, dtype=None: arrays}
     own = [nnx.Linear(4, 3, rngs=nnx.Rngs(0), **options[0]), nnx.Conv(2, 3, (3,), rngs=nnx.Rngs(0), **options[1])]
     for layer in (*own, Doubled(4, 3, rngs=nnx.Rngs(0)), nnx.LoRALinear(4, 3, lora_rank=2, rngs=nnx.Rngs(0))):
-        with pytest.raises(ValueError, match="with their own __call__"):
-            jaxfa.nn.factorise(layer)
+        with pytest.raises(ValueError, match=r"place of 'layers/0', a layer \w+: .*with their own __call__"):
+            jaxfa.nn.factorise(nnx.Sequential(layer))
+    normed = nnx.Sequential(nnx.SpectralNorm(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"'layers/0', an nnx.SpectralNorm, norms their weights"):
+        attach(normed, rule, jnp.ones((2, 3)))
     with pytest.raises(ValueError, match=r"place of \['layers/0', 'layers/1'\].*not in a tuple"):
         jaxfa.nn.factorise(Tuple(nnx.Rngs(0)))
     with pytest.raises(ValueError, match="has no factored layers"):

@@ -18,10 +18,10 @@ from jaxfa.nn.convert import export as export
 from jaxfa.nn.convert import factorise as factorise
 from jaxfa.nn.convert import merge as merge
 from jaxfa.nn.convert import prune as prune
-from jaxfa.nn.coverage import Coverage as Coverage
-from jaxfa.nn.coverage import Row as Row
 from jaxfa.nn.errors import errors as errors
 from jaxfa.nn.optimizer import Optimizer as Optimizer
+from jaxfa.nn.table import Coverage as Coverage
+from jaxfa.nn.table import Row as Row
 from jaxfa.nn.variables import Feedback as Feedback
 
 __all__ = [

@@ -1,5 +1,6 @@
 """The model that :func:`jaxfa.nn.attach` returns, its plain twin, and how well the two agree."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,11 +11,15 @@ from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
 from jaxfa.forward_mode import backward_alone
 from jaxfa.nn.contraction import contractions_of, layer_of, sites_of
-from jaxfa.nn.coverage import Coverage, cover
+from jaxfa.nn.coverage import cover
 from jaxfa.nn.direct import call_direct
 from jaxfa.nn.learning import note_refined, quiet, remind
 from jaxfa.nn.leaves import error_in
+from jaxfa.nn.own import OwnSite, weights_of
+from jaxfa.nn.own import layer_of as own_layer_of
 from jaxfa.nn.program import Example, Program, is_transformed, method_of
+from jaxfa.nn.survey import OwnContraction, by_path, program_of, run_with_feedback, survey
+from jaxfa.nn.table import Coverage
 from jaxfa.nn.tap import plain_of, taps_of
 from jaxfa.nn.variables import Recorder
 from jaxfa.svd import is_factors
@@ -26,9 +31,18 @@ class Aligned(nnx.Module):
     Attributes:
       model: a copy of the user's model with the rule in it. Parameters and state keep their paths.
       rule: the rule.
+      own: the feedback of contractions that no layer makes.
+      left: those that are left to backpropagation.
     """
 
-    def __init__(self, model: nnx.Module, rule: Rule, allow: tuple[str, ...], **options: Any) -> None:
+    def __init__(
+        self,
+        model: nnx.Module,
+        rule: Rule,
+        allow: tuple[str, ...],
+        own: tuple[Sequence[OwnContraction], tuple[OwnSite, ...]] = ((), ()),
+        **options: Any,
+    ) -> None:
         self.model = model
         self.rule = nnx.static(rule)
         self.allow = allow
@@ -37,6 +51,7 @@ class Aligned(nnx.Module):
         self.logits = nnx.static(options.get("logits"))
         self.forward = nnx.static(options.get("forward"))
         self.reminds = True
+        self.own, self.left = nnx.List(own[0]), nnx.static(own[1])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass, bit for bit; its gradient is the rule's."""
@@ -51,6 +66,9 @@ class Aligned(nnx.Module):
         if not is_direct(self.rule) and self.example is None and is_transformed():
             # Without an example to check it by, every trace checks itself: a gradient is never taken unchecked.
             self.coverage(*args, **kwargs).refuse()
+        if self.own and is_transformed():
+            program = program_of(self.model, method_of(self.method), args, kwargs)
+            return run_with_feedback(program, self.own, self.left)
         return method_of(self.method)(self.model, *args, **kwargs)
 
     def coverage(self, *args: Any, **kwargs: Any) -> Coverage:
@@ -86,7 +104,8 @@ class Aligned(nnx.Module):
         if not (args or kwargs):
             raise ValueError("This rule's own phase runs the model: give refine(key, x) one batch of inputs.")
         taps = {path: tap for path, tap in taps_of(self.model).items() if tap.feedback is not None}
-        parts = taps if is_direct(self.rule) else contractions_of(self.model)
+        layers = contractions_of(self.model) | by_path(self.own)
+        parts = taps if is_direct(self.rule) else layers
         forward = _shifted_forward(self, args, kwargs) if is_direct(self.rule) else _layers(self, args, kwargs)
         if isinstance(forward, dict):  # a layer that this forward pass does not use has nothing to mirror
             parts = {path: parts[path] for path in forward}
@@ -179,7 +198,20 @@ def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
         for _ in site.layers(kernel):
             measure = jax.vmap(measure)
         found[path] = measure(site.matrices(kernel), contraction.feedback.get_value())
+    for path, one, contracted in _own(aligned, aligned.example):
+        w, measure = weights_of(contracted, one.site), weight_angle
+        for _ in range(len(one.site.levels) + one.site.view.batch):
+            measure = jax.vmap(measure)
+        found[path] = measure(w, one.feedback.get_value())
     return found
+
+
+def _own(aligned: Aligned, example: Any) -> list[tuple[str, Any, Any]]:
+    """A model's own contractions with feedback that a call makes: path, feedback, and what is there."""
+    if not aligned.own:
+        return []
+    sites = survey(aligned.model, method_of(aligned.method), example).sites
+    return [(path, one, sites[one.site]) for path, one in by_path(aligned.own).items() if one.site in sites]
 
 
 def _as_array(value: Any) -> jax.Array:
@@ -195,7 +227,10 @@ def _layers(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     Program(probe, method_of(aligned.method), args, kwargs).abstractly(lambda out: None)
     kernels = {path: module.kernel.get_value() for path, (module, _) in sites_of(plain(aligned)).items()}
     seen = {path: one for path, one in contractions_of(aligned.model).items() if path in recorder.seen}
-    return {path: layer_of(one, kernels[path], recorder.seen[path]) for path, one in seen.items()}
+    layers = {path: layer_of(one, kernels[path], recorder.seen[path]) for path, one in seen.items()}
+    return layers | {
+        path: own_layer_of(found, one.site) for path, one, found in _own(aligned, Example.of(args, kwargs))
+    }
 
 
 def _shifted_forward(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

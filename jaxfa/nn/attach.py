@@ -14,8 +14,9 @@ from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import uses_of, weights_above
 from jaxfa.nn.dispatch import call_dispatched, check_dispatches
 from jaxfa.nn.factored import Factored, factorise_chosen
-from jaxfa.nn.program import Example
+from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.stream import call_streamed, check_streams
+from jaxfa.nn.survey import Survey, put_own, survey
 from jaxfa.nn.tap import Tap, place_tap
 from jaxfa.nn.taps import check_source, end_at, fill_taps, measure_taps, only_leaf, tappable, that_are_read, true_size
 from jaxfa.nn.variables import init_stack, modules_of
@@ -39,7 +40,11 @@ def attach(
     """Puts a rule on a model that knows nothing of it.
 
     Layer-wise rules take the place of the backward of every ``nnx.Linear``, ``LinearGeneral``, ``Einsum``, ``Conv``
-    and ``ConvTranspose``, and so of attention's projections and recurrent cells. Direct rules deliver the output error
+    and ``ConvTranspose``, and so of attention's projections and recurrent cells, and, where the example shows them, of
+    the contractions with a parameter that a model makes by itself: ``x @ w``, einsums and convolutions of its own,
+    tied heads, LoRA's adapters, experts chosen by an index. Their feedback is the parameter's, whose path they go by;
+    where the parameter learns elsewhere, too, as a tied embedding does, Kolen-Pollack's law holds for this part of its
+    steps. Direct rules deliver the output error
     to the outputs of the modules named by ``at``, inside which the backward is exact; without ``at``, to the input of
     every such layer but the first.
 
@@ -60,7 +65,8 @@ def attach(
       method: the model's method that these are for and that is called by ``aligned(...)``.
       logits: for direct rules of models with several outputs, a function that picks from them those whose error is
         delivered, such as ``lambda out: out[0]``. By default all arrays of floats; several lie side by side.
-      allow: globs of layers that may pass errors on by backpropagation.
+      allow: globs of layers that may pass errors on by backpropagation; a model's own contractions with these
+        parameters get no feedback.
       schedule: ``"stored"`` keeps every activation for the backward pass, as autodiff does; ``"stream"``, for direct
         rules with ``at=``, keeps none: the model runs once more when the error is known, and every tapped block learns
         as it runs, so that memory is set by the largest block (and by what lies between blocks). ``"dispatch"``,
@@ -97,10 +103,10 @@ def attach(
     if rule.weights is not None:
         _refuse_unmatched("at", globs, list(sites_of(model)), under=True)
         model = factorise_chosen(model, rule.weights, _chooser(globs))
-    put = _put_direct if is_direct(rule) else _put_layerwise
-    backprop = put(model, rule, rngs, globs, call)
+    put = _put_direct if is_direct(rule) else partial(_put_layerwise, allow=allow)
+    backprop, own = put(model, rule, rngs, globs, call)
     forward = _forward(model, rule, schedule, mesh)
-    aligned = Aligned(model, rule, (*allow, *backprop), **call._asdict(), forward=forward)
+    aligned = Aligned(model, rule, (*allow, *backprop), own, **call._asdict(), forward=forward)
     if call.example is not None:
         aligned.coverage().refuse()
     return aligned
@@ -163,13 +169,11 @@ def _chooser(globs: Any) -> Callable[[str], bool]:
     return lambda path: globs is None or matches(path, globs, under=True)
 
 
-def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> list[str]:
+def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call, *, allow: Any) -> tuple[list[str], Any]:
     """Puts a layer-wise rule on a model; returns the layers that the rule itself leaves to backpropagation."""
     sites = sites_of(model)
-    _refuse_unmatched("at", at, list(sites), under=True)
-    _refuse_unmatched("the rule's globs", rule.globs, list(sites), under=True)
-    found = {} if call.example is None else uses_of(model, call.method, call.example)
-    first = {path for path, use in found.items() if use.first}
+    used = {} if call.example is None else uses_of(model, call.method, call.example)
+    first = {path for path, use in used.items() if use.first}
     backprop = []
     for path, (module, site) in sites.items():
         if rule.weights is not None and not isinstance(module, Factored):
@@ -182,10 +186,21 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) 
             backprop.append(path)
         else:
             place(module, Contraction(site, feedback, path))
-    return backprop
+    if call.example is None or rule.weights is not None:
+        found = Survey({}, set(), set(), {})
+    else:
+        found = survey(model, method_of(call.method), call.example)
+    names = dict.fromkeys(site.name for site in found.sites)
+    paths = [*sites, *names]
+    _refuse_unmatched("at", at, paths, under=True)
+    _refuse_unmatched("the rule's globs", rule.globs, paths, under=True)
+    free = [name for name in names if _chooser(at)(name) and not matches(name, allow, under=True)]
+    own, exact = put_own(rule, rngs, {site: one for site, one in found.sites.items() if site.name in free})
+    left = found.sites.keys() - {one.site for one in own}
+    return [*backprop, *exact], (own, tuple(site for site in found.sites if site in left))
 
 
-def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> list[str]:
+def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> tuple[list[str], Any]:
     """Taps a model for a direct rule; returns the layers that it leaves to backpropagation."""
     if call.example is None:
         raise ValueError(
@@ -219,7 +234,7 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> 
         end_at(model, rule.source, list(seen))
     found, error = tappable(model, seen, error)
     fill_taps(model, rule, rngs, that_are_read(model, call, found), error)
-    return above
+    return above, ((), ())
 
 
 def _refuse_unmatched(name: str, globs: Any, paths: list[str], *, under: bool) -> None:

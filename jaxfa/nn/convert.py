@@ -1,5 +1,6 @@
 """A model's weights as factors, and back: to factored layers, to dense ones, to pairs of thin ones."""
 
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxfa.base import transpose
 from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.factored import Factored, factorise_chosen, swap
 from jaxfa.nn.variables import Feedback, modules_of
+from jaxfa.nn.views import Matrices
 from jaxfa.paths import matches
 from jaxfa.rank import prune as prune_tree
 from jaxfa.svd import Factors
@@ -104,7 +107,13 @@ def _converted(model: Any, convert: Callable[[Factored], Any]) -> Any:
 
 
 def _dense(layer: Factored) -> Any:
-    state = {"kernel": nnx.Param(layer.kernel.get_value().dense())}
+    kernel = layer.kernel.get_value().dense()
+    if layer.product is not None:
+        view = layer.product.view
+        # The view only moves entries, so that its transpose is its inverse.
+        sizes = [size for _, size in sorted(zip(view.permutation, view.permuted, strict=True))]
+        kernel = transpose(view.matrices, jnp.zeros(sizes, kernel.dtype), kernel)
+    state = {"kernel": nnx.Param(kernel)}
     state |= {} if layer.bias is None else {"bias": nnx.Param(layer.bias.get_value())}
     return nnx.merge(layer.own, nnx.State(state), copy=True)
 
@@ -114,6 +123,8 @@ def _thin(layer: Factored) -> nnx.Sequential:
     root = jnp.sqrt(jnp.abs(w.s))
     first, _ = Factors(w.u, root, w.v, w.shape).kernels()
     _, second = Factors(w.u, w.s, w.v * jnp.expand_dims(root * jnp.sign(w.s), 0), w.shape).kernels()
+    if layer.product is not None:
+        return nnx.Sequential(*_einsums(layer.product.view, first, second, dense))
     bias = dense.bias
     dense.bias, dense.use_bias = nnx.data(None), False
     pair = []
@@ -128,6 +139,26 @@ def _thin(layer: Factored) -> nnx.Sequential:
         pair.append(one)
     pair[1].bias, pair[1].use_bias = bias if bias is None else nnx.data(bias), bias is not None
     return nnx.Sequential(*pair)
+
+
+def _einsums(view: Matrices, first: jax.Array, second: jax.Array, dense: Any) -> list[nnx.Einsum]:
+    """Two einsums for one: from its inputs to the rank, and from the rank to its outputs."""
+    operands, _, result = str(view.subscripts).partition("->")
+    lhs, kernel = operands.split(",")
+    letters = "".join(kernel[axis] for axis in view.permutation)
+    ins, outs = letters[: -view.outputs], letters[-view.outputs :]
+    rank = next(letter for letter in string.ascii_letters if letter not in lhs + kernel + result)
+    rest = "".join(letter for letter in lhs if letter not in ins)
+    pair = []
+    for subscripts, w, sizes, bias in (
+        (f"{lhs},{ins}{rank}->{rest}{rank}", first, (*view.permuted[: -view.outputs], first.shape[1]), None),
+        (f"{rest}{rank},{rank}{outs}->{result}", second, (first.shape[1], *view.permuted[-view.outputs :]), dense.bias),
+    ):
+        one = nnx.Einsum(subscripts, sizes, dtype=dense.dtype, param_dtype=dense.param_dtype, rngs=nnx.Rngs(0))
+        one.kernel.set_value(w.reshape(sizes))
+        one.bias = nnx.data(bias)
+        pair.append(one)
+    return pair
 
 
 def prune(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,74 +11,34 @@ from jax.tree_util import DictKey
 
 from jaxfa.audit import OUTPUT, Audit, Use, audit, uses
 from jaxfa.base import is_direct
-from jaxfa.nn.contraction import Contraction
+from jaxfa.follow import with_local_products
+from jaxfa.nn.describe import IDLE, LOST, SILENT, describe, held_feedback, layer_name
 from jaxfa.nn.learning import how_it_learns
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Example, Program, method_of
+from jaxfa.nn.survey import Survey, survey
+from jaxfa.nn.table import Coverage, Row
 from jaxfa.nn.tap import Tap, plain_of, taps_of
 from jaxfa.nn.taps import record_taps
-from jaxfa.nn.variables import Feedback, modules_of, structs, value_of
+from jaxfa.nn.variables import Feedback, structs, value_of
 from jaxfa.paths import matches
 from jaxfa.svd import is_factors
-
-_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
-
-
-class Row(NamedTuple):
-    """One contraction with weights.
-
-    Attributes:
-      layer: the path of the layer.
-      shape: the weights' shape.
-      arrives: how the error gets to its output.
-      leaves: how the error goes on to what is below.
-      feedback: the feedback's class and size, where it has one.
-      learns: how that learns: "fixed", "from the batch", "by refine", which is ``model.refine(key, x)``, or else.
-    """
-
-    layer: str
-    shape: tuple[int, ...]
-    arrives: str
-    leaves: str
-    feedback: str
-    learns: str
-
-
-class Coverage(NamedTuple):
-    """A printable table.
-
-    Attributes:
-      rows: a :class:`Row` for each weight contraction, in the order of the forward pass.
-      violations: a sentence for each contraction that would stay backpropagation although nobody allowed it.
-    """
-
-    rows: tuple[Row, ...]
-    violations: tuple[str, ...]
-
-    def refuse(self) -> None:
-        """Raises a ``ValueError`` if there are violations."""
-        if self.violations:
-            head = "This model would not learn by the rule alone."
-            raise ValueError("\n".join([head, *self.violations, "", str(self)]))
-
-    def __str__(self) -> str:
-        """The table as text."""
-        head = ("layer", "weights", "error arrives", "error leaves", "feedback", "learns")
-        lines = [head, *((row.layer, str(row.shape), *row[2:]) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        padded = (map(str.ljust, line, widths) for line in lines)
-        return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def uses_of(model: nnx.Module, method: str, example: Example) -> dict[str, Use]:
     """The weight contractions of a model's forward pass, by the path of the layer that owns the weights."""
     found = uses(*_traced(model, method, example))
-    return {_layer(name): use for use in found for name in sorted(use.weights)}
+    return {layer_name(name): use for use in found for name in sorted(use.weights)}
 
 
-def trace(model: nnx.Module, method: str, example: Example) -> Audit:
-    """Audits the gradient of all outputs of a model."""
-    return audit(*_traced(model, method, example))
+def trace(model: nnx.Module, method: str, example: Example, *, local: bool = False) -> Audit:
+    """Audits the gradient of all outputs of a model; ``local``: see :func:`traced`."""
+    return _audit(_traced(model, method, example), local)
+
+
+def _audit(found: tuple[Any, ...], local: bool) -> Audit:
+    forward, *rest = found
+    return audit(with_local_products(forward) if local else forward, *rest)
 
 
 def _traced(
@@ -99,6 +59,8 @@ def _traced(
         return "/".join(_segments(path)[1 + skip :]) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
 
     def replaced(path: Any, _: Any) -> str:
+        if _segments(path)[1] == "own" and skip:
+            return str(model.own[int(_segments(path)[2])].path)
         *owner, holder, _ = _segments(path)[1 + skip :]
         return "" if holder == "feedback_tap" else "/".join([*owner, "kernel"])
 
@@ -133,16 +95,31 @@ def weights_above(model: nnx.Module, method: str, tapped: Any, source: str, exam
 
 def cover(aligned: Any, example: Example) -> Coverage:
     """The table of an attached model for these inputs."""
-    return _Cover(aligned, traced(aligned, example), example).table()
+    result = traced(aligned, example)
+    table = _Cover(aligned, result, example)
+    if table.violations():  # then it is worth a closer look
+        table = _Cover(aligned, traced(aligned, example, local=True), example)
+    if not table.hides():
+        return table.table(None)
+    model = plain_of(aligned.model) if is_direct(aligned.rule) else aligned.model
+    return table.table(survey(model, method_of(aligned.method), example))
 
 
-def traced(aligned: Any, example: Example) -> Audit:
-    """The audit of an attached model."""
-    # Layer-wise rules are in the model itself; a direct one needs its root.
+def traced(aligned: Any, example: Example, *, local: bool = False) -> Audit:
+    """The audit of an attached model.
+
+    Args:
+      aligned: the model.
+      example: a call of it.
+      local: whether to take products of parameters alone, such as a spectral norm, for a part of the weights.
+    """
+    # Layer-wise rules are in the model itself; a direct one, and a model's own contractions, need its root.
     if is_direct(aligned.rule):
         of = partial(error_in, logits=aligned.logits)
-        return audit(*_traced(aligned, "__call__", example, skip=1, of=of))
-    return trace(aligned.model, aligned.method, example)
+        return _audit(_traced(aligned, "__call__", example, skip=1, of=of), local)
+    if aligned.own:
+        return _audit(_traced(aligned, "__call__", example, skip=1), local)
+    return trace(aligned.model, aligned.method, example, local=local)
 
 
 class _Cover:
@@ -150,35 +127,86 @@ class _Cover:
 
     def __init__(self, aligned: Any, result: Audit, example: Example) -> None:
         self.aligned, self.result, self.allow, self.example = aligned, result, aligned.allow, example
+        self.own, self.left = aligned.own, {site.name for site in aligned.left}
         taps = taps_of(aligned.model).values()
         self.blocks = [tap.path for tap in taps if not tap.at_input]
         self.inputs = [tap.path for tap in taps if tap.at_input]
         self.delivering = [tap.path for tap in taps if tap.feedback is not None]
         self.taps = {tap.scope(leaf): tap.path for tap in taps for leaf in tap.leaves}
         self.places = {tap.scope(leaf): _place(tap, leaf) for tap in taps for leaf in tap.leaves}
-        held = _feedback_of(aligned.model)
-        self.feedback = {path: _describe(feedback) for path, feedback in held.items()}
-        self.learns = {path: how_it_learns(aligned.rule, feedback) for path, feedback in held.items()}
+        held = held_feedback(aligned)
+        self.feedback = {path: ", ".join(map(describe, parts)) for path, parts in held.items()}
+        self.learns = {path: how_it_learns(aligned.rule, parts[0]) for path, parts in held.items()}
         flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Not(Feedback)))
         self.shapes = {"/".join(map(str, path)): _shape(value_of(leaf)) for path, leaf in flat}
         self.params = {"/".join(map(str, path)) for path, leaf in flat if isinstance(leaf, nnx.Param)}
         self.first = {name for use in result.uses if use.first for name in use.weights}
+        # Of weights that are made of a parameter and other state, such as a mask, the parameter has the row.
+        uses = [self.params & use.weights or use.weights for use in result.uses]
+        self.names = list(dict.fromkeys(name for weights in uses for name in sorted(weights)))
 
-    def table(self) -> Coverage:
-        names = dict.fromkeys(name for use in self.result.uses for name in sorted(use.weights))
-        carriers = names | dict.fromkeys(sorted(step.name for step in self.result.passages if step.kind == "weights"))
+    def matrices(self) -> list[str]:
+        """The parameters that are matrices and in no contraction, nor the bias of a layer that is."""
+        known = {name for use in self.result.uses for name in use.weights}
+        layers = {layer_name(name) for name in known}
+        rest = [name for name in self.params - known if name.rpartition("/")[0] not in layers]
+        return [name for name in rest if self.axes(name) > 1]
+
+    def axes(self, name: str, stack: int = 0) -> int:
+        """How many axes a parameter has beside those of a stack."""
+        return sum(size > 1 for size in self.shapes[name][stack:])
+
+    def violations(self) -> list[str]:
+        passed = sorted(step.name for step in self.result.passages if step.kind == "weights")
         impure = [self.impure(name) for name in self.result.arrivals]
-        violations = [*map(self.backpropagates, carriers), *impure, *self.lost(names)]
-        return Coverage(tuple(map(self.row, names)), tuple(filter(None, violations)))
+        return list(
+            filter(None, [*map(self.backpropagates, dict.fromkeys([*self.names, *passed])), *impure, *self.idle()])
+        )
+
+    def hides(self) -> bool:
+        """Whether there may be weights that data chooses: matrices in no contraction, or stacks in a first one."""
+        stacks = [name for name in self.first & self.params if self.axes(name) > 2]
+        return bool(self.matrices() or stacks)
+
+    def table(self, seen: Survey | None) -> Coverage:
+        """The table; with what the forward pass shows of weights that the gradient does not show."""
+        rest: dict[str, str] = {}
+        if seen is not None:
+            matrices = [name for name in self.matrices() if self.axes(name, seen.stacks.get(name, 0)) > 1]
+            rest = dict.fromkeys(matrices, "exact, entry by entry")
+            rest |= dict.fromkeys(seen.tables & rest.keys(), "not needed: looked up")
+        violations, lost = self.violations(), self.lost(seen, rest)
+        for name in lost:
+            block = self.block(name, name)
+            rest[name] = f"exact inside {block}" if block else f"not followed{', allowed' if self.allows(name) else ''}"
+            violations += [] if block or self.allows(name) else [LOST.format(layer_name(name))]
+        rows = [self.row(name) for name in self.names]
+        rows = [
+            row._replace(leaves=rest[name]) if name in lost else row for name, row in zip(self.names, rows, strict=True)
+        ]
+        others = [name for name in rest if name not in self.names]
+        rows += [
+            Row(layer_name(name), self.shapes[name], self.arrives(name), rest[name], "", "") for name in sorted(others)
+        ]
+        return Coverage(tuple(rows), tuple(violations))
+
+    def lost(self, seen: Survey | None, rest: Any) -> list[str]:
+        """The weights that an error passes on its way down without anybody's seeing it in the gradient."""
+        if seen is None:
+            return []
+        own = {one.site for one in self.own}
+        chosen = {site.name for site in seen.sites if site not in own and (site.name in rest or not site.thin)}
+        shown = {step.name for step in self.result.passages if step.kind == "weights"}
+        return sorted((seen.lost | chosen) - shown)
 
     def row(self, name: str) -> Row:
         way = self.result.arrivals.get(name, frozenset())
         taps = [self.taps[step.name] for step in way if step.name in self.taps and step.kind == "direct"]
         # A direct feedback stands where it brings an error, a layer's own where it sends one on.
-        holders = dict.fromkeys(taps) if self.taps else [_layer(name)]
+        holders = dict.fromkeys(taps) if self.taps else [layer_name(name)]
         feedback = " ".join(self.feedback.get(path, "") for path in holders)
         learns = ", ".join({self.learns[path]: None for path in holders if path in self.learns})
-        return Row(_layer(name), self.shapes[name], self.arrives(name), self.leaves(name), feedback, learns)
+        return Row(layer_name(name), self.shapes[name], self.arrives(name), self.leaves(name), feedback, learns)
 
     def block(self, below: str, above: str) -> str | None:
         """The tapped block that holds both parameters, inside which the backward is meant to be exact."""
@@ -211,22 +239,29 @@ class _Cover:
         if "weights" in kinds:
             block = self.block(name, name)
             return f"exact inside {block}" if block else f"backpropagation{', allowed' if self.allows(name) else ''}"
-        return "not needed: input tapped" if _layer(name) in self.inputs else "not needed"
+        return "not needed: input tapped" if layer_name(name) in self.inputs else "not needed"
 
     def allows(self, name: str) -> bool:
         return matches(name, self.allow, under=True)
 
-    def backpropagates(self, name: str) -> str:
+    def victims(self, name: str) -> list[str]:
+        """The parameters to which a parameter's weights send the error on."""
         ways = self.result.arrivals
         victims = [below for below in ways if ("weights", name) in ways[below] and not self.block(below, name)]
-        victims = [below for below in victims if _layer(below) != _layer(name)]
-        if not victims or self.allows(name):
+        return [below for below in victims if layer_name(below) != layer_name(name)]
+
+    def backpropagates(self, name: str) -> str:
+        victims = self.victims(name)
+        beside = [use.weights & self.params for use in self.result.uses if name in use.weights - self.params]
+        if not victims or self.allows(name) or any(set(victims) <= set(self.victims(w)) for ws in beside for w in ws):
             return ""
         others = " and others" if len(victims) > 3 else ""
-        mend = "Name what is below it in at=, too" if self.taps else "Make it a layer that attach() takes, unmasked"
+        mend = "Name what is below it in at=, too" if self.taps else "Make it a layer that attach() takes"
+        if name in self.left:
+            mend = "at= leaves it out, or it is masked or chosen by data, where a rule needs a matrix, as fa() has"
         return (
-            f"- {_layer(name)!r} sends the error on to {', '.join(map(repr, victims[:3]))}{others} through its own "
-            f"weights, which is backpropagation. {mend}, or allow={_layer(name)!r}."
+            f"- {layer_name(name)!r} sends the error on to {', '.join(map(repr, victims[:3]))}{others} through its own "
+            f"weights, which is backpropagation. {mend}, or allow={layer_name(name)!r}."
         )
 
     def impure(self, name: str) -> str:
@@ -236,14 +271,14 @@ class _Cover:
         return (
             f"- the error reaches {name!r} on {len(starts)} ways at once (from {', '.join(starts[:3])}), as when a "
             f"shortcut passes a tap by or a layer is used twice. Name whole blocks with at=, shortcut included, or "
-            f"allow={_layer(name)!r}."
+            f"allow={layer_name(name)!r}."
         )
 
-    def lost(self, names: Any) -> list[str]:
+    def idle(self) -> list[str]:
         """Sentences for the taps and weights in use that no error reaches, though one would without the rule."""
         delivered = {self.taps[step.name] for step in self.result.passages if step.name in self.taps}
         silent = [path for path in self.delivering if path not in delivered]
-        idle = [name for name in names if name in self.params and not self.result.arrivals[name]]
+        idle = [name for name in self.names if name in self.params and not self.result.arrivals[name]]
         idle = [name for name in idle if not self.allows(name)]
         if silent:
             seen = record_taps(self.aligned.model, self.aligned.method, self.example)
@@ -251,35 +286,11 @@ class _Cover:
         if idle:
             true = trace(plain_of(self.aligned.model), self.aligned.method, self.example).arrivals
             idle = [name for name in idle if true.get(name)]
-        return [_SILENT.format(path) for path in silent] + [_IDLE.format(_layer(name)) for name in idle]
-
-
-_SILENT = (
-    "- the tap {0!r} gets no error: nothing differentiable is between it and the output (stop_gradient, sign, round, "
-    "an integer). Tap what comes after that, give it a surrogate derivative, or allow={0!r} if it shall not learn."
-)
-_IDLE = (
-    "- no error reaches {0!r}, which would learn by backpropagation. Name another module with at=, or allow={0!r} if "
-    "it is meant not to learn."
-)
+        return [SILENT.format(path) for path in silent] + [IDLE.format(layer_name(name)) for name in idle]
 
 
 def _place(tap: Tap, leaf: str) -> str:
     return f"{'input' if tap.at_input else 'output'} {leaf + ' ' if leaf else ''}of {tap.path}"
-
-
-def _feedback_of(model: nnx.Module) -> dict[str, Any]:
-    """The feedback of each layer or tap."""
-    parts = {module.path: module for _, module in modules_of(model) if isinstance(module, Contraction | Tap)}
-    return {path: part.feedback.get_value() for path, part in parts.items() if part.feedback is not None}
-
-
-def _describe(feedback: Any) -> str:
-    leaves = jax.tree.leaves(feedback)
-    shapes = "".join(f" {leaf.shape}" for leaf in leaves if leaf.shape)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    unit, scale = next(unit for unit in _UNITS if size >= unit[1] or unit[1] == 1)
-    return f"{type(feedback).__name__}{shapes} {size / scale:.3g} {unit}"
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -288,10 +299,6 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 def _segments(path: Any) -> list[str]:
     return [str(key.key) for key in path if isinstance(key, DictKey)]
-
-
-def _layer(name: str) -> str:
-    return name.removesuffix("/kernel")
 
 
 def _inside(name: str, block: str) -> bool:

@@ -172,6 +172,16 @@ def of_einsum(subscripts: str, shape: tuple[int, ...]) -> Whole | Matrices:
     return Matrices(order, tuple(shape[i] for i in order), len(batch), len(outputs), f"{lhs},{kernel}->{result}")
 
 
+def bias_shape(view: Matrices, ndim: int) -> tuple[int, ...]:
+    """The shape in which an einsum's bias, one number for each output, is added to a result of so many axes."""
+    operands, _, result = str(view.subscripts).partition("->")
+    kernel = operands.split(",")[1]
+    shape = [1] * ndim
+    for axis, size in list(zip(view.permutation, view.permuted, strict=True))[-view.outputs :]:
+        shape[_positions(result, [kernel[axis]], ndim)[0]] = size
+    return tuple(shape)
+
+
 def roles(view: Any) -> Any:
     """What a view says of its kernel alone, whatever the input's and the result's axes are called."""
     return view._replace(subscripts=None) if isinstance(view, Matrices) else view

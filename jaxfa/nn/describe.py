@@ -1,0 +1,48 @@
+"""What a table says in words."""
+
+from typing import Any
+
+import jax
+
+from jaxfa.nn.contraction import Contraction
+from jaxfa.nn.tap import Tap
+from jaxfa.nn.variables import modules_of
+
+LOST = (
+    "- {0!r} is contracted with an activation in a way that cannot be followed, as weights that data scales or chooses "
+    "and sums written out are, so that an error may go on through it by backpropagation. Write it as one contraction, "
+    "such as jnp.einsum, of the parameter with the activation, or allow={0!r}."
+)
+SILENT = (
+    "- the tap {0!r} gets no error: nothing differentiable is between it and the output (stop_gradient, sign, round, "
+    "an integer). Tap what comes after that, give it a surrogate derivative, or allow={0!r} if it shall not learn."
+)
+IDLE = (
+    "- no error reaches {0!r}, which would learn by backpropagation. Name another module with at=, or allow={0!r} if "
+    "it is meant not to learn."
+)
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+
+
+def held_feedback(aligned: Any) -> dict[str, list[Any]]:
+    """The feedback of each layer or tap; several where a parameter is contracted in several ways."""
+    parts = [module for _, module in modules_of(aligned.model) if isinstance(module, Contraction | Tap)]
+    found: dict[str, list[Any]] = {}
+    for part in (*parts, *aligned.own):
+        if part.feedback is not None:
+            found.setdefault(layer_name(part.path), []).append(part.feedback.get_value())
+    return found
+
+
+def describe(feedback: Any) -> str:
+    """A feedback's class, shapes and size."""
+    leaves = jax.tree.leaves(feedback)
+    shapes = "".join(f" {leaf.shape}" for leaf in leaves if leaf.shape)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    unit, scale = next(unit for unit in _UNITS if size >= unit[1] or unit[1] == 1)
+    return f"{type(feedback).__name__}{shapes} {size / scale:.3g} {unit}"
+
+
+def layer_name(name: str) -> str:
+    """The layer that a parameter stands for: what holds a kernel, else the parameter itself."""
+    return name.removesuffix("/kernel")

@@ -1,0 +1,135 @@
+"""Where a model contracts activations with parameters by itself, outside of Flax's layers, and feedback for that."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.tree_util import DictKey
+
+from jaxfa.base import LayerFeedback, Rule, init_at, keep
+from jaxfa.contractions import Contraction
+from jaxfa.follow import Follower
+from jaxfa.nn.own import OwnSite, contract, site_of, weights_of
+from jaxfa.nn.program import Example, Program
+from jaxfa.nn.variables import Feedback, init_stack, structs
+from jaxfa.weights import Value, base
+
+
+class OwnContraction(nnx.Module):
+    """The feedback of a contraction that no layer makes."""
+
+    def __init__(self, site: OwnSite, feedback: LayerFeedback) -> None:
+        self.site = nnx.static(site)
+        self.path = site.name
+        self.feedback = Feedback(feedback)
+
+
+class Survey(NamedTuple):
+    """The contractions of a model that have no feedback.
+
+    Attributes:
+      sites: where a rule can be put, with what is there.
+      lost: the parameters that cannot be followed to where they are contracted.
+      tables: the parameters that data looked something up in.
+      stacks: for parameters that scans run over, over how many axes.
+    """
+
+    sites: dict[OwnSite, Contraction]
+    lost: set[str]
+    tables: set[str]
+    stacks: dict[str, int]
+
+
+def survey(model: nnx.Module, call: Callable[..., Any], example: Example) -> Survey:
+    """Looks through a model's forward pass."""
+    found = Survey({}, set(), set(), {})
+
+    def see(one: Contraction, held: Any) -> None:
+        site = site_of(one)
+        if site is None:
+            found.lost.add(one.weight.name)
+        else:
+            found.sites.setdefault(site, one)
+
+    program = program_of(model, call, *example.arguments())
+    jaxpr = jax.make_jaxpr(lambda *states: program.run(*states)[0])(*structs(program.states))
+    follower = Follower(see, found.lost.add, live=False)
+    follower.run(jaxpr, _values(program.states, live=False), None)
+    return found._replace(tables=follower.tables, stacks=follower.stacks)
+
+
+def program_of(model: nnx.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Program:
+    """A call of a model as a function of its parameters, its other state and its arguments."""
+    return Program(model, call, args, kwargs, partial(_is_own, kind=nnx.Param), _is_own)
+
+
+def run_with_feedback(program: Program, own: Any, left: tuple[OwnSite, ...]) -> Any:
+    """Runs a model whose own contractions have feedback.
+
+    Args:
+      program: made by :func:`program_of`.
+      own: the :class:`OwnContraction` of each.
+      left: the contractions that are left to backpropagation.
+    """
+    held = {one.site: one.feedback.get_value() for one in own}
+
+    def act(found: Contraction, held: Any) -> jax.Array | None:
+        site, name = site_of(found), found.weight.name
+        if site is not None and site in held:
+            return contract(found, site, held[site])
+        if site is None or site in left:
+            return None
+        raise ValueError(
+            f"This call contracts {name!r} as the example did not, so that there is no feedback for it: give attach() "
+            f"an example of this call, or allow={name!r}."
+        )
+
+    jaxpr, returned = jax.make_jaxpr(program.run, return_shape=True)(*structs(program.states))
+    values = Follower(act, live=True).run(jaxpr, _values(program.states, live=True), held)
+    return program.finish(*jax.tree.unflatten(jax.tree.structure(returned), [value.here for value in values]))
+
+
+def _is_own(path: Any, value: Any, kind: type = object) -> bool:
+    return path[0] == 0 and isinstance(value, kind)
+
+
+def _values(states: Any, *, live: bool) -> list[Value]:
+    """What is known of a model's parameters, its other state and its arguments."""
+    params, state, data = states
+    values = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name, make = "/".join(str(key.key) for key in path[1:] if isinstance(key, DictKey)), partial(_same, leaf)
+        values.append(Value(leaf, make, learns=True, weight=base(name, name, leaf, make, make)))
+    values += [Value(leaf, partial(_same, leaf)) for leaf in jax.tree.leaves(state)]
+    values += [Value(leaf, data=True) for leaf in jax.tree.leaves(data)]
+    return values if live else [value._replace(here=None) for value in values]
+
+
+def _same(leaf: Any) -> Any:
+    return leaf
+
+
+def put_own(rule: Rule, rngs: nnx.Rngs, sites: dict[OwnSite, Contraction]) -> tuple[list[OwnContraction], list[str]]:
+    """Feedback for a model's own contractions; the parameters that the rule itself leaves to backpropagation."""
+    own, backprop = [], []
+    for site, one in sites.items():
+        w = weights_of(one, site)
+        layers = w.shape[: len(site.levels) + site.view.batch]
+        feedback = init_stack(init_at(rule, path=site.name), rngs.feedback(), layers, w)
+        if feedback is None:
+            backprop.append(site.name)
+        # A matrix alone can be masked and chosen from as the weights are; noise cannot be sent through what data chose.
+        elif site.thin or (type(feedback).transport is LayerFeedback.transport and rule.refine is keep):
+            own.append(OwnContraction(site, feedback))
+    return own, backprop
+
+
+def by_path(own: Any) -> dict[str, OwnContraction]:
+    """Contractions by the path of the parameter, with a number where it is contracted in several ways."""
+    found: dict[str, OwnContraction] = {}
+    for one in own:
+        count = sum(other.path == one.path for other in found.values())
+        found[f"{one.path}#{count + 1}" if count else one.path] = one
+    return found

@@ -1,0 +1,49 @@
+"""The table that tells how a model learns."""
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One contraction with weights.
+
+    Attributes:
+      layer: the path of the layer.
+      shape: the weights' shape.
+      arrives: how the error gets to its output.
+      leaves: how the error goes on to what is below.
+      feedback: the feedback's class and size, where it has one.
+      learns: how that learns: "fixed", "from the batch", "by refine", which is ``model.refine(key, x)``, or else.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    arrives: str
+    leaves: str
+    feedback: str
+    learns: str
+
+
+class Coverage(NamedTuple):
+    """A printable table.
+
+    Attributes:
+      rows: a :class:`Row` for each weight contraction, in the order of the forward pass.
+      violations: a sentence for each contraction that would stay backpropagation although nobody allowed it.
+    """
+
+    rows: tuple[Row, ...]
+    violations: tuple[str, ...]
+
+    def refuse(self) -> None:
+        """Raises a ``ValueError`` if there are violations."""
+        if self.violations:
+            head = "This model would not learn by the rule alone."
+            raise ValueError("\n".join([head, *self.violations, "", str(self)]))
+
+    def __str__(self) -> str:
+        """The table as text."""
+        head = ("layer", "weights", "error arrives", "error leaves", "feedback", "learns")
+        lines = [head, *((row.layer, str(row.shape), *row[2:]) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        padded = (map(str.ljust, line, widths) for line in lines)
+        return "\n".join("  ".join(line).rstrip() for line in padded)
