@@ -10,14 +10,13 @@ from jax.tree_util import DictKey
 from jaxfa.audit import OUTPUT, Audit, Use, audit
 from jaxfa.base import is_direct
 from jaxfa.follow import with_local_products
-from jaxfa.nn.describe import LOST, feedback_of, layer_name
+from jaxfa.nn.describe import LOST, feedback_of, layer_name, shape_of
 from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.survey import Survey, survey
 from jaxfa.nn.table import Coverage, Row
 from jaxfa.nn.tap import Tap, plain_of
 from jaxfa.nn.variables import Feedback, modules_of, split_arrays, structs, value_of
 from jaxfa.paths import matches
-from jaxfa.svd import is_factors
 
 
 def uses_of(model: nnx.Module, args: tuple[Any, ...]) -> dict[str, Use]:
@@ -106,7 +105,7 @@ class _Cover:
         self.taps = {tap.scope: tap.path for tap in taps}
         self.feedback = feedback_of(aligned)
         flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Not(Feedback)))
-        self.shapes = {"/".join(map(str, path)): _shape(value_of(leaf)) for path, leaf in flat}
+        self.shapes = {"/".join(map(str, path)): shape_of(value_of(leaf)) for path, leaf in flat}
         self.params = {"/".join(map(str, path)) for path, leaf in flat if isinstance(leaf, nnx.Param)}
         self.first = {name for use in result.uses if use.first for name in use.weights}
         # Of weights that are made of a parameter and other state, such as a mask, the parameter has the row.
@@ -237,10 +236,6 @@ class _Cover:
             f"shortcut passes a tap by or a layer is used twice. Name whole blocks with at=, shortcut included, or "
             f"allow={layer_name(name)!r}."
         )
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    return value.shape if is_factors(value) else jnp.shape(value)
 
 
 def _segments(path: Any) -> list[str]:
