@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import JaxprEqn
 
+from jaxfa._jaxprs import opened
+from jaxfa.ops import FORWARD
 from jaxfa.weights import Value, Weight, base, marked, moved
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
@@ -81,3 +83,9 @@ def sums_scaled(eqn: JaxprEqn, ins: list[Value]) -> bool:
     gone = [weight.axes[axis] for axis in eqn.params["axes"]]
     kept = [axes for i, axes in enumerate(weight.axes) if i not in eqn.params["axes"]]
     return any(gone) and any(kept)
+
+
+def is_covered(eqn: JaxprEqn) -> bool:
+    """Whether an equation is a layer that has feedback already."""
+    body = opened(eqn.params["call_jaxpr"])
+    return any(FORWARD in str(inner.source_info.name_stack) for inner in body.eqns)

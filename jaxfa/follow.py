@@ -10,8 +10,8 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from jaxfa._jaxprs import opened, scan_parts
-from jaxfa.contractions import CONTRACTIONS, Contraction, contraction, sums_scaled, weight_of
-from jaxfa.ops import FORWARD, LOCAL
+from jaxfa.contractions import CONTRACTIONS, Contraction, contraction, is_covered, sums_scaled, weight_of
+from jaxfa.ops import LOCAL
 from jaxfa.weights import Value, base, is_float, over_stack
 
 Act = Callable[[Contraction, Any], Any]
@@ -94,7 +94,7 @@ class Follower:
         return self.results(eqn, ins, values, bind)
 
     def results(self, eqn: JaxprEqn, ins: list[Value], values: list[Any], bind: Callable[..., Any]) -> list[Value]:
-        covered = eqn.primitive.name == "custom_vjp_call" and _is_covered(eqn)
+        covered = eqn.primitive.name == "custom_vjp_call" and is_covered(eqn)
         data, learns = any(value.data for value in ins) or covered, any(value.learns for value in ins)
         products = frozenset[int]().union(*(value.products for value in ins))
         if data and not covered and eqn.primitive.name not in (*CONTRACTIONS, "mul", "div"):
@@ -231,12 +231,6 @@ def _entry(row: Value, array: Any) -> Value:
     if row.weight is None:
         return row._replace(here=array)
     return row._replace(here=array, weight=row.weight._replace(here=lambda: array))
-
-
-def _is_covered(eqn: JaxprEqn) -> bool:
-    """Whether an equation is a layer that has feedback already."""
-    body = opened(eqn.params["call_jaxpr"])
-    return any(FORWARD in str(inner.source_info.name_stack) for inner in body.eqns)
 
 
 def _alone(jaxpr: Any, eqn: JaxprEqn) -> Callable[..., list[Any]]:

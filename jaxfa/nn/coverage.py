@@ -12,7 +12,7 @@ from jax.tree_util import DictKey
 from jaxfa.audit import OUTPUT, Audit, Use, audit, uses
 from jaxfa.base import is_direct
 from jaxfa.follow import with_local_products
-from jaxfa.nn.describe import IDLE, LOST, SILENT, describe, held_feedback, layer_name
+from jaxfa.nn.describe import IDLE, LOST, SILENT, describe, held_feedback, layer_name, shape_of
 from jaxfa.nn.learning import how_it_learns
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Example, Program, method_of
@@ -22,7 +22,6 @@ from jaxfa.nn.tap import Tap, plain_of, taps_of
 from jaxfa.nn.taps import record_taps
 from jaxfa.nn.variables import Feedback, structs, value_of
 from jaxfa.paths import matches
-from jaxfa.svd import is_factors
 
 
 def uses_of(model: nnx.Module, method: str, example: Example) -> dict[str, Use]:
@@ -138,7 +137,7 @@ class _Cover:
         self.feedback = {path: ", ".join(map(describe, parts)) for path, parts in held.items()}
         self.learns = {path: how_it_learns(aligned.rule, parts[0]) for path, parts in held.items()}
         flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Not(Feedback)))
-        self.shapes = {"/".join(map(str, path)): _shape(value_of(leaf)) for path, leaf in flat}
+        self.shapes = {"/".join(map(str, path)): shape_of(value_of(leaf)) for path, leaf in flat}
         self.params = {"/".join(map(str, path)) for path, leaf in flat if isinstance(leaf, nnx.Param)}
         self.first = {name for use in result.uses if use.first for name in use.weights}
         # Of weights that are made of a parameter and other state, such as a mask, the parameter has the row.
@@ -291,10 +290,6 @@ class _Cover:
 
 def _place(tap: Tap, leaf: str) -> str:
     return f"{'input' if tap.at_input else 'output'} {leaf + ' ' if leaf else ''}of {tap.path}"
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    return value.shape if is_factors(value) else jnp.shape(value)
 
 
 def _segments(path: Any) -> list[str]:

@@ -3,10 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxfa.nn.contraction import Contraction
 from jaxfa.nn.tap import Tap
 from jaxfa.nn.variables import modules_of
+from jaxfa.svd import is_factors
 
 LOST = (
     "- {0!r} is contracted with an activation in a way that cannot be followed, as weights that data scales or chooses "
@@ -46,3 +48,8 @@ def describe(feedback: Any) -> str:
 def layer_name(name: str) -> str:
     """The layer that a parameter stands for: what holds a kernel, else the parameter itself."""
     return name.removesuffix("/kernel")
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of a parameter, or of the weights that factors stand for."""
+    return value.shape if is_factors(value) else jnp.shape(value)
