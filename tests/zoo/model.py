@@ -20,7 +20,7 @@ class Model(NamedTuple):
       args: makes its positional arguments, since some of them are modules.
       at: sensible places for a direct rule to tap.
       kwargs: likewise its keyword arguments.
-      method: the method that its users train it by, if it is not ``__call__``.
+      method: the method that its users train it by.
       logits: which of several outputs is the source of the error.
       allow: what may pass errors on by backpropagation, so that ``at`` or a layer-wise rule holds.
       reference: the same model as a plain Python loop, and where to tap that.
@@ -31,7 +31,7 @@ class Model(NamedTuple):
     args: Callable[[], tuple[Any, ...]]
     at: tuple[str, ...]
     kwargs: Callable[[], dict[str, Any]] = dict
-    method: str | None = None
+    method: str = "__call__"
     logits: Callable[[Any], Any] | None = None
     allow: tuple[str, ...] = ()
     reference: tuple[Callable[[nnx.Rngs], Any], tuple[str, ...]] | None = None

@@ -13,9 +13,10 @@ class Recurrent(nnx.Module):
     """Flax's own loop: an LSTM in both directions, then a GRU."""
 
     def __init__(self, rngs):
-        forward, backward = (nnx.RNN(nnx.OptimizedLSTMCell(6, 4, rngs=rngs)) for _ in range(2))
+        dtype = {"param_dtype": jnp.zeros(()).dtype}  # Flax's cells make their first state of this
+        forward, backward = (nnx.RNN(nnx.OptimizedLSTMCell(6, 4, **dtype, rngs=rngs)) for _ in range(2))
         self.both = nnx.Bidirectional(forward, backward)
-        self.gru = nnx.RNN(nnx.GRUCell(8, 5, rngs=rngs))
+        self.gru = nnx.RNN(nnx.GRUCell(8, 5, **dtype, rngs=rngs))
         self.head = nnx.Linear(5, 3, rngs=rngs)
 
     def __call__(self, x):
@@ -217,7 +218,7 @@ MODELS = (
     Model("LSTM and GRU, nnx.RNN", Recurrent, series, ("both", "gru")),
     Model("RNN, lax.scan over a closure", ScannedElman, series, CELL, reference=(Elman, CELL)),
     Model("RNN, nnx.scan over a broadcast module", FlaxScannedElman, series, CELL, reference=(Elman, CELL)),
-    Model("Mamba", StateSpace, series, ("enter", "blocks/*")),
+    Model("Mamba", StateSpace, series, ("enter", "blocks/*", "norm")),
     Model("spiking, lax.scan", ScannedSpiking, ticks, LAYERS, reference=(Spiking, LAYERS)),
     Model("neural ODE, fori_loop", LoopedFlow, vectors, ("enter", *LAYERS), reference=(Flow, ("enter", *LAYERS))),
     Model("TCN with weight norm", Causal, series, ("enter", "convs/*")),

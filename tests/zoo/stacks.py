@@ -99,7 +99,7 @@ class Stacked(Loop):
 
     def make(self, rngs):
         """The blocks, on a leading axis."""
-        return nnx.vmap(Block, in_axes=0)(rngs.fork(split=DEPTH))
+        return nnx.vmap(Block, in_axes=0)(rngs.split(DEPTH))
 
     def run(self, x):
         """Through all of them."""
@@ -152,7 +152,7 @@ class Ensemble(nnx.Module):
 
     def __init__(self, rngs):
         self.stem = nnx.Linear(6, 5, rngs=rngs)
-        self.blocks = nnx.vmap(Block, in_axes=0)(rngs.fork(split=DEPTH))
+        self.blocks = nnx.vmap(Block, in_axes=0)(rngs.split(DEPTH))
         self.head = nnx.Linear(5, 3, rngs=rngs)
 
     def __call__(self, x):

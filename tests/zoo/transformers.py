@@ -44,19 +44,29 @@ class GatheredExperts(nnx.Module):
         return weight * jnp.einsum("ntf,ntfd->ntd", h, self.down[...][index[..., 0]])
 
 
+class MixtureBlock(nnx.Module):
+    """A norm and experts beside the residual stream."""
+
+    def __init__(self, width, experts, rngs):
+        self.norm = nnx.RMSNorm(width, rngs=rngs)
+        self.experts = experts(width, rngs)
+
+    def __call__(self, x):
+        return x + self.experts(self.norm(x))
+
+
 class Mixture(nnx.Module):
-    """A residual stream with experts."""
+    """Two such blocks."""
 
     def __init__(self, rngs, experts, width=8):
         self.embed = nnx.Embed(WORDS, width, rngs=rngs)
-        self.norms = nnx.List([nnx.RMSNorm(width, rngs=rngs) for _ in range(2)])
-        self.experts = nnx.List([experts(width, rngs) for _ in range(2)])
+        self.blocks = nnx.List([MixtureBlock(width, experts, rngs) for _ in range(2)])
         self.head = nnx.Linear(width, WORDS, rngs=rngs)
 
     def __call__(self, words):
         x = self.embed(words)
-        for norm, experts in zip(self.norms, self.experts, strict=True):
-            x = x + experts(norm(x))
+        for block in self.blocks:
+            x = block(x)
         return self.head(x)
 
 
@@ -161,8 +171,8 @@ def padded():
 
 
 MODELS = (
-    Model("mixture of experts, one-hot", lambda rngs: Mixture(rngs, OneHotExperts), lines, ("embed", "experts/*")),
-    Model("mixture of experts, gathered", lambda rngs: Mixture(rngs, GatheredExperts), lines, ("embed", "experts/*")),
+    Model("mixture of experts, one-hot", lambda rngs: Mixture(rngs, OneHotExperts), lines, ("embed", "blocks/*")),
+    Model("mixture of experts, gathered", lambda rngs: Mixture(rngs, GatheredExperts), lines, ("embed", "blocks/*")),
     Model("BERT", Encoder, padded, ("norm", "blocks/*"), kwargs=lambda: {"deterministic": False}),
     Model("encoder and decoder", Translator, pair, ("embed", "encoder/*", "decoder/*")),
     Model("LoRA", Adapted, lines, ("embed", "norm", "up", "down")),

@@ -205,13 +205,13 @@ def images():
     return (inputs(4, 8, 8, 3),)
 
 
-LAYERS = ("down1", "down2", "middle", "up2", "up1")
+LAYERS = ("down1", "down2", "middle", "rise2", "up2", "rise1", "up1")
 MODELS = (
     Model("ResNet, keyword-only train", ResNet, images, ("stem", "blocks/*"), kwargs=lambda: {"train": True}),
-    Model("ViT", ViT, images, ("blocks/*",)),
-    Model("ConvNeXt", ConvNeXt, images, ("stem_norm", "stage1/layers/*", "reduce", "stage2/layers/*")),
+    Model("ViT", ViT, images, ("patches", "blocks/*", "norm")),
+    Model("ConvNeXt", ConvNeXt, images, ("stem_norm", "stage1/layers/*", "reduce", "stage2/layers/*", "norm")),
     Model("EfficientNet", EfficientNet, images, ("stem", "blocks/layers/*")),
-    Model("DenseNet", DenseNet, images, ("stem", "layers/*")),
+    Model("DenseNet", DenseNet, images, ("stem", "norms/*", "layers/*")),
     Model("U-Net", UNet, images, LAYERS),
     Model("MLP-Mixer", Mixer, images, ("patches", "blocks/*")),
 )
