@@ -208,5 +208,10 @@ MODELS = (
     Model("DETR", DETR, lambda: (inputs(4, 8, 8, 3),), ("backbone", "encoder", "decoder", "mlp")),
     Model("two towers", Towers, lambda: (inputs(4, 6), tokens(4, 3)), ("image/layers/0", "words", "text/layers/0")),
     Model("autoencoder without __call__", Autoencoder, vectors, ("fc1", "code", "fc2"), method="reconstruct"),
-    Model("recommender", Recommender, lambda: (inputs(4, 6), tokens(4, 2, below=5)), ("bottom", "tables/*")),
+    Model(
+        "recommender",
+        Recommender,
+        lambda: (inputs(4, 6), tokens(4, 2, below=5)),
+        ("bottom", "tables/*", "top/layers/0"),
+    ),
 )
