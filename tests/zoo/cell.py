@@ -64,6 +64,20 @@ class Learnt(NamedTuple):
     step: dict[str, Any]
 
 
+class Cell(NamedTuple):
+    """A model that a rule has taught.
+
+    Attributes:
+      learnt: what it came to.
+      reference: what the same model as a plain loop came to, where there is one.
+      aligned: the model before.
+    """
+
+    learnt: Learnt
+    reference: Learnt | None = None
+    aligned: Any = None
+
+
 @functools.cache
 def plain(row: Model) -> Any:
     """The row's model in double precision, which nobody may change."""
@@ -158,36 +172,37 @@ def twin(row: Model, column: Column, aligned: Any) -> Any:
     return nnx.merge(graphdef, nnx.from_flat_state(leaves), rest)
 
 
-def study(row: Model, names: Iterable[str]) -> dict[str, str | tuple[Learnt, Any]]:
-    """For each column the words of its refusal, or what its model has learnt and what the reference has.
+def study(row: Model, names: Iterable[str]) -> dict[str, str | Cell]:
+    """For each column the words of its refusal, or what the model has learnt; the plain model is there as ``plain``.
 
-    The plain model's is there under the name ``plain``. All is one program, since most time goes to compiling.
+    All is one program, since most time goes to compiling.
     """
-    found: dict[str, Any] = {}
-
-    def program() -> dict[str, Any]:
-        learnt = {"plain": (learn(row, plain(row)), None)}
-        for name, (aligned, other) in attached.items():
-            rule = COLUMNS[name].rule
-            with refused(found, name):
-                learnt[name] = learn(row, aligned, rule), other and learn(row, other, rule)
-        return learnt
-
-    attached = {}
+    refusals: dict[str, Any] = {}
+    attached: dict[str, tuple[Any, Any]] = {}
     for name in names:
-        with refused(found, name):
+        with refused(refusals, name):
             aligned = attach(row, COLUMNS[name])
             attached[name] = aligned, row.reference and twin(row, COLUMNS[name], aligned)
-    return found | jax.jit(program)()
+
+    def program() -> dict[str, Any]:
+        learnt = {"plain": Cell(learn(row, plain(row)))}
+        for name, models in attached.items():
+            with refused(refusals, name):
+                learnt[name] = Cell(*(model and learn(row, model, COLUMNS[name].rule) for model in models))
+        return learnt
+
+    found = jax.jit(program)()
+    return refusals | {name: cell._replace(aligned=attached.get(name, (None,))[0]) for name, cell in found.items()}
 
 
 @contextlib.contextmanager
-def refused(found: dict[str, Any], name: str) -> Iterator[None]:
-    """Writes the words of a refusal down."""
+def refused(refusals: dict[str, Any], name: str) -> Iterator[None]:
+    """Writes the words of a refusal down; any other error is one."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         words = refusal(error)
         if words is None:
+            error.add_note(f"in the zoo's column {name}")
             raise
-        found[name] = words
+        refusals[name] = words
