@@ -10,6 +10,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+def pytest_configure(config):
+    """What one process has compiled its neighbours need not compile, nor the next run on this machine."""
+    if hasattr(config, "cache"):
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 @pytest.fixture
 def x64():
     """Double precision: what is claimed to be exact is tested as exact."""

@@ -61,13 +61,13 @@ def network(name):
 def jacobians(forward, nodes):
     """The mean over examples of ``(d logits / d h)^T``, by reverse mode."""
     zeros = [jnp.zeros((9, *node.own)) for node in nodes]
-    full = jax.jacrev(forward)(zeros)  # (example, output, example, own...)
+    full = jax.jit(jax.jacrev(forward))(zeros)  # (example, output, example, own...)
     return [np.moveaxis(np.einsum("bob...->o...", np.asarray(j)), 0, -1) / 9 for j in full]
 
 
 def estimates(forward, nodes, key, separate=False, perturbation=random_signs):
     """One batch's, with their noise."""
-    return jacobian_estimates(forward, nodes, key, perturbation=perturbation, separate=separate)
+    return jax.jit(partial(jacobian_estimates, forward, nodes, perturbation=perturbation, separate=separate))(key)
 
 
 def estimate(*args, **options):

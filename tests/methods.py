@@ -121,6 +121,7 @@ def loss(params: Any, feedback: Any, x: jax.Array, y: jax.Array, activation: Any
 signals = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=4)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def refine(rule: jaxfa.Rule, params: Any, feedback: Any, x: jax.Array, key: jax.Array) -> Any:
     """The rule's own phase before a step, on the plain network."""
     if is_direct(rule):

@@ -6,6 +6,7 @@ import pytest
 from jax import lax
 
 import jaxfa
+from jaxfa._jaxprs import equations, opened, scan_parts, while_parts
 from jaxfa.audit import OUTPUT, Passage, audit
 
 W = {"below": jnp.ones((4, 4)), "above": jnp.ones((4, 4)), "head": jnp.ones((4, 3))}
@@ -150,3 +151,19 @@ def test_a_shortcut_past_a_delivery_is_seen():
 def test_scales_are_no_contractions():
     found = look(lambda w, rest, x: jnp.einsum("ni,i->ni", jnp.tanh(x @ w["below"]), w["above"][0]) @ w["head"])
     assert found.arrivals["below"] == {OUTPUT, Passage("weights", "head")}
+
+
+def test_constants_and_what_is_carried_are_counted_in_every_version():
+    def scan(w, b, x):
+        return lax.scan(lambda c, row: ((c[0] @ w + b, c[1] + 1, row), c[2] * row), (x, 0, x[0]), x)
+
+    def loop(w, b, x):
+        return lax.while_loop(lambda c: c[1] < b, lambda c: (c[0] @ w, c[1] + 1), (x, 0.0))
+
+    def parts(function, name, read):
+        program = opened(jax.make_jaxpr(function)(W["below"], 3.0, X))
+        (eqn,) = (eqn for eqn in equations(program) if eqn.primitive.name == name)
+        return read(eqn)[1:]
+
+    assert parts(scan, "scan", scan_parts) == (2, 3)
+    assert parts(loop, "while", while_parts) == (1, 1)

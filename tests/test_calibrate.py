@@ -74,7 +74,7 @@ def test_between_calibrations_it_is_the_rule_and_they_come_on_time(method, x64):
     state = usual.init(both)
     for key in keys[:2]:
         moved = both[0], refine(rule, *both, batch()[0], key)
-        updates, state = usual.update(signals(*moved, *batch()), state, moved)
+        updates, state = jax.jit(usual.update)(signals(*moved, *batch()), state, moved)
         both = optax.apply_updates(moved, updates)
     chex.assert_trees_all_close(ours, both, atol=1e-13, rtol=1e-10)
 
@@ -89,10 +89,10 @@ def test_an_optimizer_of_its_own_steps_while_the_rules_stands_still(method, x64)
     for i, key in enumerate(jax.random.split(KEY, 4)):
         refined = both[0], refine(rule, *both, batch()[0], key)
         if i % 2:
-            steps, owns = own.update(true(refined[0]), owns, refined[0])
+            steps, owns = jax.jit(own.update)(true(refined[0]), owns, refined[0])
             expected = optax.apply_updates(refined[0], steps), refined[1]
         else:
-            steps, rules = usual.update(signals(*refined, *batch()), rules, refined)
+            steps, rules = jax.jit(usual.update)(signals(*refined, *batch()), rules, refined)
             expected = optax.apply_updates(refined, steps)
         both, state = step(tx, rule, both, state, key)
         chex.assert_trees_all_close(both, expected, atol=1e-13, rtol=1e-10)
@@ -146,7 +146,7 @@ def test_a_flax_model_calibrates_by_its_plain_twin():
     train(aligned, optimizer)
     model = nnx.clone(jaxfa.nn.plain(aligned))
     before = nnx.state(model)
-    gradient = nnx.grad(nnx_loss)(model, x)
+    gradient = nnx.jit(nnx.grad(nnx_loss))(model, x)
     train(aligned, optimizer)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, before, gradient)
     after = nnx.state(jaxfa.nn.plain(aligned))

@@ -3,6 +3,7 @@
 import functools
 import io
 import itertools
+from functools import partial
 
 import chex
 import jax
@@ -82,13 +83,24 @@ def test_a_checkpointed_run_continues_bit_for_bit_and_is_traced_once(method, x64
     assert trained.traces == 1
 
 
+def scanned(step, carry):
+    return lax.scan(lambda carry, key: (step(*carry, *batch(), key), None), carry, KEYS)[0]
+
+
+@every_method
+def test_a_step_keeps_the_structure_shapes_and_dtypes_that_a_scan_asks_for(method, x64):
+    trained, both = training(method.rule), create(method.rule, KEYS[0])
+    carry = both, trained.init(both)
+    chex.assert_trees_all_equal_shapes_and_dtypes(carry, jax.eval_shape(partial(scanned, trained.step), carry))
+
+
+@pytest.mark.long
 @every_method
 def test_scan_over_steps_is_a_loop(method, x64):
-    trained = training(method.rule)
-    both = create(method.rule, KEYS[0])
+    trained, both = training(method.rule), create(method.rule, KEYS[0])
     carry = both, trained.init(both)
-    scanned = jax.jit(lambda c: lax.scan(lambda c, key: (trained.step(*c, *batch(), key), None), c, KEYS)[0])(carry)
-    chex.assert_trees_all_close(scanned, trained.run(*carry, KEYS), atol=1e-12, rtol=1e-9)
+    found = jax.jit(partial(scanned, trained.step))(carry)
+    chex.assert_trees_all_close(found, trained.run(*carry, KEYS), atol=1e-12, rtol=1e-9)
 
 
 @every_method

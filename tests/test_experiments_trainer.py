@@ -47,7 +47,7 @@ def assert_close(a, b):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+@pytest.mark.parametrize("seeds", [(0,), pytest.param((0, 1), marks=pytest.mark.long)])
 def test_calibrating_at_every_step_is_backpropagation(seeds):
     _, bp = trained(task(jaxfa.backprop()), 1, seeds)
     always, state = trained(task(jaxfa.dfa(), calibrate=partial(jaxfa.calibrate, every=1)), 1, seeds)

@@ -10,10 +10,12 @@ import optax
 import pytest
 
 import jaxfa
-from jaxfa.svd import Factors, drift
+from jaxfa import svd
+from jaxfa.svd import Factors
 from tests.methods import batch, create, forward, loss, signals, train
 
 KEY = jax.random.PRNGKey(0)
+drift = jax.jit(svd.drift)
 
 
 def with_feedback_of(params, feedback):
