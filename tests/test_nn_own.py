@@ -246,7 +246,7 @@ def test_flaxs_layers_that_contract_by_themselves(layer):
 def contracted(aligned, x):
     """What a model contracts by itself: weights as matrices, and their feedback."""
     seen = survey(aligned.model, method_of("__call__"), Example.of((x,), {})).sites
-    return [(weights_of(seen[one.site], one.site), one.feedback.get_value()) for one in aligned.own]
+    return [(weights_of(seen[one.site], one.site), one.feedback.get_value()) for one in aligned.own.values()]
 
 
 def step(aligned, rule, x):

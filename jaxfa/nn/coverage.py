@@ -59,7 +59,7 @@ def _traced(
 
     def replaced(path: Any, _: Any) -> str:
         if _segments(path)[1] == "own" and skip:
-            return str(model.own[int(_segments(path)[2])].path)
+            return str(model.own[_segments(path)[2]].path)
         *owner, holder, _ = _segments(path)[1 + skip :]
         return "" if holder == "feedback_tap" else "/".join([*owner, "kernel"])
 
@@ -193,7 +193,7 @@ class _Cover:
         """The weights that an error passes on its way down without anybody's seeing it in the gradient."""
         if seen is None:
             return []
-        own = {one.site for one in self.own}
+        own = {one.site for one in self.own.values()}
         chosen = {site.name for site in seen.sites if site not in own and (site.name in rest or not site.thin)}
         shown = {step.name for step in self.result.passages if step.kind == "weights"}
         return sorted((seen.lost | chosen) - shown)

@@ -30,7 +30,7 @@ def held_feedback(aligned: Any) -> dict[str, list[Any]]:
     """The feedback of each layer or tap; several where a parameter is contracted in several ways."""
     parts = [module for _, module in modules_of(aligned.model) if isinstance(module, Contraction | Tap)]
     found: dict[str, list[Any]] = {}
-    for part in (*parts, *aligned.own):
+    for part in (*parts, *aligned.own.values()):
         if part.feedback is not None:
             found.setdefault(layer_name(part.path), []).append(part.feedback.get_value())
     return found
