@@ -107,18 +107,33 @@ def _seats(params: Any, feedback: Any, name: str, shape: Shape | None) -> tuple[
 
     leaves = jax.tree_util.tree_leaves_with_path(params)
     seats = _places(leaves, feedback, name, shape)
+    sizes = [getattr(node, name).size for node in nodes_of(feedback)]
 
     def put(tree: Any, feedback: Any) -> Any:
         filled, structure = jax.tree.flatten(tree)
-        for i, q in zip(seats, [getattr(node, name) for node in nodes_of(feedback)], strict=True):
-            filled[i] = q.reshape(filled[i].shape) if q.size == filled[i].size else q
+        parts: dict[int, list[jax.Array]] = {}
+        for i, node in zip(seats, nodes_of(feedback), strict=True):
+            parts.setdefault(i, []).append(getattr(node, name))
+        for i, own in parts.items():
+            filled[i] = _joined(own, filled[i])
         return jax.tree.unflatten(structure, filled)
 
     def take(tree: Any) -> list[Any]:
-        filled = jax.tree.leaves(tree)
-        return [filled[i] for i in seats]
+        filled, taken, found = jax.tree.leaves(tree), dict.fromkeys(seats, 0), []
+        for i, size in zip(seats, sizes, strict=True):
+            whole, start = filled[i], taken[i]
+            found.append(whole.ravel()[start : start + size] if whole.ndim else whole)
+            taken[i] += size
+        return found
 
-    return put, take, [leaves[i][0] for i in seats]
+    return put, take, [leaves[i][0] for i in dict.fromkeys(seats)]
+
+
+def _joined(parts: list[jax.Array], like: jax.Array) -> jax.Array:
+    """What stands for one array of weights; feedback for parts of them side by side."""
+    if sum(part.size for part in parts) == like.size:
+        return jnp.concatenate([part.ravel() for part in parts]).reshape(like.shape)
+    return parts[0] if len(parts) == 1 else jnp.concatenate([part.reshape(1, -1) for part in parts], 1)
 
 
 def _only(node: Any, name: str) -> Any:
@@ -127,7 +142,7 @@ def _only(node: Any, name: str) -> Any:
 
 
 def _places(weights: list[Any], feedback: Any, name: str, shape: Shape) -> list[int]:
-    """Which of the weights each feedback stands for: the one of its shape nearest to it in the tree.
+    """Which of the weights each feedback stands for: the one of its shape nearest to it, or that its path names.
 
     Raises:
       ValueError: if there is none, or more than one.
@@ -135,6 +150,9 @@ def _places(weights: list[Any], feedback: Any, name: str, shape: Shape) -> list[
     places: list[int] = []
     for path, node in jax.tree_util.tree_leaves_with_path(feedback, is_leaf=is_feedback):
         wanted = shape(node)
+        if named := _named(path, weights):
+            places.append(named[0])
+            continue
         found = _nearest(path, wanted, weights)
         if len(found) != 1 or found[0] in places:
             near = [jax.tree_util.keystr(weights[i][0]) for i in found]
@@ -145,6 +163,17 @@ def _places(weights: list[Any], feedback: Any, name: str, shape: Shape) -> list[
             )
         places += found
     return places
+
+
+def _named(path: Any, weights: list[Any]) -> list[int]:
+    """The weights whose path stands as one key on a feedback's, as that of a Flax model's own contraction does."""
+    keys = {key.key for key in path if isinstance(key, jax.tree_util.DictKey)}
+    names = ["/".join(str(getattr(key, "key", "")) for key in other[1:]) for other, _ in weights]
+    return [
+        i
+        for i, (name, (other, _)) in enumerate(zip(names, weights, strict=True))
+        if name in keys and other[:1] != path[:1]
+    ]
 
 
 def _nearest(path: Any, shape: tuple[int, ...], weights: list[Any]) -> list[int]:

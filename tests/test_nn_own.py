@@ -13,7 +13,7 @@ import jaxfa.nn
 from jaxfa.ldfa import LowRank
 from jaxfa.nn.own import weights_of
 from jaxfa.nn.program import Example, method_of
-from jaxfa.nn.survey import survey
+from jaxfa.nn.survey import own_of, survey
 from tests.networks import TRAINED
 
 
@@ -246,7 +246,7 @@ def test_flaxs_layers_that_contract_by_themselves(layer):
 def contracted(aligned, x):
     """What a model contracts by itself: weights as matrices, and their feedback."""
     seen = survey(aligned.model, method_of("__call__"), Example.of((x,), {})).sites
-    return [(weights_of(seen[one.site], one.site), one.feedback.get_value()) for one in aligned.own.values()]
+    return [(weights_of(seen[one.site], one.site), one.feedback.get_value()) for one in own_of(aligned)]
 
 
 def step(aligned, rule, x):
@@ -263,7 +263,7 @@ CHOSEN = ("masked", "masked by a choice", "experts by index", "experts by one-ho
 def test_kolen_pollack_brings_weights_and_feedback_together(name, x64):
     call, shape, size, _ = KINDS[name]
     aligned, x = attach(Own(call, shape), rule := jaxfa.kolen_pollack(weight_decay=0.1), drawn(size)), drawn(size)
-    assert len(aligned.own) == (2 if name == "gate" else 1)
+    assert len(own_of(aligned)) == (2 if name == "gate" else 1)
     if name == "scaled":  # what the rule sees is the parameter
         np.testing.assert_array_equal(contracted(aligned, x)[0][0], aligned.model.w[...])
     before = [np.asarray(w - feedback.b) for w, feedback in contracted(aligned, x)]
@@ -422,7 +422,7 @@ def test_it_trains_at_chosen_places_by_name():
     np.testing.assert_allclose(jax.vmap(lambda x: aligned(x[None])[0])(x), aligned(x), rtol=1e-5)  # closed over
     with pytest.raises(ValueError, match=r"at=\['v'\] matches nothing; the paths here are \['below', 'w'\]"):
         attach(model, jaxfa.fa(), x, at="v")
-    assert len(attach(model, jaxfa.fa(), x, at="w").own) == 2
+    assert len(attach(model, jaxfa.fa(), x, at="w").own["w"]) == 2
     assert [row.leaves for row in attach(model, jaxfa.fa(), x, allow="w").coverage().rows][
         1
     ] == "backpropagation, allowed"

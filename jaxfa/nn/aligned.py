@@ -18,7 +18,7 @@ from jaxfa.nn.leaves import error_in
 from jaxfa.nn.own import OwnSite, weights_of
 from jaxfa.nn.own import layer_of as own_layer_of
 from jaxfa.nn.program import Example, Program, is_transformed, method_of
-from jaxfa.nn.survey import OwnContraction, by_path, program_of, run_with_feedback, survey
+from jaxfa.nn.survey import OwnContraction, by_parameter, by_path, own_of, program_of, run_with_feedback, survey
 from jaxfa.nn.table import Coverage
 from jaxfa.nn.tap import plain_of, taps_of
 from jaxfa.nn.variables import Recorder
@@ -52,7 +52,7 @@ class Aligned(nnx.Module):
         self.forward = nnx.static(options.get("forward"))
         self.reminds = True
         # By the path of the parameter, so that an optimizer sees whose weights a feedback stands for.
-        self.own, self.left = nnx.Dict(by_path(own[0])), nnx.static(own[1])
+        self.own, self.left = nnx.Dict(by_parameter(own[0])), nnx.static(own[1])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass, bit for bit; its gradient is the rule's."""
@@ -69,7 +69,7 @@ class Aligned(nnx.Module):
             self.coverage(*args, **kwargs).refuse()
         if self.own and is_transformed():
             program = program_of(self.model, method_of(self.method), args, kwargs)
-            return run_with_feedback(program, self.own.values(), self.left)
+            return run_with_feedback(program, own_of(self), self.left)
         return method_of(self.method)(self.model, *args, **kwargs)
 
     def coverage(self, *args: Any, **kwargs: Any) -> Coverage:
@@ -105,7 +105,7 @@ class Aligned(nnx.Module):
         if not (args or kwargs):
             raise ValueError("This rule's own phase runs the model: give refine(key, x) one batch of inputs.")
         taps = {path: tap for path, tap in taps_of(self.model).items() if tap.feedback is not None}
-        layers = contractions_of(self.model) | dict(self.own.items())
+        layers = contractions_of(self.model) | by_path(own_of(self))
         parts = taps if is_direct(self.rule) else layers
         forward = _shifted_forward(self, args, kwargs) if is_direct(self.rule) else _layers(self, args, kwargs)
         if isinstance(forward, dict):  # a layer that this forward pass does not use has nothing to mirror
@@ -212,7 +212,7 @@ def _own(aligned: Aligned, example: Any) -> list[tuple[str, Any, Any]]:
     if not aligned.own:
         return []
     sites = survey(aligned.model, method_of(aligned.method), example).sites
-    return [(path, one, sites[one.site]) for path, one in aligned.own.items() if one.site in sites]
+    return [(path, one, sites[one.site]) for path, one in by_path(own_of(aligned)).items() if one.site in sites]
 
 
 def _as_array(value: Any) -> jax.Array:

@@ -16,7 +16,7 @@ from jaxfa.nn.describe import IDLE, LOST, SILENT, describe, held_feedback, layer
 from jaxfa.nn.learning import how_it_learns
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Example, Program, method_of
-from jaxfa.nn.survey import Survey, survey
+from jaxfa.nn.survey import Survey, own_of, survey
 from jaxfa.nn.table import Coverage, Row
 from jaxfa.nn.tap import Tap, plain_of, taps_of
 from jaxfa.nn.taps import record_taps
@@ -59,7 +59,7 @@ def _traced(
 
     def replaced(path: Any, _: Any) -> str:
         if _segments(path)[1] == "own" and skip:
-            return str(model.own[_segments(path)[2]].path)
+            return _segments(path)[2]
         *owner, holder, _ = _segments(path)[1 + skip :]
         return "" if holder == "feedback_tap" else "/".join([*owner, "kernel"])
 
@@ -126,7 +126,7 @@ class _Cover:
 
     def __init__(self, aligned: Any, result: Audit, example: Example) -> None:
         self.aligned, self.result, self.allow, self.example = aligned, result, aligned.allow, example
-        self.own, self.left = aligned.own, {site.name for site in aligned.left}
+        self.own, self.left = own_of(aligned), {site.name for site in aligned.left}
         taps = taps_of(aligned.model).values()
         self.blocks = [tap.path for tap in taps if not tap.at_input]
         self.inputs = [tap.path for tap in taps if tap.at_input]
@@ -193,7 +193,7 @@ class _Cover:
         """The weights that an error passes on its way down without anybody's seeing it in the gradient."""
         if seen is None:
             return []
-        own = {one.site for one in self.own.values()}
+        own = {one.site for one in self.own}
         chosen = {site.name for site in seen.sites if site not in own and (site.name in rest or not site.thin)}
         shown = {step.name for step in self.result.passages if step.kind == "weights"}
         return sorted((seen.lost | chosen) - shown)

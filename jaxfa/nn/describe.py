@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfa.nn.contraction import Contraction
+from jaxfa.nn.survey import own_of
 from jaxfa.nn.tap import Tap
 from jaxfa.nn.variables import modules_of
 from jaxfa.svd import is_factors
@@ -30,7 +31,7 @@ def held_feedback(aligned: Any) -> dict[str, list[Any]]:
     """The feedback of each layer or tap; several where a parameter is contracted in several ways."""
     parts = [module for _, module in modules_of(aligned.model) if isinstance(module, Contraction | Tap)]
     found: dict[str, list[Any]] = {}
-    for part in (*parts, *aligned.own.values()):
+    for part in (*parts, *own_of(aligned)):
         if part.feedback is not None:
             found.setdefault(layer_name(part.path), []).append(part.feedback.get_value())
     return found

@@ -126,6 +126,19 @@ def put_own(rule: Rule, rngs: nnx.Rngs, sites: dict[OwnSite, Contraction]) -> tu
     return own, backprop
 
 
+def by_parameter(own: Any) -> dict[str, nnx.List]:
+    """Contractions by the path of the parameter; several where it is contracted in several ways."""
+    found: dict[str, list[OwnContraction]] = {}
+    for one in own:
+        found.setdefault(one.path, []).append(one)
+    return {path: nnx.List(several) for path, several in found.items()}
+
+
+def own_of(aligned: Any) -> list[OwnContraction]:
+    """An attached model's own contractions with feedback."""
+    return [one for several in aligned.own.values() for one in several]
+
+
 def by_path(own: Any) -> dict[str, OwnContraction]:
     """Contractions by the path of the parameter, with a number where it is contracted in several ways."""
     found: dict[str, OwnContraction] = {}
