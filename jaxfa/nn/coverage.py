@@ -11,7 +11,7 @@ from jax.tree_util import DictKey
 
 from jaxfa.audit import OUTPUT, Audit, Use, audit, uses
 from jaxfa.base import is_direct
-from jaxfa.nn.contraction import Contraction
+from jaxfa.nn.contraction import Contraction, audited
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Example, Program, method_of
 from jaxfa.nn.tap import Tap, plain_of, taps_of
@@ -89,7 +89,7 @@ def _traced(
     params, feedback, rest, data = structs(program.states)
 
     def forward(params: Any, states: Any, data: Any) -> Any:
-        outputs = program.run(params, *states, data)[0]
+        outputs = program.run(params, *states, data, prepare=audited)[0]
         return outputs if of is None else of(program.returned(outputs))
 
     def own(path: Any, leaf: Any) -> str:
@@ -213,7 +213,7 @@ class _Cover:
     def backpropagates(self, name: str) -> str:
         ways = self.result.arrivals
         victims = [below for below in ways if ("weights", name) in ways[below] and not self.block(below, name)]
-        victims = [below for below in victims if _layer(below) != _layer(name)]
+        victims = [below for below in victims if _layer(below) != _layer(name) and not self.is_atop(below)]
         if not victims or self.allows(name):
             return ""
         others = " and others" if len(victims) > 3 else ""
@@ -222,6 +222,11 @@ class _Cover:
             f"- {_layer(name)!r} sends the error on to {', '.join(map(repr, victims[:3]))}{others} through its own "
             f"weights, which is backpropagation. {mend}, or allow={_layer(name)!r}."
         )
+
+    def is_atop(self, name: str) -> bool:
+        """Whether a parameter is above all taps and of no contraction, as a norm's: it learns exactly there."""
+        contracting = {_owner(used) for use in self.result.uses for used in use.weights}
+        return bool(self.taps) and self.starts(name) == ["the output"] and _owner(name) not in contracting
 
     def impure(self, name: str) -> str:
         starts = self.starts(name)
@@ -286,6 +291,10 @@ def _segments(path: Any) -> list[str]:
 
 def _layer(name: str) -> str:
     return name.removesuffix("/kernel")
+
+
+def _owner(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def _inside(name: str, block: str) -> bool:
