@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from jaxfa.base import Rule, init_at, is_direct
 from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
-from jaxfa.nn.coverage import uses_of, weights_above
 from jaxfa.nn.dispatch import call_dispatched, check_dispatches
 from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.program import Example
@@ -29,6 +28,7 @@ from jaxfa.nn.taps import (
     that_are_read,
     true_size,
 )
+from jaxfa.nn.trace import uses_of, weights_above
 from jaxfa.nn.variables import init_stack, modules_of
 from jaxfa.paths import matches
 

@@ -1,22 +1,18 @@
 """Lists every weight contraction of a model with how its error travels, read off the traced gradient."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.tree_util import DictKey
 
-from jaxfa.audit import OUTPUT, Audit, Use, audit, uses
-from jaxfa.base import is_direct
-from jaxfa.nn.contraction import Contraction, audited
-from jaxfa.nn.leaves import error_in
-from jaxfa.nn.program import Example, Program, method_of
+from jaxfa.audit import OUTPUT, Audit
+from jaxfa.nn.contraction import Contraction
+from jaxfa.nn.program import Example
 from jaxfa.nn.tap import Tap, plain_of, taps_of
 from jaxfa.nn.taps import record_taps
-from jaxfa.nn.variables import Feedback, modules_of, structs, value_of
+from jaxfa.nn.trace import layer_of_name, trace, traced
+from jaxfa.nn.variables import Feedback, modules_of, value_of
 from jaxfa.paths import matches
 from jaxfa.svd import is_factors
 
@@ -67,79 +63,9 @@ class Coverage(NamedTuple):
         return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def uses_of(model: nnx.Module, method: str, example: Example) -> dict[str, Use]:
-    """The weight contractions of a model's forward pass, by the path of the layer that owns the weights."""
-    found = uses(*_traced(model, method, example))
-    return {_layer(name): use for use in found for name in sorted(use.weights)}
-
-
-def trace(model: nnx.Module, method: str, example: Example) -> Audit:
-    """Audits the gradient of all outputs of a model."""
-    return audit(*_traced(model, method, example))
-
-
-def _traced(
-    model: nnx.Module, method: str, example: Example, *, skip: int = 0, of: Callable[[Any], Any] | None = None
-) -> tuple[Any, ...]:
-    """What an audit asks for: a function, its parameters, its other state, its data, and the names of the first two.
-
-    The first ``skip`` segments of every path are left out of the names; ``of`` says which outputs are meant.
-    """
-    program = Program(model, method_of(method), *example.arguments(), _own(nnx.Param), _own(Feedback), _own(object))
-    params, feedback, rest, data = structs(program.states)
-
-    def forward(params: Any, states: Any, data: Any) -> Any:
-        outputs = program.run(params, *states, data, prepare=audited)[0]
-        return outputs if of is None else of(program.returned(outputs))
-
-    def own(path: Any, leaf: Any) -> str:
-        return "/".join(_segments(path)[1 + skip :]) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
-
-    def replaced(path: Any, _: Any) -> str:
-        *owner, holder, _ = _segments(path)[1 + skip :]
-        return "" if holder == "feedback_tap" else "/".join([*owner, "kernel"])
-
-    # State is named, too: weights that are frozen in a variable of another type carry errors all the same.
-    names_of = jax.tree_util.tree_map_with_path
-    names = names_of(own, params), (names_of(replaced, feedback), names_of(own, rest))
-    return forward, params, (feedback, rest), data, names
-
-
-def _own(kind: type) -> Any:
-    """The filter of a model's own state of a kind, not its arguments'."""
-    return lambda path, value: path[0] == 0 and isinstance(value, kind)
-
-
-def weights_above(model: nnx.Module, method: str, tapped: Any, source: str, example: Example) -> list[str]:
-    """The weights through which the error comes to a rule's source: where a shift of its activation would be felt."""
-    program = Program(model, method_of(method), *example.arguments(), _own(object))
-
-    def forward(shift: jax.Array, state: Any, data: Any) -> Any:
-        def prepare(copy: Any) -> None:
-            taps_of(copy)[source].shift = nnx.Variable({"": shift})
-
-        return program.run(state, data, prepare=prepare)[0]
-
-    def own(path: Any, leaf: Any) -> str:
-        return "/".join(_segments(path)[1:]) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
-
-    state, data = structs(program.states)
-    found = audit(forward, tapped, state, data, (source, jax.tree_util.tree_map_with_path(own, state)))
-    return [step.name for step in found.arrivals[source] if step.kind == "weights"]
-
-
 def cover(aligned: Any, example: Example) -> Coverage:
     """The table of an attached model for these inputs."""
     return _Cover(aligned, traced(aligned, example), example).table()
-
-
-def traced(aligned: Any, example: Example) -> Audit:
-    """The audit of an attached model."""
-    # Layer-wise rules are in the model itself; a direct one needs its root.
-    if is_direct(aligned.rule):
-        of = partial(error_in, logits=aligned.logits)
-        return audit(*_traced(aligned, "__call__", example, skip=1, of=of))
-    return trace(aligned.model, aligned.method, example)
 
 
 class _Cover:
@@ -170,9 +96,9 @@ class _Cover:
         way = self.result.arrivals.get(name, frozenset())
         taps = [self.taps[step.name] for step in way if step.name in self.taps and step.kind == "direct"]
         # A direct feedback stands where it brings an error, a layer's own where it sends one on.
-        holders = dict.fromkeys(taps) if self.taps else [_layer(name)]
+        holders = dict.fromkeys(taps) if self.taps else [layer_of_name(name)]
         feedback = " ".join(self.feedback.get(path, "") for path in holders)
-        return Row(_layer(name), self.shapes[name], self.arrives(name), self.leaves(name), feedback)
+        return Row(layer_of_name(name), self.shapes[name], self.arrives(name), self.leaves(name), feedback)
 
     def block(self, below: str, above: str) -> str | None:
         """The tapped block that holds both parameters, inside which the backward is meant to be exact."""
@@ -205,7 +131,7 @@ class _Cover:
         if "weights" in kinds:
             block = self.block(name, name)
             return f"exact inside {block}" if block else f"backpropagation{', allowed' if self.allows(name) else ''}"
-        return "not needed: input tapped" if _layer(name) in self.inputs else "not needed"
+        return "not needed: input tapped" if layer_of_name(name) in self.inputs else "not needed"
 
     def allows(self, name: str) -> bool:
         return matches(name, self.allow, under=True)
@@ -213,14 +139,16 @@ class _Cover:
     def backpropagates(self, name: str) -> str:
         ways = self.result.arrivals
         victims = [below for below in ways if ("weights", name) in ways[below] and not self.block(below, name)]
-        victims = [below for below in victims if _layer(below) != _layer(name) and not self.is_atop(below)]
+        victims = [
+            below for below in victims if layer_of_name(below) != layer_of_name(name) and not self.is_atop(below)
+        ]
         if not victims or self.allows(name):
             return ""
         others = " and others" if len(victims) > 3 else ""
         mend = "Name what is below it in at=, too" if self.taps else "Make it a layer that attach() takes, unmasked"
         return (
-            f"- {_layer(name)!r} sends the error on to {', '.join(map(repr, victims[:3]))}{others} through its own "
-            f"weights, which is backpropagation. {mend}, or allow={_layer(name)!r}."
+            f"- {layer!r} sends the error on to {', '.join(map(repr, victims[:3]))}{others} through its own "
+            f"weights, which is backpropagation. {mend}, or allow={layer!r}."
         )
 
     def is_atop(self, name: str) -> bool:
@@ -235,7 +163,7 @@ class _Cover:
         return (
             f"- the error reaches {name!r} on {len(starts)} ways at once (from {', '.join(starts[:3])}), as when a "
             f"shortcut passes a tap by or a layer is used twice. Name whole blocks with at=, shortcut included, or "
-            f"allow={_layer(name)!r}."
+            f"allow={layer_of_name(name)!r}."
         )
 
     def lost(self, names: Any) -> list[str]:
@@ -250,7 +178,7 @@ class _Cover:
         if idle:
             true = trace(plain_of(self.aligned.model), self.aligned.method, self.example).arrivals
             idle = [name for name in idle if true.get(name)]
-        return [_SILENT.format(path) for path in silent] + [_IDLE.format(_layer(name)) for name in idle]
+        return [_SILENT.format(path) for path in silent] + [_IDLE.format(layer_of_name(name)) for name in idle]
 
 
 _SILENT = (
@@ -283,14 +211,6 @@ def _describe(feedback: Any) -> str:
 
 def _shape(value: Any) -> tuple[int, ...]:
     return value.shape if is_factors(value) else jnp.shape(value)
-
-
-def _segments(path: Any) -> list[str]:
-    return [str(key.key) for key in path if isinstance(key, DictKey)]
-
-
-def _layer(name: str) -> str:
-    return name.removesuffix("/kernel")
 
 
 def _owner(name: str) -> str:
