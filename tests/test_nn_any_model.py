@@ -227,11 +227,15 @@ def test_any_method_may_be_trained_by(rule):
         attach(Losses(), rule, AT)
 
 
-def test_a_gradient_past_the_attached_model_is_refused_and_a_loss_inside_it_said():
-    aligned = attach(Losses(), jaxfa.dfa(), AT, method="logits")
-    np.testing.assert_array_equal(jax.jit(aligned.model.loss)(X), Losses().loss(X))
-    with pytest.raises(RuntimeError, match="call the Aligned model, attach with method="):
+@both
+def test_a_gradient_past_the_attached_model_is_refused(rule):
+    aligned = attach(Losses(), rule, AT, method="logits")
+    np.testing.assert_allclose(jax.jit(aligned.model.loss)(X), Losses().loss(X), rtol=1e-6)
+    with pytest.raises(RuntimeError, match=r"past .*'[abc]'.*: call the Aligned model, attach with method="):
         nnx.grad(lambda aligned: aligned.model.loss(X))(aligned)
+
+
+def test_a_method_that_returns_a_loss_has_no_logits():
     with pytest.raises(ValueError, match="or with method= which method returns them"):
         attach(Losses(), jaxfa.dfa(), AT, method="loss")
 
@@ -239,6 +243,47 @@ def test_a_gradient_past_the_attached_model_is_refused_and_a_loss_inside_it_said
 def test_a_layer_wise_rule_is_audited_for_the_method_that_is_called():
     aligned = attach(Losses(), jaxfa.fa(), method="loss")
     assert all(learns(nnx.grad(lambda aligned: aligned(X))(aligned)).values())
+
+
+class Gated(nnx.Module):
+    """Two layers that read one activation, and a head that is used in another method."""
+
+    def __init__(self):
+        def make(i, n, m):
+            return dense(n, m, rngs=nnx.Rngs(i))
+
+        self.below, self.up, self.gate = make(0, 8, 6), make(1, 6, 5), make(2, 6, 5)
+        self.head, self.other = make(3, 5, 3), make(4, 5, 3)
+
+    def __call__(self, x):
+        h = nnx.relu(self.below(x))
+        return self.head(nnx.silu(self.gate(h)) * self.up(h))
+
+
+def test_one_activation_is_one_tap_and_a_layer_without_a_call_has_none():
+    aligned, e = attach(Gated(), jaxfa.dfa()), inputs(4, 3)
+    taps = jaxfa.nn.tap.taps_of(aligned.model)
+    assert {path: tap.follows for path, tap in taps.items()} == {"gate": None, "up": "gate", "head": None}
+    grads = nnx.grad(lambda model: (model(X) * e).sum())(aligned)["model"]
+    mask = Gated().below(X) > 0
+    want = (e @ taps["gate"].feedback.get_value().b.T * mask).sum(0)
+    np.testing.assert_allclose(grads["below"]["bias"][...], want, rtol=1e-4, atol=1e-6)
+    assert not grads["other"]["kernel"][...].any()
+
+
+def test_the_jacobian_at_an_activation_is_that_of_all_that_read_it():
+    aligned = attach(Gated(), jaxfa.fdfa(learning_rate=0.02, scaling=0.1))
+    refine = nnx.jit(lambda aligned, key: aligned.refine(key, X))
+    for key in jax.random.split(jax.random.key(0), 600):
+        refine(aligned, key)
+    model = Gated()
+
+    def tail(h):
+        return model.head(nnx.silu(model.gate(h)) * model.up(h)).sum(0)
+
+    true = jax.jacrev(tail)(nnx.relu(model.below(X))).mean(1).T
+    b = jaxfa.nn.tap.taps_of(aligned.model)["gate"].feedback.get_value().b
+    assert jaxfa.diagnostics.angle(b, true) < 20
 
 
 class Hidden(Base):
@@ -312,3 +357,31 @@ def test_a_linen_layer_is_tapped_by_what_holds_it():
 def test_an_angle_is_none_where_nothing_learns():
     found = jaxfa.nn.alignment(attach(Frozen(), jaxfa.fa()), lambda model: square(model, X))
     assert {path for path, one in found.items() if np.isnan(one.angle)} == {"a/kernel", "a/bias"}
+
+
+class Normed(Base):
+    """A norm after the last tap."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nnx.LayerNorm(8, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.c(self.norm(nnx.relu(self.b(nnx.relu(self.a(x))))))
+
+
+def test_a_norm_between_the_last_tap_and_the_output_learns_exactly():
+    aligned = attach(Normed(), jaxfa.dfa(), AT)
+    ours, true = nnx.grad(square)(aligned, X)["model"], nnx.grad(square)(Normed(), X)
+    np.testing.assert_allclose(ours["norm"]["scale"][...], true["norm"]["scale"][...], rtol=1e-5)
+    with pytest.raises(ValueError, match="'c' sends the error on to 'b/bias', 'b/kernel'"):
+        attach(Normed(), jaxfa.dfa(), "a")
+
+
+def test_what_flax_captures_is_captured():
+    def run(model):
+        out, found = nnx.capture(model, Penalty)(X)
+        return out, nnx.to_flat_state(found)
+
+    aligned = attach(Sowing(), jaxfa.dfa(), AT)
+    np.testing.assert_array_equal(run(aligned)[0], run(Sowing())[0])

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxfa.base import Rule, is_direct, keep
 from jaxfa.diagnostics import Alignment, compare, weight_angle
 from jaxfa.forward_mode import backward_alone
-from jaxfa.nn.contraction import contractions_of, layer_of, sites_of
+from jaxfa.nn.contraction import audited, contractions_of, layer_of, sites_of
 from jaxfa.nn.coverage import cover
 from jaxfa.nn.direct import call_direct
 from jaxfa.nn.learning import note_refined, quiet, remind
@@ -56,21 +56,23 @@ class Aligned(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass, bit for bit; its gradient is the rule's."""
+        if not is_transformed():  # and so not differentiated
+            return method_of(self.method)(self.model, *args, **kwargs)
         with backward_alone():
             outputs = self._run(args, kwargs)
             return remind(self.rule, outputs) if self.reminds else outputs
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Where nothing is transformed nothing is differentiated.
-        if is_direct(self.rule) and is_transformed():
+        if is_direct(self.rule):
             return (self.forward or call_direct)(self, args, kwargs)
-        if not is_direct(self.rule) and self.example is None and is_transformed():
+        if self.example is None:
             # Without an example to check it by, every trace checks itself: a gradient is never taken unchecked.
             self.coverage(*args, **kwargs).refuse()
-        if self.own and is_transformed():
+        if self.own:
             program = program_of(self.model, method_of(self.method), args, kwargs)
             return run_with_feedback(program, own_of(self), self.left)
-        return method_of(self.method)(self.model, *args, **kwargs)
+        program = Program(self.model, method_of(self.method), args, kwargs)
+        return program.finish(*program.run(*program.states, prepare=audited))
 
     def coverage(self, *args: Any, **kwargs: Any) -> Coverage:
         """How the error reaches and leaves every weight contraction, as a table, read off the traced gradient.
@@ -240,9 +242,9 @@ def _shifted_forward(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, 
 
     def forward(shifts: dict[str, Any]) -> jax.Array:
         def prepare(model: Any) -> None:
-            found = taps_of(model)
-            for path, value in shifts.items():
-                found[path].shift = nnx.Variable(value)
+            for path, tap in taps_of(model).items():
+                if (tap.follows or path) in shifts:
+                    tap.shift = nnx.Variable(shifts[tap.follows or path])
 
         outputs, _ = program.run(*program.states, prepare=prepare)
         return error_in(program.returned(outputs), aligned.logits)

@@ -11,14 +11,25 @@ from jax.sharding import Mesh
 from jaxfa.base import Rule, init_at, is_direct
 from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
-from jaxfa.nn.coverage import uses_of, weights_above
 from jaxfa.nn.dispatch import call_dispatched, check_dispatches
 from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.stream import call_streamed, check_streams
 from jaxfa.nn.survey import Survey, put_own, survey
 from jaxfa.nn.tap import Tap, place_tap
-from jaxfa.nn.taps import check_source, end_at, fill_taps, measure_taps, only_leaf, tappable, that_are_read, true_size
+from jaxfa.nn.taps import (
+    check_source,
+    drop_unused,
+    end_at,
+    fill_taps,
+    follow,
+    measure_taps,
+    only_leaf,
+    tappable,
+    that_are_read,
+    true_size,
+)
+from jaxfa.nn.trace import uses_of, weights_above
 from jaxfa.nn.variables import init_stack, modules_of
 from jaxfa.paths import matches
 
@@ -225,8 +236,11 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> 
     _refuse_unmatched("the rule's globs", rule.globs, tapped, under=True)
     for path in tapped:
         place_tap(modules[path], path, at_input=at_input)
-    seen, error = measure_taps(model, method, example, call.logits)
-    above = []
+    recorder, error = measure_taps(model, method, example, call.logits)
+    seen, above = recorder.seen, []
+    drop_unused(model, seen, None if at_input else at)
+    if at_input:
+        follow(model, recorder.sources)
     if rule.source in seen:
         check_source(model, rule.source, list(seen))
         error = only_leaf(seen[rule.source], rule.source)

@@ -11,10 +11,10 @@ from jaxfa.conservation import Pair, imbalance, shrink
 from jaxfa.dfa import DirectMatrix
 from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.contraction import Site, contractions_of, sites_of
-from jaxfa.nn.coverage import trace, traced
 from jaxfa.nn.learning import quiet
 from jaxfa.nn.program import Example
 from jaxfa.nn.tap import taps_of
+from jaxfa.nn.trace import trace, traced
 from jaxfa.nn.views import Whole
 
 

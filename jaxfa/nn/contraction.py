@@ -10,8 +10,10 @@ from flax import nnx
 from jax import lax
 
 from jaxfa.base import Layer, LayerFeedback
+from jaxfa.delivery import undifferentiated
 from jaxfa.nn.factored import Factored
-from jaxfa.nn.variables import Feedback, Recorder, intercept, modules_of, release
+from jaxfa.nn.program import is_transformed
+from jaxfa.nn.variables import REFUSAL, Feedback, Recorder, intercept, modules_of, release
 from jaxfa.nn.views import Call, Factorised, Groups, Matrices, Whole, of_einsum, roles
 from jaxfa.ops import with_feedback
 
@@ -107,6 +109,7 @@ class Contraction(nnx.Module):
         self.site = nnx.static(site)
         self.path = path
         self.feedback = Feedback(feedback)
+        self.is_audited = False  # in a run of the Aligned model
         self.recorder: Recorder | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
@@ -121,7 +124,8 @@ class Contraction(nnx.Module):
         if self.recorder is not None:
             one = jax.ShapeDtypeStruct(inputs.shape[self.site.view.batch :], inputs.dtype)
             self.recorder.record(self.path, (bound.op, one))
-        return bound.join(run(inputs, self.site.view.matrices(kernel), self.feedback.get_value()))
+        y = bound.join(run(inputs, self.site.view.matrices(kernel), self.feedback.get_value()))
+        return y if self.is_audited or not is_transformed() else undifferentiated(REFUSAL.format(repr(self.path)), y)
 
     def _view(self, subscripts: str | None) -> Whole | Groups | Matrices | Factorised:
         """The kernel's view by the subscripts of this call, which may be others than the layer was made with."""
@@ -141,6 +145,12 @@ def contractions_of(model: nnx.Module) -> dict[str, Contraction]:
     """What a layer-wise rule was put on, by the path of the layer."""
     found = {module.path: module for _, module in modules_of(model) if isinstance(module, Contraction)}
     return dict(sorted(found.items()))
+
+
+def audited(model: nnx.Module) -> None:
+    """Lets a copy of a model that a rule was put on be differentiated."""
+    for contraction in contractions_of(model).values():
+        contraction.is_audited = True
 
 
 def _contracted_conv_transpose(self: Any, own_call: Any, inputs: jax.Array) -> jax.Array:

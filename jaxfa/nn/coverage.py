@@ -1,95 +1,21 @@
 """Lists every weight contraction of a model with how its error travels, read off the traced gradient."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.tree_util import DictKey
 
-from jaxfa.audit import OUTPUT, Audit, Use, audit, uses
+from jaxfa.audit import OUTPUT, Audit
 from jaxfa.base import is_direct
-from jaxfa.follow import with_local_products
 from jaxfa.nn.describe import IDLE, LOST, SILENT, describe, held_feedback, layer_name, shape_of
 from jaxfa.nn.learning import how_it_learns
-from jaxfa.nn.leaves import error_in
-from jaxfa.nn.program import Example, Program, method_of
+from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.survey import Survey, own_of, survey
 from jaxfa.nn.table import Coverage, Row
 from jaxfa.nn.tap import Tap, plain_of, taps_of
 from jaxfa.nn.taps import record_taps
-from jaxfa.nn.variables import Feedback, structs, value_of
+from jaxfa.nn.trace import trace, traced
+from jaxfa.nn.variables import Feedback, value_of
 from jaxfa.paths import matches
-
-
-def uses_of(model: nnx.Module, method: str, example: Example) -> dict[str, Use]:
-    """The weight contractions of a model's forward pass, by the path of the layer that owns the weights."""
-    found = uses(*_traced(model, method, example))
-    return {layer_name(name): use for use in found for name in sorted(use.weights)}
-
-
-def trace(model: nnx.Module, method: str, example: Example, *, local: bool = False) -> Audit:
-    """Audits the gradient of all outputs of a model; ``local``: see :func:`traced`."""
-    return _audit(_traced(model, method, example), local)
-
-
-def _audit(found: tuple[Any, ...], local: bool) -> Audit:
-    forward, *rest = found
-    return audit(with_local_products(forward) if local else forward, *rest)
-
-
-def _traced(
-    model: nnx.Module, method: str, example: Example, *, skip: int = 0, of: Callable[[Any], Any] | None = None
-) -> tuple[Any, ...]:
-    """What an audit asks for: a function, its parameters, its other state, its data, and the names of the first two.
-
-    The first ``skip`` segments of every path are left out of the names; ``of`` says which outputs are meant.
-    """
-    program = Program(model, method_of(method), *example.arguments(), _own(nnx.Param), _own(Feedback), _own(object))
-    params, feedback, rest, data = structs(program.states)
-
-    def forward(params: Any, states: Any, data: Any) -> Any:
-        outputs = program.run(params, *states, data)[0]
-        return outputs if of is None else of(program.returned(outputs))
-
-    def own(path: Any, leaf: Any) -> str:
-        return "/".join(_segments(path)[1 + skip :]) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
-
-    def replaced(path: Any, _: Any) -> str:
-        if _segments(path)[1] == "own" and skip:
-            return _segments(path)[2]
-        *owner, holder, _ = _segments(path)[1 + skip :]
-        return "" if holder == "feedback_tap" else "/".join([*owner, "kernel"])
-
-    # State is named, too: weights that are frozen in a variable of another type carry errors all the same.
-    names_of = jax.tree_util.tree_map_with_path
-    names = names_of(own, params), (names_of(replaced, feedback), names_of(own, rest))
-    return forward, params, (feedback, rest), data, names
-
-
-def _own(kind: type) -> Any:
-    """The filter of a model's own state of a kind, not its arguments'."""
-    return lambda path, value: path[0] == 0 and isinstance(value, kind)
-
-
-def weights_above(model: nnx.Module, method: str, tapped: Any, source: str, example: Example) -> list[str]:
-    """The weights through which the error comes to a rule's source: where a shift of its activation would be felt."""
-    program = Program(model, method_of(method), *example.arguments(), _own(object))
-
-    def forward(shift: jax.Array, state: Any, data: Any) -> Any:
-        def prepare(copy: Any) -> None:
-            taps_of(copy)[source].shift = nnx.Variable({"": shift})
-
-        return program.run(state, data, prepare=prepare)[0]
-
-    def own(path: Any, leaf: Any) -> str:
-        return "/".join(_segments(path)[1:]) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
-
-    state, data = structs(program.states)
-    found = audit(forward, tapped, state, data, (source, jax.tree_util.tree_map_with_path(own, state)))
-    return [step.name for step in found.arrivals[source] if step.kind == "weights"]
 
 
 def cover(aligned: Any, example: Example) -> Coverage:
@@ -102,23 +28,6 @@ def cover(aligned: Any, example: Example) -> Coverage:
         return table.table(None)
     model = plain_of(aligned.model) if is_direct(aligned.rule) else aligned.model
     return table.table(survey(model, method_of(aligned.method), example))
-
-
-def traced(aligned: Any, example: Example, *, local: bool = False) -> Audit:
-    """The audit of an attached model.
-
-    Args:
-      aligned: the model.
-      example: a call of it.
-      local: whether to take products of parameters alone, such as a spectral norm, for a part of the weights.
-    """
-    # Layer-wise rules are in the model itself; a direct one, and a model's own contractions, need its root.
-    if is_direct(aligned.rule):
-        of = partial(error_in, logits=aligned.logits)
-        return _audit(_traced(aligned, "__call__", example, skip=1, of=of), local)
-    if aligned.own:
-        return _audit(_traced(aligned, "__call__", example, skip=1), local)
-    return trace(aligned.model, aligned.method, example, local=local)
 
 
 class _Cover:
@@ -247,7 +156,8 @@ class _Cover:
         """The parameters to which a parameter's weights send the error on."""
         ways = self.result.arrivals
         victims = [below for below in ways if ("weights", name) in ways[below] and not self.block(below, name)]
-        return [below for below in victims if layer_name(below) != layer_name(name)]
+        victims = [below for below in victims if layer_name(below) != layer_name(name)]
+        return [below for below in victims if not self.is_atop(below)]
 
     def backpropagates(self, name: str) -> str:
         victims = self.victims(name)
@@ -262,6 +172,11 @@ class _Cover:
             f"- {layer_name(name)!r} sends the error on to {', '.join(map(repr, victims[:3]))}{others} through its own "
             f"weights, which is backpropagation. {mend}, or allow={layer_name(name)!r}."
         )
+
+    def is_atop(self, name: str) -> bool:
+        """Whether a parameter is above all taps and of no contraction, as a norm's: it learns exactly there."""
+        contracting = {_owner(used) for use in self.result.uses for used in use.weights}
+        return bool(self.taps) and self.starts(name) == ["the output"] and _owner(name) not in contracting
 
     def impure(self, name: str) -> str:
         starts = self.starts(name)
@@ -292,8 +207,8 @@ def _place(tap: Tap, leaf: str) -> str:
     return f"{'input' if tap.at_input else 'output'} {leaf + ' ' if leaf else ''}of {tap.path}"
 
 
-def _segments(path: Any) -> list[str]:
-    return [str(key.key) for key in path if isinstance(key, DictKey)]
+def _owner(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def _inside(name: str, block: str) -> bool:

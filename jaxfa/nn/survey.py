@@ -11,6 +11,7 @@ from jax.tree_util import DictKey
 from jaxfa.base import LayerFeedback, Rule, init_at, keep
 from jaxfa.contractions import Contraction
 from jaxfa.follow import Follower
+from jaxfa.nn.contraction import audited
 from jaxfa.nn.own import OwnSite, contract, site_of, weights_of
 from jaxfa.nn.program import Example, Program
 from jaxfa.nn.variables import Feedback, init_stack, structs
@@ -86,7 +87,8 @@ def run_with_feedback(program: Program, own: Any, left: tuple[OwnSite, ...]) -> 
             f"an example of this call, or allow={name!r}."
         )
 
-    jaxpr, returned = jax.make_jaxpr(program.run, return_shape=True)(*structs(program.states))
+    run = partial(program.run, prepare=audited)
+    jaxpr, returned = jax.make_jaxpr(run, return_shape=True)(*structs(program.states))
     values = Follower(act, live=True).run(jaxpr, _values(program.states, live=True), held)
     return program.finish(*jax.tree.unflatten(jax.tree.structure(returned), [value.here for value in values]))
 

@@ -7,16 +7,13 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax import lax
 
 from jaxfa.delivery import receive, send, undifferentiated
 from jaxfa.nn.contraction import restore
 from jaxfa.nn.leaves import at_leaves, named_floats
-from jaxfa.nn.variables import Recorder, intercept, modules_of, release
-
-_REFUSAL = (
-    "The gradient of the model inside jaxfa.nn.attach's was asked for, past the tap at {!r}: call the Aligned model, "
-    "attach with method= for another method than __call__, or take jaxfa.nn.plain(aligned) for true gradients."
-)
+from jaxfa.nn.program import is_transformed
+from jaxfa.nn.variables import REFUSAL, Recorder, intercept, modules_of, release
 
 
 class Channel:
@@ -40,6 +37,7 @@ class Tap(nnx.Module):
     In a model that streams it has the walk that runs its module (``stream.py``).
 
     Attributes:
+      follows: the tap that delivers the error to the same activation, if there is one; none comes from here then.
       leaves: of what the module returns, or is given, the arrays that are tapped; ``("",)`` where it is one array. Then
         the feedback's value is one feedback, else one for each of them, by its name.
     """
@@ -50,10 +48,16 @@ class Tap(nnx.Module):
         self.leaves: tuple[str, ...] = ()
         self.feedback = nnx.data(None)
         self.is_source = False
+        self.follows: str | None = None
         self.shift = nnx.data(None)
         self.channel: Channel | None = None
         self.recorder: Recorder | None = None
         self.walk: Any = None
+
+    @property
+    def is_receiver(self) -> bool:
+        """Whether an error is delivered here."""
+        return not (self.is_source or self.follows)
 
     def scope(self, leaf: str) -> str:
         """The name scope of a delivery, in which a slash would start another."""
@@ -70,7 +74,7 @@ class Tap(nnx.Module):
     def __call__(self, h: Any) -> Any:
         """Passes ``h`` on unchanged; its error will come from the output."""
         if self.recorder is not None:
-            self.recorder.record(self.path, {name: _struct(leaf) for name, leaf in named_floats(h).items()})
+            self.recorder.record(self.path, {name: _struct(leaf) for name, leaf in named_floats(h).items()}, h)
             return h
         return at_leaves(h, self._functions())
 
@@ -79,7 +83,10 @@ class Tap(nnx.Module):
         if self.shift is not None:
             return {name: _adding(one) for name, one in self.named(self.shift.get_value()).items()}
         if self.channel is None:
-            return dict.fromkeys(self.leaves, partial(undifferentiated, _REFUSAL.format(self.path)))
+            refuse = partial(undifferentiated, REFUSAL.format(f"the tap at {self.path!r}"))
+            return dict.fromkeys(self.leaves, refuse) if is_transformed() else {}
+        if self.follows:
+            return dict.fromkeys(self.leaves, lax.stop_gradient)
         if self.is_source:
             return dict.fromkeys(self.leaves, self._send)
         if self.channel.ref is None:

@@ -14,6 +14,7 @@ from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import MARK, Example, Program, method_of
 from jaxfa.nn.tap import remove_tap, taps_of
 from jaxfa.nn.variables import Feedback, Recorder, init_stack, modules_of, structs
+from jaxfa.paths import matches
 
 
 def stacks_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
@@ -42,7 +43,7 @@ def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, seen: dict[str, dic
     """
     stacks = stacks_of(model)
     owners = {module.feedback_tap.path: module for _, module in modules_of(model) if hasattr(module, "feedback_tap")}
-    keys = {path: rngs.feedback() for path in sorted(owners) if not owners[path].feedback_tap.is_source}
+    keys = {path: rngs.feedback() for path in sorted(owners) if owners[path].feedback_tap.is_receiver}
     shared = None
     for path in sorted(keys, key=lambda path: -max(one.size for one in seen[path].values())):
         # A shared feedback is made for the largest.
@@ -71,28 +72,49 @@ def _layer(module: Any, h: Any) -> Layer | None:
     return Layer(module.operation, h, module.kernel.get_value()) if isinstance(module, Factored) else None
 
 
+def follow(model: nnx.Module, sources: dict[str, list[Any]]) -> None:
+    """Lets one tap alone deliver the error where several are at the input of layers that read one activation."""
+    leaders: dict[Any, str] = {}
+    taps = taps_of(model)
+    for path, given in sources.items():
+        leader = leaders.setdefault(tuple(map(id, given)), path)
+        taps[path].follows = leader if leader != path else None
+        taps[path].leaves = ("",)
+
+
+def drop_unused(model: nnx.Module, seen: Any, globs: Any) -> None:
+    """Takes the taps away that the forward pass does not come to; refuses a glob that names no other."""
+    unused = [path for path in taps_of(model) if path not in seen]
+    for glob in globs or ():
+        if any(matches(path, (glob,)) for path in unused) and not any(matches(path, (glob,)) for path in seen):
+            raise ValueError(f"The forward pass never called the tapped modules {unused}; name modules that it calls.")
+    for path, module in list(modules_of(model)):
+        if path in unused:
+            remove_tap(module)
+
+
 def record_taps(model: nnx.Module, method: str, example: Example) -> dict[str, dict[str, Any]]:
     """The shapes of the activations at every tap, in the order of the forward pass."""
-    return _recorded(model, method, example, lambda out: None)[0]
+    return _recorded(model, method, example, lambda out: None)[0].seen
 
 
-def measure_taps(model: nnx.Module, method: str, example: Example, logits: Any) -> tuple[dict[str, Any], Any]:
-    """As :func:`record_taps`, and the error's shape; of arrays, those that are tapped.
+def measure_taps(model: nnx.Module, method: str, example: Example, logits: Any) -> tuple[Recorder, Any]:
+    """What :func:`record_taps` records, and the error's shape.
 
     The batch axis is known by giving the batch a size that nothing else has; where the model runs with no other size
     than it has, an axis of the batch's size is taken for it.
     """
     for marked in filter(None, map(example.marked, (0, 1))):
         try:
-            seen, error = _recorded(model, method, marked, lambda out: error_in(out, logits))
+            recorder, error = _recorded(model, method, marked, lambda out: error_in(out, logits))
         except Exception:
             continue
         if error.shape[0] % MARK == 0:
-            return seen, error
+            return recorder, error
     return _recorded(model, method, example, lambda out: error_in(out, logits))
 
 
-def _recorded(model: nnx.Module, method: str, example: Example, of: Any) -> tuple[dict[str, Any], Any]:
+def _recorded(model: nnx.Module, method: str, example: Example, of: Any) -> tuple[Recorder, Any]:
     recorder = Recorder()
 
     def prepare(copy: Any) -> None:
@@ -100,7 +122,7 @@ def _recorded(model: nnx.Module, method: str, example: Example, of: Any) -> tupl
             tap.recorder = recorder
 
     found = Program(model, method_of(method), *example.arguments()).abstractly(of, prepare)
-    return recorder.seen, found
+    return recorder, found
 
 
 def check_source(model: nnx.Module, source: str, order: list[str]) -> None:
@@ -118,7 +140,7 @@ def end_at(model: nnx.Module, source: str, order: list[str]) -> None:
         if hasattr(module, "feedback_tap") and module.feedback_tap.path in above:
             remove_tap(module)
     tap = taps_of(model)[source]
-    tap.is_source, tap.leaves = True, ("",)
+    tap.is_source, tap.follows, tap.leaves = True, None, ("",)
 
 
 def only_leaf(leaves: dict[str, Any], path: str) -> Any:
@@ -132,12 +154,9 @@ def tappable(model: nnx.Module, seen: dict[str, Any], error: Any) -> tuple[dict[
     """Of what :func:`measure_taps` found the arrays to which an error can be delivered, and the error; of true sizes.
 
     Raises:
-      ValueError: if a tapped module was not called, or has none.
+      ValueError: if a tapped module has none.
     """
     taps = taps_of(model)
-    unused = [path for path in taps if path not in seen]
-    if unused:
-        raise ValueError(f"The forward pass never called the tapped modules {unused}; name modules that it calls.")
     found = {}
     for path in taps:
         leaves = {name: h for name, h in seen[path].items() if h.shape[:1] == error.shape[:1]}

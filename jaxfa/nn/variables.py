@@ -7,6 +7,11 @@ from typing import Any
 import jax
 from flax import nnx
 
+REFUSAL = (
+    "The gradient of the model inside jaxfa.nn.attach's was asked for, past {}: call the Aligned model, attach with "
+    "method= for another method than __call__, or take jaxfa.nn.plain(aligned) for true gradients."
+)
+
 
 class Feedback(nnx.Variable):
     """The variable type of all feedback, so that ``nnx.split`` tells it from parameters and state.
@@ -27,10 +32,12 @@ class Recorder:
 
     def __init__(self) -> None:
         self.seen: dict[str, Any] = {}
+        self.sources: dict[str, list[Any]] = {}
 
-    def record(self, path: str, value: Any) -> None:
+    def record(self, path: str, value: Any, source: Any = None) -> None:
         """Keeps the first thing seen at a path; a module that is used again keeps its first input."""
         self.seen.setdefault(path, value)
+        self.sources.setdefault(path, []).append(source)  # all of them, since two are told apart by their identities
 
 
 def modules_of(model: nnx.Module) -> Iterator[tuple[str, Any]]:
