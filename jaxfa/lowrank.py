@@ -2,6 +2,7 @@
 
 import numbers
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxfa.alike import Shape, alike
-from jaxfa.base import Operation
+from jaxfa.base import Operation, is_feedback
 from jaxfa.paths import matches
 from jaxfa.shards import refuse_shards
 
@@ -150,7 +151,13 @@ def factors_learn(
     if not 0.0 <= weight_decay < 1.0:
         raise ValueError(f"weight_decay must be in [0, 1), got {weight_decay}.")
     if not learn_q:
-        # What does not learn has a signal of zero.
-        return optax.sgd(learning_rate) if learn_p else None
+        return _projections_learn(learning_rate) if learn_p else None
     rate = learning_rate if learn_p else 0.0
     return lambda tx: alike(tx, weight_decay, "q", shape, rate)
+
+
+def _projections_learn(learning_rate: float) -> optax.GradientTransformation:
+    def step(signal: Any) -> Any:
+        return replace(jax.tree.map(jnp.zeros_like, signal), p=-learning_rate * signal.p)
+
+    return optax.stateless(lambda signals, _: jax.tree.map(step, signals, is_leaf=is_feedback))

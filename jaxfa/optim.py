@@ -122,7 +122,7 @@ def _apart(tx: Any, own: optax.GradientTransformation | None) -> optax.GradientT
         if own is None:
             return (found, fixed), OptimizerState(after, state.feedback)
         learned, kept = own.update(updates[1], state.feedback, both[1])
-        moves = sum(map(moved, jax.tree.leaves(found))) > 0
+        moves = jnp.any(jnp.asarray([*map(moved, jax.tree.leaves(found))] or True))
         learned, kept = (
             jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, old)
             for new, old in ((learned, fixed), (kept, state.feedback))

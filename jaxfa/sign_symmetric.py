@@ -156,19 +156,24 @@ def brsf(*, quantile: Callable[[jax.Array], jax.Array] = _uniform, scale: float 
             _bytes(jax.random.bits(key, (), jnp.uint32)), jnp.zeros(4, jnp.float32), bound, quantile
         )
 
-    return Rule(init, transform=optax.stateless(_advance))
+    return Rule(init, transform=optax.GradientTransformation(_count, _advance))
 
 
-def _advance(signals: Any, feedback: Any) -> Any:
+def _count(feedback: Any) -> Any:
+    return jax.tree.map(jnp.array, feedback)
+
+
+def _advance(signals: Any, counted: Any, feedback: Any = None) -> tuple[Any, Any]:
+    """The count is the state's own, of which the feedback is told: what else wrappers do to its bytes is undone."""
     del signals
 
     def tick(own: RedrawnSignFeedback) -> RedrawnSignFeedback:
-        change = _bytes(own.step + 1).astype(own.step_bytes.dtype) - own.step_bytes
-        return dataclasses.replace(own, seed_bytes=jnp.zeros_like(own.seed_bytes), step_bytes=change)
+        return dataclasses.replace(own, step_bytes=_bytes(own.step + 1).astype(own.step_bytes.dtype))
 
     if feedback is None:
-        raise ValueError("brsf's steps are counted in its feedback: call update(updates, state, (params, feedback)).")
-    return jax.tree.map(tick, feedback, is_leaf=lambda node: isinstance(node, RedrawnSignFeedback))
+        raise ValueError("brsf's steps are told to its feedback: call update(updates, state, (params, feedback)).")
+    counted = jax.tree.map(tick, counted, is_leaf=lambda node: isinstance(node, RedrawnSignFeedback))
+    return jax.tree.map(lambda new, old: (new - old).astype(old.dtype), counted, feedback), counted
 
 
 def _glorot_deviation(shape: tuple[int, ...]) -> float:

@@ -339,7 +339,8 @@ def test_brsf_counts_and_draws_alike_whatever_its_floats_are_cast_to(dtype):
     assert [int(node.seed) for node in after[1:]] == seeds
     assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(dtype)}
     many = replace(both[1][1], step_bytes=jnp.array([255.0, 255, 255, 0]).astype(dtype))  # it carries
-    (tick,), _ = jaxfa.brsf().transform.update((many,), optax.EmptyState(), (many,))
+    counts = jaxfa.brsf().transform
+    (tick,), _ = counts.update((many,), counts.init((many,)), (many,))
     assert int(optax.apply_updates((many,), (tick,))[0].step) == 2**24
 
 
