@@ -50,18 +50,18 @@ def check(name, columns):
 
 def holds(found):
     """What is claimed of cells that work."""
-    plain = found["plain"].learnt
-    for column, (learnt, reference, aligned) in found.items():
-        if column != "plain":
-            # SSA's layers are factors; around blocks that stream the compiler fuses other operations.
-            agree = close if "ssa" in column or "streamed" in column else same
-            agree(learnt.outputs, plain.outputs)
-            agree(learnt.written, plain.written)
-            learns(learnt, plain)
-            if "ssa" not in column:
-                table_is_true(aligned.coverage().rows, learnt.gradients, plain.gradients)
-        if reference and "grape" not in column:  # whose noise is drawn for each feedback, stacked or not
-            close(unstacked(learnt.gradients, reference.gradients), reference.gradients)
+    plain = found["plain"]
+    for column, cell in found.items():
+        # SSA's layers are factors; around blocks that stream the compiler fuses other operations.
+        agree = close if "ssa" in column or "streamed" in column else same
+        agree(cell.outputs, plain.outputs)
+        close(cell.learnt.outputs, plain.outputs)
+        close(cell.learnt.written, plain.learnt.written)
+        learns(cell.learnt, plain.learnt)
+        if cell.aligned is not None and "ssa" not in column:
+            table_is_true(cell.aligned.coverage().rows, cell.learnt.gradients, plain.learnt.gradients)
+        if cell.reference and "grape" not in column:  # whose noise is drawn for each feedback, stacked or not
+            close(unstacked(cell.learnt.gradients, cell.reference.gradients), cell.reference.gradients)
     if "streamed dfa(at=)" in found:
         close(found["streamed dfa(at=)"].learnt.gradients, found["dfa(at=)"].learnt.gradients)
 

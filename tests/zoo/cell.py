@@ -52,7 +52,7 @@ class Learnt(NamedTuple):
     """What a model comes to.
 
     Attributes:
-      outputs: what it returned.
+      outputs: what it returned, while it was differentiated.
       written: its state after the forward pass, parameters and feedback apart.
       gradients: of parameters and feedback, by path.
       step: by how much a step moves the parameters, by path.
@@ -70,11 +70,13 @@ class Cell(NamedTuple):
     Attributes:
       learnt: what it came to.
       reference: what the same model as a plain loop came to, where there is one.
+      outputs: what the model returned, undifferentiated.
       aligned: the model before.
     """
 
     learnt: Learnt
     reference: Learnt | None = None
+    outputs: Any = None
     aligned: Any = None
 
 
@@ -175,7 +177,7 @@ def twin(row: Model, column: Column, aligned: Any) -> Any:
 def study(row: Model, names: Iterable[str]) -> dict[str, str | Cell]:
     """For each column the words of its refusal, or what the model has learnt; the plain model is there as ``plain``.
 
-    All is one program, since most time goes to compiling.
+    All is two programs, since most time goes to compiling.
     """
     refusals: dict[str, Any] = {}
     attached: dict[str, tuple[Any, Any]] = {}
@@ -183,6 +185,11 @@ def study(row: Model, names: Iterable[str]) -> dict[str, str | Cell]:
         with refused(refusals, name):
             aligned = attach(row, COLUMNS[name])
             attached[name] = aligned, row.reference and twin(row, COLUMNS[name], aligned)
+
+    def forward() -> dict[str, Any]:
+        outputs = {"plain": loss_of(row, nnx.clone(plain(row)), row.method)[1]}
+        models = {name: nnx.clone(attached[name][0]) for name in found if name in attached}
+        return outputs | {name: loss_of(row, model, "__call__")[1] for name, model in models.items()}
 
     def program() -> dict[str, Any]:
         learnt = {"plain": Cell(learn(row, plain(row)))}
@@ -192,7 +199,11 @@ def study(row: Model, names: Iterable[str]) -> dict[str, str | Cell]:
         return learnt
 
     found = jax.jit(program)()
-    return refusals | {name: cell._replace(aligned=attached.get(name, (None,))[0]) for name, cell in found.items()}
+    outputs = jax.jit(forward)()
+    return refusals | {
+        name: cell._replace(outputs=outputs[name], aligned=attached.get(name, (None,))[0])
+        for name, cell in found.items()
+    }
 
 
 @contextlib.contextmanager

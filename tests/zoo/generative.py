@@ -64,7 +64,7 @@ class VAE(nnx.Module):
 
     def __call__(self, x):
         mean, log_var = self.encode(x)
-        self.sow(Penalty, "divergence", 0.5 * (jnp.exp(log_var) + mean**2 - 1 - log_var).sum(-1).mean())
+        self.divergence = Penalty(0.5 * (jnp.exp(log_var) + mean**2 - 1 - log_var).sum(-1).mean())
         z = mean + jnp.exp(0.5 * log_var) * jax.random.normal(self.noise(), mean.shape, mean.dtype)
         return self.decoder(z), mean, log_var
 
@@ -81,8 +81,8 @@ class VQVAE(nnx.Module):
         z = self.encode(nnx.relu(self.enter(x)))
         distances = ((z[:, None] - self.book[...]) ** 2).sum(-1)
         code = self.book[...][distances.argmin(-1)]
-        self.sow(Penalty, "commitment", ((z - jax.lax.stop_gradient(code)) ** 2).mean())
-        self.sow(Penalty, "codes", ((jax.lax.stop_gradient(z) - code) ** 2).mean())
+        self.commitment = Penalty(((z - jax.lax.stop_gradient(code)) ** 2).mean())
+        self.codes = Penalty(((jax.lax.stop_gradient(z) - code) ** 2).mean())
         return self.leave(nnx.relu(self.decode(z + jax.lax.stop_gradient(code - z))))
 
 
@@ -209,7 +209,13 @@ def patches():
 DENOISER = ("time", "fc1", "fc2")
 MODELS = (
     Model("DiT", DiT, patches, ("patches", "time", "label", "blocks/*")),
-    Model("VAE, own KL variable", VAE, vectors, ("encoder", "mean", "log_var", "decoder/layers/0")),
+    Model(
+        "VAE, own KL variable",
+        VAE,
+        vectors,
+        ("encoder", "mean", "log_var", "decoder/layers/0"),
+        logits=lambda out: out[0],
+    ),
     Model("VQ-VAE, straight through", VQVAE, vectors, ("enter", "encode", "decode")),
     Model("diffusion step", Denoiser, noisy, DENOISER, method="noise_of", logits=lambda out: out[0]),
     Model("diffusion loss", Denoiser, noisy, DENOISER, method="loss"),

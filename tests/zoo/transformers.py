@@ -22,7 +22,7 @@ class OneHotExperts(nnx.Module):
     def __call__(self, x):
         scores = nnx.softmax(self.router(x))
         chosen = jax.nn.one_hot(scores.argmax(-1), scores.shape[-1], dtype=x.dtype)
-        self.sow(Penalty, "balance", (chosen.mean((0, 1)) * scores.mean((0, 1))).sum())
+        self.balance = Penalty((chosen.mean((0, 1)) * scores.mean((0, 1))).sum())
         h = jnp.einsum("nte,ntd->entd", chosen, x)
         h = nnx.relu(jnp.einsum("entd,edf->entf", h, self.up[...]))
         return jnp.einsum("entf,efd,nte->ntd", h, self.down[...], chosen * scores)
