@@ -236,7 +236,7 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> 
     _refuse_unmatched("the rule's globs", rule.globs, tapped, under=True)
     for path in tapped:
         place_tap(modules[path], path, at_input=at_input)
-    recorder, error = measure_taps(model, method, example, call.logits)
+    recorder, error, mark = measure_taps(model, method, example, call.logits)
     seen, above = recorder.seen, []
     drop_unused(model, seen, None if at_input else at)
     if at_input:
@@ -244,9 +244,9 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> 
     if rule.source in seen:
         check_source(model, rule.source, list(seen))
         error = only_leaf(seen[rule.source], rule.source)
-        above = weights_above(model, method, true_size(error), rule.source, example)
+        above = weights_above(model, method, true_size(error, mark), rule.source, example)
         end_at(model, rule.source, list(seen))
-    found, error = tappable(model, seen, error)
+    found, error = tappable(model, seen, error, mark)
     fill_taps(model, rule, rngs, that_are_read(model, call, found), error)
     return above, ((), ())
 

@@ -46,6 +46,8 @@ class Program:
           *states: shaped as :attr:`states`.
           prepare: what to do to the copy of the model that is run.
         """
+        # JAX hands literals over as NumPy's arrays, in which Flax would write in place.
+        states = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), states)
         model, args, kwargs = nnx.merge(self.graphdef, *states, copy=True)
         prepare(model)
         self.result, outputs = nnx.split((self.call(model, *args, **kwargs),))
@@ -103,8 +105,8 @@ class Example(NamedTuple):
         """Positional and keyword arguments, with blank arrays that take no memory."""
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.structure, list(map(_blank, self.leaves))))
 
-    def marked(self, axis: int) -> "Example | None":
-        """The same with another size of its batch, one that nothing else has, if the batch is on that axis."""
+    def marked(self, axis: int, factor: int) -> "Example | None":
+        """The same with a batch ``factor`` times as large, if the batch is on that axis."""
         sizes = [leaf.shape[axis] for leaf in self.leaves if len(leaf.shape) > axis]
         if not sizes:
             return None
@@ -112,13 +114,10 @@ class Example(NamedTuple):
         def mark(leaf: Any) -> Any:
             if len(leaf.shape) <= axis or leaf.shape[axis] != sizes[0] or not isinstance(leaf, jax.ShapeDtypeStruct):
                 return leaf
-            shape = (*leaf.shape[:axis], sizes[0] * MARK, *leaf.shape[axis + 1 :])
+            shape = (*leaf.shape[:axis], sizes[0] * factor, *leaf.shape[axis + 1 :])
             return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
         return self._replace(leaves=tuple(map(mark, self.leaves)))
-
-
-MARK = 1009  # a prime that no size has for a factor, but by chance
 
 
 class _Keys(NamedTuple):

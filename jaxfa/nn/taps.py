@@ -1,5 +1,6 @@
 """Which modules of a model are tapped, what is seen there, and the feedback that leads to them."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxfa.base import Layer, Rule, init_at
 from jaxfa.nn.contraction import find_site
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.leaves import error_in
-from jaxfa.nn.program import MARK, Example, Program, method_of
+from jaxfa.nn.program import Example, Program, method_of
 from jaxfa.nn.tap import remove_tap, taps_of
 from jaxfa.nn.variables import Feedback, Recorder, init_stack, modules_of, structs
 from jaxfa.paths import matches
@@ -98,20 +99,30 @@ def record_taps(model: nnx.Module, method: str, example: Example) -> dict[str, d
     return _recorded(model, method, example, lambda out: None)[0].seen
 
 
-def measure_taps(model: nnx.Module, method: str, example: Example, logits: Any) -> tuple[Recorder, Any]:
-    """What :func:`record_taps` records, and the error's shape.
+def measure_taps(model: nnx.Module, method: str, example: Example, logits: Any) -> tuple[Recorder, Any, int]:
+    """What :func:`record_taps` records, the error's shape, and how many times larger than true the batch is in them.
 
-    The batch axis is known by giving the batch a size that nothing else has; where the model runs with no other size
-    than it has, an axis of the batch's size is taken for it.
+    The batch axis is known by making the batch larger by a factor that no size has; where the model runs with no other
+    batch than it has, an axis of the batch's size is taken for it, and that factor is 0.
     """
-    for marked in filter(None, map(example.marked, (0, 1))):
+
+    def of(out: Any) -> Any:
+        return error_in(out, logits)
+
+    recorder, error = _recorded(model, method, example, of)
+    shapes = [error.shape, *(leaf.shape for leaves in recorder.seen.values() for leaf in leaves.values())]
+    # Small, since a model may loop over an axis.
+    sizes = {size for shape in shapes for size in shape if size}
+    mark = next(factor for factor in itertools.count(2) if all(size % factor for size in sizes))
+    for axis in (0, 1):
+        larger = example.marked(axis, mark)
         try:
-            recorder, error = _recorded(model, method, marked, lambda out: error_in(out, logits))
+            found, marked = _recorded(model, method, larger, of) if larger else (recorder, error)
         except Exception:
             continue
-        if error.shape[0] % MARK == 0:
-            return recorder, error
-    return _recorded(model, method, example, lambda out: error_in(out, logits))
+        if marked.shape[0] == error.shape[0] * mark:
+            return found, marked, mark
+    return recorder, error, 0
 
 
 def _recorded(model: nnx.Module, method: str, example: Example, of: Any) -> tuple[Recorder, Any]:
@@ -150,7 +161,7 @@ def only_leaf(leaves: dict[str, Any], path: str) -> Any:
     return next(iter(leaves.values()))
 
 
-def tappable(model: nnx.Module, seen: dict[str, Any], error: Any) -> tuple[dict[str, dict[str, Any]], Any]:
+def tappable(model: nnx.Module, seen: dict[str, Any], error: Any, mark: int) -> tuple[dict[str, dict[str, Any]], Any]:
     """Of what :func:`measure_taps` found the arrays to which an error can be delivered, and the error; of true sizes.
 
     Raises:
@@ -161,19 +172,19 @@ def tappable(model: nnx.Module, seen: dict[str, Any], error: Any) -> tuple[dict[
     for path in taps:
         leaves = {name: h for name, h in seen[path].items() if h.shape[:1] == error.shape[:1]}
         if not leaves:
-            given, wanted = [true_size(h).shape for h in seen[path].values()], true_size(error).shape
+            given, wanted = [true_size(h, mark).shape for h in seen[path].values()], true_size(error, mark).shape
             raise ValueError(
                 f"Direct feedback needs an activation with the logits' batch axis first: expected h of shape "
                 f"({wanted[0]}, ..., n) at the tap {path!r} for logits {wanted}, got {given}. "
                 f"Tap a module before the batch axis is merged with others, or moved."
             )
-        found[path] = {name: true_size(h) for name, h in leaves.items()}
-    return found, true_size(error)
+        found[path] = {name: true_size(h, mark) for name, h in leaves.items()}
+    return found, true_size(error, mark)
 
 
-def true_size(marked: Any) -> jax.ShapeDtypeStruct:
+def true_size(marked: Any, mark: int) -> jax.ShapeDtypeStruct:
     """The shape of an array that was measured, in the example's own batch."""
-    sizes = (size // MARK if size % MARK == 0 else size for size in marked.shape)
+    sizes = (size // mark if mark and size % mark == 0 else size for size in marked.shape)
     return jax.ShapeDtypeStruct(tuple(sizes), marked.dtype)
 
 
