@@ -12,6 +12,7 @@ import optax
 from jaxfa.base import is_feedback
 from jaxfa.optim import (
     OptimizerState,
+    init_on,
     own_state,
     refuse_accumulation,
     refuse_inside,
@@ -52,7 +53,7 @@ def alike(
 
     def init(both: Any) -> OptimizerState:
         params, feedback = both
-        state = tx.init(params)
+        state = init_on(tx, params)
         refuse_inside(state)
         if learning_rate:
             refuse_accumulation(state)

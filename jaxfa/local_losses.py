@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxfa.base import is_feedback
-from jaxfa.optim import OptimizerState, moved, own_state, refuse_inside, whole_state, with_extra
+from jaxfa.optim import OptimizerState, init_on, moved, own_state, refuse_inside, whole_state, with_extra
 from jaxfa.svd import Factors, by_name, is_factors, orthonormal_factors
 
 
@@ -69,7 +69,7 @@ def learn_aligned(
 
     def init(both: Any) -> OptimizerState:
         params, feedback = both
-        state = tx.init(params)
+        state = init_on(tx, params)
         refuse_inside(state)
         if feedback_beta is None:
             return OptimizerState(state, optax.EmptyState())

@@ -43,7 +43,12 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
     ``tx`` is shown the parameters alone, in the structure that they have without feedback, so that masks, labels and
     norms are theirs. It touches a feedback only where the rule asks for it (Kolen-Pollack, LDFA). What the rule itself
     does to weights and feedback happens when ``tx`` takes a step, and not where it accumulates, skips or freezes.
-    Wrappers go inside, around ``tx``, or outside, around the result; where a rule allows but one, the error says so.
+
+    What makes steps of gradients (Adam, clipping, masks, labels, rates, decay) goes inside, in ``tx``: outside, it would
+    change the rule's own steps, too. What deals with whole steps or batches (``optax.MultiSteps``, ``apply_if_finite``,
+    ``lookahead``, ``schedule_free``, line searches) goes outside, around the result, or inside where no error says
+    otherwise. What keeps copies of parameters or gradients outside, such as ``MultiSteps``, is given to a Flax model by
+    :class:`jaxfa.nn.Optimizer`; ``nnx.Optimizer`` loses the structure of a feedback in these after the first step.
 
     Args:
       tx: the optimizer of the parameters.
@@ -110,7 +115,7 @@ def _apart(tx: Any, own: optax.GradientTransformation | None) -> optax.GradientT
     tx = with_extra(tx)
 
     def init(both: Any) -> OptimizerState:
-        state = tx.init(both[0])
+        state = init_on(tx, both[0])
         if own is None:
             return OptimizerState(state, optax.EmptyState())
         refuse_accumulation(state)
@@ -135,6 +140,22 @@ def _apart(tx: Any, own: optax.GradientTransformation | None) -> optax.GradientT
 def with_extra(tx: Any) -> optax.GradientTransformationExtraArgs:
     """``tx``, which may be ``optax.MultiSteps`` itself, as a transformation that takes any argument."""
     return optax.with_extra_args_support(tx.gradient_transformation() if isinstance(tx, optax.MultiSteps) else tx)
+
+
+def init_on(tx: optax.GradientTransformation, params: Any) -> Any:
+    """``tx.init(params)``, with an error that tells which trees fit.
+
+    Raises:
+      ValueError: if ``tx`` does not take these parameters.
+    """
+    try:
+        return tx.init(params)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}\nThis is what the optimizer said when shown the parameters alone, without feedback. If its masks "
+            f"or labels are trees, they need the parameters' own structure, which for a Flax model is that of "
+            f"nnx.as_pure(nnx.state(model, nnx.Param)) after jaxfa.nn.attach; functions of a tree fit any."
+        ) from error
 
 
 def moved(step: jax.Array) -> jax.Array:

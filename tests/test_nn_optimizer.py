@@ -96,10 +96,24 @@ def test_in_a_flax_layer_labels_by_name_keep_kolen_pollacks_law():
     np.testing.assert_allclose(apart("fc3"), 0.9**3 * before["fc3"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["fa", "kolen_pollack"])
+def test_a_mask_tree_that_does_not_fit_is_refused_in_words(rule):
+    model = MLP(nnx.Rngs(0))
+    mask = jax.tree.map(lambda leaf: leaf.ndim > 1, nnx.as_pure(nnx.state(model, nnx.Param)))
+    tx = jaxfa.optimizer(optax.adamw(0.1, mask=mask), RULES[rule])
+    with pytest.raises(ValueError, match=r"nnx\.state\(model, nnx\.Param\)\) after jaxfa\.nn\.attach"):
+        nnx.Optimizer(attach(model, RULES[rule], X), tx, wrt=TRAINED)
+
+
+SEARCH = optax.scale_by_backtracking_linesearch(6)
+
+
+@pytest.mark.parametrize(
+    "tx", [optax.chain(optax.sgd(4.0), SEARCH), optax.lbfgs(linesearch=SEARCH)], ids=["sgd", "lbfgs"]
+)
 @pytest.mark.parametrize("rule", ["backprop", "fa"])
-def test_a_line_search_searches_along_the_parameters(rule):
+def test_a_line_search_searches_along_the_parameters(rule, tx):
     aligned = attach(MLP(nnx.Rngs(0)), RULES[rule], X)
-    tx = optax.chain(optax.sgd(4.0), optax.scale_by_backtracking_linesearch(6))
     optimizer = nnx.Optimizer(aligned, jaxfa.optimizer(tx, RULES[rule]), wrt=TRAINED)
     graph, both, rest = nnx.split(aligned, nnx.filterlib.to_predicate(nnx.Any(*TRAINED)), ...)
 

@@ -184,3 +184,37 @@ def test_a_transformation_that_does_nothing_is_one_like_any_other():
     tx = jaxfa.optimizer(optax.sgd(1.0), rule)
     updates, _ = tx.update(both, tx.init(both), both)
     np.testing.assert_array_equal(updates[1]["layer"].b, 0)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_accumulation_donates_scans_and_is_traced_once(inside):
+    rule = jaxfa.kolen_pollack(weight_decay=0.1)
+    both, sgd = pair(rule), optax.sgd(0.1, momentum=0.5)
+    tx = jaxfa.optimizer(optax.MultiSteps(sgd, 2), rule) if inside else optax.MultiSteps(jaxfa.optimizer(sgd, rule), 2)
+    traces = []
+
+    def step(carry, _):
+        traces.append(None)
+        both, state = carry
+        updates, state = tx.update(jax.tree.map(jnp.sin, both), state, both)
+        return (optax.apply_updates(both, updates), state), None
+
+    run = jax.jit(lambda carry: step(carry, None)[0], donate_argnums=0)
+    scanned, _ = jax.lax.scan(step, (both, tx.init(both)), None, 4)
+    carry, before = jax.tree.map(jnp.copy, (both, tx.init(both))), len(traces)
+    for _ in range(4):
+        carry = run(carry)
+    assert len(traces) == before + 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), carry[0], scanned[0])
+
+
+def test_the_count_of_redrawn_magnitudes_is_the_optimizers_whatever_happens_to_the_feedback():
+    rule = jaxfa.brsf()
+    tx = jaxfa.optimizer(optax.sgd(0.1), rule)
+    both = pair(rule)
+    state, seed = tx.init(both), int(both[1]["layer"].seed)
+    for t in range(3):
+        spoilt = both[0], jax.tree.map(lambda leaf: 0.3 * leaf + 1, both[1])  # as a decay outside would do
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, both), state, spoilt)
+        both = optax.apply_updates(spoilt, updates)
+        assert (int(both[1]["layer"].step), int(both[1]["layer"].seed)) == (t + 1, seed)
