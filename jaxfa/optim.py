@@ -45,10 +45,11 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
     does to weights and feedback happens when ``tx`` takes a step, and not where it accumulates, skips or freezes.
 
     What makes steps of gradients (Adam, clipping, masks, labels, rates, decay) goes inside, in ``tx``: outside, it
-    would change the rule's own steps, too. What deals with whole steps or batches (``optax.MultiSteps``, ``apply_if_finite``,
-    ``lookahead``, ``schedule_free``, line searches) goes outside, around the result, or inside where no error says
-    otherwise. What keeps copies of parameters or gradients outside, such as ``MultiSteps``, is given to a Flax model by
-    :class:`jaxfa.nn.Optimizer`; ``nnx.Optimizer`` loses the structure of a feedback in these after the first step.
+    would change the rule's own steps, too. What deals with whole steps or batches (``optax.MultiSteps``,
+    ``apply_if_finite``, ``lookahead``, ``schedule_free``, line searches) goes outside, around the result, or inside
+    where no error says otherwise. What keeps copies of parameters or gradients outside, such as ``MultiSteps``, is
+    given to a Flax model by :class:`jaxfa.nn.Optimizer`; ``nnx.Optimizer`` loses the structure of a feedback in these
+    after the first step.
 
     Args:
       tx: the optimizer of the parameters.
