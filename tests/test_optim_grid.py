@@ -214,8 +214,8 @@ def theory(name, tx, steps=lambda t: True, frozen=None):
                 for one, p, n in zip(u, params, now, strict=True)
             ]
         learned = jax.tree.map(jnp.zeros_like, s)
-        if own:  # learns in the steps that move the weights
-            moves = steps(t) & (sum(jnp.sum(leaf != 0) for leaf in jax.tree.leaves(u)) > 0)
+        if own:  # learns in the steps on the weights
+            moves = jnp.asarray(steps(t))
             present = [[node if has(node) else None for node in nodes] for nodes in (s, feedback)]
             steps_of, kept = own.update(present[0], others, present[1])
             steps_of = jax.tree.unflatten(jax.tree.structure(s), jax.tree.leaves(steps_of))
