@@ -44,7 +44,7 @@ def calibrate(
     ``optax.conditionally_mask(tx, lambda step, **_: (step + 1) % every == 0)``.
 
     Args:
-      tx: what :func:`optimizer` made.
+      tx: what :func:`jaxfa.optimizer` made.
       every: updates from one calibration to the next; the paper's ``T`` epochs are ``T`` times the steps of one.
       below: the cosine under which to calibrate; None calibrates always.
       optimizer: an optimizer for the true gradients alone, while ``tx`` stands still. By default they go through
@@ -57,7 +57,7 @@ def calibrate(
 
     Raises:
       ValueError: if ``every`` is below 1.
-      TypeError: by ``init``, if ``tx`` was not made by :func:`optimizer`.
+      TypeError: by ``init``, if ``tx`` was not made by :func:`jaxfa.optimizer`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa, optax

@@ -44,11 +44,12 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
     norms are theirs. It touches a feedback only where the rule asks for it (Kolen-Pollack, LDFA). What the rule itself
     does to weights and feedback happens when ``tx`` takes a step, and not where it accumulates, skips or freezes.
 
-    What makes steps of gradients (Adam, clipping, masks, labels, rates, decay) goes inside, in ``tx``: outside, it would
-    change the rule's own steps, too. What deals with whole steps or batches (``optax.MultiSteps``, ``apply_if_finite``,
-    ``lookahead``, ``schedule_free``, line searches) goes outside, around the result, or inside where no error says
-    otherwise. What keeps copies of parameters or gradients outside, such as ``MultiSteps``, is given to a Flax model by
-    :class:`jaxfa.nn.Optimizer`; ``nnx.Optimizer`` loses the structure of a feedback in these after the first step.
+    What makes steps of gradients (Adam, clipping, masks, labels, rates, decay) goes inside, in ``tx``: outside, it
+    would change the rule's own steps, too. What deals with whole steps or batches (``optax.MultiSteps``,
+    ``apply_if_finite``, ``lookahead``, ``schedule_free``, line searches) goes outside, around the result, or inside
+    where no error says otherwise. What keeps copies of parameters or gradients outside, such as ``MultiSteps``, is
+    given to a Flax model by :class:`jaxfa.nn.Optimizer`; ``nnx.Optimizer`` loses the structure of a feedback in these
+    after the first step.
 
     Args:
       tx: the optimizer of the parameters.
@@ -111,7 +112,7 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
 
 
 def _apart(tx: Any, own: optax.GradientTransformation | None) -> optax.GradientTransformationExtraArgs:
-    """``tx`` for the parameters and, in the steps that move these, ``own`` for the feedback; None leaves it fixed."""
+    """``tx`` for the parameters and, in its steps, ``own`` for the feedback; None leaves it fixed."""
     tx = with_extra(tx)
 
     def init(both: Any) -> OptimizerState:
@@ -122,12 +123,13 @@ def _apart(tx: Any, own: optax.GradientTransformation | None) -> optax.GradientT
         return OptimizerState(state, own.init(both[1]))
 
     def update(updates: Any, state: OptimizerState, both: Any, **extra: Any) -> tuple[Any, OptimizerState]:
-        found, after = tx.update(updates[0], state.params, both[0], **extra)
         fixed = jax.tree.map(jnp.zeros_like, updates[1])
         if own is None:
+            found, after = tx.update(updates[0], state.params, both[0], **extra)
             return (found, fixed), OptimizerState(after, state.feedback)
+        found, after, steps = stepped(tx, updates[0], state.params, both[0], **extra)
         learned, kept = own.update(updates[1], state.feedback, both[1])
-        moves = jnp.any(jnp.asarray([*map(moved, jax.tree.leaves(found))] or True))
+        moves = jnp.any(jnp.asarray(jax.tree.leaves(steps) or True))  # a step of zero is one: dkp's first is
         learned, kept = (
             jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, old)
             for new, old in ((learned, fixed), (kept, state.feedback))

@@ -180,7 +180,7 @@ def shown(name, params, feedback):
     return [p if q is None else p | {"w": q} for p, q in zip(params, nodes, strict=True)]
 
 
-def theory(name, tx, steps=lambda t: True, frozen=None):
+def theory(name, tx, steps=lambda t: True, frozen=None, searches=False):
     """The rule with an optimizer, on layers in a list, by the book: weights, then feedback, and decay in its steps."""
     tx = optax.with_extra_args_support(tx.gradient_transformation() if isinstance(tx, optax.MultiSteps) else tx)
     own = RULES[name].transform if name in ("brsf", "dkp", "ldfa_p") else None
@@ -214,8 +214,9 @@ def theory(name, tx, steps=lambda t: True, frozen=None):
                 for one, p, n in zip(u, params, now, strict=True)
             ]
         learned = jax.tree.map(jnp.zeros_like, s)
-        if own:  # learns in the steps that move the weights
-            moves = steps(t) & (sum(jnp.sum(leaf != 0) for leaf in jax.tree.leaves(u)) > 0)
+        if own:  # learns in the steps on the weights
+            found = sum(jnp.sum(leaf != 0) for leaf in jax.tree.leaves(u)) > 0
+            moves = steps(t) & (found if searches else True)  # a search may find no step
             present = [[node if has(node) else None for node in nodes] for nodes in (s, feedback)]
             steps_of, kept = own.update(present[0], others, present[1])
             steps_of = jax.tree.unflatten(jax.tree.structure(s), jax.tree.leaves(steps_of))
@@ -274,7 +275,9 @@ def cell(rule, wrapper, inside):
 
     def book(tree):
         frozen = FROZEN if "partition" in wrapper else None
-        tx_by_book = theory(rule, tx, row.steps, frozen) if inside else row.wrap(theory(rule, row.base), masks)
+        tx_by_book = (
+            theory(rule, tx, row.steps, frozen, row.searches) if inside else row.wrap(theory(rule, row.base), masks)
+        )
         return view(train(tx_by_book, tree, view, row))
 
     return tree, run, plain if rule == "backprop" or (rule == "fa" and inside) else book
