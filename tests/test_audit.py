@@ -7,7 +7,8 @@ from jax import lax
 
 import jaxfa
 from jaxfa._jaxprs import equations, opened, scan_parts, while_parts
-from jaxfa.audit import OUTPUT, Passage, audit
+from jaxfa.audit import audit
+from jaxfa.flows import OUTPUT, Passage
 
 W = {"below": jnp.ones((4, 4)), "above": jnp.ones((4, 4)), "head": jnp.ones((4, 3))}
 X = jnp.ones((5, 4))

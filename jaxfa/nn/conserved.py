@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxfa.audit import OUTPUT, Passage
 from jaxfa.base import LayerFeedback, is_direct, matrix_of
 from jaxfa.conservation import Pair, imbalance, shrink
 from jaxfa.dfa import DirectMatrix
+from jaxfa.flows import OUTPUT, Passage
 from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.contraction import Site, contractions_of, sites_of
 from jaxfa.nn.learning import quiet

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.tree_util import DictKey
 
-from jaxfa.audit import Audit, Use, audit, uses
+from jaxfa.audit import Audit, audit, uses
 from jaxfa.base import is_direct
+from jaxfa.flows import Use
 from jaxfa.follow import with_local_products
 from jaxfa.nn.contraction import audited
 from jaxfa.nn.describe import layer_name
