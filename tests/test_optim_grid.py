@@ -121,7 +121,7 @@ def value(params):
 
 def lesson(params, feedback, t, wrapper):
     """Gradients and signals of a batch."""
-    factor = jnp.where(t == ZERO, 0.0, jnp.where((t == NAN) & wrapper.nan, jnp.nan, 1.0))
+    factor = jnp.where((t == ZERO) & (not wrapper.searches), 0.0, jnp.where((t == NAN) & wrapper.nan, jnp.nan, 1.0))
     grads = jax.tree.map(lambda leaf: factor * (leaf - 0.3) / 2, params)
 
     def teach(i, node):
