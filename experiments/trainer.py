@@ -125,7 +125,8 @@ class Trainer:
         probe = (self._train[0][:rows], self._train[1][:rows])
         correct, loss, alignment = jax.device_get((sum(correct), sum(loss), self._align(state, probe)))
         # After the transfer, which sorts dictionaries: layers stand in the order of the forward pass.
-        kernels = {row.layer: alignment[f"{row.layer}/kernel"] for row in self.coverage.rows}
+        layers = [row.layer for row in self.coverage.rows if f"{row.layer}/kernel" in alignment]
+        kernels = {layer: alignment[f"{layer}/kernel"] for layer in layers}
         return {
             "test_accuracy": correct / labels.size,
             "test_loss": loss / labels.size,

@@ -72,7 +72,7 @@ def strings_of(path):
 @pytest.mark.parametrize("folder", ["jaxfa", "experiments", "."])
 def test_whatever_a_text_names_is_there_as_spelled(folder):
     files = [ROOT / "README.md"] if folder == "." else sorted((ROOT / folder).rglob("*.py"))
-    scopes = {jaxfa.ops.FORWARD, jaxfa.ops.LOCAL, jaxfa.ops.TRANSPORT, jaxfa.ops.DIRECT, jaxfa.ops.INNER}
+    scopes = {jaxfa.flows.ERROR, *(getattr(jaxfa.ops, name) for name in dir(jaxfa.ops) if name.isupper())}
     named = re.findall(r"\bjaxfa[.][.\w]*\w", "\n".join(text for file in files for text in strings_of(file)))
     assert named
     for name in set(named) - scopes:

@@ -87,7 +87,7 @@ class Aligned(nnx.Module):
         return cover(quiet(self), self.example_of("coverage", args, kwargs))
 
     def example_of(self, who: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
-        """The shapes of these inputs; without any the example that :func:`attach` was given."""
+        """The shapes of these inputs; without any the example that :func:`jaxfa.nn.attach` was given."""
         if args or kwargs:
             return Example.of(args, kwargs)
         if self.example is None:

@@ -24,7 +24,8 @@ from jaxfa.nn.variables import Feedback, structs
 def uses_of(model: nnx.Module, method: str, example: Example) -> dict[str, Use]:
     """The weight contractions of a model's forward pass, by the path of the layer that owns the weights."""
     found = uses(*_traced(model, method, example))
-    return {layer_name(name): use for use in found for name in sorted(use.weights)}
+    # A model that is itself a layer has the empty path.
+    return {"" if name == "kernel" else layer_name(name): use for use in found for name in sorted(use.weights)}
 
 
 def trace(model: nnx.Module, method: str, example: Example, *, local: bool = False) -> Audit:
