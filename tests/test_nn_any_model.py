@@ -309,7 +309,9 @@ class Frozen(Base):
 
 @both
 def test_what_the_model_itself_holds_fixed_may_stay_so(rule):
-    attach(Frozen(), rule, "b")
+    table = attach(Frozen(), rule, "b").coverage()
+    assert table.violations == ()
+    assert {row.layer: row.arrives for row in table.rows}["a"] == "none: does not learn"
 
 
 class Majored(Base):
