@@ -103,11 +103,11 @@ def _shrunk(like: Any, found: dict[str, Any]) -> Any:
 
     def cut(path: Any, node: Any) -> Any:
         there = found.get(f"{jax.tree_util.keystr(path)}.s")
-        if not isinstance(node, jaxfa.Factors) or there is None:
+        if not isinstance(node, jaxfa.factored.Factors) or there is None:
             return node
         return jax.tree.map(lambda leaf: leaf[..., : there.shape[-1]], node)
 
-    return jax.tree_util.tree_map_with_path(cut, like, is_leaf=lambda node: isinstance(node, jaxfa.Factors))
+    return jax.tree_util.tree_map_with_path(cut, like, is_leaf=lambda node: isinstance(node, jaxfa.factored.Factors))
 
 
 def _by_path(state: Any) -> dict[str, jax.Array]:

@@ -17,7 +17,7 @@ import jaxfa.nn
 from experiments import data
 from experiments.models import max_pool
 from experiments.task import cross_entropy
-from jaxfa.conservation import Pair, half_square, imbalance, minimum_norm, overlap, quantity
+from jaxfa.measure.conservation import Pair, half_square, imbalance, minimum_norm, overlap, quantity
 
 BATCH = 50
 

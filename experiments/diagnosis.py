@@ -9,8 +9,8 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from jaxfa.conservation import half_square, imbalance, quantity
-from jaxfa.diagnostics import entropy_rank
+from jaxfa.measure.conservation import half_square, imbalance, quantity
+from jaxfa.measure.diagnostics import entropy_rank
 
 
 def diagnose(

@@ -103,15 +103,15 @@ VARIANTS = {
     "tile-1": Variant("Repeated feedback", _plain(tile=1)),
     "mean-0.9": Variant("Running mean", _plain(averaging=0.9)),
     "mean-0.98": Variant("Running mean", _plain(averaging=0.98)),
-    "kalman": Variant("Running mean", _plain(averaging=jaxfa.kalman())),
+    "kalman": Variant("Running mean", _plain(averaging=jaxfa.rules.kalman())),
     "magnitudes": Variant("Magnitudes kept", _plain(column_norm=False)),
     "fdfa": Variant("Magnitudes kept", jaxfa.fdfa()),
     "tile-4-fdfa": Variant("Magnitudes kept", jaxfa.fdfa(tile=4)),
     "tile-4-mean": Variant("Together", _plain(tile=4, averaging=0.9)),
-    "tile-4-kalman": Variant("Together", _plain(tile=4, averaging=jaxfa.kalman())),
+    "tile-4-kalman": Variant("Together", _plain(tile=4, averaging=jaxfa.rules.kalman())),
     "tile-4-scaled": Variant("Together", jaxfa.grape()),
-    "scaled-kalman": Variant("Together", _plain(scaling=0.3, averaging=jaxfa.kalman())),
-    "tile-4-scaled-kalman": Variant("Together", jaxfa.grape(averaging=jaxfa.kalman())),
+    "scaled-kalman": Variant("Together", _plain(scaling=0.3, averaging=jaxfa.rules.kalman())),
+    "tile-4-scaled-kalman": Variant("Together", jaxfa.grape(averaging=jaxfa.rules.kalman())),
 }
 
 

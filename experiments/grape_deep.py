@@ -9,7 +9,7 @@ The control that the paper lacks stands beside every network: as many steps of b
 are tapped after every block, inside which the backward is exact; the others after every layer. The paper states neither
 taps nor rates. Every rule may have a rate of its own; none was tuned.
 
-GrAPE is the library's best form for convolutions, ``grape(averaging=jaxfa.kalman())``; ``grape_ablation`` has the
+GrAPE is the library's best form for convolutions, ``grape(averaging=jaxfa.rules.kalman())``; ``grape_ablation`` has the
 others, the literal one among them.
 
 Measured with the preset ``cpu`` (channels halved, CIFAR-10 averaged to 16 x 16 pixels, 4000 training and the first 2000
@@ -217,7 +217,7 @@ def _arms(config: Config, dataset: data.Dataset, name: NetworkName) -> Iterator[
 
 def grape(config: Config) -> jaxfa.Rule:
     """GrAPE as a configuration asks for it."""
-    return jaxfa.grape(tile=config.tile, averaging=jaxfa.kalman())
+    return jaxfa.grape(tile=config.tile, averaging=jaxfa.rules.kalman())
 
 
 def task(

@@ -87,7 +87,7 @@ def arms(config: Config, dataset: data.Dataset) -> list[sweep.Arm]:
         "fa": ("Feedback alignment", jaxfa.fa(), None),
         "dfa": ("DFA", jaxfa.dfa(), TAPS),
         "letter": ("GrAPE, the paper's estimator", letter, TAPS),
-        "ours": ("GrAPE, tiles and a Kalman mean", jaxfa.grape(averaging=jaxfa.kalman()), TAPS),
+        "ours": ("GrAPE, tiles and a Kalman mean", jaxfa.grape(averaging=jaxfa.rules.kalman()), TAPS),
     }
     task = _task(config, dataset)
     return [

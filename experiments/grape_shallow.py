@@ -8,7 +8,7 @@ Command: ``python -m experiments run grape_shallow`` (``--preset paper`` for all
 The paper states neither networks nor rates. The network is that of its ancestor, two convolutions and a hidden layer.
 Every rule may have a rate of its own; none was tuned.
 
-Beside the literal rule stands the library's with a Kalman mean, ``grape(averaging=jaxfa.kalman())``.
+Beside the literal rule stands the library's with a Kalman mean, ``grape(averaging=jaxfa.rules.kalman())``.
 
 Measured with the preset ``cpu`` (4000 training and the first 2000 test images, 4 epochs of 62 steps, Adam at 1e-3 for
 all, one seed: a standard error of up to 1 point; accuracy after the last epoch, gap to backpropagation between best
@@ -132,7 +132,7 @@ def _arms(config: Config, name: Name) -> Iterator[sweep.Arm]:
         "fa": ("FA", jaxfa.fa(), config.fa_rate),
         "dfa": ("DFA", jaxfa.dfa(), config.dfa_rate),
         "grape": ("GrAPE, as published", LITERAL, config.grape_rate),
-        "averaged": ("GrAPE, less noise", jaxfa.grape(averaging=jaxfa.kalman()), config.grape_rate),
+        "averaged": ("GrAPE, less noise", jaxfa.grape(averaging=jaxfa.rules.kalman()), config.grape_rate),
     }
     for rule, (title, value, rate) in rules.items():
         task = _task(config, dataset, value, rate)

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jaxfa
 from experiments import checkpoint, data
 from experiments.hosts import REFUSED, Config
-from jaxfa import parallel
+from jaxfa.stacks import parallel
 
 _PIXELS, _CLASSES = 64, 10
 _RULE = jaxfa.dfa()

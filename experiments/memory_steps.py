@@ -12,7 +12,7 @@ from jax import lax
 import jaxfa
 import jaxfa.nn
 from experiments.models import ResNet
-from jaxfa.optim import optimizer
+from jaxfa.optim.optimizer import optimizer
 
 if TYPE_CHECKING:
     from experiments.memory import Config

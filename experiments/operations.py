@@ -11,7 +11,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from experiments.task import Task
-from jaxfa.diagnostics import flops
+from jaxfa.measure.diagnostics import flops
 
 
 class Count(NamedTuple):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxfa
-from jaxfa import parallel
+from jaxfa.stacks import parallel
 
 
 class Network(NamedTuple):
@@ -60,7 +60,7 @@ def backprop_on_one_device(params: Any, feedback: Any, x: jax.Array, y: jax.Arra
 
 
 def piped(mesh: Mesh, microbatches: int, schedule: str) -> Loss:
-    """Direct feedback through :func:`jaxfa.parallel.pipeline`."""
+    """Direct feedback through :func:`jaxfa.stacks.pipeline`."""
     run = partial(parallel.pipeline, block, mesh=mesh, microbatches=microbatches, schedule=schedule)
     return partial(_loss, run)
 

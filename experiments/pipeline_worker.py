@@ -72,7 +72,7 @@ def _count(task: dict[str, Any]) -> None:
     import jax  # noqa: PLC0415 - after the number of devices is set
 
     from experiments import collectives, pipeline_steps  # noqa: PLC0415
-    from jaxfa import parallel  # noqa: PLC0415
+    from jaxfa.stacks import parallel  # noqa: PLC0415
 
     network = pipeline_steps.Network(**task["network"])
     shapes = jax.eval_shape(lambda: pipeline_steps.arguments(network))
@@ -94,7 +94,7 @@ def _time(task: dict[str, Any]) -> None:
     import jax  # noqa: PLC0415
 
     from experiments import pipeline_steps  # noqa: PLC0415
-    from jaxfa import parallel  # noqa: PLC0415
+    from jaxfa.stacks import parallel  # noqa: PLC0415
 
     params, *rest = pipeline_steps.arguments(pipeline_steps.Network(**task["network"]))
     loss = pipeline_steps.BASES.get(task["arm"])

@@ -88,7 +88,10 @@ def ssa(name: NetworkName, config: Config, dataset: Dataset, rule: jaxfa.Rule) -
 def svd_bp(name: NetworkName, config: Config, dataset: Dataset) -> Task:
     """The same by backpropagation, with the same steps along the Stiefel manifold."""
     task = dense(name, config, dataset, jaxfa.backprop())
-    on_factors = [optax.masked(way, jaxfa.orthonormal_factors) for way in (jaxfa.stiefel(None), jaxfa.stiefel())]
+    on_factors = [
+        optax.masked(way, jaxfa.factored.orthonormal_factors)
+        for way in (jaxfa.factored.stiefel(None), jaxfa.factored.stiefel())
+    ]
     task = task._replace(
         make=lambda rngs: jaxfa.nn.factorise(maker(name, config, dataset)(rngs)),
         optimizer=optax.chain(on_factors[0], task.optimizer, on_factors[1]),
@@ -114,7 +117,7 @@ def _falling(task: Task, config: Config) -> Task:
         if epoch <= last:
             return state
         trees = (state.params, state.feedback, state.optimizer)
-        params, feedback, optimizer = jaxfa.prune(*trees, energy=config.energy, multiple=config.multiple)
+        params, feedback, optimizer = jaxfa.factored.prune(*trees, energy=config.energy, multiple=config.multiple)
         return state._replace(params=params, feedback=feedback, optimizer=optimizer)
 
-    return task._replace(optimizer=optax.chain(jaxfa.hoyer_penalty(strength), task.optimizer), between=prune)
+    return task._replace(optimizer=optax.chain(jaxfa.factored.hoyer_penalty(strength), task.optimizer), between=prune)

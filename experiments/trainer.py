@@ -138,7 +138,7 @@ class Trainer:
         }
 
     def _ranks(self, state: State) -> dict[str, Any]:
-        ranks = jaxfa.ranks(state.params)
+        ranks = jaxfa.factored.ranks(state.params)
         layers = [row.layer for row in self.coverage.rows if row.layer in ranks]
         return {"rank": {layer: np.full(len(self.seeds), ranks[layer]) for layer in layers}} if layers else {}
 

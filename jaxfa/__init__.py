@@ -3,10 +3,9 @@
 import importlib
 import typing
 
-from jaxfa import conservation as conservation
-from jaxfa import diagnostics as diagnostics
-from jaxfa import retractions as retractions
-from jaxfa.averaging import kalman as kalman
+from jaxfa import factored as factored
+from jaxfa import rules as rules
+from jaxfa import stacks as stacks
 from jaxfa.base import DirectFeedback as DirectFeedback
 from jaxfa.base import FixedFeedback as FixedFeedback
 from jaxfa.base import Layer as Layer
@@ -14,51 +13,45 @@ from jaxfa.base import LayerFeedback as LayerFeedback
 from jaxfa.base import Rule as Rule
 from jaxfa.base import backprop as backprop
 from jaxfa.base import register as register
-from jaxfa.calibration import calibrate as calibrate
-from jaxfa.dfa import DirectMatrix as DirectMatrix
-from jaxfa.dfa import dfa as dfa
-from jaxfa.dkp import dkp as dkp
-from jaxfa.dldfa import dldfa as dldfa
-from jaxfa.drtp import drtp as drtp
-from jaxfa.fa import fa as fa
-from jaxfa.fdfa import fdfa as fdfa
-from jaxfa.grape import grape as grape
-from jaxfa.kolen_pollack import kolen_pollack as kolen_pollack
 from jaxfa.layers import conv as conv
 from jaxfa.layers import linear as linear
-from jaxfa.ldfa import ldfa as ldfa
-from jaxfa.ldfa import normative_ldfa as normative_ldfa
+from jaxfa.measure import conservation as conservation
+from jaxfa.measure import diagnostics as diagnostics
 from jaxfa.ops import direct as direct
 from jaxfa.ops import error_wire as error_wire
 from jaxfa.ops import with_feedback as with_feedback
-from jaxfa.optim import optimizer as optimizer
-from jaxfa.rank import hoyer_penalty as hoyer_penalty
-from jaxfa.rank import prune as prune
-from jaxfa.rank import ranks as ranks
-from jaxfa.sign_symmetric import brsf as brsf
-from jaxfa.sign_symmetric import frsf as frsf
-from jaxfa.sign_symmetric import usf as usf
-from jaxfa.ssa import ssa as ssa
-from jaxfa.stack import direct_stack as direct_stack
-from jaxfa.stack_update import update_stack as update_stack
-from jaxfa.stiefel import stiefel as stiefel
-from jaxfa.svd import Factors as Factors
-from jaxfa.svd import factorise as factorise
-from jaxfa.svd import orthonormal_factors as orthonormal_factors
-from jaxfa.weight_mirror import weight_mirror as weight_mirror
+from jaxfa.optim.calibration import calibrate as calibrate
+from jaxfa.optim.optimizer import optimizer as optimizer
+from jaxfa.rules.dfa import DirectMatrix as DirectMatrix
+from jaxfa.rules.dfa import dfa as dfa
+from jaxfa.rules.dkp import dkp as dkp
+from jaxfa.rules.dldfa import dldfa as dldfa
+from jaxfa.rules.drtp import drtp as drtp
+from jaxfa.rules.fa import fa as fa
+from jaxfa.rules.fdfa import fdfa as fdfa
+from jaxfa.rules.grape import grape as grape
+from jaxfa.rules.kolen_pollack import kolen_pollack as kolen_pollack
+from jaxfa.rules.ldfa import ldfa as ldfa
+from jaxfa.rules.ldfa import normative_ldfa as normative_ldfa
+from jaxfa.rules.sign_symmetric import brsf as brsf
+from jaxfa.rules.sign_symmetric import frsf as frsf
+from jaxfa.rules.sign_symmetric import usf as usf
+from jaxfa.rules.ssa import ssa as ssa
+from jaxfa.rules.weight_mirror import weight_mirror as weight_mirror
+from jaxfa.stacks.blocks import direct_stack as direct_stack
+from jaxfa.stacks.updates import update_stack as update_stack
 
 __version__ = "0.1.0"
 __all__ = [
-    "DirectFeedback", "DirectMatrix", "Factors", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop",
-    "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp", "dldfa", "drtp",
-    "error_wire", "fa", "factorise", "fdfa", "frsf", "grape", "hoyer_penalty", "kalman", "kolen_pollack", "ldfa",
-    "linear", "normative_ldfa", "optimizer", "orthonormal_factors", "prune", "ranks", "register", "retractions", "ssa",
-    "stiefel", "update_stack", "usf", "weight_mirror", "with_feedback",
+    "DirectFeedback", "DirectMatrix", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop", "brsf",
+    "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp", "dldfa", "drtp",
+    "error_wire", "fa", "factored", "fdfa", "frsf", "grape", "kolen_pollack", "ldfa", "linear", "normative_ldfa",
+    "optimizer", "register", "rules", "ssa", "stacks", "update_stack", "usf", "weight_mirror", "with_feedback",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> typing.Any:
-    """Imports ``jaxfa.nn``, and with it Flax, or ``jaxfa.parallel`` when they are first asked for."""
-    if name in ("nn", "parallel"):
-        return importlib.import_module(f"jaxfa.{name}")
+    """Imports ``jaxfa.nn``, and with it Flax, when it is first asked for."""
+    if name == "nn":
+        return importlib.import_module("jaxfa.nn")
     raise AttributeError(f"module 'jaxfa' has no attribute {name!r}")

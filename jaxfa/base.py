@@ -34,6 +34,17 @@ Operation = Callable[[jax.Array, Any], jax.Array]
 Initializer = Callable[..., jax.Array]
 
 
+@typing.runtime_checkable
+class ThinWeights(typing.Protocol):
+    """Weights that act as two thin ones of the layer's own kind, such as ``jaxfa.factored.Factors``."""
+
+    shape: tuple[int, ...]
+    ndim: int
+
+    def kernels(self) -> tuple[jax.Array, jax.Array]:
+        """The two, in the order in which an input meets them."""
+
+
 class LayerFeedback:
     """How an error goes back through one contraction ``y = op(x, w)``.
 

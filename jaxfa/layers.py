@@ -7,14 +7,13 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxfa.base import LayerFeedback
+from jaxfa.base import LayerFeedback, ThinWeights
 from jaxfa.ops import INNER, with_feedback
-from jaxfa.svd import Factors
 
 
-def dot(x: jax.Array, w: jax.Array | Factors) -> jax.Array:
+def dot(x: jax.Array, w: jax.Array | ThinWeights) -> jax.Array:
     """``x w`` over the last axis of ``x``; with factors, ``(x u diag(s)) v^T``."""
-    if isinstance(w, Factors):
+    if isinstance(w, ThinWeights):
         first, second = w.kernels()
         h = dot(x, first)
         with jax.named_scope(INNER):
@@ -45,7 +44,7 @@ class Convolution:
         if len(batch) != 1:
             y = self(x.reshape(-1, *spatial), w)
             return y.reshape(*batch, *y.shape[1:])
-        if isinstance(w, Factors):
+        if isinstance(w, ThinWeights):
             first, second = w.kernels()
             h = self.along(slice(0, 1))(x, first)
             with jax.named_scope(INNER):
@@ -74,12 +73,12 @@ class Convolution:
         return Convolution(strides, padding, dilation)
 
 
-def linear(x: jax.Array, w: jax.Array | Factors, feedback: LayerFeedback | None = None) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | ThinWeights, feedback: LayerFeedback | None = None) -> jax.Array:
     """A dense layer's product: ``y = x w``, backward ``dw = x^T delta``, ``dx = delta b^T``.
 
     Args:
       x: input, ``(..., n)``.
-      w: weights, ``(n, m)``, or their :class:`jaxfa.Factors`.
+      w: weights, ``(n, m)``, or their :class:`jaxfa.factored.Factors`.
       feedback: a layer-wise feedback made by ``rule.init(key, w)``; None is ordinary autodiff.
 
     Returns:
@@ -107,7 +106,7 @@ _linear = with_feedback(dot)
 
 def conv(
     x: jax.Array,
-    w: jax.Array | Factors,
+    w: jax.Array | ThinWeights,
     feedback: LayerFeedback | None = None,
     *,
     strides: int | Sequence[int] = 1,
@@ -119,7 +118,7 @@ def conv(
 
     Args:
       x: input, ``(N, spatial..., n)``, such as NHWC.
-      w: kernel, ``(window..., n / groups, m)``, such as HWIO, or, without groups, its :class:`jaxfa.Factors`.
+      w: kernel, ``(window..., n / groups, m)``, such as HWIO, or, without groups, its ``Factors``.
       feedback: a layer-wise feedback made by ``rule.init(key, w)``; None is ordinary autodiff.
       strides: step of the window, in pixels, one number or one per dimension.
       padding: ``"SAME"``, ``"VALID"``, or (low, high) pairs in pixels.
@@ -147,7 +146,7 @@ def conv(
             f"conv expects x of shape (N, spatial..., n), w of shape (window..., n / groups, m) with 1 to 3 spatial "
             f"dimensions and m divisible by groups, got {x.shape}, {w.shape} and groups={groups}."
         )
-    if groups > 1 and isinstance(w, Factors):
+    if groups > 1 and isinstance(w, ThinWeights):
         raise ValueError(f"A convolution in groups has no factors; got groups={groups}.")
     window = padding if isinstance(padding, str) else tuple(padding)
     op = Convolution(_each(strides, dims), window, _each(dilation, dims), groups)

@@ -28,7 +28,7 @@ def with_feedback(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     Args:
       op: a function ``(x, w) -> y``, linear in ``x`` and linear in ``w``; where ``w`` is a tree, such as
-        :class:`jaxfa.Factors`, differentiable in it.
+        :class:`jaxfa.factored.Factors`, differentiable in it.
 
     Returns:
       A function ``(x, w, feedback=None, *constants) -> y``. The cotangent of ``feedback`` is the rule's own learning

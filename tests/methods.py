@@ -54,7 +54,7 @@ METHODS = (
     Method("ldfa", jaxfa.ldfa(8), fixed=False, batch=True),
     Method("ldfa_fixed", jaxfa.ldfa(4, learn_p=False, learn_q=False), fixed=True),
     Method("normative_ldfa", jaxfa.normative_ldfa(2), fixed=False),
-    Method("grape", jaxfa.grape(averaging=jaxfa.kalman()), fixed=False),
+    Method("grape", jaxfa.grape(averaging=jaxfa.rules.kalman()), fixed=False),
     Method("fdfa", jaxfa.fdfa(), fixed=False),
     Method("ssa", jaxfa.ssa(), fixed=True),
     Method("ssa_sequential", jaxfa.ssa(parallel=False, gamma=1e-3), fixed=True),

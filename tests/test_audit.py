@@ -6,9 +6,9 @@ import pytest
 from jax import lax
 
 import jaxfa
-from jaxfa._jaxprs import equations, opened, scan_parts, while_parts
-from jaxfa.audit import audit
-from jaxfa.flows import OUTPUT, Passage
+from jaxfa.jaxprs.audit import audit
+from jaxfa.jaxprs.flows import OUTPUT, Passage
+from jaxfa.jaxprs.versions import equations, opened, scan_parts, while_parts
 
 W = {"below": jnp.ones((4, 4)), "above": jnp.ones((4, 4)), "head": jnp.ones((4, 3))}
 X = jnp.ones((5, 4))

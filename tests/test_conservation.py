@@ -13,7 +13,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from experiments.models import MLP, LeNet
-from jaxfa.conservation import (
+from jaxfa.measure.conservation import (
     Pair,
     aligned_init,
     alignment_bound,

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import jaxfa
-from jaxfa._jaxprs import equations, opened
+from jaxfa.jaxprs.versions import equations, opened
 from tests.methods import create, loss
 
 SIZES = (40, 64, 56, 48, 10)

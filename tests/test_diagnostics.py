@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxfa
-from jaxfa import diagnostics
+from jaxfa.measure import diagnostics
 
 RANKS = (diagnostics.entropy_rank, diagnostics.participation_ratio, diagnostics.stable_rank)
 KEY = jax.random.PRNGKey(0)

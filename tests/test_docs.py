@@ -34,7 +34,7 @@ def test_every_public_name_exists_and_is_documented(name):
 
 def test_the_list_of_names_is_complete():
     public = {name for name, thing in vars(jaxfa).items() if not name.startswith("_") and not inspect.ismodule(thing)}
-    assert set(jaxfa.__all__) == public | {"conservation", "diagnostics", "retractions"}
+    assert set(jaxfa.__all__) == public | {"conservation", "diagnostics", "factored", "rules", "stacks"}
     assert sorted(jaxfa.__all__, key=str) == list(jaxfa.__all__)
 
 
@@ -72,7 +72,7 @@ def strings_of(path):
 @pytest.mark.parametrize("folder", ["jaxfa", "experiments", "."])
 def test_whatever_a_text_names_is_there_as_spelled(folder):
     files = [ROOT / "README.md"] if folder == "." else sorted((ROOT / folder).rglob("*.py"))
-    scopes = {jaxfa.flows.ERROR, *(getattr(jaxfa.ops, name) for name in dir(jaxfa.ops) if name.isupper())}
+    scopes = {jaxfa.jaxprs.flows.ERROR, *(getattr(jaxfa.ops, name) for name in dir(jaxfa.ops) if name.isupper())}
     named = re.findall(r"\bjaxfa[.][.\w]*\w", "\n".join(text for file in files for text in strings_of(file)))
     assert named
     for name in set(named) - scopes:
@@ -88,6 +88,6 @@ def test_whatever_a_docstring_refers_to_is_in_its_module(name):
 
 
 def test_one_import_is_enough_and_the_core_does_not_wait_for_flax():
-    code = "import sys, jaxfa; assert 'flax' not in sys.modules; jaxfa.nn.attach, jaxfa.parallel.mesh; jaxfa.no_such"
+    code = "import sys, jaxfa; assert 'flax' not in sys.modules; jaxfa.nn.attach, jaxfa.stacks.mesh; jaxfa.no_such"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stderr.splitlines()[-1] == "AttributeError: module 'jaxfa' has no attribute 'no_such'"

@@ -37,7 +37,7 @@ from experiments.models import MLP
 from experiments.task import Task
 from experiments.train import train
 from experiments.trainer import Trainer
-from jaxfa.conservation import half_square
+from jaxfa.measure.conservation import half_square
 from tests.networks import MODELS, attach, loss
 
 

@@ -16,7 +16,7 @@ import jax
 import pytest
 
 from experiments import checkpoint, hosts, hosts_worker
-from jaxfa import parallel
+from jaxfa.stacks import parallel
 
 STEPS, EVERY, HEARTBEAT, BOUND = 24, 4, 10, 120
 ROOT = Path(__file__).parent.parent

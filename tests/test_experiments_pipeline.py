@@ -9,7 +9,7 @@ import pytest
 
 from experiments import collectives, pipeline, pipeline_model, pipeline_steps
 from experiments.__main__ import main
-from jaxfa import parallel
+from jaxfa.stacks import parallel
 
 NETWORK = pipeline_steps.Network(layers=4, width=6, outputs=3, examples=16)
 

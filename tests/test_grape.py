@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 
 import jaxfa
-from jaxfa.jacobian import JacobianFeedback
-from jaxfa.projection import random_signs
+from jaxfa.rules.shared.jacobian import JacobianFeedback
+from jaxfa.rules.shared.projection import random_signs
 from tests.jacobians import KEY, estimate, jacobians, literal, network, samples
 
 
@@ -156,7 +156,11 @@ def test_fdfa_is_the_running_mean_itself(x64):
 
 @pytest.mark.parametrize(
     "rule",
-    [jaxfa.grape(averaging=jaxfa.kalman()), literal(averaging=0.97, learning_rate=0.1), jaxfa.fdfa(learning_rate=0.01)],
+    [
+        jaxfa.grape(averaging=jaxfa.rules.kalman()),
+        literal(averaging=0.97, learning_rate=0.1),
+        jaxfa.fdfa(learning_rate=0.01),
+    ],
 )
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_on_a_fixed_network_it_finds_the_jacobian(rule, name, x64):

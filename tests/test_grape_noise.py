@@ -11,9 +11,9 @@ import pytest
 from jax import lax
 
 import jaxfa
-from jaxfa.averaging import kalman
-from jaxfa.estimate import Estimate
-from jaxfa.projection import random_signs
+from jaxfa.rules.shared.averaging import kalman
+from jaxfa.rules.shared.estimate import Estimate
+from jaxfa.rules.shared.projection import random_signs
 from tests.jacobians import KEY, estimates, jacobians, network, samples
 
 # One layer moves the outputs ten times as much as the others.

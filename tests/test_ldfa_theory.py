@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import jaxfa
-from jaxfa.lowrank import oja
+from jaxfa.rules.shared.lowrank import oja
 
 KEY = jax.random.key(11)
 RATE, DECAY = 0.05, 1e-3

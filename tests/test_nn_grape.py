@@ -14,7 +14,7 @@ from tests.networks import MODELS, Scanned, attach, inputs
 @pytest.mark.parametrize("name", ["mlp", "conv, batch norm, dropout", "scanned", "transformer", "recurrent"])
 @pytest.mark.parametrize(
     "rule",
-    [jaxfa.grape(averaging=jaxfa.kalman(), tile=1, scaling=0.0), jaxfa.fdfa(separate=True)],
+    [jaxfa.grape(averaging=jaxfa.rules.kalman(), tile=1, scaling=0.0), jaxfa.fdfa(separate=True)],
     ids=["grape", "fdfa"],
 )
 def test_refine_changes_every_feedback_and_nothing_else(name, rule):

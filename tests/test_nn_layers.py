@@ -9,8 +9,8 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from jaxfa.ldfa import LowRank
 from jaxfa.nn.contraction import sites_of
+from jaxfa.rules.ldfa import LowRank
 from tests.networks import TRAINED
 
 

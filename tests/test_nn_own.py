@@ -10,10 +10,10 @@ from jax import lax
 
 import jaxfa
 import jaxfa.nn
-from jaxfa.ldfa import LowRank
 from jaxfa.nn.own import weights_of
 from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.survey import own_of, survey
+from jaxfa.rules.ldfa import LowRank
 from tests.networks import TRAINED
 
 

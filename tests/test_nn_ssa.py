@@ -183,7 +183,7 @@ def test_layers_factored_before_obey_at_and_refuse_a_rank(rule):
     x, model = inputs(9, 6), jaxfa.nn.factorise(jaxfa.nn.factorise(MLP(nnx.Rngs(0)), 2, at="fc1"), 2, at="fc2")
     aligned = attach(model, rule, x, at=("fc1", "fc2"), allow="fc3")
     assert isinstance(aligned.model.fc3, nnx.Linear)
-    assert set(jaxfa.ranks(nnx.to_pure_dict(nnx.state(attach(model, rule, x), nnx.Param))).values()) == {2, 3}
+    assert set(jaxfa.factored.ranks(nnx.to_pure_dict(nnx.state(attach(model, rule, x), nnx.Param))).values()) == {2, 3}
     whole = jaxfa.nn.factorise(MLP(nnx.Rngs(0)))
     rows = {row.layer: row for row in attach(whole, rule, x, at="fc2", allow="fc3").coverage().rows}
     assert rows["fc2"].arrives == "backpropagation" != rows["fc1"].arrives

@@ -13,9 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxfa
 import jaxfa.nn
-import jaxfa.parallel
 from experiments.vgg import VGG
-from jaxfa._jaxprs import bodies, equations, opened
+from jaxfa.jaxprs.versions import bodies, equations, opened
 from tests.networks import BLOCKS, MLP, TRAINED, Residual, Scanned, Transformer, inputs, loss
 
 
@@ -77,7 +76,7 @@ DKP = jaxfa.dkp(distribution=initializers.glorot_normal())
 )
 def test_every_schedule_learns_what_the_stored_gradient_is(name, rule):
     stored, stream = (attach(name, rule, schedule) for schedule in ("stored", "stream"))
-    dispatch = attach(name, rule, "dispatch", jaxfa.parallel.mesh(layer=2))
+    dispatch = attach(name, rule, "dispatch", jaxfa.stacks.mesh(layer=2))
     want_value, want = gradient(stored, MODELS[name][2])
     for model in (stream, dispatch):
         value, got = gradient(model, MODELS[name][2])
@@ -98,7 +97,7 @@ def test_every_mesh_takes_the_same_step(data, layer, x64):
     # With a statistic of the batch, Oja's, and shares of unequal size.
     x = jax.random.normal(jax.random.key(5), (16, 6))
     single = x.astype(jnp.float32)
-    mesh = jaxfa.parallel.mesh(data=data, layer=layer)
+    mesh = jaxfa.stacks.mesh(data=data, layer=layer)
 
     def learned(put, **options):
         model = Residual(nnx.Rngs(0), depth=7)
@@ -116,7 +115,7 @@ def test_every_mesh_takes_the_same_step(data, layer, x64):
 def test_each_device_multiplies_for_its_own_blocks_alone():
     # One branch for each device; in it, the contractions of its share: a third of the blocks.
     x = MODELS["residual"][2]
-    model = attach("residual", jaxfa.dfa(), "dispatch", jaxfa.parallel.mesh(layer=3))
+    model = attach("residual", jaxfa.dfa(), "dispatch", jaxfa.stacks.mesh(layer=3))
     graphdef, state = nnx.split(model)
     jaxpr = jax.make_jaxpr(lambda state, x: nnx.grad(loss)(nnx.merge(graphdef, state), x))(state, x)
     switches = [eqn for eqn in equations(opened(jaxpr)) if len(eqn.params.get("branches", ())) == 3]
@@ -198,7 +197,7 @@ class Noisy(Odd):
 
 
 def odd(schedule, way="plainly"):
-    mesh = jaxfa.parallel.mesh(layer=2) if schedule == "dispatch" else None
+    mesh = jaxfa.stacks.mesh(layer=2) if schedule == "dispatch" else None
     options = {"rngs": nnx.Rngs(1), "example": inputs(9, 6), "at": "blocks/*", "schedule": schedule, "mesh": mesh}
     return jaxfa.nn.attach(Odd(nnx.Rngs(0), way), jaxfa.dfa(), **options)
 
@@ -273,7 +272,7 @@ def test_training_takes_the_same_steps():
     chex.assert_trees_all_close(*trained, rtol=1e-3, atol=1e-5)
 
 
-ONE, TWO = (jaxfa.parallel.mesh(layer=size) for size in (1, 2))
+ONE, TWO = (jaxfa.stacks.mesh(layer=size) for size in (1, 2))
 DATA = Mesh(np.array(jax.devices("cpu")[:2]), ("data",))
 
 

@@ -159,7 +159,7 @@ def trees(rule, inside, wrapper):
 
 
 FIELDS = {"kolen_pollack": "b", "ldfa": "q", "ldfa_q": "q", "dldfa": "q", "dldfa_q": "q", "ssa_transported": "b"}
-ON_STIEFEL = [optax.masked(jaxfa.stiefel(*args), jaxfa.orthonormal_factors) for args in ((None,), ())]
+ON_STIEFEL = [optax.masked(jaxfa.factored.stiefel(*args), jaxfa.factored.orthonormal_factors) for args in ((None,), ())]
 
 
 def has(node):

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxfa
-from jaxfa import parallel
+from jaxfa.stacks import parallel
 from tests.blocks import DIRECT, attention, conv, dense, draw
 
 LAYERS, EXAMPLES, OUTPUTS = 8, 16, 3

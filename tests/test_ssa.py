@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import jaxfa
-from jaxfa import svd
-from jaxfa.svd import Factors
+from jaxfa.factored import svd
+from jaxfa.factored.svd import Factors
 from tests.methods import batch, create, forward, loss, signals, train
 
 KEY = jax.random.PRNGKey(0)
@@ -43,13 +43,13 @@ def test_the_parallel_reading_with_the_weights_own_factors_is_backpropagation_in
 def test_the_parallel_reading_is_its_closed_form(x64):
     rng = np.random.default_rng(0)
     e, h = jnp.asarray(rng.normal(size=(4, 3))), jnp.zeros((4, 6))
-    layer = jaxfa.Layer(jaxfa.linear, h, jaxfa.factorise(jnp.asarray(rng.normal(size=(6, 5)))))
+    layer = jaxfa.Layer(jaxfa.linear, h, jaxfa.factored.factorise(jnp.asarray(rng.normal(size=(6, 5)))))
     b = jaxfa.ssa().init(KEY, h, e, layer=layer)
     expected = (((e @ b.lift.T) @ b.b.v) * b.b.s[None]) @ b.b.u.T
     chex.assert_trees_all_close(b.deliver(h, e), expected, atol=1e-13)
     # In a convolution the lift has an entry for each pixel, and the error returns through the transposed pair.
     op = functools.partial(jaxfa.conv, strides=2)
-    h, w = jnp.zeros((4, 8, 8, 2)), jaxfa.factorise(jnp.asarray(rng.normal(size=(3, 3, 2, 5))), 4)
+    h, w = jnp.zeros((4, 8, 8, 2)), jaxfa.factored.factorise(jnp.asarray(rng.normal(size=(3, 3, 2, 5))), 4)
     b = jaxfa.ssa().init(KEY, h, e, layer=jaxfa.Layer(op, h, w))
     assert b.lift.shape == (4, 4, 5, 3)
     delta = jnp.einsum("nc,hwmc->nhwm", e, b.lift)
@@ -58,7 +58,7 @@ def test_the_parallel_reading_is_its_closed_form(x64):
 
 
 def test_the_feedback_is_the_weights_turned_at_random(x64):
-    w = jaxfa.factorise(jnp.asarray(np.random.default_rng(0).normal(size=(9, 6))), 4, name="fc")
+    w = jaxfa.factored.factorise(jnp.asarray(np.random.default_rng(0).normal(size=(9, 6))), 4, name="fc")
     b = jaxfa.ssa(parallel=False, scale=0.5).init(KEY, w).b
     assert drift(b) < 1e-13
     chex.assert_trees_all_equal((b.s, b.shape, b.name), (0.5 * w.s, w.shape, "fc"))
@@ -168,7 +168,7 @@ def test_training_goes_on_after_pruning_and_the_step_costs_less(x64):
     x, y = jnp.asarray(np.random.default_rng(0).normal(size=(8, 64))), batch()[1]
     state = init(both)
     cost = jaxfa.diagnostics.flops(step, both, state, x, y, KEY)
-    params, feedback, state = jaxfa.prune(*both, state, energy=0.5)
+    params, feedback, state = jaxfa.factored.prune(*both, state, energy=0.5)
     assert jaxfa.diagnostics.flops(step, (params, feedback), state, x, y, KEY) < 0.6 * cost
     before = loss(params, None, x, y)
     step = jax.jit(step)
@@ -179,7 +179,7 @@ def test_training_goes_on_after_pruning_and_the_step_costs_less(x64):
 
 
 def test_wrong_use_is_told():
-    w = jaxfa.factorise(jnp.eye(4, 3))
+    w = jaxfa.factored.factorise(jnp.eye(4, 3))
     with pytest.raises(ValueError, match="alpha, beta and gamma >= 0"):
         jaxfa.ssa(beta=-1.0)
     for scale in (0.0, -1.0):
@@ -187,7 +187,7 @@ def test_wrong_use_is_told():
             jaxfa.ssa(scale=scale)
     with pytest.raises(ValueError, match="whole number from 1"):
         jaxfa.ssa(rank=-3)
-    with pytest.raises(TypeError, match=r"such as jaxfa.retractions.polar, or None; got 'qr'"):
+    with pytest.raises(TypeError, match=r"such as jaxfa.factored.retractions.polar, or None; got 'qr'"):
         jaxfa.ssa(retraction="qr")
     with pytest.raises(ValueError, match="needs factored weights"):
         jaxfa.ssa(parallel=False).init(KEY, w.dense())
@@ -203,7 +203,7 @@ def test_wrong_use_is_told():
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_a_layer_that_starts_at_zero_is_refused_where_its_values_are_known(parallel):
-    rule, zero = jaxfa.ssa(parallel=parallel), jaxfa.factorise(jnp.zeros((4, 3)), name="head")
+    rule, zero = jaxfa.ssa(parallel=parallel), jaxfa.factored.factorise(jnp.zeros((4, 3)), name="head")
 
     def init(key, w):
         if not parallel:
@@ -219,7 +219,7 @@ def test_a_layer_that_starts_at_zero_is_refused_where_its_values_are_known(paral
 @pytest.mark.parametrize("pull", ["pull_weights", "pull_feedback"])
 def test_alignment_refuses_feedback_without_weights_and_takes_weights_without_feedback(pull):
     rule = jaxfa.ssa(parallel=False, **{"pull_weights": False, "pull_feedback": False, pull: True}, alpha=0.0)
-    a, b = (jaxfa.factorise(jnp.eye(4, 3), name=name) for name in "ab")
+    a, b = (jaxfa.factored.factorise(jnp.eye(4, 3), name=name) for name in "ab")
     tx = jaxfa.optimizer(optax.sgd(0.1), rule)
 
     def update(weights, feedback):
@@ -235,7 +235,7 @@ def test_alignment_refuses_feedback_without_weights_and_takes_weights_without_fe
 
 
 def test_no_orthogonality_costs_nothing():
-    w = jaxfa.factorise(jnp.eye(64))
+    w = jaxfa.factored.factorise(jnp.eye(64))
     costs = []
     for gamma in (0.0, 0.1):
         rule = jaxfa.ssa(parallel=False, beta=0.0, gamma=gamma, project=False, retraction=None)

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import jaxfa
-from jaxfa.retractions import cayley, orthonormal, polar, qr, tangent
+from jaxfa.factored.retractions import cayley, orthonormal, polar, qr, tangent
 
 KEYS = jax.random.split(jax.random.PRNGKey(0), 2)
 RETRACTIONS = {"polar": polar, "qr": qr, "cayley": cayley}
@@ -69,7 +69,7 @@ STARTS = {
 @every_retraction
 @pytest.mark.parametrize("first", STARTS.values(), ids=STARTS)
 def test_from_any_start_columns_are_orthonormal_after_the_first_step(retraction, first):
-    u, tx = jnp.asarray(first, jnp.float32), jaxfa.stiefel(retraction)
+    u, tx = jnp.asarray(first, jnp.float32), jaxfa.factored.stiefel(retraction)
     size = jnp.abs(u).max()
     # What is large is exact to its own rounding, at the next step to that of 1.
     for limit in (1e-6 + 1e-6 * size, 1e-5):
@@ -91,7 +91,7 @@ def test_the_nearest_orthonormal_columns_to_dependent_ones_keep_what_these_say(x
 
 @every_retraction
 def test_outside_of_jit_a_second_step_compiles_nothing(retraction, caplog):
-    tx = jaxfa.stiefel(retraction)
+    tx = jaxfa.factored.stiefel(retraction)
 
     def step():
         u, d = (array.astype(jnp.float32) for array in start(7, 3))
@@ -131,7 +131,7 @@ def test_adam_finds_the_nearest_orthonormal_columns_if_it_sees_the_projected_gra
         assert params["b"][0] < 0
         return jnp.vdot(params["u"], target) / best
 
-    after, before = (optax.masked(jaxfa.stiefel(way), {"u": True, "b": False}) for way in (retraction, None))
+    after, before = (optax.masked(jaxfa.factored.stiefel(way), {"u": True, "b": False}) for way in (retraction, None))
     adam = optax.adamw(optax.cosine_decay_schedule(0.1, 200), weight_decay=0.1)
     assert found(optax.chain(before, adam, after)) > 0.999
     assert jnp.vdot(u, target) / best < found(optax.chain(adam, after)) < 0.95
@@ -141,14 +141,14 @@ def test_without_a_retraction_it_drifts_and_without_a_projection_more(x64):
     u, d = start()
 
     def drift(**options):
-        tx = jaxfa.stiefel(None, **options)
+        tx = jaxfa.factored.stiefel(None, **options)
         return off(u + tx.update(0.1 * d, tx.init(u), u)[0])
 
     assert 1e-4 < drift() < 0.5 * drift(project=False)
 
 
 def test_what_is_no_tall_matrix_is_refused():
-    tx = jaxfa.stiefel()
+    tx = jaxfa.factored.stiefel()
     for wrong in (jnp.ones(3), jnp.ones((2, 3))):
         with pytest.raises(ValueError, match="r <= n"):
             tx.init(wrong)
@@ -157,4 +157,4 @@ def test_what_is_no_tall_matrix_is_refused():
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(jnp.eye(3), tx.init(jnp.eye(3)))
     with pytest.raises(ValueError, match="leave project=True"):
-        jaxfa.stiefel(cayley, project=False)
+        jaxfa.factored.stiefel(cayley, project=False)

@@ -84,7 +84,7 @@ def attach(
         likewise, keeps the blocks' inputs, and each device along the mesh's axis ``layer`` forms the updates of its own
         share of them. (XLA is slow at dispatched convolutions on a CPU.) The gradients are the same, but for what
         blocks ``sow``, which has none in these two.
-      mesh: for ``"dispatch"``, such as ``jaxfa.parallel.mesh(layer=2)``.
+      mesh: for ``"dispatch"``, such as ``jaxfa.stacks.mesh(layer=2)``.
 
     Returns:
       An :class:`Aligned` with a copy of the model.

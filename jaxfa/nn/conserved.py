@@ -6,9 +6,8 @@ import jax
 from flax import nnx
 
 from jaxfa.base import LayerFeedback, is_direct, matrix_of
-from jaxfa.conservation import Pair, imbalance, shrink
-from jaxfa.dfa import DirectMatrix
-from jaxfa.flows import OUTPUT, Passage
+from jaxfa.jaxprs.flows import OUTPUT, Passage
+from jaxfa.measure.conservation import Pair, imbalance, shrink
 from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.contraction import Site, contractions_of, sites_of
 from jaxfa.nn.learning import quiet
@@ -16,6 +15,7 @@ from jaxfa.nn.program import Example
 from jaxfa.nn.tap import taps_of
 from jaxfa.nn.trace import trace, traced
 from jaxfa.nn.views import Whole
+from jaxfa.rules.dfa import DirectMatrix
 
 
 class Link(NamedTuple):

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxfa.base import transpose
+from jaxfa.factored.rank import prune as prune_tree
+from jaxfa.factored.svd import Factors
+from jaxfa.factored.svd import factorise as factorise_weights
 from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.factored import Factored, factorise_chosen, swap
 from jaxfa.nn.variables import Feedback, modules_of
 from jaxfa.nn.views import Matrices
 from jaxfa.paths import matches
-from jaxfa.rank import prune as prune_tree
-from jaxfa.svd import Factors
-from jaxfa.svd import factorise as factorise_weights
 
 
 def factorise(model: nnx.Module, rank: float | None = None, *, at: str | tuple[str, ...] = ()) -> Any:
@@ -26,7 +26,7 @@ def factorise(model: nnx.Module, rank: float | None = None, *, at: str | tuple[s
 
     Args:
       model: any NNX model; it stays as it is.
-      rank: of every layer, as for :func:`jaxfa.factorise`; None is full rank, at which the function stays the same.
+      rank: of every layer, as for ``jaxfa.factored.factorise``; None is full rank, at which the function is the same.
       at: globs of module paths in which layers are factored; by default all. Without a rank, those that are factored
         already stay as they are.
 
@@ -169,14 +169,14 @@ def prune(
     multiple: int = 8,
     tolerance: float = 1e-3,
 ) -> None:
-    """Drops singular values of an attached model, in place: :func:`jaxfa.prune` for its feedback and optimizer, too.
+    """Drops singular values of an attached model, its feedback and optimizer, in place: :func:`jaxfa.factored.prune`.
 
     Args:
       aligned: what :func:`jaxfa.nn.attach` returned, with factored layers.
       optimizer: the one that trains it.
       energy: of the squared singular values, how much to keep, in (0, 1].
       multiple: ranks are rounded up to whole multiples of it.
-      tolerance: as for :func:`jaxfa.prune`.
+      tolerance: as for :func:`jaxfa.factored.prune`.
 
     Example:
       >>> import jax.numpy as jnp, jaxfa.nn
@@ -187,7 +187,7 @@ def prune(
       >>> aligned.model.kernel.get_value().s.shape
       (40,)
 
-    Source: as :func:`jaxfa.prune`.
+    Source: as :func:`jaxfa.factored.prune`.
     """
     trees: Any = (nnx.state(aligned, nnx.Param), nnx.state(aligned, Feedback))
     trees = (*trees, None if optimizer is None else optimizer.opt_state)

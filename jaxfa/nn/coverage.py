@@ -4,9 +4,9 @@ from typing import Any
 
 from flax import nnx
 
-from jaxfa.audit import Audit
 from jaxfa.base import is_direct
-from jaxfa.flows import OUTPUT
+from jaxfa.jaxprs.audit import Audit
+from jaxfa.jaxprs.flows import OUTPUT
 from jaxfa.nn.describe import IDLE, LOST, SILENT, describe, held_feedback, layer_name, shape_of
 from jaxfa.nn.learning import how_it_learns
 from jaxfa.nn.program import Example, method_of

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxfa.factored.svd import is_factors
 from jaxfa.nn.contraction import Contraction
 from jaxfa.nn.survey import own_of
 from jaxfa.nn.tap import Tap
 from jaxfa.nn.variables import modules_of
-from jaxfa.svd import is_factors
 
 LOST = (
     "- {0!r} is contracted with an activation in a way that cannot be followed, as weights that data scales or chooses "

@@ -2,7 +2,7 @@
 
 A block's update needs its input and the output error, and no other block. So once the error is known all of them can be
 formed at once, each by one device of the mesh's axis ``layer``, however unlike the blocks are. (For stacks of equal
-blocks, whose parameters are on the devices too, see :func:`jaxfa.parallel.pipeline`.)
+blocks, whose parameters are on the devices too, see :func:`jaxfa.stacks.pipeline`.)
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def check_dispatches(model: nnx.Module, rule: Rule, mesh: Mesh | None) -> Mesh:
     check_streams(model, rule, "dispatch")
     if mesh is None or LAYER not in mesh.shape:
         given = "none" if mesh is None else dict(mesh.shape)
-        raise ValueError(f"schedule='dispatch' needs mesh= with an axis {LAYER!r}, got {given}: jaxfa.parallel.mesh().")
+        raise ValueError(f"schedule='dispatch' needs mesh= with an axis {LAYER!r}, got {given}: jaxfa.stacks.mesh().")
     blocks = len(taps_of(model))
     if blocks < mesh.shape[LAYER]:
         raise ValueError(f"{mesh.shape[LAYER]} devices need as many tapped blocks, got {blocks}: take a smaller axis.")

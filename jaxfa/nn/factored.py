@@ -11,11 +11,11 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from jaxfa.base import Operation
+from jaxfa.factored.svd import Factors
 from jaxfa.layers import Convolution, dot
 from jaxfa.nn.variables import modules_of
 from jaxfa.nn.views import Bound, Call, Matrices, bias_shape, of_einsum
 from jaxfa.ops import INNER
-from jaxfa.svd import Factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Product:
 
 
 class Factored(nnx.Module):
-    """A layer whose ``kernel`` is :class:`jaxfa.Factors`; the dense weights are never formed.
+    """A layer whose ``kernel`` is :class:`jaxfa.factored.Factors`; the dense weights are never formed.
 
     Attributes:
       kernel: the factors.

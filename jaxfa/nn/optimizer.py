@@ -6,7 +6,7 @@ import optax
 from flax import nnx
 
 from jaxfa.nn.variables import Feedback
-from jaxfa.trees import unboxed
+from jaxfa.optim.trees import unboxed
 
 
 class Optimizer(nnx.Optimizer):

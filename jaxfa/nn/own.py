@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxfa.base import Layer, LayerFeedback, register, transpose
-from jaxfa.contractions import Contraction
+from jaxfa.jaxprs.contractions import Contraction
+from jaxfa.jaxprs.weights import over_stack, shape_of
 from jaxfa.nn.views import Bound, Call, Groups, Matrices, Whole, of_einsum, roles
 from jaxfa.ops import CHOICE, with_feedback
-from jaxfa.weights import over_stack, shape_of
 
 
 class OwnSite(NamedTuple):
@@ -22,7 +22,7 @@ class OwnSite(NamedTuple):
     Attributes:
       name: the path of the parameter.
       mark: which function of the parameters the weights are.
-      levels: as :class:`jaxfa.weights.Weight`'s.
+      levels: as :class:`jaxfa.jaxprs.weights.Weight`'s.
       view: how a rule sees the weights, as matrices.
       is_vector: whether the weights have one output and no axis for it.
       thin: whether a rule may give the weights another number of outputs.

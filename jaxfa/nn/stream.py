@@ -23,7 +23,7 @@ from jaxfa.nn.tap import Tap, taps_of
 from jaxfa.nn.taps import stacks_of
 from jaxfa.nn.variables import Feedback, value_of
 from jaxfa.ops import deliver
-from jaxfa.stack import after
+from jaxfa.stacks.blocks import after
 
 
 class Walk:

@@ -9,13 +9,13 @@ from flax import nnx
 from jax.tree_util import DictKey
 
 from jaxfa.base import LayerFeedback, Rule, init_at, keep
-from jaxfa.contractions import Contraction
-from jaxfa.follow import Follower
+from jaxfa.jaxprs.contractions import Contraction
+from jaxfa.jaxprs.follow import Follower
+from jaxfa.jaxprs.weights import Value, base
 from jaxfa.nn.contraction import audited
 from jaxfa.nn.own import OwnSite, contract, site_of, weights_of
 from jaxfa.nn.program import Example, Program
 from jaxfa.nn.variables import Feedback, init_stack, structs
-from jaxfa.weights import Value, base
 
 
 class OwnContraction(nnx.Module):

@@ -7,8 +7,8 @@ import jax
 from flax import nnx
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from jaxfa._jaxprs import opened
 from jaxfa.base import Layer, Rule, init_at
+from jaxfa.jaxprs.versions import opened
 from jaxfa.nn.contraction import find_site
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.leaves import error_in

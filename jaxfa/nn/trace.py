@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.tree_util import DictKey
 
-from jaxfa.audit import Audit, audit, uses
 from jaxfa.base import is_direct
-from jaxfa.flows import Use
-from jaxfa.follow import with_local_products
+from jaxfa.jaxprs.audit import Audit, audit, uses
+from jaxfa.jaxprs.flows import Use
+from jaxfa.jaxprs.follow import with_local_products
 from jaxfa.nn.contraction import audited
 from jaxfa.nn.describe import layer_name
 from jaxfa.nn.leaves import error_in

@@ -1,0 +1,233 @@
+"""Weights kept as the factors of their singular value decomposition.
+
+Dense weights ``(n, m)`` are ``u diag(s) v^T``. A convolution's kernel is one matrix from its first window axis and its
+inputs to its other window axes and its outputs, ``(H C, W N)`` for HWIO, so that the two factors are two convolutions:
+a vertical one with ``r`` outputs, then a horizontal one. (The slides of Roy et al. exchange the two factors, whose
+sizes then do not fit; this is the split of Yang, Tang, Wen, Yan, Hu, Li, Li, Chen, "Learning Low-rank Deep Neural
+Networks via Singular Vector Orthogonality Regularization and Singular Value Sparsification", 2020,
+https://arxiv.org/abs/2004.09031.)
+"""
+
+import math
+from dataclasses import field, replace
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxfa.base import is_feedback, register
+
+
+@register
+class Factors:
+    """One layer's weights ``w = u diag(s) v^T``, a pytree of the three.
+
+    It has the shape and dtype of ``w``, so that it goes wherever ``w`` goes.
+
+    Attributes:
+      u: from the inputs, ``(n, r)``; for a convolution HWIO, ``(H I, r)``.
+      s: ``(r,)``.
+      v: from the outputs, ``(m, r)``; for a convolution, ``(W O, r)``.
+      shape: of ``w``.
+      name: of the layer; what is of one layer, in parameters, feedback and optimizer state, has one name.
+    """
+
+    u: jax.Array
+    s: jax.Array
+    v: jax.Array
+    shape: tuple[int, ...] = field(metadata={"static": True})
+    name: str = field(default="", metadata={"static": True})
+
+    @property
+    def ndim(self) -> int:
+        """How many axes ``w`` has."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The factors' dtype."""
+        return self.u.dtype
+
+    def astype(self, dtype: Any) -> "Factors":
+        """The factors in another dtype."""
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), self)
+
+    def dense(self) -> jax.Array:
+        """The product ``w``, which no step of training forms."""
+        w = (self.u * jnp.expand_dims(self.s, 0)) @ self.v.T
+        height, *window, n, m = self.shape if self.ndim > 2 else (1, *self.shape)
+        return jnp.moveaxis(w.reshape(height, n, *window, m), 1, -2).reshape(self.shape)
+
+    def kernels(self) -> tuple[jax.Array, jax.Array]:
+        """Two thin weights of the layer's own kind, run one after the other: ``u diag(s)`` and ``v^T``.
+
+        Dense ``(n, r)`` and ``(r, m)``; of a convolution HWIO, ``(H, 1, I, r)`` and ``(1, W, r, O)``.
+        """
+        first, second = self.u * jnp.expand_dims(self.s, 0), self.v.T
+        if self.ndim == 2:
+            return first, second
+        height, *window, n, m = self.shape
+        second = jnp.moveaxis(second.reshape(-1, *window, m), 0, -2)
+        return first.reshape(height, *[1] * len(window), n, -1), jnp.expand_dims(second, 0)
+
+
+def is_factors(node: Any) -> bool:
+    """Whether a node of a tree is :class:`Factors`: the leaf test for trees that hold some."""
+    return isinstance(node, Factors)
+
+
+def dense(w: Any) -> jax.Array:
+    """Weights as one array, whether they are factored or not."""
+    return w.dense() if is_factors(w) else w
+
+
+def factorise(w: jax.Array | Factors, rank: float | None = None, *, name: str = "") -> Factors:
+    """The singular value decomposition of a layer's weights: ``w = u diag(s) v^T``, exact at full rank.
+
+    On a CPU do not ``vmap`` it: of jaxlib 0.10's batched decompositions two at once can wait for each other for ever.
+
+    Args:
+      w: dense weights ``(n, m)`` or a convolution's kernel ``(window..., n, m)``; factors stay what they are.
+      rank: how many of the largest singular values to keep: a whole number, or a fraction of full rank in (0, 1]
+        (``1.0`` is all of them, ``1`` is one); None keeps all.
+      name: the layer's, which its feedback and optimizer state will have, too; every layer needs its own.
+
+    Returns:
+      :class:`Factors`, with orthonormal columns ``u`` and ``v``.
+
+    Raises:
+      ValueError: if ``w`` has fewer than two axes, or the rank is none, or there is one for factors.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxfa
+      >>> w = jax.random.normal(jax.random.key(0), (3, 3, 4, 8))
+      >>> factors = jaxfa.factored.factorise(w)
+      >>> factors.u.shape, factors.v.shape, bool(jnp.allclose(factors.dense(), w, atol=1e-5))
+      ((12, 12), (24, 12), True)
+
+    Source: Yang et al., "Learning Low-rank Deep Neural Networks via Singular Vector Orthogonality Regularization and
+    Singular Value Sparsification", 2020, https://arxiv.org/abs/2004.09031
+    """
+    if isinstance(w, Factors):
+        if rank is not None:
+            raise ValueError(
+                f"The layer {w.name!r} is factored already, at rank {w.s.shape[-1]}; rank={rank!r} is for dense ones. "
+                f"Leave rank out, or choose others with at=."
+            )
+        return w
+    if w.ndim < 2:
+        raise ValueError(f"factorise expects weights (n, m) or (window..., n, m), got {w.shape}.")
+    height, *window, n, m = w.shape if w.ndim > 2 else (1, *w.shape)
+    matrix = jnp.moveaxis(w.reshape(height, *window, n, m), -2, 1).reshape(height * n, math.prod(window) * m)
+    u, s, vt = jnp.linalg.svd(matrix.astype(jnp.promote_types(w.dtype, jnp.float32)), full_matrices=False)
+    r = rank_of(rank, len(s))
+    return Factors(u[:, :r], s[:r], vt[:r].T, w.shape, name).astype(w.dtype)
+
+
+def rank_of(rank: float | None, full: int) -> int:
+    """How many singular values of ``full`` a rank keeps, as for :func:`factorise`."""
+    if rank is None:
+        return full
+    whole, flag = isinstance(rank, Integral), isinstance(rank, bool | np.bool_)
+    if flag or not (rank >= 1 if whole else 0 < rank <= 1):
+        raise ValueError(f"A rank is a whole number from 1, or a fraction in (0, 1] of full rank; got {rank!r}.")
+    return min(int(rank) if whole else max(1, round(rank * full)), full)
+
+
+def drift(w: Factors) -> jax.Array:
+    """How far ``u`` and ``v`` are from orthonormal columns: the largest of ``|u^T u - 1|`` and ``|v^T v - 1|``."""
+
+    def off(a: jax.Array) -> jax.Array:
+        gram = a.mT @ a
+        return jnp.abs(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)).max((-2, -1))
+
+    wide = _wide(w)
+    return jnp.maximum(off(wide.u), off(wide.v))
+
+
+def standardise(w: Factors) -> Factors:
+    """The decomposition anew, of factors that have drifted from orthonormal ones; the product stays.
+
+    Each column takes the place and the signs of the old one that it is nearest to, so that what is kept beside the
+    weights, column by column, still belongs to them; ``s`` are in no order then, and as negative as they were.
+    """
+    old = _wide(w)
+    (q_u, r_u), (q_v, r_v) = jnp.linalg.qr(old.u), jnp.linalg.qr(old.v)
+    a, s, bt = jnp.linalg.svd((r_u * jnp.expand_dims(w.s, -2)) @ r_v.mT, full_matrices=False)
+    new = replace(old, u=q_u @ a, s=s, v=q_v @ bt.mT)
+    new = take(new, _nearest((old.u.mT @ new.u) * (old.v.mT @ new.v)))
+    sign_u, sign_v = (jnp.where((x * y).sum(-2) < 0, -1, 1) for x, y in ((old.u, new.u), (old.v, new.v)))
+    u, v = new.u * jnp.expand_dims(sign_u, -2), new.v * jnp.expand_dims(sign_v, -2)
+    return replace(new, u=u, s=new.s * sign_u * sign_v, v=v).astype(w.dtype)
+
+
+def _wide(w: Factors) -> Factors:
+    return w.astype(jnp.promote_types(w.dtype, jnp.float32))
+
+
+@partial(jnp.vectorize, signature="(r,r)->(r)")
+def _nearest(overlap: jax.Array) -> jax.Array:
+    """For each old column the new one, so that the overlaps ``(old, new)`` are the largest in all."""
+    old, new = optax.assignment.hungarian_algorithm(-jnp.abs(jnp.nan_to_num(overlap)))
+    return new[jnp.argsort(old)]
+
+
+def take(w: Factors, index: Any) -> Factors:
+    """Some columns: ``index`` is ``(..., k)``."""
+    index = jnp.asarray(index)
+
+    def columns(a: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(a, jnp.expand_dims(index, -2), -1)
+
+    # By jax.tree, since an optimizer's state may hold optax's MaskedNode, which has no leaves, in an array's place.
+    u, v = jax.tree.map(columns, (w.u, w.v))
+    return replace(w, u=u, s=jax.tree.map(lambda s: jnp.take_along_axis(s, index, -1), w.s), v=v)
+
+
+def map_factors(change: Any, tree: Any) -> Any:
+    """Changes the factors in a tree and nothing else."""
+    return jax.tree.map(lambda node: change(node) if is_factors(node) else node, tree, is_leaf=is_factors)
+
+
+def orthonormal_factors(tree: Any) -> Any:
+    """A mask for ``optax.masked``: true of the ``u`` and ``v`` of all weights' factors, false of everything else.
+
+    Args:
+      tree: any tree, such as the parameters.
+
+    Returns:
+      A tree of booleans of its structure.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxfa, optax
+      >>> params = {"w": jaxfa.factored.factorise(jnp.eye(3)), "b": jnp.zeros(3)}
+      >>> tx = optax.chain(optax.adam(1e-3), optax.masked(jaxfa.factored.stiefel(), jaxfa.factored.orthonormal_factors))
+      >>> jaxfa.factored.orthonormal_factors(params)["w"].s
+      False
+
+    Source: as :func:`factorise`.
+    """
+
+    def mark(node: Any) -> Any:
+        none = jax.tree.map(lambda _: False, node)
+        return replace(none, u=True, v=True) if is_factors(node) and jax.tree.leaves(node) else none
+
+    return jax.tree.map(mark, tree, is_leaf=lambda node: is_factors(node) or is_feedback(node))
+
+
+def by_name(tree: Any) -> dict[str, Factors]:
+    """The factors in a tree by name.
+
+    Raises:
+      ValueError: if two have one name.
+    """
+    found = [node for node in jax.tree.leaves(tree, is_leaf=is_factors) if is_factors(node)]
+    named = {node.name: node for node in found}
+    if len(named) < len(found):
+        names = [node.name for node in found]
+        raise ValueError(f"Every factored layer needs a name of its own, factorise(w, name=...); got {names}.")
+    return named

@@ -1,0 +1,92 @@
+"""Follows the error through a traced gradient: which rule, if any, carried it, and through whose weights.
+
+A gradient is a program. Every value in it is labelled with the parameters it was made of, whether it depends on the
+data, and how an error came to it. A contraction of an error with something made of parameters alone is how an error
+passes a layer; inside one of the two primitives of :mod:`jaxfa.ops` that is the rule at work, outside it is
+backpropagation. So what this finds is what the program does, whatever the modules are called.
+
+Its limits: a contraction is JAX's ``dot_general`` or convolution. One that is spelled out as a product and a sum, a
+linear solve or an FFT, and one inside a Pallas kernel, a callback or another opaque primitive, are not seen; nor are
+weights that were multiplied by data or looked up by it (a mixture's experts), which look like activations: these
+:mod:`jaxfa.jaxprs.follow` tells apart, in the forward pass.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from jaxfa.jaxprs.flows import ERROR, NONE, Flow, Passage, Use, Walker
+from jaxfa.jaxprs.versions import opened
+
+
+class Audit(NamedTuple):
+    """What a gradient program does.
+
+    Attributes:
+      uses: the forward pass's contractions with weights, in order.
+      arrivals: for each parameter, every passage on an error's ways from the output to that parameter's gradient.
+        A delivery starts a new way. The output alone: the error came exactly, through no weights.
+      passages: every passage in the program.
+    """
+
+    uses: list[Use]
+    arrivals: dict[str, frozenset[Passage]]
+    passages: frozenset[Passage]
+
+
+def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: tuple[Any, Any]) -> Audit:
+    """Traces a network's gradient and reports how the error reaches every parameter.
+
+    Args:
+      forward: ``(params, rest, data) -> outputs``, a pure function.
+      params: the tree that the gradient is taken in, arrays or ``ShapeDtypeStruct``s.
+      rest: feedback and state.
+      data: one batch.
+      names: two trees of strings, shaped as ``params`` and ``rest``: the parameter that each array stands for, ``""``
+        for none. A feedback goes by the name of the weights whose place it takes.
+
+    Returns:
+      An :class:`Audit`. Kernels written outside JAX's own primitives (Pallas, callbacks) are opaque to it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxfa.jaxprs.audit import audit
+      >>> result = audit(lambda w, rest, x: x @ w[0] @ w[1], [jnp.ones((3, 4)), jnp.ones((4, 2))], (),
+      ...                jnp.ones((5, 3)), names=(["first", "last"], ()))
+      >>> sorted(result.arrivals["first"])
+      [Passage(kind='output', name=''), Passage(kind='weights', name='last')]
+    """
+
+    def program(params: Any, rest: Any, data: Any) -> Any:
+        outputs, vjp = jax.vjp(lambda params: _floats(forward(params, rest, data)), params)
+        with jax.named_scope(ERROR):
+            errors = [lax.optimization_barrier(output) for output in outputs]
+        return vjp(errors), outputs  # with the outputs, lest the forward pass be taken for dead
+
+    walker, ends = _walked(program, params, rest, data, names)
+    arrivals = dict(zip(jax.tree.leaves(names[0]), (end.way for end in ends), strict=False))
+    return Audit(list(walker.uses.values()), arrivals, frozenset(walker.passages))
+
+
+def uses(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: tuple[Any, Any]) -> list[Use]:
+    """The uses alone, of which the forward pass tells; arguments as for :func:`audit`."""
+    walker, _ = _walked(lambda *args: _floats(forward(*args)), params, rest, data, names)
+    return list(walker.uses.values())
+
+
+def _walked(program: Callable[..., Any], params: Any, rest: Any, data: Any, names: Any) -> tuple["Walker", Any]:
+    jaxpr = opened(jax.make_jaxpr(program)(params, rest, data))
+    # Without what nothing uses: a tap ignores the error that comes from above.
+    jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    flows = [Flow(frozenset([name]) if name else NONE) for name in jax.tree.leaves(names)]
+    flows += [Flow(data=True)] * len(jax.tree.leaves(data))
+    walker = Walker()
+    return walker, walker.walk(jaxpr, flows, "")
+
+
+def _floats(outputs: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.inexact)]

@@ -1,0 +1,5 @@
+"""The rules: one method, one file, one paper. What several of them use is in ``shared``."""
+
+from jaxfa.rules.shared.averaging import kalman as kalman
+
+__all__ = ["kalman"]

@@ -1,0 +1,93 @@
+"""Direct feedback alignment: ``delta_l = (B_l e) * phi'(a_l)``, the output error straight to every layer.
+
+Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", 2016, https://arxiv.org/abs/1609.01596;
+the one shared matrix is from Launay, Poli, Boniface, Krzakala, "Direct Feedback Alignment Scales to Modern Deep
+Learning Tasks and Architectures", 2020, https://arxiv.org/abs/2006.12878
+"""
+
+import math
+from typing import Any, ClassVar
+
+import jax
+from jax.nn import initializers
+
+from jaxfa.base import DirectFeedback, Initializer, Rule, register
+from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
+
+
+@register
+class DirectMatrix(DirectFeedback):
+    """A fixed matrix from the outputs to one layer.
+
+    Attributes:
+      b: feedback weights, the layer's own axes then the outputs', such as ``(n, C)`` or ``(H, W, n, C)``.
+    """
+
+    b: jax.Array
+
+    def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
+        return project(self.b, h, e)
+
+
+@register
+class SharedMatrix(DirectFeedback):
+    """One matrix for all layers; a layer of ``n`` units takes its first ``n`` rows, divided by ``sqrt(n)``.
+
+    Attributes:
+      b: feedback weights, ``(largest n, C)``.
+    """
+
+    shared: ClassVar[bool] = True
+    b: jax.Array
+
+    def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
+        k = shared_axes(h, e)
+        n = math.prod(h.shape[k:])
+        if n > self.b.shape[0]:
+            raise ValueError(
+                f"The shared feedback has {self.b.shape[0]} rows, too few for a layer of {n} units of shape "
+                f"{h.shape[k:]}. Make it with rule.init(key, h, logits) for the largest h."
+            )
+        rows = self.b[:n].reshape(*h.shape[k:], *e.shape[k:])
+        return project(rows / math.sqrt(n), h, e)
+
+
+def dfa(*, shared: bool = False, distribution: Initializer | None = None, scale: float = 1.0) -> Rule:
+    """Direct feedback alignment: ``dh_l = e B_l^T``; the local derivative follows by the layer's own backward.
+
+    So ``dW_l = h_{l-1}^T ((e B_l^T) * phi')``. Sequences whose logits are per token get their own token's error; with
+    one output per example the matrix covers all tokens, as it covers all pixels of a feature map.
+
+    Args:
+      shared: one matrix for all layers, sliced (Launay 2020), instead of one per layer (Nokland 2016).
+      distribution: an initializer ``(key, shape, dtype) -> B`` for shape ``(n, C)``. The defaults are the papers':
+        uniform on +-1/sqrt(n) per layer; uniform on +-1 for the shared matrix, whose slices are divided by sqrt(n).
+      scale: factor on the drawn matrix.
+
+    Returns:
+      A direct :class:`jaxfa.Rule`. With ``shared=True`` make one feedback, for the largest ``h``, and pass it to all.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxfa
+      >>> h, logits = jnp.ones((5, 8, 8, 4)), jnp.ones((5, 10))
+      >>> jaxfa.dfa().init(jax.random.key(0), h, logits).b.shape
+      (8, 8, 4, 10)
+
+    Source: Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", 2016,
+    https://arxiv.org/abs/1609.01596
+    """
+    draw = distribution or (_signed_uniform if shared else initializers.variance_scaling(1 / 3, "fan_in", "uniform"))
+
+    def init(key: jax.Array, h: Any, logits: Any) -> DirectMatrix:
+        return DirectMatrix(scale * direct_matrix(key, draw, h, logits))
+
+    def init_shared(key: jax.Array, h: Any, logits: Any) -> SharedMatrix:
+        b = direct_matrix(key, draw, h, logits)
+        columns = math.prod(logits.shape[shared_axes(h, logits) :])
+        return SharedMatrix(scale * b.reshape(-1, columns))
+
+    return Rule(init_shared if shared else init)
+
+
+def _signed_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, -1.0, 1.0)

@@ -1,0 +1,82 @@
+"""Direct random target projection: a layer learns from the target alone, before the output is known.
+
+Frenkel, Lefebvre, Bol, "Learning Without Feedback: Fixed Random Learning Signals Allow for Feedforward Training of Deep
+Neural Networks", 2021, https://arxiv.org/abs/1909.01311
+"""
+
+import math
+from dataclasses import field
+from typing import Any
+
+import jax
+from jax.nn import initializers
+
+from jaxfa.base import DirectFeedback, Initializer, Rule, register
+from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
+from jaxfa.shards import refuse_shards
+
+
+@register
+class TargetProjection(DirectFeedback):
+    """A fixed matrix from the classes to one layer, driven by the target instead of the error.
+
+    Attributes:
+      b: feedback weights, the layer's own axes then the outputs'.
+      examples: how many the loss averages over; None is as many as the error has.
+    """
+
+    b: jax.Array
+    examples: float | None = field(default=None, metadata={"static": True})
+
+    def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
+        # With a softmax or sigmoid output e = prediction - target is negative exactly where the target is one: the
+        # sign of the error is known from the label, which is the paper's argument. (A target fitted to the last bit
+        # has e = 0 and teaches nothing.) The signs do not tell by what the loss was divided.
+        examples = self.examples
+        if examples is None:
+            refuse_shards(
+                "drtp reads the targets off the error's signs, which do not tell by what the loss is divided. Say "
+                "drtp(examples=...), how many the loss averages over: those of all devices if it is summed or averaged "
+                "over them, those of one if the gradients are; or shard the arrays under jit instead."
+            )
+            examples = math.prod(e.shape[: shared_axes(h, e)])
+        return project(self.b, h, -(e < 0).astype(e.dtype) / examples)
+
+
+def drtp(*, examples: float | None = None, distribution: Initializer | None = None, scale: float = 1.0) -> Rule:
+    """Direct random target projection: ``dh_l = -y* B_l^T / N`` with the one-hot target ``y*``.
+
+    For classification by softmax or sigmoid cross-entropy with hard targets (no label smoothing, no mixing of
+    examples): the target is read off the error's sign, which is the same whatever the loss is multiplied by. So the
+    loss must be the mean over the examples in the array at hand, or ``examples`` must say what it is.
+
+    Args:
+      examples: ``N``, by which the loss divides its sum over the examples, or tokens: 1 for a sum; under ``shard_map``,
+        where it must be given, those of all devices if ``pmean`` is in the loss. None is the number in the array.
+      distribution: an initializer ``(key, shape, dtype) -> B`` for shape ``(n, C)``; by default uniform on
+        +-sqrt(6 / n) (He's), as in the paper's code.
+      scale: factor on the drawn matrix.
+
+    Returns:
+      A direct :class:`jaxfa.Rule`.
+
+    Raises:
+      ValueError: if ``examples`` is not positive; by the backward pass, under ``shard_map`` without ``examples``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxfa
+      >>> h, e = jnp.ones((1, 4)), jnp.array([[0.1, -0.3, 0.2]])
+      >>> feedback = jaxfa.drtp().init(jax.random.key(0), h, e)
+      >>> bool(jnp.allclose(feedback.deliver(h, e)[0], -feedback.b[:, 1]))
+      True
+
+    Source: Frenkel, Lefebvre, Bol, "Learning Without Feedback", 2021, https://arxiv.org/abs/1909.01311
+    """
+    if examples is not None and not examples > 0:
+        raise ValueError(f"drtp needs examples > 0, how many the loss averages over, or None; got {examples}.")
+    draw = distribution or initializers.he_uniform()
+
+    def init(key: jax.Array, h: Any, logits: Any) -> TargetProjection:
+        return TargetProjection(scale * direct_matrix(key, draw, h, logits), examples)
+
+    return Rule(init)

@@ -1,0 +1,1 @@
+"""What several rules share: projections, low rank, the Jacobian and its estimates."""

@@ -1,0 +1,163 @@
+"""What the low-dimensional rules share: ranks, projections, and Oja's rule for many outputs at once."""
+
+import numbers
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxfa.base import Operation, is_feedback
+from jaxfa.optim.alike import Shape, alike
+from jaxfa.paths import matches
+from jaxfa.shards import refuse_shards
+
+Rank = int | float | Mapping[str, int | float]
+
+
+def check_rank(rank: Rank) -> None:
+    """Refuses what is no rank."""
+    values: list[Any] = list(rank.values()) if isinstance(rank, Mapping) else [rank]
+    for value in values or [rank]:
+        if not (_is_count(value) or _is_fraction(value)):
+            raise ValueError(
+                f"A rank is a whole number from 1, a fraction of a layer's outputs in (0, 1], or a dictionary of these "
+                f"by globs of layer paths; got {value!r}."
+            )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral) and 0.0 < float(value) <= 1.0
+
+
+def globs_of(rank: Rank, labels: str | None = None) -> tuple[str, ...]:
+    """The globs of layer paths that a rule was given; ``"*"``, which is all that are left, may match nothing."""
+    given = (*(rank if isinstance(rank, Mapping) else ()), *([labels] if labels else ()))
+    return tuple(glob for glob in given if glob != "*")
+
+
+def is_at(path: str, glob: str) -> bool:
+    """Whether a glob matches a path or something above it; ``"*"`` matches all."""
+    return glob == "*" or matches(path, (glob,), under=True)
+
+
+def rank_at(rank: Rank, path: str, n: int, m: int) -> int:
+    """The rank of one layer of ``n`` inputs and ``m`` outputs."""
+    if isinstance(rank, Mapping):
+        found = [value for glob, value in rank.items() if is_at(path, glob)]
+        if not found:
+            raise ValueError(
+                f"No rank is given for the layer {path!r}: add it, or '*' for all others, to {rank!r}; without Flax, "
+                f"call init with path=."
+            )
+        rank = found[0]
+    return min(int(rank) if _is_count(rank) else max(1, round(rank * m)), n, m)
+
+
+def orthonormal(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    """A random projection ``(m, r)`` with orthonormal columns, by Gram and Schmidt, each column twice.
+
+    Never below single precision: in bfloat16 the small steps of a learned projection would round to nothing. And no
+    ``jnp.linalg.qr``: under ``vmap`` jaxlib's (0.10) waits on the pool of threads that it runs on, so that two layers'
+    at once hang a machine of two cores.
+    """
+    drawn = jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32))
+
+    def add(i: jax.Array, columns: jax.Array) -> jax.Array:
+        column = drawn[:, i]
+        for _ in range(2):
+            column = column - columns @ (columns.T @ column)
+        return columns.at[:, i].set(column / jnp.linalg.norm(column))
+
+    return jax.lax.fori_loop(0, shape[1], add, jnp.zeros_like(drawn))
+
+
+def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
+    """Oja's subspace rule: ``(C p - p p^T C p) / tr C`` with the errors' centred covariance ``C``.
+
+    Its fixed points are bases of principal subspaces, of which the top one is stable. ``C`` is never formed: ``N`` rows
+    cost ``4 N m r`` operations, half of which the transport of the same error shares.
+
+    Args:
+      p: the projection, ``(m, r)``.
+      errors: ``(N, ..., m)``; all but the last axis count examples.
+
+    Returns:
+      The step, ``(m, r)``; zero if the errors do not vary.
+
+    Raises:
+      ValueError: if there is one error alone, which has no covariance, or in a ``shard_map``.
+    """
+    refuse_shards(
+        "Oja's rule needs the covariance of the whole batch, of which a device sees its own part alone. Shard the "
+        "arrays under jit instead, where they are one batch, or choose learn_p=False."
+    )
+    errors = errors.reshape(-1, errors.shape[-1]).astype(p.dtype)
+    rows = errors.shape[0]
+    if rows < 2:
+        raise ValueError(
+            "Oja's rule needs the covariance of a batch of errors, and got one error alone. Give the layer a batch; "
+            "vmap over seeds or layers, not over examples; or choose learn_p=False."
+        )
+    # Divided by their size, errors of any scale are squared without under- or overflow.
+    peak = jnp.max(jnp.abs(errors))
+    peak = jnp.where(peak > 0, peak, 1)
+    centred = (errors - errors.mean(0, keepdims=True)) / peak
+    # The product with p is the one that carries the error back, which the compiler then makes only once.
+    thin = errors @ p
+    thin = (thin - thin.mean(0, keepdims=True)) / peak
+    total = jnp.sum(centred**2)
+    moved = centred.T @ thin
+    # p^T C p, from the shorter side: the batch's rows or the units.
+    step = moved - p @ (p.T @ moved if rows > errors.shape[1] else thin.T @ thin)
+    return jnp.where(total > 0, step / jnp.where(total > 0, total, 1), 0)
+
+
+def check_outputs_last(op: Operation, x: jax.Array, w: jax.Array, q: jax.Array, delta: jax.Array) -> None:
+    """Refuses an operation whose weights do not count its outputs on their last axis, and the result on its last.
+
+    Only then is ``op(x, q)`` with ``r`` outputs the same operation. One output more tells it apart even for a square.
+    """
+    wider = jax.ShapeDtypeStruct((*w.shape[:-1], w.shape[-1] + 1), w.dtype)
+    try:
+        fits = jax.eval_shape(op, jax.ShapeDtypeStruct(x.shape, x.dtype), wider).shape == (
+            *delta.shape[:-1],
+            delta.shape[-1] + 1,
+        )
+    except (TypeError, ValueError):
+        fits = False
+    if not fits or q.shape[:-1] != w.shape[:-1]:
+        raise ValueError(
+            f"A low-rank feedback needs weights (n, m) or (window..., n, m) whose last axis counts the outputs, as the "
+            f"result's last axis does, and factors made for them by rule.init(key, w); got weights {w.shape}, an "
+            f"error {delta.shape} and q {q.shape}. Convolutions in groups need a feedback for each group: "
+            f"jaxfa.nn.attach makes them."
+        )
+
+
+def factors_learn(
+    learn_p: bool, learn_q: bool, learning_rate: float, weight_decay: float, shape: Shape | None = None
+) -> Any:
+    """The transformation of both factors: plain steps of Oja's rule for ``p``; ``q`` learns as the weights do.
+
+    These are of the ``shape`` that it tells of a feedback; None where there are none.
+    """
+    if not 0.0 <= weight_decay < 1.0:
+        raise ValueError(f"weight_decay must be in [0, 1), got {weight_decay}.")
+    if not learn_q:
+        return _projections_learn(learning_rate) if learn_p else None
+    rate = learning_rate if learn_p else 0.0
+    return lambda tx: alike(tx, weight_decay, "q", shape, rate)
+
+
+def _projections_learn(learning_rate: float) -> optax.GradientTransformation:
+    def step(signal: Any) -> Any:
+        return replace(jax.tree.map(jnp.zeros_like, signal), p=-learning_rate * signal.p)
+
+    return optax.stateless(lambda signals, _: jax.tree.map(step, signals, is_leaf=is_feedback))
