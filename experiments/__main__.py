@@ -12,6 +12,7 @@ from experiments import (
     apart,
     compare,
     conservation,
+    door,
     grape_ablation,
     grape_deep,
     grape_resnet20,
@@ -96,6 +97,7 @@ def _dispatch(args: list[str]) -> None:
             raise ValueError(f"{given}; choose one of {', '.join(EXPERIMENTS)}.")
         case ["results"]:
             records.replace(results.PAGE, results.page())
+            door.write([records.read_json(path) for path in results.FOLDER.glob("*.json")])
             print(f"Results: {results.PAGE}")
         case ["report", *options]:
             tyro.cli(_report, args=options, prog="python -m experiments report")

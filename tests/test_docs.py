@@ -1,4 +1,4 @@
-"""What is written is run: every public name, every docstring's example, every block of the README."""
+"""What is written is run: every public name, every docstring's example, every block of README and docs."""
 
 import ast
 import doctest
@@ -8,6 +8,7 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 
@@ -16,6 +17,9 @@ import pytest
 import jaxfa
 
 ROOT = pathlib.Path(__file__).parent.parent
+README, DOCS, EXAMPLES = ROOT / "README.md", ROOT / "docs", ROOT / "experiments" / "examples"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+SCRIPTS = [script for script in sorted(EXAMPLES.glob("*.py")) if script.stem != "__init__"]
 MODULES = ["jaxfa", *(module.name for module in pkgutil.walk_packages(jaxfa.__path__, "jaxfa."))]
 
 
@@ -54,12 +58,50 @@ def test_every_public_function_of_a_method_has_an_example(name):
             assert ">>> " in inspect.getdoc(thing), thing.__name__
 
 
-def test_the_readme_runs_from_top_to_bottom():
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks, "README.md has no ```python block"
-    namespace = {"__name__": "__readme__"}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+def blocks_of(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
+def test_a_page_runs_from_top_to_bottom(page):
+    namespace = {"__name__": f"__{page.stem}__"}
+    for block in blocks_of(page):
+        exec(compile(block, page.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_an_example_runs(script):
+    runpy.run_path(str(script))
+
+
+def test_the_readme_is_a_door():
+    text = README.read_text()
+    assert len(text.split()) <= 900
+    assert blocks_of(README)[0] in (EXAMPLES / "own_model.py").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_to_one(page):
+    text = page.read_text()
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text) + re.findall(
+        r"^```\{literalinclude\} (.*)$", text, re.MULTILINE
+    )
+    for link in links:
+        assert (page.parent / link).exists(), link
+
+
+def test_every_page_is_in_the_index():
+    listed = re.findall(r"^(\w+)$", (DOCS / "index.md").read_text(), re.MULTILINE)
+    assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= set(listed)
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (DOCS / "reference.md").read_text()
+    named = set(re.findall(r"^[.][.] auto(?:function|class):: (\w+)$", text, re.MULTILINE))
+    assert {name for name in jaxfa.__all__ if not inspect.ismodule(getattr(jaxfa, name))} == named
+    assert {"jaxfa.nn", "jaxfa.stacks", "jaxfa.factored"} <= set(
+        re.findall(r"automodule:: ([\w.]+)$", text, re.MULTILINE)
+    )
 
 
 def strings_of(path):
