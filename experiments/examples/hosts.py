@@ -1,8 +1,9 @@
 """Several processes, one training: layers over the devices of all hosts, checkpoints that every process writes.
 
 Alone, with all devices of one machine: ``python -m experiments.examples.hosts --layer 2``. As process I of N, each of
-which sees devices of its own: the same with ``--coordinator HOST:PORT --processes N --process I``, where process 0 is on
-``HOST``; with ``--cluster`` where SLURM, Open MPI or a TPU pod says so itself. ``--out`` is a folder that all processes see.
+which sees devices of its own: the same with ``--coordinator HOST:PORT --processes N --process I``, where process 0 is
+on ``HOST``; with ``--cluster`` where SLURM, Open MPI or a TPU pod says so itself. ``--out`` is a folder that all
+processes see.
 
 A residual network learns digits by direct feedback alignment on a mesh of ``data x layer`` devices. Process 0 prints a
 line of JSON at every checkpoint: the batch's loss, and a hash of all parameters. The same command resumes, on the same
