@@ -1,1 +1,1 @@
-"""Short scripts that run as they stand; README and docs quote them."""
+"""Short programs that run as they stand; README and docs quote them."""
