@@ -1,10 +1,12 @@
 """What is written is run: every public name, every docstring's example, every block of README and docs."""
 
 import ast
+import dataclasses
 import doctest
 import functools
 import importlib
 import inspect
+import json
 import pathlib
 import pkgutil
 import re
@@ -15,7 +17,13 @@ import sys
 import pytest
 
 import jaxfa
+from experiments.__main__ import EXPERIMENTS
+from experiments.common import methods as compare
+from experiments.compare import picture, readme
+from tests.methods import METHODS
 
+# These rules have no row in compare yet.
+NOT_COMPARED = {"fdfa", "normative_ldfa", "ssa"}
 ROOT = pathlib.Path(__file__).parent.parent
 README, DOCS, EXAMPLES = ROOT / "README.md", ROOT / "docs", ROOT / "experiments" / "examples"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
@@ -74,6 +82,13 @@ def test_an_example_runs(script):
     runpy.run_path(str(script))
 
 
+@pytest.mark.slow
+def test_the_example_of_an_experiment_writes_a_report(tmp_path):
+    example = importlib.import_module("experiments.examples.own_experiment")
+    tiny = {"epochs": 1, "seeds": 1, "images": 128, "test_images": 64, "ranks": (2,), "out": tmp_path}
+    assert "rank-2" in example.run(dataclasses.replace(example.PRESETS["cpu"], **tiny)).read_text()
+
+
 def test_the_readme_is_a_door():
     text = README.read_text()
     assert len(text.split()) <= 900
@@ -97,11 +112,11 @@ def test_every_page_is_in_the_index():
 
 def test_every_public_name_is_in_the_reference():
     text = (DOCS / "reference.md").read_text()
-    named = set(re.findall(r"^[.][.] auto(?:function|class):: (\w+)$", text, re.MULTILINE))
-    assert {name for name in jaxfa.__all__ if not inspect.ismodule(getattr(jaxfa, name))} == named
-    assert {"jaxfa.nn", "jaxfa.stacks", "jaxfa.factored"} <= set(
-        re.findall(r"automodule:: ([\w.]+)$", text, re.MULTILINE)
-    )
+    modules = [importlib.import_module(name) for name in re.findall(r"automodule:: ([\w.]+)$", text, re.MULTILINE)]
+    listed = set(re.findall(r"auto(?:function|class):: (\w+)$", text, re.MULTILINE))
+    listed |= {name for module in modules for name in getattr(module, "__all__", ())}
+    assert set(jaxfa.__all__) - {name for name in jaxfa.__all__ if inspect.ismodule(getattr(jaxfa, name))} <= listed
+    assert {jaxfa.nn, jaxfa.stacks, jaxfa.factored, jaxfa.diagnostics, jaxfa.conservation} == set(modules)
 
 
 def strings_of(path):
@@ -113,7 +128,7 @@ def strings_of(path):
 
 @pytest.mark.parametrize("folder", ["jaxfa", "experiments", "."])
 def test_whatever_a_text_names_is_there_as_spelled(folder):
-    files = [ROOT / "README.md"] if folder == "." else sorted((ROOT / folder).rglob("*.py"))
+    files = PAGES if folder == "." else sorted((ROOT / folder).rglob("*.py"))
     scopes = {jaxfa.jaxprs.flows.ERROR, *(getattr(jaxfa.ops, name) for name in dir(jaxfa.ops) if name.isupper())}
     named = re.findall(r"\bjaxfa[.][.\w]*\w", "\n".join(text for file in files for text in strings_of(file)))
     assert named
@@ -133,3 +148,26 @@ def test_one_import_is_enough_and_the_core_does_not_wait_for_flax():
     code = "import sys, jaxfa; assert 'flax' not in sys.modules; jaxfa.nn.attach, jaxfa.stacks.mesh; jaxfa.no_such"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stderr.splitlines()[-1] == "AttributeError: module 'jaxfa' has no attribute 'no_such'"
+
+
+RULES = [name for name in jaxfa.__all__ if getattr(getattr(jaxfa, name), "__module__", "").startswith("jaxfa.rules.")]
+RULES = [name for name in RULES if inspect.isfunction(getattr(jaxfa, name))]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_is_in_every_table(name):
+    """What CONTRIBUTING asks of a new rule."""
+    assert any(method.name == name or method.name.startswith(f"{name}_") for method in METHODS), "tests/methods.py"
+    assert f"| `{name}(" in README.read_text(), "README.md"
+    assert name in {*compare.METHODS, *NOT_COMPARED}, "experiments/common/methods.py"
+
+
+def test_every_experiment_is_on_the_page_of_experiments():
+    text = (DOCS / "reproduction.md").read_text()
+    assert [name for name in EXPERIMENTS if f"`{name}`" not in text.partition("## Experiments")[2]] == []
+
+
+def test_the_readme_shows_the_committed_results():
+    found = [json.loads(path.read_text()) for path in ROOT.glob("experiments/*/results/*.json")]
+    assert readme.fill(README.read_text(), found) == README.read_text()
+    assert picture.draw(readme.chosen(found)["compare"]) == readme.PICTURE.read_text()
