@@ -3,9 +3,8 @@
 project = "jaxfa"
 project_copyright = "the jaxfa authors, Apache License 2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-myst_enable_extensions = ["colon_fence", "attrs_inline"]
+myst_enable_extensions = ["tasklist"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.xref_missing"]  # a page's links to files of the repository are GitHub's; a test follows them
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 add_module_names = False

@@ -1,11 +1,13 @@
 """What is written is run: every public name, every docstring's example, every block of README and docs."""
 
 import ast
+import contextlib
 import dataclasses
 import doctest
 import functools
 import importlib
 import inspect
+import io
 import json
 import pathlib
 import pkgutil
@@ -66,20 +68,35 @@ def test_every_public_function_of_a_method_has_an_example(name):
             assert ">>> " in inspect.getdoc(thing), thing.__name__
 
 
-def blocks_of(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+def blocks_of(page, language="python"):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
-def test_a_page_runs_from_top_to_bottom(page):
-    namespace = {"__name__": f"__{page.stem}__"}
-    for block in blocks_of(page):
-        exec(compile(block, page.name, "exec"), namespace)
+def scripts_of(page):
+    return re.findall(r"^```\{literalinclude\} (.*)$", page.read_text(), re.MULTILINE)
+
+
+@functools.cache
+def printed_by(script):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(str(script))
+    return printed.getvalue()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_an_example_runs(script):
-    runpy.run_path(str(script))
+    printed_by(script)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_runs_from_top_to_bottom_and_prints_what_it_shows(page, capsys):
+    namespace = {"__name__": f"__{page.stem}__"}
+    for block in blocks_of(page):
+        exec(compile(block, page.name, "exec"), namespace)
+    quoted = [EXAMPLES / "own_model.py"] if page == README else [DOCS / script for script in scripts_of(page)]
+    printed = capsys.readouterr().out + "".join(printed_by(script.resolve()) for script in quoted)
+    for shown in blocks_of(page, "text"):
+        assert " ".join(shown.split()) in " ".join(printed.split())
 
 
 @pytest.mark.slow
@@ -98,9 +115,7 @@ def test_the_readme_is_a_door():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_to_a_file_leads_to_one(page):
     text = page.read_text()
-    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text) + re.findall(
-        r"^```\{literalinclude\} (.*)$", text, re.MULTILINE
-    )
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text) + scripts_of(page)
     for link in links:
         assert (page.parent / link).exists(), link
 
