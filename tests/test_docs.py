@@ -113,8 +113,10 @@ def test_the_readme_is_a_door():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_to_a_file_leads_to_one(page):
+def test_every_file_that_a_page_names_is_there(page):
     text = page.read_text()
+    for name in re.findall(r"`((?:jaxfa|experiments|tests|docs)/[a-z0-9_/.]+)`", text):
+        assert (ROOT / name).exists(), name
     links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text) + scripts_of(page)
     for link in links:
         assert (page.parent / link).exists(), link

@@ -76,5 +76,5 @@ def _cell(arm: dict[str, Any]) -> str:
     if "last" not in arm:
         return "diverged"
     mean, std = arm["last"]["mean"], arm["last"]["std"]
-    angle = "" if arm["angle"] is None else f", {arm['angle']:.0f}°"
+    angle = "" if arm["angle"] is None else f",\N{NO-BREAK SPACE}{arm['angle']:.0f}°"
     return f"{mean:.1f}{'' if std is None else f'±{std:.1f}'}{angle}"
