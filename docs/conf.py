@@ -11,6 +11,7 @@ autodoc_typehints = "none"
 add_module_names = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+highlight_language = "none"
 html_theme = "furo"
 html_title = "jaxfa"
 html_static_path = ["static"]

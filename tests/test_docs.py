@@ -188,3 +188,18 @@ def test_the_readme_shows_the_committed_results():
     found = [json.loads(path.read_text()) for path in ROOT.glob("experiments/*/results/*.json")]
     assert readme.fill(README.read_text(), found) == README.read_text()
     assert picture.draw(readme.chosen(found)["compare"]) == readme.PICTURE.read_text()
+
+
+def test_a_result_fills_the_rows_of_its_rules():
+    rows = [
+        "| rule | error | feedback | paper | old |",
+        "|-|-|-|-|-|",
+        "| `fa()` | | | | 1 |",
+        "| `mine(2)` | | | | 2 |",
+    ]
+    text = "\n".join(["<!-- rules -->", *rows, "<!-- /rules -->"])
+    arms = {"fa": {"last": {"mean": 97.25, "std": None}, "angle": 61.7}, "mine": {}}
+    found = [{"config": {"experiment": "compare"}, "arms": arms}, {"config": {"experiment": "other"}, "arms": {}}]
+    _, head, _, *filled, _ = readme.fill(text, found).split("\n")
+    assert head == "| rule | error | feedback | paper | digits |"
+    assert filled == ["| `fa()` | | | | 97.2,\N{NO-BREAK SPACE}62° |", "| `mine(2)` | | | | diverged |"]
