@@ -122,6 +122,10 @@ def test_every_file_that_a_page_names_is_there(page):
         assert (page.parent / link).exists(), link
 
 
+def test_the_citation_is_of_this_version():
+    assert f"version: {jaxfa.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_every_page_is_in_the_index():
     listed = re.findall(r"^(\w+)$", (DOCS / "index.md").read_text(), re.MULTILINE)
     assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= set(listed)
@@ -176,7 +180,7 @@ def test_a_rule_is_in_every_table(name):
     """What CONTRIBUTING asks of a new rule."""
     assert any(method.name == name or method.name.startswith(f"{name}_") for method in METHODS), "tests/methods.py"
     assert f"| `{name}(" in README.read_text(), "README.md"
-    assert name in {*compare.METHODS, *NOT_COMPARED}, "experiments/common/methods.py"
+    assert {"backprop": "bp"}.get(name, name) in {*compare.METHODS, *NOT_COMPARED}, "experiments/common/methods.py"
 
 
 def test_every_experiment_is_on_the_page_of_experiments():
