@@ -1,7 +1,6 @@
 """A model of your own, which knows nothing of jaxfa, trained by direct feedback alignment."""
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -22,7 +21,7 @@ def loss_of(model, x, labels):
     return optax.softmax_cross_entropy_with_integer_labels(model(x), labels).mean()
 
 
-x, labels = jax.random.normal(jax.random.key(0), (32, 64)), jnp.arange(32) % 10
+x, labels = jax.random.normal(jax.random.key(0), (32, 64)), jax.numpy.arange(32) % 10
 rule = jaxfa.dfa()
 model = jaxfa.nn.attach(MLP(nnx.Rngs(0)), rule, rngs=nnx.Rngs(1), example=x)
 learned = (nnx.Param, jaxfa.nn.Feedback)

@@ -24,7 +24,8 @@ def gradient_of(schedule):
     graph, state = nnx.split(model)
     gradient = jax.grad(lambda state: (nnx.merge(graph, state)(x) ** 2).mean())
     program = jax.jit(gradient).lower(state).compile()
-    print(f"{schedule}: {program.memory_analysis().temp_size_in_bytes / 2**20:.1f} MiB beside parameters and gradients")
+    kept = program.memory_analysis().temp_size_in_bytes / 2**20
+    print(f"{schedule}: {kept:.1f} MiB beside parameters and gradients")
     return program(state)
 
 
