@@ -7,9 +7,11 @@ from jaxfa import factored as factored
 from jaxfa import rules as rules
 from jaxfa import stacks as stacks
 from jaxfa.base import DirectFeedback as DirectFeedback
+from jaxfa.base import DirectRule as DirectRule
 from jaxfa.base import FixedFeedback as FixedFeedback
 from jaxfa.base import Layer as Layer
 from jaxfa.base import LayerFeedback as LayerFeedback
+from jaxfa.base import LayerRule as LayerRule
 from jaxfa.base import Rule as Rule
 from jaxfa.base import backprop as backprop
 from jaxfa.base import register as register
@@ -43,10 +45,11 @@ from jaxfa.stacks.updates import update_stack as update_stack
 
 __version__ = "0.1.0"
 __all__ = [
-    "DirectFeedback", "DirectMatrix", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop", "brsf",
-    "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp", "dldfa", "drtp",
-    "error_wire", "fa", "factored", "fdfa", "frsf", "grape", "kolen_pollack", "ldfa", "linear", "normative_ldfa",
-    "optimizer", "register", "rules", "ssa", "stacks", "update_stack", "usf", "weight_mirror", "with_feedback",
+    "DirectFeedback", "DirectMatrix", "DirectRule", "FixedFeedback", "Layer", "LayerFeedback", "LayerRule", "Rule",
+    "backprop", "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp",
+    "dldfa", "drtp", "error_wire", "fa", "factored", "fdfa", "frsf", "grape", "kolen_pollack", "ldfa", "linear",
+    "normative_ldfa", "optimizer", "register", "rules", "ssa", "stacks", "update_stack", "usf", "weight_mirror",
+    "with_feedback",
 ]  # fmt: skip
 
 

@@ -13,9 +13,10 @@ symbol     shape                 meaning
 ``delta``  ``(N, ..., m)``       the error that has arrived at a layer's output
 =========  ====================  =====================================================
 
-A rule is a value, a :class:`Rule`. Its feedback is a small frozen dataclass, a pytree by :func:`register`, whose class
-says how an error goes back: a subclass of :class:`LayerFeedback` (layer by layer) or :class:`DirectFeedback` (straight
-from the output). ``None`` in place of a feedback means the plain operation with ordinary autodiff.
+A rule is a value, a :class:`LayerRule` (errors go back layer by layer) or a :class:`DirectRule` (straight from the
+output). Its feedback is a small frozen dataclass, a pytree by :func:`register`, whose class says how an error goes
+back: a subclass of :class:`LayerFeedback` or :class:`DirectFeedback`. ``None`` in place of a feedback means the plain
+operation with ordinary autodiff.
 """
 
 import dataclasses
@@ -165,44 +166,83 @@ def keep(forward: Any, feedback: Any, key: jax.Array) -> Any:
     return feedback
 
 
-class Rule(NamedTuple):
-    """A learning rule.
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What all learning rules have. A rule is made as a :class:`LayerRule` or a :class:`DirectRule`.
 
     Attributes:
-      init: makes one layer's feedback. Layer-wise rules: ``(key, w) -> feedback``. Direct rules: ``(key, h, logits) ->
-        feedback``, from arrays or ``jax.ShapeDtypeStruct``s of one batch. The number of arguments is the family. A
-        feedback of ``None`` leaves the layer to backpropagation. With a keyword ``path`` it is told the layer's; a
-        direct rule's, with a keyword ``layer``, the :class:`Layer` that ``h`` enters.
+      init: makes one layer's feedback, from the arguments that the rule's class names. ``None`` in place of a feedback
+        leaves the layer to backpropagation. An ``init`` with a keyword ``path`` is told the layer's path.
       refine: ``(forward, feedback, key) -> feedback`` on the whole tree of feedbacks, before the gradient step.
-        ``forward`` is, for layer-wise rules, a tree of :class:`Layer` shaped like the feedback; for direct rules, the
-        function ``taps -> logits`` of the plain network with ``taps[l]`` added to ``h_l``.
       transform: the optax transformation of the feedback's signals, run in the steps that move the parameters; None
         leaves the feedback as it is. For a rule whose weights and feedback learn together it is a function ``tx -> ``
         the transformation of the pair ``(params, feedback)``.
-      source: where a direct rule's error is taken: the path of a module, at the same end of it as the taps, its input
-        without ``at=``, its output with it; None is the logits.
       globs: the globs of layer paths that the rule was given, of which none may match nothing.
       weights: ``(w, path) -> `` what a layer learns in the place of ``w``, such as its factors, which it may be given
         itself; None is ``w`` itself.
     """
 
+    arguments: ClassVar[tuple[str, ...]] = ()
     init: Callable[..., Any]
     refine: Callable[..., Any] = keep
     transform: optax.GradientTransformation | Callable[..., Any] | None = None
-    source: str | None = None
     globs: tuple[str, ...] = ()
     weights: Callable[[jax.Array, str], Any] | None = None
 
+    def __post_init__(self) -> None:
+        if not self.arguments:
+            raise TypeError(
+                "A rule is a jaxfa.LayerRule, init(key, w), or a jaxfa.DirectRule, init(key, h, logits); got a Rule."
+            )
+        given = positional(self.init)
+        if given is not None and len(given) != len(self.arguments):
+            raise TypeError(
+                f"The init of a jaxfa.{type(self).__name__} takes ({', '.join(self.arguments)}), got a function of "
+                f"({', '.join(given)}). Make a LayerRule of init(key, w), a DirectRule of init(key, h, logits)."
+            )
+
+
+class LayerRule(Rule):
+    """A rule that hands errors on layer by layer; its feedback is a :class:`LayerFeedback`.
+
+    Its ``init`` is ``(key, w) -> feedback``. The ``forward`` of its ``refine`` is a tree of :class:`Layer` shaped like
+    the feedback.
+    """
+
+    arguments = ("key", "w")
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectRule(Rule):
+    """A rule that delivers the output error straight to every layer; its feedback is a :class:`DirectFeedback`.
+
+    Its ``init`` is ``(key, h, logits) -> feedback``, from arrays or ``jax.ShapeDtypeStruct``s of one batch; with a
+    keyword ``layer`` it is told the :class:`Layer` that ``h`` enters. The ``forward`` of its ``refine`` is the function
+    ``taps -> logits`` of the plain network with ``taps[l]`` added to ``h_l``.
+
+    Attributes:
+      source: where the error is taken: the path of a module, at the same end of it as the taps, its input without
+        ``at=``, its output with it; None is the logits.
+    """
+
+    arguments = ("key", "h", "logits")
+    source: str | None = None
+
+
+def positional(function: Callable[..., Any]) -> list[str] | None:
+    """The names of the arguments that a function must be given by position; None where that cannot be known."""
+    try:
+        known = inspect.signature(function).parameters.values()
+    except ValueError:
+        return None
+    if any(one.kind is one.VAR_POSITIONAL for one in known):
+        return None
+    return [one.name for one in known if one.default is one.empty and one.kind < one.VAR_POSITIONAL]
+
 
 def is_direct(rule: Rule) -> bool:
-    """Whether the rule is of the direct family: its ``init`` takes ``(key, h, logits)``, not ``(key, w)``."""
-    own = inspect.signature(rule.init).parameters.values()
-    count = sum(
-        one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in own
-    )
-    if count not in (2, 3):
-        raise ValueError(f"rule.init must take (key, w) or (key, h, logits), got a function of {count} arguments.")
-    return count == 3
+    """Whether the rule delivers the output error directly."""
+    return isinstance(rule, DirectRule)
 
 
 def init_at(rule: Rule, **known: Any) -> Callable[..., Any]:
@@ -232,18 +272,18 @@ def matrix_of(feedback: Any, w: jax.Array) -> jax.Array:
     raise ValueError(f"{type(feedback).__name__} has no matrix in the place of the weights {w.shape}.")
 
 
-def backprop() -> Rule:
+def backprop() -> LayerRule:
     """Backpropagation itself, so that it stands in every table: no feedback, ordinary autodiff.
 
     Returns:
-      A :class:`Rule`.
+      A :class:`LayerRule`.
 
     Example:
       >>> import jax, jaxfa
       >>> jaxfa.backprop().init(jax.random.key(0), jax.numpy.ones((3, 2))) is None
       True
     """
-    return Rule(lambda key, w: None)
+    return LayerRule(lambda key, w: None)
 
 
 def transpose(linear: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:

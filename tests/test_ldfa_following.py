@@ -71,7 +71,7 @@ def beside(rule, for_feedback):
 
         return optax.GradientTransformation(lambda both: (ours.init(both), others.init(both)), update)
 
-    return rule._replace(transform=transform)
+    return replace(rule, transform=transform)
 
 
 def other_decay(rule):
@@ -106,7 +106,7 @@ def test_under_adam_the_law_holds_where_p_only_picks_units(x64):
         return replace(made, p=jnp.eye(w.shape[-1])[:, ::-2][:, :2] - 0.1)
 
     tx = optax.adamw(1e-2, weight_decay=0.3)
-    assert max(missed(rule._replace(init=picking), tx, decay=0.023)) < 1e-12
+    assert max(missed(replace(rule, init=picking), tx, decay=0.023)) < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxfa.base import Rule, init_at, is_direct
+from jaxfa.base import DirectRule, Rule, init_at, is_direct
 from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.dispatch import call_dispatched, check_dispatches
@@ -65,7 +65,7 @@ def attach(
 
     Args:
       model: any NNX model; it stays as it is.
-      rule: a :class:`jaxfa.Rule`.
+      rule: a :class:`jaxfa.LayerRule` or :class:`jaxfa.DirectRule`, such as ``jaxfa.fa()``.
       rngs: the feedback is drawn from ``rngs.feedback()``.
       at: globs of module paths, matched segment by segment (``"blocks/*"``): where direct rules tap; for layer-wise
         rules and for ``jaxfa.ssa``, the modules in which the layers get the rule.
@@ -114,7 +114,7 @@ def attach(
     if rule.weights is not None:
         _refuse_unmatched("at", globs, list(sites_of(model)), under=True)
         model = factorise_chosen(model, rule.weights, _chooser(globs))
-    put = _put_direct if is_direct(rule) else partial(_put_layerwise, allow=allow)
+    put: Any = _put_direct if is_direct(rule) else partial(_put_layerwise, allow=allow)
     backprop, own = put(model, rule, rngs, globs, call)
     forward = _forward(model, rule, schedule, mesh)
     aligned = Aligned(model, rule, (*allow, *backprop), own, **call._asdict(), forward=forward)
@@ -211,7 +211,7 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call, 
     return [*backprop, *exact], (own, tuple(site for site in found.sites if site in left))
 
 
-def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> tuple[list[str], Any]:
+def _put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call) -> tuple[list[str], Any]:
     """Taps a model for a direct rule; returns the layers that it leaves to backpropagation."""
     if call.example is None:
         raise ValueError(

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jax import lax
 
-from jaxfa.base import Rule, is_direct
+from jaxfa.base import DirectRule, Rule
 from jaxfa.nn.leaves import error_in, named_floats
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.tap import Tap, taps_of
@@ -134,7 +134,7 @@ def _product(fixed: Any, values: Any) -> jax.Array:
 
 def check_streams(model: nnx.Module, rule: Rule, schedule: str) -> None:
     """Refuses what no sweep can teach block after block: other rules, and taps inside each other or inside a stack."""
-    if not is_direct(rule) or rule.source is not None:
+    if not isinstance(rule, DirectRule) or rule.source is not None:
         raise ValueError(f"schedule={schedule!r} is for direct rules whose error is the logits'; take 'stored'.")
     stacks = stacks_of(model)
     for path, tap in taps_of(model).items():

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import Initializer, Rule
+from jaxfa.base import DirectRule, Initializer
 from jaxfa.rules.shared.averaging import Gain
 from jaxfa.rules.shared.jacobian import JacobianFeedback, jacobian_rule
 from jaxfa.rules.shared.projection import random_signs
@@ -27,7 +27,7 @@ def grape(
     norm_axis: int = 0,
     separate: bool = False,
     epsilon: float = 1e-8,
-) -> Rule:
+) -> DirectRule:
     """GrAPE: ``dh_l = e B_l^T``, and every step turns ``B_l`` towards an unbiased estimate of ``(d logits / d h_l)^T``.
 
     ``refine`` perturbs every tapped activation at once, each example's independently, by white noise ``p_l`` of
@@ -71,7 +71,7 @@ def grape(
       epsilon: added to the norms.
 
     Returns:
-      A direct :class:`jaxfa.Rule` whose ``refine`` must run to learn.
+      A :class:`jaxfa.DirectRule` whose ``refine`` must run to learn.
 
     Raises:
       ValueError: if ``averaging`` is not in [0, 1), ``tile`` below 1, ``norm_axis`` neither 0 nor 1, ``scaling`` not

@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.nn import initializers
 
-from jaxfa.base import Initializer, LayerFeedback, Rule, register
+from jaxfa.base import Initializer, LayerFeedback, LayerRule, register
 from jaxfa.optim.alike import alike
 
 
@@ -32,7 +32,9 @@ class KolenPollackFeedback(LayerFeedback):
         return KolenPollackFeedback(dw)
 
 
-def kolen_pollack(*, weight_decay: float = 1e-3, distribution: Initializer | None = None, scale: float = 1.0) -> Rule:
+def kolen_pollack(
+    *, weight_decay: float = 1e-3, distribution: Initializer | None = None, scale: float = 1.0
+) -> LayerRule:
     """Kolen-Pollack learning: ``w <- w + u - lambda w``, ``b <- b + u - lambda b`` with the same step ``u``.
 
     The difference obeys ``w - b <- (1 - lambda) (w - b)`` whatever the data, under SGD and, when both have the same
@@ -48,7 +50,7 @@ def kolen_pollack(*, weight_decay: float = 1e-3, distribution: Initializer | Non
       scale: factor on the drawn ``b``.
 
     Returns:
-      A layer-wise :class:`jaxfa.Rule`.
+      A :class:`jaxfa.LayerRule`.
 
     Raises:
       ValueError: if ``weight_decay`` is not in (0, 1).
@@ -68,4 +70,4 @@ def kolen_pollack(*, weight_decay: float = 1e-3, distribution: Initializer | Non
     def together(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         return alike(tx, weight_decay, "b", lambda feedback: feedback.b.shape)
 
-    return Rule(lambda key, w: KolenPollackFeedback(scale * draw(key, w.shape, w.dtype)), transform=together)
+    return LayerRule(lambda key, w: KolenPollackFeedback(scale * draw(key, w.shape, w.dtype)), transform=together)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from jaxfa.base import Initializer, Layer, LayerFeedback, Operation, Rule, is_layer, register, transpose
+from jaxfa.base import Initializer, Layer, LayerFeedback, LayerRule, Operation, is_layer, register, transpose
 from jaxfa.rules.shared.lowrank import (
     Rank,
     check_outputs_last,
@@ -86,7 +86,7 @@ def ldfa(
     weight_decay: float = 1e-3,
     distribution: Initializer | None = None,
     scale: float = 1.0,
-) -> Rule:
+) -> LayerRule:
     """Low-dimensional feedback, layer by layer: ``dx = (delta p) q^T``, never more than ``r`` numbers wide.
 
     Oja's rule turns the projection to the error's principal subspace, ``dp = eta (1 - p p^T) C p``; Hebb's rule makes
@@ -132,7 +132,7 @@ def ldfa(
       scale: factor on the drawn ``b``.
 
     Returns:
-      A layer-wise :class:`jaxfa.Rule`.
+      A :class:`jaxfa.LayerRule`.
 
     Raises:
       ValueError: if the rank is none, or ``weight_decay`` is not in [0, 1).
@@ -162,10 +162,10 @@ def ldfa(
         return (*feedback.q.shape[:-1], feedback.p.shape[-2])
 
     transform = factors_learn(learn_p, learn_q, learning_rate, weight_decay, shape)
-    return Rule(init, transform=transform, globs=globs_of(rank, labels))
+    return LayerRule(init, transform=transform, globs=globs_of(rank, labels))
 
 
-def normative_ldfa(rank: Rank, *, learning_rate: float = 1.0) -> Rule:
+def normative_ldfa(rank: Rank, *, learning_rate: float = 1.0) -> LayerRule:
     """Low-dimensional feedback whose factors are fitted to the weights, ``min |q p^T - w|_F^2``: weight transport.
 
     This is what the paper's vision transformers were trained with; it shows what rank ``r`` can do at best, not what a
@@ -180,7 +180,7 @@ def normative_ldfa(rank: Rank, *, learning_rate: float = 1.0) -> Rule:
       learning_rate: ``eta``. The paper's code runs Adam and factorises anew twice an epoch.
 
     Returns:
-      A layer-wise :class:`jaxfa.Rule` whose ``refine`` must run to follow the weights.
+      A :class:`jaxfa.LayerRule` whose ``refine`` must run to follow the weights.
 
     Raises:
       ValueError: if the rank is none, or ``learning_rate`` is not in (0, 1].
@@ -221,7 +221,7 @@ def normative_ldfa(rank: Rank, *, learning_rate: float = 1.0) -> Rule:
         del key
         return jax.tree.map(fit, forward, feedback, is_leaf=is_layer)
 
-    return Rule(init, refine, globs=globs_of(rank))
+    return LayerRule(init, refine, globs=globs_of(rank))
 
 
 def _divided(a: jax.Array, factor: jax.Array) -> jax.Array:

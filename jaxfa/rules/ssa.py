@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, Layer, LayerFeedback, Operation, Rule, register, transpose
+from jaxfa.base import DirectFeedback, DirectRule, Layer, LayerFeedback, LayerRule, Operation, Rule, register, transpose
 from jaxfa.factored.local_losses import learn_aligned, orthogonal
 from jaxfa.factored.manifold import stiefel
 from jaxfa.factored.retractions import Retraction, polar
@@ -139,8 +139,8 @@ def ssa(
       scale: factor on the feedback's singular values, positive.
 
     Returns:
-      A :class:`jaxfa.Rule`, direct if ``parallel``; its layers' weights must be factors, which
-      :func:`jaxfa.nn.attach` and :func:`jaxfa.factored.factorise` make.
+      A :class:`jaxfa.DirectRule` if ``parallel``, else a :class:`jaxfa.LayerRule`. Its layers' weights must be factors,
+      which :func:`jaxfa.nn.attach` and :func:`jaxfa.factored.factorise` make.
 
     Raises:
       ValueError: if ``alpha``, ``beta`` or ``gamma`` is negative, ``scale`` is not positive or ``rank`` is none; by
@@ -194,7 +194,9 @@ def ssa(
     def weights(w: jax.Array | Factors, path: str) -> Factors:
         return factorise(w, rank, name=path)
 
-    return Rule(init_parallel if parallel else init, transform=learn, weights=weights)
+    if parallel:
+        return DirectRule(init_parallel, transform=learn, weights=weights)
+    return LayerRule(init, transform=learn, weights=weights)
 
 
 def _turned(key: jax.Array, w: Factors, scale: float) -> Factors:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import DirectFeedback, Initializer, Rule, is_feedback, register
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, is_feedback, register
 from jaxfa.rules.shared.averaging import Gain, constant
 from jaxfa.rules.shared.estimate import Estimate, jacobian_estimates
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
@@ -76,7 +76,7 @@ def jacobian_rule(
     perturbation: Initializer,
     separate: bool,
     scaling: float,
-) -> Rule:
+) -> DirectRule:
     """A rule whose feedback ``turn``s to each new estimate, or running mean, of the Jacobian."""
     _check(averaging, tile, separate, scaling)
     estimate = partial(jacobian_estimates, perturbation=perturbation, separate=separate)
@@ -110,7 +110,7 @@ def jacobian_rule(
         return jax.tree.unflatten(structure, rescale(nodes, found, scaling) if scaling else nodes)
 
     refine.__qualname__ = turn.__qualname__  # a message about it names the rule
-    return Rule(init, refine)
+    return DirectRule(init, refine)
 
 
 def _check(averaging: float | Gain, tile: int | None, separate: bool, scaling: float) -> None:
