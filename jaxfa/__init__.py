@@ -40,7 +40,7 @@ from jaxfa.rules.sign_symmetric import frsf as frsf
 from jaxfa.rules.sign_symmetric import usf as usf
 from jaxfa.rules.ssa import ssa as ssa
 from jaxfa.rules.weight_mirror import weight_mirror as weight_mirror
-from jaxfa.stacks.blocks import direct_stack as direct_stack
+from jaxfa.stacks.stack import direct_stack as direct_stack
 from jaxfa.stacks.updates import update_stack as update_stack
 
 __version__ = "0.1.0"

@@ -81,7 +81,7 @@ def test_a_step_that_refines_says_nothing_and_is_traced_once(name, make):
 
 
 def test_streamed_models_and_rules_of_ones_own_are_told_and_rules_without_a_phase_are_not():
-    streamed = attach(Residual(nnx.Rngs(0)), jaxfa.grape(), X, BLOCKS, schedule="stream")
+    streamed = attach(Residual(nnx.Rngs(0)), jaxfa.grape(), X, BLOCKS, schedule=jaxfa.stacks.stream)
     assert len(told(nnx.jit(nnx.grad(loss)), streamed, X)) == 1
 
     def mirror():

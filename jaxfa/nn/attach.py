@@ -6,15 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from jaxfa.base import DirectRule, Rule, init_at, is_direct
 from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
-from jaxfa.nn.dispatch import call_dispatched, check_dispatches
 from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.program import Example, method_of
-from jaxfa.nn.stream import call_streamed, check_streams
+from jaxfa.nn.schedules import forward_by
 from jaxfa.nn.survey import Survey, put_own, survey
 from jaxfa.nn.tap import Tap, place_tap
 from jaxfa.nn.taps import (
@@ -32,6 +30,7 @@ from jaxfa.nn.taps import (
 from jaxfa.nn.trace import uses_of, weights_above
 from jaxfa.nn.variables import init_stack, modules_of
 from jaxfa.paths import matches
+from jaxfa.stacks.schedules import Schedule, stored
 
 
 def attach(
@@ -45,8 +44,7 @@ def attach(
     method: str = "__call__",
     logits: Callable[[Any], Any] | None = None,
     allow: str | tuple[str, ...] = (),
-    schedule: str = "stored",
-    mesh: Mesh | None = None,
+    schedule: Schedule = stored,
 ) -> Aligned:
     """Puts a rule on a model that knows nothing of it.
 
@@ -78,13 +76,9 @@ def attach(
         delivered, such as ``lambda out: out[0]``. By default all arrays of floats; several lie side by side.
       allow: globs of layers that may pass errors on by backpropagation; a model's own contractions with these
         parameters get no feedback.
-      schedule: ``"stored"`` keeps every activation for the backward pass, as autodiff does; ``"stream"``, for direct
-        rules with ``at=``, keeps none: the model runs once more when the error is known, and every tapped block learns
-        as it runs, so that memory is set by the largest block (and by what lies between blocks). ``"dispatch"``,
-        likewise, keeps the blocks' inputs, and each device along the mesh's axis ``layer`` forms the updates of its own
-        share of them. (XLA is slow at dispatched convolutions on a CPU.) The gradients are the same, but for what
-        blocks ``sow``, which has none in these two.
-      mesh: for ``"dispatch"``, such as ``jaxfa.stacks.mesh(layer=2)``.
+      schedule: ``jaxfa.stacks.stored``, as autodiff does it; for direct rules with ``at=`` also ``stream``, whose
+        memory is that of the largest block, and ``dispatch(mesh)``, by which devices share the blocks' updates. The
+        gradients are the same, but for what blocks ``sow``, which has none in these two.
 
     Returns:
       An :class:`Aligned` with a copy of the model.
@@ -116,7 +110,7 @@ def attach(
         model = factorise_chosen(model, rule.weights, _chooser(globs))
     put: Any = _put_direct if is_direct(rule) else partial(_put_layerwise, allow=allow)
     backprop, own = put(model, rule, rngs, globs, call)
-    forward = _forward(model, rule, schedule, mesh)
+    forward = forward_by(schedule, model, rule)
     aligned = Aligned(model, rule, (*allow, *backprop), own, **call._asdict(), forward=forward)
     if call.example is not None:
         aligned.coverage().refuse()
@@ -152,19 +146,6 @@ def _check(model: Any, rule: Any, rngs: Any) -> None:
         raise ValueError("This model already has a rule; attach the next one to jaxfa.nn.plain(aligned).")
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"attach needs rngs=nnx.Rngs(seed), from which the feedback is drawn; got {rngs!r}.")
-
-
-def _forward(model: nnx.Module, rule: Rule, schedule: str, mesh: Mesh | None) -> Any:
-    if schedule not in ("stored", "stream", "dispatch"):
-        raise ValueError(f"schedule must be 'stored', 'stream' or 'dispatch', got {schedule!r}.")
-    if mesh is not None and schedule != "dispatch":
-        raise ValueError(f"mesh= is for schedule='dispatch', got {schedule!r}: shard the batch for data parallelism.")
-    if schedule == "dispatch":
-        return partial(call_dispatched, check_dispatches(model, rule, mesh))
-    if schedule == "stream":
-        check_streams(model, rule, schedule)
-        return call_streamed
-    return None
 
 
 def _copy(model: nnx.Module) -> Any:

@@ -23,9 +23,10 @@ from jaxfa.nn.stream import Walk, check_streams, learn, relearned, split_floats,
 from jaxfa.nn.tap import Tap, taps_of
 from jaxfa.ops import vary_alike
 from jaxfa.shards import LAYER
+from jaxfa.stacks.schedules import Dispatch
 
 
-class Dispatch(Walk):
+class Dispatched(Walk):
     """A forward pass that keeps what every block computes with.
 
     Attributes:
@@ -45,16 +46,12 @@ class Dispatch(Walk):
         return program.run(lax.stop_gradient(state))
 
 
-def check_dispatches(model: nnx.Module, rule: Rule, mesh: Mesh | None) -> Mesh:
-    """Refuses what can't be dispatched over a mesh; else returns the mesh."""
-    check_streams(model, rule, "dispatch")
-    if mesh is None or LAYER not in mesh.shape:
-        given = "none" if mesh is None else dict(mesh.shape)
-        raise ValueError(f"schedule='dispatch' needs mesh= with an axis {LAYER!r}, got {given}: jaxfa.stacks.mesh().")
-    blocks = len(taps_of(model))
-    if blocks < mesh.shape[LAYER]:
-        raise ValueError(f"{mesh.shape[LAYER]} devices need as many tapped blocks, got {blocks}: take a smaller axis.")
-    return mesh
+def check_dispatches(model: nnx.Module, rule: Rule, schedule: Dispatch) -> None:
+    """Refuses what can't be dispatched over a mesh."""
+    check_streams(model, rule, schedule)
+    blocks, devices = len(taps_of(model)), schedule.mesh.shape[LAYER]
+    if blocks < devices:
+        raise ValueError(f"{devices} devices need as many tapped blocks, got {blocks}: take a smaller axis.")
 
 
 def call_dispatched(mesh: Mesh, aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -64,7 +61,7 @@ def call_dispatched(mesh: Mesh, aligned: Any, args: tuple[Any, ...], kwargs: dic
 
     def keep(state: Any) -> Any:
         def run(state: Any) -> Any:
-            walk = Dispatch()
+            walk = Dispatched()
             found = program.run(state, prepare=walked(walk))
             blocks.update(walk.blocks)
             # What a block computes with comes from the state, or from what is before the block: as an output it takes

@@ -52,7 +52,7 @@ def update_stack(
       >>> optimizer = jaxfa.optimizer(optax.adam(1e-3), rule)
       >>> state = jax.vmap(optimizer.init)((w, feedback))
       >>> block = lambda w, h: jnp.tanh(h @ w)
-      >>> h, wire = jaxfa.direct_stack(block, w, x, jaxfa.error_wire(x), None, schedule="stream")
+      >>> h, wire = jaxfa.direct_stack(block, w, x, jaxfa.error_wire(x), None, schedule=jaxfa.stacks.stream)
       >>> e = jax.grad(lambda wire: ((h + wire) ** 2).sum())(wire)
       >>> (w, feedback), state, dx = jaxfa.update_stack(block, (w, feedback), x, e, optimizer=optimizer, state=state)
 

@@ -19,7 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxfa.ops import listen
 from jaxfa.shards import LAYER
 from jaxfa.stacks.blocks import Block, check_feedback, check_stack, is_unrolled
-from jaxfa.stacks.stages import SCHEDULES, Sizes, gathered, run_stage
+from jaxfa.stacks.schedules import Schedule, check_schedule
+from jaxfa.stacks.stages import Sizes, gathered, run_stage
 
 DATA = "data"
 _LAYERS = PartitionSpec(LAYER)
@@ -40,7 +41,7 @@ def mesh(*, data: int = 1, layer: int = 1, **others: int) -> Mesh:
       ValueError: if there are not as many devices.
 
     Example:
-      >>> import jaxfa.stacks.parallel
+      >>> import jaxfa
       >>> dict(jaxfa.stacks.mesh().shape)
       {'data': 1, 'layer': 1}
     """
@@ -64,7 +65,7 @@ def pipeline(
     *,
     mesh: Mesh,
     microbatches: int,
-    schedule: str,
+    schedule: Schedule,
     taps: jax.Array | None = None,
     unroll: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -116,7 +117,7 @@ def pipeline(
       ... def loss(w):
       ...     h, wire = jaxfa.stacks.pipeline(
       ...         lambda w, h: jnp.tanh(h @ w), w, x, jaxfa.error_wire(x), feedback,
-      ...         mesh=mesh, microbatches=2, schedule="stream")
+      ...         mesh=mesh, microbatches=2, schedule=jaxfa.stacks.stream)
       ...     return ((h + wire) ** 2).sum()
       >>> jax.grad(loss)(w).shape
       (6, 4, 4)
@@ -127,12 +128,10 @@ def pipeline(
         raise ValueError(f"pipeline needs a mesh with an axis {LAYER!r}, got {dict(mesh.shape)}: make one with mesh().")
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(f"pipeline needs a mesh of Auto axes, got {mesh.axis_types}: make one with mesh().")
+    how = check_schedule(schedule, "pipeline", "learn")
     layers = check_stack(block, params, h)
     _check_sizes(mesh, layers, h.shape[0], microbatches)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}.")
     sizes = Sizes(microbatches, mesh.shape.get(DATA, 1), is_unrolled(block, params, h, unroll))
-    run_block, learn = SCHEDULES[schedule]
     on = partial(jax.shard_map, mesh=mesh, axis_names={LAYER})
     # One copy for each stage: XLA (jax 0.10) cannot sum what is replicated over an axis of one device.
     copies = jnp.broadcast_to(h, (mesh.shape[LAYER], *h.shape))
@@ -145,7 +144,7 @@ def pipeline(
 
     def backward(tree: Any, e: jax.Array) -> Any:
         params, _, feedback, kept = tree
-        learn_own = on(partial(learn, block, sizes), in_specs=(_LAYERS, PartitionSpec()), out_specs=_LAYERS)
+        learn_own = on(partial(how.learn, block, sizes), in_specs=(_LAYERS, PartitionSpec()), out_specs=_LAYERS)
         dparams, dh, signals = learn_own((params, feedback, kept), e)
         return dparams, dh[0], signals, None
 
@@ -157,7 +156,7 @@ def pipeline(
         return forward(partial(_shifted, block), params, copies, taps)[0], wire
     if taps is not None:
         raise ValueError("pipeline adds taps to the plain network alone: give feedback=None with taps.")
-    end, kept = forward(partial(run_block, block), *lax.stop_gradient((params, copies)))
+    end, kept = forward(partial(how.run_block, block), *lax.stop_gradient((params, copies)))
     return lax.stop_gradient(end), listen(backward, wire, (params, h, check_feedback(feedback, layers), kept))
 
 
