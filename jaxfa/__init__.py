@@ -13,7 +13,6 @@ from jaxfa.base import Layer as Layer
 from jaxfa.base import LayerFeedback as LayerFeedback
 from jaxfa.base import LayerRule as LayerRule
 from jaxfa.base import Rule as Rule
-from jaxfa.base import backprop as backprop
 from jaxfa.base import register as register
 from jaxfa.layers import conv as conv
 from jaxfa.layers import linear as linear
@@ -24,6 +23,7 @@ from jaxfa.ops import error_wire as error_wire
 from jaxfa.ops import with_feedback as with_feedback
 from jaxfa.optim.calibration import calibrate as calibrate
 from jaxfa.optim.optimizer import optimizer as optimizer
+from jaxfa.rules.backprop import backprop as backprop
 from jaxfa.rules.dfa import DirectMatrix as DirectMatrix
 from jaxfa.rules.dfa import dfa as dfa
 from jaxfa.rules.dkp import dkp as dkp

@@ -1,6 +1,7 @@
 """Every custom VJP of the project: feedback layer by layer, and feedback straight from the output."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfa.base import DirectFeedback, LayerFeedback, Operation, transpose
-from jaxfa.forward_mode import backward_alone
 
 # The names under which these operations appear in a jaxpr, where the audit finds them, and in a profile.
 FORWARD = "jaxfa.forward"
@@ -56,7 +56,6 @@ def with_feedback(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     @jax.custom_vjp
     def forward(x: jax.Array, w: jax.Array, feedback: LayerFeedback, constants: Any) -> jax.Array:
-        del feedback
         return run(x, w, constants)
 
     def keep_residuals(x: jax.Array, w: jax.Array, feedback: LayerFeedback, constants: Any) -> tuple[jax.Array, Any]:
@@ -123,7 +122,7 @@ def error_wire(logits: Any) -> jax.Array:
 def direct(h: jax.Array, wire: jax.Array, feedback: DirectFeedback | None) -> tuple[jax.Array, jax.Array]:
     """Hands an activation its error straight from the output: ``dh = feedback.deliver(h, e)``, for DFA ``e B^T``.
 
-    Nothing comes back from the layers above: ``h`` is a constant to them, so that their error is never computed.
+    Nothing comes back from the layers above, to which ``h`` is a constant.
 
     Args:
       h: an activation after its nonlinearity, ``(N, ..., n)``.
@@ -182,7 +181,6 @@ def listen(backward: Callable[[Any, jax.Array], Any], wire: jax.Array, tree: Any
 @jax.custom_batching.custom_vmap
 def _zeros_batched_alike(wire: jax.Array, tree: Any) -> jax.Array:
     """Zeros like the wire, which under ``vmap`` are batched where an array of the tree is."""
-    del tree
     return jnp.zeros_like(wire)
 
 
@@ -195,12 +193,10 @@ def _batched_zeros(size: int, batched: Any, wire: jax.Array, tree: Any) -> tuple
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _listen(backward: Any, wire: jax.Array, tree: Any) -> jax.Array:
-    del backward, tree
     return wire
 
 
 def _listen_forward(backward: Any, wire: jax.Array, tree: Any) -> tuple[jax.Array, Any]:
-    del backward
     return wire, tree
 
 
@@ -252,3 +248,17 @@ def check_family(feedback: Any, family: type, here: str, there: str) -> None:
             f"with rule.init(...), wrap a matrix of your own in jaxfa.FixedFeedback(b) or jaxfa.DirectMatrix(b); a "
             f"feedback of the other family goes to {there}."
         )
+
+
+@contextlib.contextmanager
+def backward_alone() -> Iterator[None]:
+    """Says where forward mode is to be had, if it is asked of what has a backward pass alone."""
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "A feedback has a backward pass and no forward mode (jax.jvp, jax.jacfwd). Take the plain "
+            "network, whose gradients are true: jaxfa.nn.plain(model); without Flax, feedback=None."
+        ) from error

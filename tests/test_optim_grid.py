@@ -33,7 +33,7 @@ RULES = {
     "ssa": jaxfa.ssa(parallel=False, beta=0.0),
     "ssa_transported": jaxfa.ssa(parallel=False, beta=0.05, pull_weights=False, pull_feedback=True, retraction=None),
 }
-JOINT = [name for name, rule in RULES.items() if callable(rule.transform)]
+JOINT = [name for name, rule in RULES.items() if not isinstance(rule.transform, optax.GradientTransformation | None)]
 LEARNS_ITSELF = "brsf", "dkp", "ldfa", "ldfa_p", "dldfa"
 
 

@@ -30,8 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import matrix_of
-from jaxfa.measure.pair import Pair, incoming, outgoing
+from jaxfa.measure.pair import Pair, incoming, matrix_of, outgoing
 
 
 def half_square(pair: Pair) -> jax.Array:

@@ -9,7 +9,6 @@ from jax.flatten_util import ravel_pytree
 
 from jaxfa.base import Rule, is_direct, keep
 from jaxfa.factored.svd import is_factors
-from jaxfa.forward_mode import backward_alone
 from jaxfa.measure.diagnostics import Alignment, compare, weight_angle
 from jaxfa.nn.contraction import audited, contractions_of, layer_of, sites_of
 from jaxfa.nn.coverage import cover
@@ -23,6 +22,7 @@ from jaxfa.nn.survey import OwnContraction, by_parameter, by_path, own_of, progr
 from jaxfa.nn.table import Coverage
 from jaxfa.nn.tap import plain_of, taps_of
 from jaxfa.nn.variables import Recorder
+from jaxfa.ops import backward_alone
 
 
 class Aligned(nnx.Module):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxfa.base import DirectRule, Rule, init_at, is_direct
+from jaxfa.base import DirectRule, Rule, init_at, is_direct, matches
 from jaxfa.nn.aligned import Aligned
 from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.factored import Factored, factorise_chosen
@@ -29,7 +29,6 @@ from jaxfa.nn.taps import (
 )
 from jaxfa.nn.trace import uses_of, weights_above
 from jaxfa.nn.variables import init_stack, modules_of
-from jaxfa.paths import matches
 from jaxfa.stacks.schedules import Schedule, stored
 
 

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxfa.base import LayerFeedback, is_direct, matrix_of
+from jaxfa.base import LayerFeedback, is_direct
 from jaxfa.jaxprs.flows import OUTPUT, Passage
 from jaxfa.measure.conservation import Pair, imbalance, shrink
+from jaxfa.measure.pair import matrix_of
 from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.contraction import Site, contractions_of, sites_of
 from jaxfa.nn.learning import quiet

@@ -16,13 +16,12 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxfa.base import Rule
+from jaxfa.base import LAYER, Rule
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.stream import Walk, check_streams, learn, relearned, split_floats, walked
 from jaxfa.nn.tap import Tap, taps_of
 from jaxfa.ops import vary_alike
-from jaxfa.shards import LAYER
 from jaxfa.stacks.schedules import Dispatch
 
 

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from jaxfa.base import is_feedback
-from jaxfa.optim.optimizer import OptimizerState
+from jaxfa.optim.steps import OptimizerState
 from jaxfa.optim.trees import nodes_of, unboxed
 
 

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, DirectRule, Initializer, register
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, refuse_shards, register
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
-from jaxfa.shards import refuse_shards
 
 
 @register

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfa.base import DirectRule, Initializer
-from jaxfa.rules.shared.averaging import Gain
-from jaxfa.rules.shared.jacobian import JacobianFeedback, jacobian_rule
-from jaxfa.rules.shared.projection import random_signs
+from jaxfa.rules.shared.jacobian import Gain, JacobianFeedback, jacobian_rule, random_signs
 
 
 def grape(

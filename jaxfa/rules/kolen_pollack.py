@@ -6,11 +6,9 @@ https://arxiv.org/abs/1904.05391
 """
 
 import jax
-import optax
 from jax.nn import initializers
 
-from jaxfa.base import Initializer, LayerFeedback, LayerRule, register
-from jaxfa.optim.alike import alike
+from jaxfa.base import Alike, Initializer, LayerFeedback, LayerRule, register
 
 
 @register
@@ -24,11 +22,9 @@ class KolenPollackFeedback(LayerFeedback):
     b: jax.Array
 
     def matrix(self, w: jax.Array) -> jax.Array:
-        del w
         return self.b
 
     def signal(self, x: jax.Array, w: jax.Array, delta: jax.Array, dw: jax.Array) -> "KolenPollackFeedback":
-        del x, w, delta
         return KolenPollackFeedback(dw)
 
 
@@ -67,7 +63,7 @@ def kolen_pollack(
         )
     draw = distribution or initializers.glorot_uniform()
 
-    def together(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        return alike(tx, weight_decay, "b", lambda feedback: feedback.b.shape)
+    def init(key: jax.Array, w: jax.Array) -> KolenPollackFeedback:
+        return KolenPollackFeedback(scale * draw(key, w.shape, w.dtype))
 
-    return LayerRule(lambda key, w: KolenPollackFeedback(scale * draw(key, w.shape, w.dtype)), transform=together)
+    return LayerRule(init, transform=Alike("b", weight_decay, lambda feedback: feedback.b.shape))

@@ -200,7 +200,6 @@ def normative_ldfa(rank: Rank, *, learning_rate: float = 1.0) -> LayerRule:
         raise ValueError(f"normative_ldfa needs a learning_rate in (0, 1], got {learning_rate}.")
 
     def init(key: jax.Array, w: jax.Array, *, path: str = "") -> TransportedLowRank:
-        del key
         n, m = w.size // w.shape[-1], w.shape[-1]
         r = rank_at(rank, path, n, m)
         wide = jnp.promote_types(w.dtype, jnp.float32)
@@ -218,7 +217,6 @@ def normative_ldfa(rank: Rank, *, learning_rate: float = 1.0) -> LayerRule:
         return TransportedLowRank(p, q.reshape(feedback.q.shape))
 
     def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:
-        del key
         return jax.tree.map(fit, forward, feedback, is_leaf=is_layer)
 
     return LayerRule(init, refine, globs=globs_of(rank))

@@ -165,7 +165,6 @@ def _count(feedback: Any) -> Any:
 
 def _advance(signals: Any, counted: Any, feedback: Any = None) -> tuple[Any, Any]:
     """The count is the state's own, of which the feedback is told: what else wrappers do to its bytes is undone."""
-    del signals
 
     def tick(own: RedrawnSignFeedback) -> RedrawnSignFeedback:
         return dataclasses.replace(own, step_bytes=_bytes(own.step + 1).astype(own.step_bytes.dtype))

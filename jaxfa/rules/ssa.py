@@ -34,7 +34,6 @@ class FactoredFeedback(LayerFeedback):
     b: Factors
 
     def matrix(self, w: Any) -> Any:
-        del w
         return self.b
 
 

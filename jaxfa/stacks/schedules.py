@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from jaxfa.base import LAYER
 from jaxfa.ops import deliver, direct, listen
-from jaxfa.shards import LAYER
 from jaxfa.stacks.blocks import Block, forward, gradients, input_error, sweep
 from jaxfa.stacks.stages import learn_from_kept, run_and_keep, run_only, sweep_own
 

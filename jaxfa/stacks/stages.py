@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxfa.base import LAYER
 from jaxfa.ops import deliver, vary_alike
-from jaxfa.shards import LAYER
 from jaxfa.stacks.blocks import Block, gradients, input_error, sweep
 
 

@@ -2,17 +2,13 @@
 
 import numbers
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfa.base import Operation, is_feedback
-from jaxfa.optim.alike import Shape, alike
-from jaxfa.paths import matches
-from jaxfa.shards import refuse_shards
+from jaxfa.base import Alike, Operation, matches, refuse_shards
 
 Rank = int | float | Mapping[str, int | float]
 
@@ -142,22 +138,11 @@ def check_outputs_last(op: Operation, x: jax.Array, w: jax.Array, q: jax.Array, 
 
 
 def factors_learn(
-    learn_p: bool, learn_q: bool, learning_rate: float, weight_decay: float, shape: Shape | None = None
-) -> Any:
-    """The transformation of both factors: plain steps of Oja's rule for ``p``; ``q`` learns as the weights do.
-
-    These are of the ``shape`` that it tells of a feedback; None where there are none.
-    """
+    learn_p: bool, learn_q: bool, learning_rate: float, weight_decay: float, shape: Any = None
+) -> Alike | optax.GradientTransformation | None:
+    """How both factors learn: ``p`` by plain steps of Oja's rule, ``q`` as the weights of that shape do."""
     if not 0.0 <= weight_decay < 1.0:
         raise ValueError(f"weight_decay must be in [0, 1), got {weight_decay}.")
-    if not learn_q:
-        return _projections_learn(learning_rate) if learn_p else None
-    rate = learning_rate if learn_p else 0.0
-    return lambda tx: alike(tx, weight_decay, "q", shape, rate)
-
-
-def _projections_learn(learning_rate: float) -> optax.GradientTransformation:
-    def step(signal: Any) -> Any:
-        return replace(jax.tree.map(jnp.zeros_like, signal), p=-learning_rate * signal.p)
-
-    return optax.stateless(lambda signals, _: jax.tree.map(step, signals, is_leaf=is_feedback))
+    if learn_q:
+        return Alike("q", weight_decay, shape, learning_rate if learn_p else 0.0)
+    return optax.scale(-learning_rate) if learn_p else None  # q's signal is zero
