@@ -34,7 +34,7 @@ from jaxfa.rules.fdfa import fdfa as fdfa
 from jaxfa.rules.grape import grape as grape
 from jaxfa.rules.kolen_pollack import kolen_pollack as kolen_pollack
 from jaxfa.rules.ldfa import ldfa as ldfa
-from jaxfa.rules.ldfa import normative_ldfa as normative_ldfa
+from jaxfa.rules.normative_ldfa import normative_ldfa as normative_ldfa
 from jaxfa.rules.sign_symmetric import brsf as brsf
 from jaxfa.rules.sign_symmetric import frsf as frsf
 from jaxfa.rules.sign_symmetric import usf as usf

@@ -13,7 +13,7 @@ import jaxfa.nn
 from jaxfa.nn.own import weights_of
 from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.survey import own_of, survey
-from jaxfa.rules.ldfa import LowRank
+from jaxfa.rules.shared.lowrank import LowRank
 from tests.networks import TRAINED
 
 

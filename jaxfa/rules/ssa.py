@@ -9,16 +9,15 @@ from dataclasses import field, replace
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.nn import initializers
 
 from jaxfa.base import DirectFeedback, DirectRule, Layer, LayerFeedback, LayerRule, Operation, Rule, register, transpose
 from jaxfa.factored.local_losses import learn_aligned, orthogonal
-from jaxfa.factored.manifold import stiefel
-from jaxfa.factored.retractions import Retraction, polar
+from jaxfa.factored.manifold import orthonormal, stiefel
 from jaxfa.factored.svd import Factors, factorise, is_factors, orthonormal_factors, rank_of
-from jaxfa.rules.shared.lowrank import orthonormal
 from jaxfa.rules.shared.projection import direct_matrix, project
 
 
@@ -84,7 +83,7 @@ def ssa(
     pull_weights: bool = True,
     pull_feedback: bool = False,
     project: bool = True,
-    retraction: Retraction | None = polar,
+    retract: bool = True,
     distribution: Any = None,
     scale: float = 1.0,
 ) -> Rule:
@@ -114,7 +113,7 @@ def ssa(
     ``beta`` is all the same to it. In the sequential reading it is what aligns all layers (35, 39 and 43 degrees from
     the true gradient in that network, direct feedback alignment 81, 85 and 92: ``experiments/ssa_alignment``).
 
-    "Project the updates on the Stiefel manifold" can mean their tangent part alone, ``retraction=None``, beside which
+    "Project the updates on the Stiefel manifold" can mean their tangent part alone, ``retract=False``, beside which
     ``L_ortho`` keeps the drift small, or the way back onto it, where ``L_ortho`` is zero. Gradients are projected
     before the optimizer sees them, since Adam's step of a gradient across the manifold has a part along it, and so does
     not vanish at an optimum; ``L_ortho``'s gradient, which is all across, joins them after that.
@@ -133,7 +132,7 @@ def ssa(
       pull_weights: whether alignment moves the weights.
       pull_feedback: whether it moves the feedback, by the same optimizer.
       project: whether gradients of ``u`` and ``v``, and the steps to retract, are projected on the tangent space.
-      retraction: back onto the manifold, as for :func:`jaxfa.factored.stiefel`; None is none.
+      retract: whether the steps end on the manifold, as for :func:`jaxfa.factored.stiefel`.
       distribution: of the lift, an initializer ``(key, shape, dtype)`` for ``(m, C)``; as for :func:`jaxfa.dfa`.
       scale: factor on the feedback's singular values, positive.
 
@@ -144,7 +143,6 @@ def ssa(
     Raises:
       ValueError: if ``alpha``, ``beta`` or ``gamma`` is negative, ``scale`` is not positive or ``rank`` is none; by
         ``init``, if a layer starts at zero; by the optimizer, if a feedback that alignment knows has no weights.
-      TypeError: if ``retraction`` is no function.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -160,11 +158,6 @@ def ssa(
         raise ValueError(f"ssa needs alpha, beta and gamma >= 0, got {alpha}, {beta} and {gamma}.")
     if scale <= 0:
         raise ValueError(f"ssa needs scale > 0, or no error passes a layer; got {scale}.")
-    if retraction is not None and not callable(retraction):
-        raise TypeError(
-            "retraction is a function (u, d) -> u such as jaxfa.factored.retractions.polar, or None; "
-            f"got {retraction!r}."
-        )
     rank_of(rank, 1)  # refuses what is no rank
     draw = distribution or initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -185,8 +178,8 @@ def ssa(
 
     def learn(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         nothing = optax.identity()
-        gradients = optax.masked(stiefel(None) if project else nothing, orthonormal_factors)
-        steps = optax.masked(stiefel(retraction, project=project) if retraction else nothing, orthonormal_factors)
+        gradients = optax.masked(stiefel(retract=False) if project else nothing, orthonormal_factors)
+        steps = optax.masked(stiefel(project=project) if retract else nothing, orthonormal_factors)
         around = optax.chain(gradients, orthogonal(gamma)), steps
         return learn_aligned(tx, around, alpha, (beta if pull_weights else 0.0, beta if pull_feedback else None))
 
@@ -209,7 +202,8 @@ def _turned(key: jax.Array, w: Factors, scale: float) -> Factors:
             f"The weights of {w.name!r} are all zero, so that its feedback would have no singular values, and nothing "
             f"below would ever learn. Initialise the layer otherwise, such as by nnx.initializers.lecun_normal()."
         )
+    wide = jnp.promote_types(w.dtype, jnp.float32)
     key_u, key_v = jax.random.split(key)
-    (n, r), m = w.u.shape, w.v.shape[0]
-    u, v = orthonormal(key_u, (n, r), w.dtype), orthonormal(key_v, (m, r), w.dtype)
-    return replace(w, u=u.astype(w.dtype), s=scale * w.s, v=v.astype(w.dtype))
+    drawn = jax.random.normal(key_u, w.u.shape, wide), jax.random.normal(key_v, w.v.shape, wide)
+    u, v = (orthonormal(one).astype(w.dtype) for one in drawn)
+    return replace(w, u=u, s=scale * w.s, v=v)

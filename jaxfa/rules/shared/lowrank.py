@@ -8,9 +8,32 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfa.base import Alike, Operation, matches, refuse_shards
+from jaxfa.base import Alike, LayerFeedback, Operation, matches, refuse_shards, register, transpose
 
 Rank = int | float | Mapping[str, int | float]
+
+
+@register
+class LowRank(LayerFeedback):
+    """A fixed matrix of rank ``r`` in the place of the weights, kept and used as its two factors.
+
+    Attributes:
+      p: from the error, ``(m, r)``.
+      q: to the input, as ``w`` with ``r`` outputs: ``(n, r)``, for a convolution HWIr.
+    """
+
+    p: jax.Array
+    q: jax.Array
+
+    def matrix(self, w: jax.Array) -> jax.Array:
+        """The product that no backward pass forms; to compare it with the weights."""
+        return jnp.tensordot(self.q, self.p.astype(w.dtype), (-1, -1))
+
+    def transport(self, op: Operation, x: jax.Array, w: jax.Array, delta: jax.Array) -> jax.Array:
+        check_outputs_last(op, x, w, self.q, delta)
+        thin = jnp.tensordot(delta, self.p.astype(delta.dtype), 1)
+        # A convolution's p is a 1x1 projection of the channels, and q keeps the window, the stride and the padding.
+        return transpose(lambda x: op(x, self.q.astype(w.dtype)), x, thin)
 
 
 def check_rank(rank: Rank) -> None:
