@@ -156,7 +156,7 @@ class Alike(NamedTuple):
       name: the attribute of the feedback that learns so.
       weight_decay: how much of both decays in a step.
       shape: ``feedback -> `` the shape of the weights that it stands for; None where it stands for none.
-      learning_rate: of what else the feedback learns, by plain steps.
+      learning_rate: the rate of what else the feedback learns, by plain steps.
     """
 
     name: str

@@ -41,7 +41,7 @@ class Convolution:
       strides: one per dimension.
       padding: a string, or (low, high) pairs.
       dilation: one per dimension.
-      groups: of channels; with factors, 1.
+      groups: the number of groups of channels; with factors, 1.
     """
 
     strides: tuple[int, ...]

@@ -77,7 +77,7 @@ DKP = jaxfa.dkp(distribution=initializers.glorot_normal())
 )
 def test_every_schedule_learns_what_the_stored_gradient_is(name, rule):
     stored, stream = (attach(name, rule, schedule) for schedule in SCHEDULES)
-    dispatch = attach(name, rule, "dispatch", jaxfa.stacks.mesh(layer=2))
+    dispatch = attach(name, rule, jaxfa.stacks.dispatch(jaxfa.stacks.mesh(layer=2)))
     want_value, want = gradient(stored, MODELS[name][2])
     for model in (stream, dispatch):
         value, got = gradient(model, MODELS[name][2])

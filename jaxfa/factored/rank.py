@@ -230,7 +230,7 @@ def _wide(w: Factors) -> Factors:
 
 @partial(jnp.vectorize, signature="(r,r)->(r)")
 def _nearest(overlap: jax.Array) -> jax.Array:
-    """For each old column the new one, so that the overlaps ``(old, new)`` are the largest in all."""
+    """The new column for each old one, so that the overlaps ``(old, new)`` are the largest in all."""
     old, new = optax.assignment.hungarian_algorithm(-jnp.abs(jnp.nan_to_num(overlap)))
     return new[jnp.argsort(old)]
 

@@ -30,8 +30,8 @@ class Factors:
       u: from the inputs, ``(n, r)``; for a convolution HWIO, ``(H I, r)``.
       s: ``(r,)``.
       v: from the outputs, ``(m, r)``; for a convolution, ``(W O, r)``.
-      shape: of ``w``.
-      name: of the layer; what is of one layer, in parameters, feedback and optimizer state, has one name.
+      shape: the shape of ``w``.
+      name: the layer's, which its parameters, feedback and optimizer state have in common.
     """
 
     u: jax.Array
@@ -42,7 +42,7 @@ class Factors:
 
     @property
     def ndim(self) -> int:
-        """How many axes ``w`` has."""
+        """The number of axes of ``w``."""
         return len(self.shape)
 
     @property
@@ -86,7 +86,7 @@ def dense(w: Any) -> jax.Array:
 def factorise(w: jax.Array | Factors, rank: float | None = None, *, name: str = "") -> Factors:
     """The singular value decomposition of a layer's weights: ``w = u diag(s) v^T``, exact at full rank.
 
-    On a CPU do not ``vmap`` it: of jaxlib 0.10's batched decompositions two at once can wait for each other for ever.
+    On a CPU do not ``vmap`` it: two of jaxlib 0.10's batched decompositions can wait for each other for ever.
 
     Args:
       w: dense weights ``(n, m)`` or a convolution's kernel ``(window..., n, m)``; factors stay what they are.
@@ -127,7 +127,7 @@ def factorise(w: jax.Array | Factors, rank: float | None = None, *, name: str = 
 
 
 def rank_of(rank: float | None, full: int) -> int:
-    """How many singular values of ``full`` a rank keeps, as for :func:`factorise`."""
+    """The number of singular values of ``full`` that a rank keeps, as for :func:`factorise`."""
     if rank is None:
         return full
     whole, flag = isinstance(rank, Integral), isinstance(rank, bool | np.bool_)

@@ -1,4 +1,15 @@
-"""Puts a rule on an unmodified NNX model."""
+"""Puts a rule on an unmodified NNX model.
+
+Layer-wise rules take the place of the backward of every ``nnx.Linear``, ``LinearGeneral``, ``Einsum``, ``Conv`` and
+``ConvTranspose``, and so of attention's projections and recurrent cells, and, where the example shows them, of the
+contractions with a parameter that a model makes by itself: ``x @ w``, einsums and convolutions of its own, tied heads,
+LoRA's adapters, experts chosen by an index. Their feedback is the parameter's, whose path they go by; where the
+parameter learns elsewhere, too, as a tied embedding does, Kolen-Pollack's law holds for this part of its steps.
+
+The arrays of ``nnx.state(aligned)`` are all that need be saved, by orbax, numpy or pickle: the same call of attach
+makes the rest, ``nnx.update(aligned, state)`` puts them back. The model itself, which has the rule's functions in it,
+can be copied by ``copy.deepcopy`` but not pickled.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -47,55 +58,39 @@ def attach(
 ) -> Aligned:
     """Puts a rule on a model that knows nothing of it.
 
-    Layer-wise rules take the place of the backward of every ``nnx.Linear``, ``LinearGeneral``, ``Einsum``, ``Conv``
-    and ``ConvTranspose``, and so of attention's projections and recurrent cells, and, where the example shows them, of
-    the contractions with a parameter that a model makes by itself: ``x @ w``, einsums and convolutions of its own,
-    tied heads, LoRA's adapters, experts chosen by an index. Their feedback is the parameter's, whose path they go by;
-    where the parameter learns elsewhere, too, as a tied embedding does, Kolen-Pollack's law holds for this part of its
-    steps. Direct rules deliver the output error
-    to the outputs of the modules named by ``at``, inside which the backward is exact; without ``at``, to the input of
-    every such layer but the first.
-
-    The arrays of ``nnx.state(aligned)`` are all that need be saved, by orbax, numpy or pickle: the same call of attach
-    makes the rest, ``nnx.update(aligned, state)`` puts them back. The model itself, which has the rule's functions in
-    it, can be copied by ``copy.deepcopy`` but not pickled.
+    Layer-wise rules take the place of the backward of every layer with weights, and of the model's own contractions.
+    Direct rules deliver the output error to the outputs of the modules named by ``at``, inside which the backward is
+    exact; without ``at``, to the input of every such layer but the first.
 
     Args:
       model: any NNX model; it stays as it is.
       rule: a :class:`jaxfa.LayerRule` or :class:`jaxfa.DirectRule`, such as ``jaxfa.fa()``.
       rngs: the feedback is drawn from ``rngs.feedback()``.
-      at: globs of module paths, matched segment by segment (``"blocks/*"``): where direct rules tap; for layer-wise
-        rules and for ``jaxfa.ssa``, the modules in which the layers get the rule.
-      example: one batch of inputs, an array or a tuple of the model's positional arguments (or their shapes): arrays,
-        trees of them, flags, modules such as a cache. With it the gradient is traced and every contraction accounted
-        for now; without it, whenever the model is traced. Direct rules need it.
+      at: globs of module paths (``"blocks/*"``): where direct rules tap; else, the modules whose layers get the rule.
+      example: one batch of inputs, an array or a tuple of the model's positional arguments, or their shapes. With it
+        every contraction is accounted for now; without it, whenever the model is traced. Direct rules need it.
       example_kwargs: keyword arguments, likewise.
-      method: the model's method that these are for and that is called by ``aligned(...)``.
-      logits: for direct rules of models with several outputs, a function that picks from them those whose error is
-        delivered, such as ``lambda out: out[0]``. By default all arrays of floats; several lie side by side.
-      allow: globs of layers that may pass errors on by backpropagation; a model's own contractions with these
-        parameters get no feedback.
-      schedule: ``jaxfa.stacks.stored``, as autodiff does it; for direct rules with ``at=`` also ``stream``, whose
-        memory is that of the largest block, and ``dispatch(mesh)``, by which devices share the blocks' updates. The
+      method: the model's method that these are for and that is called by the result.
+      logits: for direct rules, a function that picks from several outputs those whose error is delivered, such as
+        ``lambda out: out[0]``. By default all arrays of floats; several lie side by side.
+      allow: globs of layers and parameters that may pass errors on by backpropagation.
+      schedule: ``jaxfa.stacks.stored``; for direct rules with ``at=`` also ``stream`` and ``dispatch(mesh)``. The
         gradients are the same, but for what blocks ``sow``, which has none in these two.
 
     Returns:
       An :class:`Aligned` with a copy of the model.
 
     Raises:
-      ValueError: if a contraction with weights would stay backpropagation unnoticed, if a glob matches nothing, if
-        a direct rule has no example, or if a model can't be streamed.
+      ValueError: if a contraction with weights would stay backpropagation unnoticed, a glob matches nothing, a direct
+        rule has no example, or a model can't be streamed.
       TypeError: if the model or rule is of another type.
 
     Example:
-      >>> import jax, jax.numpy as jnp, jaxfa.nn
+      >>> import jax.numpy as jnp, jaxfa.nn
       >>> from flax import nnx
-      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
-      >>> aligned = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(2), example=jnp.ones((5, 4)))
-      >>> aligned(jnp.ones((5, 4))).shape
+      >>> model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jnp.ones((5, 4))
+      >>> jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(1), example=x)(x).shape
       (5, 3)
-
-    Source: as each rule.
     """
     _check(model, rule, rngs)
     globs, allow = _globs(at), _globs(allow) or ()

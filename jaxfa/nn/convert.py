@@ -25,7 +25,7 @@ def factorise(model: nnx.Module, rank: float | None = None, *, at: str | tuple[s
 
     Args:
       model: any NNX model; it stays as it is.
-      rank: of every layer, as for ``jaxfa.factored.factorise``; None is full rank, at which the function is the same.
+      rank: every layer's, as for ``jaxfa.factored.factorise``; None is full rank, at which the function is the same.
       at: globs of module paths in which layers are factored; by default all. Without a rank, those that are factored
         already stay as they are.
 
@@ -173,7 +173,7 @@ def prune(
     Args:
       aligned: what :func:`jaxfa.nn.attach` returned, with factored layers.
       optimizer: the one that trains it.
-      energy: of the squared singular values, how much to keep, in (0, 1].
+      energy: how much of the squared singular values to keep, in (0, 1].
       multiple: ranks are rounded up to whole multiples of it.
       tolerance: as for :func:`jaxfa.factored.prune`.
 

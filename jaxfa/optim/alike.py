@@ -40,7 +40,7 @@ def alike(
       weight_decay: ``lambda``.
       shape: the shape of the weights that a feedback stands for; where that is None, ``tx`` is shown the feedback by
         itself.
-      learning_rate: of what else the feedback learns.
+      learning_rate: the rate of what else the feedback learns.
 
     Returns:
       A transformation of the pair ``(params, feedback)``.
@@ -139,7 +139,7 @@ def _only(node: Any, name: str) -> Any:
 
 
 def _places(weights: list[Any], feedback: Any, name: str, shape: Shape) -> list[int]:
-    """Which of the weights each feedback stands for: the one of its shape nearest to it, or that its path names.
+    """The weights that each feedback stands for: those of its shape nearest to it, or that its path names.
 
     Raises:
       ValueError: if there is none, or more than one.

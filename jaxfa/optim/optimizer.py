@@ -19,21 +19,18 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
     norms are theirs. It touches a feedback only where the rule asks for it (Kolen-Pollack, LDFA). What the rule itself
     does to weights and feedback happens when ``tx`` takes a step, and not where it accumulates, skips or freezes.
 
-    What makes steps of gradients (Adam, clipping, masks, labels, rates, decay) goes inside, in ``tx``: outside, it
-    would change the rule's own steps, too. What deals with whole steps or batches (``optax.MultiSteps``,
-    ``apply_if_finite``, ``lookahead``, ``schedule_free``, line searches) goes outside, around the result, or inside
-    where no error says otherwise. What keeps copies of parameters or gradients outside, such as ``MultiSteps``, is
-    given to a Flax model by :class:`jaxfa.nn.Optimizer`; ``nnx.Optimizer`` loses the structure of a feedback in these
-    after the first step.
+    What makes steps of gradients (Adam, clipping, masks, labels, rates, decay) goes inside, in ``tx``. What deals with
+    whole steps or batches (``optax.MultiSteps``, ``apply_if_finite``, line searches) goes outside, around the result,
+    or inside where no error says otherwise; a Flax model's is then made by :class:`jaxfa.nn.Optimizer`.
 
     Args:
       tx: the optimizer of the parameters.
       rule: the rule that made the feedback.
 
     Returns:
-      A transformation of any tree that holds both, such as the pair ``(params, feedback)`` or the state that
-      ``nnx.Optimizer`` passes it; a feedback is recognised by its class. Further arguments of ``update`` are of that
-      tree, too: ``value_fn`` takes it, ``grad`` has its structure.
+      A transformation of any tree that holds both, such as the pair ``(params, feedback)`` or what ``nnx.Optimizer``
+        passes it. Further arguments of ``update`` are of that tree, too: ``value_fn`` takes it, ``grad`` has its
+        structure.
 
     Raises:
       TypeError: if ``rule`` is not a :class:`jaxfa.Rule`.
@@ -42,13 +39,11 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa, optax
-      >>> rule, params = jaxfa.fa(), {"w": jnp.ones((3, 2))}
-      >>> feedback = {"w": rule.init(jax.random.key(0), params["w"])}
+      >>> rule, w = jaxfa.fa(), jnp.ones((3, 2))
+      >>> both = w, rule.init(jax.random.key(0), w)
       >>> tx = jaxfa.optimizer(optax.adamw(1e-3), rule)
-      >>> state = tx.init((params, feedback))
-      >>> signals = jax.tree.map(jnp.ones_like, (params, feedback))
-      >>> updates, state = tx.update(signals, state, (params, feedback))
-      >>> params, feedback = optax.apply_updates((params, feedback), updates)
+      >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, both), tx.init(both), both)
+      >>> w, feedback = optax.apply_updates(both, updates)
 
     Source: Hessel et al., "Optax: composable gradient transformation and optimisation, in JAX!", 2020,
     https://github.com/google-deepmind/optax

@@ -31,7 +31,7 @@ class OptimizerState(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """In a feedback's state, what it shares with the parameters' state."""
+    """What a feedback's state shares with the parameters' state."""
 
 
 def with_extra(tx: Any) -> optax.GradientTransformationExtraArgs:

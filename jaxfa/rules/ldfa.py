@@ -2,6 +2,22 @@
 
 Hanut, Kadmon, "Training Large Neural Networks With Low-Dimensional Error Feedback", 2025,
 https://arxiv.org/abs/2502.20580, whose vectors are columns: its ``P`` is our ``p^T``, its ``W`` our ``w^T``.
+
+Four variants: Hebbian, in which ``p`` and ``q`` learn; local, ``learn_q=False``, in which ``q`` stays random;
+``learn_p=False``, in which ``q`` follows the weights behind a random projection; and fixed, with neither, feedback
+alignment of low rank, which gets stuck where ``r`` is below the dimension of the task. The Hebbian one tends to
+backpropagation with the error projected on its own ``r`` principal directions.
+
+Oja's rule divides the batch's covariance by its trace. So the signal has no scale, and a ``p`` used once a step
+converges under plain SGD for every ``eta < 1``. Signals add up over uses, each with its own covariance: for a layer
+used ``u`` times a step, as a recurrent one over time, the bound is ``1 / u``. Where ``r`` is small, ``p`` must also
+turn slower than ``q`` follows, which takes about ``1 / lambda`` steps. One example has no covariance, so that the rule
+raises under ``vmap`` over examples, not seeds, and under ``shard_map``, not on arrays that are sharded under ``jit``.
+
+``q``'s law needs steps that are linear in the gradient. Adam's step of ``dw p`` is not its step of ``dw`` times ``p``,
+so that under Adam ``q`` follows roughly; clipping belongs around :func:`jaxfa.optimizer`, not inside. The paper's code
+starts both factors as PyTorch's layers do, divides the error by its largest unit's deviation, sums over the batch and
+leaves the step's size to Adam.
 """
 
 from dataclasses import field, replace
@@ -60,44 +76,20 @@ def ldfa(
 ) -> LayerRule:
     """Low-dimensional feedback, layer by layer: ``dx = (delta p) q^T``, never more than ``r`` numbers wide.
 
-    Oja's rule turns the projection to the error's principal subspace, ``dp = eta (1 - p p^T) C p``; Hebb's rule makes
-    ``q`` follow the weights, ``dq = u p - lambda q`` beside ``dw = u - lambda w`` with the same step ``u``, so that
-    under SGD with a ``p`` that stands still ``q - w p`` shrinks by ``1 - lambda`` a step. Together they tend to
-    backpropagation with the error projected on its own ``r`` principal directions. Four variants:
-
-    - Hebbian, the default: ``p`` and ``q`` learn;
-    - local: ``learn_q=False``, ``q`` stays random;
-    - ``learn_p=False``: ``q`` follows the weights behind a random projection;
-    - fixed: ``learn_p=False, learn_q=False``, feedback alignment of low rank, which gets stuck where ``r`` is below the
-      dimension of the task.
-
-    ``C`` is the batch's centred covariance divided by its trace. So the signal has no scale, and a ``p`` used once a
-    step converges under plain SGD for every ``eta < 1``, the stability bound being ``eta lambda_max(C) < 1``. Signals
-    add up over uses, each with its own covariance: for a layer used ``u`` times a step, as a recurrent one over time,
-    the bound is ``1 / u``, so divide ``learning_rate`` by ``u``. Where ``r`` is small, ``p`` must also turn
-    slower than ``q`` follows, which takes about ``1 / lambda`` steps. A whole batch is needed: one example has no
-    covariance, so that this raises under ``vmap`` over examples, not seeds, and under ``shard_map``, not on arrays that
-    are sharded under ``jit``.
-
-    ``q``'s law needs steps that are linear in the gradient. Adam's step of ``dw p`` is not its step of ``dw`` times
-    ``p``, so that under Adam ``q`` follows roughly; clipping belongs around :func:`jaxfa.optimizer`, not inside.
-
-    ``p`` starts as a random orthonormal projection and ``q`` as ``b p`` with a random ``b`` like feedback alignment's,
-    so that training starts as feedback alignment through ``r`` dimensions of the error. The paper's code starts both
-    as PyTorch's layers do, divides the error by its largest unit's deviation, sums over the batch and leaves the step's
-    size to Adam.
+    Oja's rule turns ``p`` to the error's principal subspace, ``dp = eta (1 - p p^T) C p`` with the batch's covariance
+    ``C``. Hebb's rule makes ``q`` follow the weights, ``dq = u p - lambda q`` beside ``dw = u - lambda w`` with the
+    same step ``u``, so that ``q - w p`` shrinks by ``1 - lambda`` a step. ``p`` starts as a random orthonormal
+    projection, ``q`` as ``b p`` with a random ``b`` like feedback alignment's. The module's docstring has variants and
+    limits.
 
     Args:
-      rank: ``r``; a whole number, a fraction of each layer's outputs in (0, 1] (``1.0`` is all of them, ``1`` is
-        one), or either of these by globs of layer paths, such as ``{"head": 10, "*": 0.25}``, of which the first that
-        matches counts. Never more than a layer's inputs or outputs.
+      rank: ``r``; a whole number, a fraction of each layer's outputs in (0, 1], or either by globs of layer paths, such
+        as ``{"head": 10, "*": 0.25}``, of which the first that matches counts.
       learn_p: whether ``p`` learns.
       learn_q: whether ``q`` learns. The rule then decays the weights, too.
-      labels: a glob of the layers whose ``p`` learns from the labels in the place of the error: the last one, as in
-        the paper's code. It takes them from the signs of softmax cross-entropy's error, so they must be hard; an
-        example that is learned to the last bit, whose error is zero, counts as one without a label.
-      learning_rate: ``eta`` of ``p``; ours. In wide layers with batch normalisation .5 was better (CIFAR-10, on the
-        validation split); in narrow ones without, at a rank below the number of classes, .1 was far worse.
+      labels: a glob of the layers whose ``p`` learns from the labels in the place of the error, which the signs of
+        softmax cross-entropy's error tell if they are hard: the last one in the paper's code.
+      learning_rate: ``eta`` of ``p``; ours.
       weight_decay: ``lambda`` of ``q`` and the weights, per step, not multiplied by a learning rate.
       distribution: an initializer ``(key, shape, dtype) -> b`` for the shape of ``w``; Glorot's uniform by default.
       scale: factor on the drawn ``b``.
@@ -106,7 +98,7 @@ def ldfa(
       A :class:`jaxfa.LayerRule`.
 
     Raises:
-      ValueError: if the rank is none, or ``weight_decay`` is not in [0, 1).
+      ValueError: if the rank is none, or ``weight_decay`` is not in [0, 1); by the backward, for one example.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa

@@ -26,8 +26,8 @@ def normative_ldfa(rank: Rank, *, learning_rate: float = 1.0) -> LayerRule:
     local rule finds. Before each step ``refine`` moves each factor down the gradient of half that distance, the other
     held, divided by the other's Gram matrix: ``q <- q - eta (q p^T - w) p (p^T p)^-1``. So a rate from 0 to 1 never
     increases the distance, whatever the weights' size; 1 is alternating least squares. The factors start from the
-    weights' singular value decomposition, which solves the problem. On a CPU do not ``vmap`` it over seeds: of jaxlib
-    0.10's batched decompositions two at once can wait for each other for ever.
+    weights' singular value decomposition, which solves the problem. On a CPU do not ``vmap`` it over seeds: two of
+    jaxlib 0.10's batched decompositions can wait for each other for ever.
 
     Args:
       rank: as for :func:`ldfa`.

@@ -43,8 +43,8 @@ class RedrawnSignFeedback(LayerFeedback):
     in every float type to which mixed-precision code may cast a tree, bfloat16 included.
 
     Attributes:
-      seed_bytes: of this layer's seed, ``(4,)``.
-      step_bytes: of the number of updates so far, ``(4,)``.
+      seed_bytes: the bytes of this layer's seed, ``(4,)``.
+      step_bytes: the bytes of the number of updates so far, ``(4,)``.
       bound: the largest magnitude.
       quantile: inverse distribution function of ``|M| / bound``.
     """
@@ -62,7 +62,7 @@ class RedrawnSignFeedback(LayerFeedback):
 
     @property
     def step(self) -> jax.Array:
-        """How many updates there have been, an integer."""
+        """The number of updates so far, an integer."""
         return _number(self.step_bytes)
 
     def matrix(self, w: jax.Array) -> jax.Array:

@@ -2,7 +2,19 @@
 
 Roy, Apolinario, Das Biswas, Roy, "Feedback Alignment Meets Low-Rank Manifolds: A Structured Recipe for Local Learning",
 2025, https://arxiv.org/abs/2510.25594, whose weights are ``(outputs, inputs)``: its ``U`` is our ``v``. Its rank falls
-during training by :func:`jaxfa.factored.hoyer_penalty` and :func:`jaxfa.factored.prune`.
+during training by :func:`jaxfa.factored.hoyer_penalty` and :func:`jaxfa.factored.prune`. The feedback starts as ``w``
+with random singular vectors.
+
+The paper does not say how an output error of ``C`` numbers reaches a layer whose feedback has the shape of its weights.
+Lifted to the layer's outputs by a fixed random matrix, no layer waits for another; alignment then makes ``b`` that
+layer's own, but not the lift those of the layers above. Handed on from layer to layer, alignment leads to
+backpropagation. Nor does it say what alignment moves. Literally that is the weights, whose rest is then at
+``b - g / 2 beta``; moved towards the weights instead, the feedback is weight transport, and ``coverage()`` says so.
+
+"Project the updates on the Stiefel manifold" can mean their tangent part alone, beside which ``L_ortho`` keeps the
+drift small, or the way back onto the manifold, where ``L_ortho`` is zero. Gradients are projected before the optimizer
+sees them, since Adam's step of a gradient across the manifold has a part along it; ``L_ortho``'s gradient, which is all
+across, joins them after that. The paper names no number: the defaults are ours.
 """
 
 from dataclasses import field, replace
@@ -89,70 +101,38 @@ def ssa(
 ) -> Rule:
     """SSA: each layer learns its factors ``u, s, v`` from ``alpha L_CE + beta L_align + gamma L_ortho``.
 
-    With an error ``d`` at a layer's output, ``x`` at its input, ``L_CE``'s pseudo-gradients are the true local ones,
+    With an error ``d`` at a layer's output, ``x`` at its input, ``L_CE``'s pseudo-gradients are
     ``g_u = x^T (d v * s)``, ``g_s = sum (x u) * (d v)``, ``g_v = d^T (x u * s)``. The others' are exact,
-    ``L_align = |u - b_u|^2 + |s - b_s|^2 + |v - b_v|^2`` and ``L_ortho = |u^T u - 1|^2 + |v^T v - 1|^2`` (Frobenius);
-    :func:`jaxfa.optimizer` adds them before its optimizer and takes its steps of ``u`` and ``v`` along the Stiefel
-    manifold, so that any optax optimizer will do.
-
-    The paper does not say how the output error of ``C`` numbers gets to a layer whose feedback has the shape of its
-    weights. Two readings:
-
-    - ``parallel=True``: ``dx = lift(e) b^T``, the output error lifted by a fixed random matrix to the layer's outputs
-      and returned through its feedback factors. A direct rule: no layer waits for another. Alignment makes ``b`` that
-      layer's own, but not the lift those of the layers above: it is backpropagation at ``b = w`` for the last hidden
-      layer alone.
-    - ``parallel=False``: ``dx = d b^T``, feedback alignment through factors, layer after layer. The reading in which
-      alignment leads to backpropagation.
-
-    Nor does it say what alignment moves. Literally, the weights, towards fixed random factors: their rest is at
-    ``b - g / 2 beta``, so that a large ``beta`` freezes the network there, and a small one does next to nothing: below
-    .03 or so it is a few per cent of the cross-entropy's gradient along the manifold (1 to 3 % at 1e-3, in a network of
-    three convolutions). ``pull_feedback`` moves the feedback towards the weights, which is weight transport, and shows
-    as such in ``coverage()``; its own gradient is alignment's alone, so that under Adam, which no scale changes,
-    ``beta`` is all the same to it. In the sequential reading it is what aligns all layers (35, 39 and 43 degrees from
-    the true gradient in that network, direct feedback alignment 81, 85 and 92: ``experiments/ssa_alignment``).
-
-    "Project the updates on the Stiefel manifold" can mean their tangent part alone, ``retract=False``, beside which
-    ``L_ortho`` keeps the drift small, or the way back onto it, where ``L_ortho`` is zero. Gradients are projected
-    before the optimizer sees them, since Adam's step of a gradient across the manifold has a part along it, and so does
-    not vanish at an optimum; ``L_ortho``'s gradient, which is all across, joins them after that.
-
-    All layers that the rule is put on are factored, the first, the last and those of shortcuts included; biases and
-    norms learn by ``alpha L_CE`` as ever. The feedback is ``w`` turned at random: random orthonormal ``b_u`` and
-    ``b_v``, and the singular values with which the layer starts.
+    ``L_align = |u - b_u|^2 + |s - b_s|^2 + |v - b_v|^2`` and ``L_ortho = |u^T u - 1|^2 + |v^T v - 1|^2``;
+    :func:`jaxfa.optimizer` adds them. What the paper leaves open is in the module's docstring.
 
     Args:
-      parallel: how the error gets to a layer, as above.
-      rank: of every layer at the start, as for :func:`jaxfa.factored.factorise`; None is full rank, or, for a layer
-        that is factored already, its own.
-      alpha: of the loss whose gradient is taken, for every parameter.
-      beta: of the alignment.
-      gamma: of the orthogonality; Yang et al. (2020) divide by ``r^2``.
+      parallel: True lifts the output error by a fixed random matrix, ``dx = lift(e) b^T``; False is feedback alignment
+        through factors, ``dx = d b^T``.
+      rank: each layer's at the start, as for :func:`jaxfa.factored.factorise`; None is full rank.
+      alpha: weight of the loss whose gradient is taken, for every parameter.
+      beta: weight of the alignment.
+      gamma: weight of the orthogonality; Yang et al. (2020) divide it by ``r^2``.
       pull_weights: whether alignment moves the weights.
-      pull_feedback: whether it moves the feedback, by the same optimizer.
-      project: whether gradients of ``u`` and ``v``, and the steps to retract, are projected on the tangent space.
-      retract: whether the steps end on the manifold, as for :func:`jaxfa.factored.stiefel`.
-      distribution: of the lift, an initializer ``(key, shape, dtype)`` for ``(m, C)``; as for :func:`jaxfa.dfa`.
+      pull_feedback: whether alignment moves the feedback, by the same optimizer: weight transport.
+      project: whether gradients of ``u`` and ``v``, and their steps, are projected on the tangent space.
+      retract: whether their steps end on the manifold, as for :func:`jaxfa.factored.stiefel`.
+      distribution: the initializer ``(key, shape, dtype)`` of the lift, ``(m, C)``; as for :func:`jaxfa.dfa`.
       scale: factor on the feedback's singular values, positive.
 
     Returns:
-      A :class:`jaxfa.DirectRule` if ``parallel``, else a :class:`jaxfa.LayerRule`. Its layers' weights must be factors,
-      which :func:`jaxfa.nn.attach` and :func:`jaxfa.factored.factorise` make.
+      A :class:`jaxfa.DirectRule` if ``parallel``, else a :class:`jaxfa.LayerRule`, for weights that are factors.
 
     Raises:
-      ValueError: if ``alpha``, ``beta`` or ``gamma`` is negative, ``scale`` is not positive or ``rank`` is none; by
-        ``init``, if a layer starts at zero; by the optimizer, if a feedback that alignment knows has no weights.
+      ValueError: if a number is out of range; by ``init``, if a layer is not factored, or starts at zero.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
       >>> w, rule = jaxfa.factored.factorise(jnp.eye(4, 3)), jaxfa.ssa(parallel=False)
-      >>> feedback = rule.init(jax.random.key(0), w)
-      >>> jaxfa.linear(jnp.ones((5, 4)), w, feedback).shape
+      >>> jaxfa.linear(jnp.ones((5, 4)), w, rule.init(jax.random.key(0), w)).shape
       (5, 3)
 
-    Source: Roy, Apolinario, Das Biswas, Roy, "Feedback Alignment Meets Low-Rank Manifolds: A Structured Recipe for
-    Local Learning", 2025, https://arxiv.org/abs/2510.25594; the defaults are ours, since it names no number.
+    Source: Roy et al., "Feedback Alignment Meets Low-Rank Manifolds", 2025, https://arxiv.org/abs/2510.25594
     """
     if min(alpha, beta, gamma) < 0:
         raise ValueError(f"ssa needs alpha, beta and gamma >= 0, got {alpha}, {beta} and {gamma}.")

@@ -4,7 +4,12 @@ The forward pass is a pipeline as in Huang et al., "GPipe: Efficient Training of
 Parallelism", 2019, https://arxiv.org/abs/1811.06965. The backward pass is none: the output error goes to every device
 once, each device updates its own layers from it, and no gradient travels between stages (Nokland, "Direct Feedback
 Alignment Provides Learning in Deep Neural Networks", 2016, https://arxiv.org/abs/1609.01596). The mesh's other axes,
-such as ``data``, are the compiler's: what a rule takes from a batch, it takes from the whole one.
+such as ``data``, are the compiler's: what a rule takes from a batch, it takes from the whole one. Only what a block
+itself makes of its batch, such as batch normalisation's statistics and dropout's masks, it makes of each microbatch.
+
+Under ``jit``, put ``params``, ``feedback`` and their optimizer's state on the mesh by their leading axis,
+``jax.sharding.NamedSharding(mesh, P("layer"))``, and the batch by ``P("data")``. The output is spread over both axes,
+so that what follows, such as the head and the loss, is computed in ``data x layer`` parts.
 """
 
 import math
@@ -71,58 +76,38 @@ def pipeline(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs :func:`jaxfa.direct_stack` on ``S`` devices, or groups of them, each of which owns ``L / S`` of the blocks.
 
-    Forward, ``M`` microbatches stream from stage to stage in ``M + S - 1`` ticks. Backward there are no ticks: all
-    stages learn at once, each on the whole batch, so that the update is the single device's. Only what a block itself
-    makes of its batch, such as batch normalisation's statistics and dropout's masks, it makes of each microbatch. What
-    a stage keeps until the error comes, and does then:
-
-    - ``"parallel"``: what the derivatives of its blocks need, as autodiff keeps it; with ``jax.checkpoint(block)``
-      their inputs alone.
-    - ``"stream"``: the input of its first block, from which a second sweep runs its blocks again, each of which learns
-      and drops its activations at once.
-
-    Under ``jit``, put ``params``, ``feedback`` and their optimizer's state on the mesh by their leading axis,
-    ``jax.sharding.NamedSharding(mesh, P("layer"))``, and the batch by ``P("data")``. The output is spread over both
-    axes, so that what follows, such as the head and the loss, is computed in ``data x layer`` parts.
-
-    With ``feedback=None`` the pipeline is differentiated as it is, in both modes; its gradient goes back stage by
-    stage. Then ``taps`` may be added to what the blocks return, as GrAPE's and FDFA's ``refine`` asks for.
+    Forward, ``M`` microbatches stream from stage to stage in ``M + S - 1`` ticks. Backward, all stages learn at once,
+    each on the whole batch, so that the update is the single device's. With ``feedback=None`` the pipeline is
+    differentiated as it is, in both modes.
 
     Args:
-      block: as for :func:`jaxfa.direct_stack`.
+      block: as for :func:`jaxfa.direct_stack`, as are ``wire`` and ``feedback``.
       params: any tree whose arrays have a leading axis ``L``, a multiple of ``S``.
       h: the input of the first block, ``(N, ..., n)``.
       wire: the error wire, ``(N, ..., C)``.
-      feedback: as for :func:`jaxfa.direct_stack`.
+      feedback: a direct feedback with a leading axis ``L``, one shared by all blocks, or None.
       mesh: a mesh with an axis ``"layer"`` of size ``S``, from :func:`mesh`, or ``jax.make_mesh`` with ``Auto``.
       microbatches: ``M``; ``N`` is a multiple of ``M`` and of ``S``, each times the size of the axis ``"data"``.
-      schedule: see above; with ``feedback=None`` it has no effect.
-      taps: ``(L, N, ..., n)``, or a number for each block, ``(L,)``; with ``feedback=None`` alone.
+      schedule: ``jaxfa.stacks.parallel`` or ``stream``; without effect where ``feedback`` is None.
+      taps: what is added to the blocks' results, ``(L, N, ..., n)`` or ``(L,)``, if ``feedback`` is None: for
+        ``refine``.
       unroll: as for :func:`jaxfa.direct_stack`; the ticks, too, then follow each other in straight code.
 
     Returns:
       ``(h, wire)`` after the last block.
 
     Raises:
-      TypeError: if the feedback is not a :class:`jaxfa.DirectFeedback`.
-      ValueError: if layers or examples cannot be divided so, the message having the sizes that can; if there are taps
-        and a feedback; and as for :func:`jaxfa.direct_stack`.
+      TypeError, ValueError: as :func:`jaxfa.direct_stack`; if layers or examples cannot be divided so, saying what can;
+        if there are taps and a feedback.
 
     Example:
-      >>> import jax, jax.numpy as jnp, jaxfa
+      >>> import jax.numpy as jnp, jaxfa
       >>> x, w, mesh = jnp.ones((8, 4)), 0.1 * jnp.ones((6, 4, 4)), jaxfa.stacks.mesh(layer=1)
-      >>> keys = jax.random.split(jax.random.key(0), 6)
-      >>> feedback = jax.vmap(jaxfa.dfa().init, (0, None, None))(keys, x, jnp.ones((8, 4)))
-      >>> @jax.jit
-      ... def loss(w):
-      ...     h, wire = jaxfa.stacks.pipeline(
-      ...         lambda w, h: jnp.tanh(h @ w), w, x, jaxfa.error_wire(x), feedback,
-      ...         mesh=mesh, microbatches=2, schedule=jaxfa.stacks.stream)
-      ...     return ((h + wire) ** 2).sum()
-      >>> jax.grad(loss)(w).shape
-      (6, 4, 4)
+      >>> h, wire = jaxfa.stacks.pipeline(
+      ...     lambda w, h: jnp.tanh(h @ w), w, x, jaxfa.error_wire(x), jaxfa.DirectMatrix(jnp.ones((6, 4, 4))),
+      ...     mesh=mesh, microbatches=2, schedule=jaxfa.stacks.stream)
 
-    Source: see the module's.
+    Source: see the module's docstring.
     """
     if LAYER not in mesh.shape:
         raise ValueError(f"pipeline needs a mesh with an axis {LAYER!r}, got {dict(mesh.shape)}: make one with mesh().")

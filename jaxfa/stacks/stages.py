@@ -26,7 +26,7 @@ class Sizes(NamedTuple):
     straight: bool
 
     def unroll(self, count: int) -> int:
-        """Of a loop of ``count`` turns, how many follow each other in straight code."""
+        """The number of turns of a loop of ``count`` that follow each other in straight code."""
         return count if self.straight else 1
 
 

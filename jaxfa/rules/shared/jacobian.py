@@ -47,7 +47,7 @@ class JacobianFeedback(DirectFeedback):
       mean: the running mean of the Jacobian's estimates, as ``b``; None if none is kept.
       own: the layer's own axes, such as ``(H, W, n)``.
       outputs: how many axes the outputs have.
-      precision: of the running mean, one over its variance; zero if nothing is known yet or nobody asks.
+      precision: one over the running mean's variance; zero if nothing is known yet or nobody asks.
       log_scale: the logarithm of the perturbation's scale; None is a scale of 1.
     """
 
@@ -65,12 +65,12 @@ class JacobianFeedback(DirectFeedback):
 
     @property
     def repeats(self) -> int:
-        """How many positions share one matrix."""
+        """The number of positions that share one matrix."""
         return math.prod(self.own) // math.prod(self.tile)
 
     @property
     def scale(self) -> jax.Array:
-        """Of the perturbation, for each layer of a stack."""
+        """The perturbation's scale, for each layer of a stack."""
         return jnp.ones(self.stack, self.b.dtype) if self.log_scale is None else jnp.exp(self.log_scale)
 
     @property

@@ -10,7 +10,7 @@ from jaxfa.base import Initializer
 
 
 def shared_axes(h: Any, logits: Any) -> int:
-    """How many leading axes an activation shares with the logits: the batch, and the tokens of a sequence.
+    """The number of leading axes that an activation shares with the logits: the batch, and a sequence's tokens.
 
     Raises:
       ValueError: if batched logits share no axis with ``h``.
