@@ -14,9 +14,8 @@ symbol     shape                 meaning
 =========  ====================  =====================================================
 
 A rule is a value, a :class:`LayerRule` (errors go back layer by layer) or a :class:`DirectRule` (straight from the
-output). Its feedback is a small frozen dataclass, a pytree by :func:`register`, whose class says how an error goes
-back: a subclass of :class:`LayerFeedback` or :class:`DirectFeedback`. ``None`` in place of a feedback means the plain
-operation with ordinary autodiff.
+output). Its feedback is a frozen dataclass and pytree, by :func:`register`, whose class says how an error goes back.
+``None`` in place of a feedback means the plain operation with ordinary autodiff.
 """
 
 import dataclasses
@@ -78,9 +77,6 @@ def register(cls: type[T]) -> type[T]:
       cls: a subclass of :class:`LayerFeedback` or :class:`DirectFeedback` with annotated fields. Fields with
         ``metadata={"static": True}`` are part of the tree's structure.
 
-    Returns:
-      The class.
-
     Example:
       >>> import jax, jaxfa
       >>> @jaxfa.register
@@ -89,8 +85,8 @@ def register(cls: type[T]) -> type[T]:
       >>> jax.tree.leaves(Scaled(1.0))
       [1.0]
     """
-    # Not jax.tree_util.register_dataclass, by which (in JAX 0.10) two classes have equal structures if their static
-    # fields are: a jitted function would at times run the program of one rule on the feedback of another.
+    # By jax.tree_util.register_dataclass (JAX 0.10) two classes have equal structures if their static fields are: a
+    # jitted function would at times run one rule's program on another's feedback.
     made: Any = dataclasses.dataclass(frozen=True)(cls)
     static = [field.name for field in dataclasses.fields(made) if field.metadata.get("static")]
     arrays = [field.name for field in dataclasses.fields(made) if field.name not in static]
@@ -108,11 +104,7 @@ def register(cls: type[T]) -> type[T]:
 
 @register
 class FixedFeedback(LayerFeedback):
-    """A matrix in the place of the weights, on which the batch has no effect.
-
-    Attributes:
-      b: feedback weights, of ``w``'s shape.
-    """
+    """A matrix ``b`` of ``w``'s shape in the place of the weights, on which the batch has no effect."""
 
     b: jax.Array
 
@@ -170,12 +162,12 @@ class Rule:
     """What all learning rules have. A rule is made as a :class:`LayerRule` or a :class:`DirectRule`.
 
     Attributes:
-      init: makes one layer's feedback, from the arguments that the rule's class names. ``None`` in place of a feedback
-        leaves the layer to backpropagation. An ``init`` with a keyword ``path`` is told the layer's path.
+      init: makes one layer's feedback; None leaves the layer to backpropagation. With a keyword ``path`` it is told the
+        layer's path.
       refine: ``(forward, feedback, key) -> feedback`` on the whole tree of feedbacks, before the gradient step.
-      transform: the optax transformation of the feedback's signals, run in the steps that move the parameters; None
-        leaves the feedback as it is. For a rule whose weights and feedback learn together it is :class:`Alike`, or a
-        function ``tx -> `` the transformation of the pair ``(params, feedback)``.
+      transform: the optax transformation of the feedback's signals, run in the steps that move the parameters, or None;
+        for a rule whose weights and feedback learn together, :class:`Alike` or a function ``tx -> `` the transformation
+        of the pair ``(params, feedback)``.
       globs: the globs of layer paths that the rule was given, of which none may match nothing.
       weights: ``(w, path) -> `` what a layer learns in the place of ``w``, such as its factors; None is ``w`` itself.
     """
@@ -210,9 +202,8 @@ class LayerRule(Rule):
 class DirectRule(Rule):
     """A rule that delivers the output error directly: ``init(key, h, logits)`` makes a :class:`DirectFeedback`.
 
-    The arguments are arrays or ``jax.ShapeDtypeStruct``s of one batch; with a keyword ``layer``, ``init`` is told the
-    :class:`Layer` that ``h`` enters. The ``forward`` of its ``refine`` is the function ``taps -> logits`` of the plain
-    network with ``taps[l]`` added to ``h_l``.
+    With a keyword ``layer``, ``init`` is told the :class:`Layer` that ``h`` enters. Its ``refine`` is given
+    ``forward``, the function ``taps -> logits`` of the plain network with ``taps[l]`` added to ``h_l``.
 
     Attributes:
       source: the path of the module where the error is taken, at its input without ``at=``, at its output with it;

@@ -23,8 +23,8 @@ INNER = "jaxfa.inner"  # a factored layer's second contraction: with the first i
 def with_feedback(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Gives an operation a backward pass of its own: true weight gradients, errors through the feedback.
 
-    ``y = op(x, w)``; backward ``dw = (d op / d w)^T delta`` and ``dx = feedback.transport(op, x, w, delta)``. For a
-    feedback matrix ``b`` of ``w``'s shape that is ``(d op(x, b) / d x)^T delta``, so ``b = w`` is backpropagation.
+    ``dw = (d op / d w)^T delta``, ``dx = feedback.transport(op, x, w, delta)``; for a feedback matrix ``b`` of ``w``'s
+    shape that is ``(d op(x, b) / d x)^T delta``, so that ``b = w`` is backpropagation.
 
     Args:
       op: a function ``(x, w) -> y``, linear in ``x`` and linear in ``w``; where ``w`` is a tree, such as
@@ -32,8 +32,7 @@ def with_feedback(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     Returns:
       A function ``(x, w, feedback=None, *constants) -> y``. The cotangent of ``feedback`` is the rule's own learning
-      signal; ``feedback=None`` is ``op`` with ordinary autodiff, forward mode included. Constants, such as a mask or
-      the index of an expert, are what else ``op(x, w, *constants)`` takes; no gradient is sent to them.
+      signal; None is ``op`` with ordinary autodiff. Constants, such as a mask, get no gradient.
 
     Raises:
       TypeError: if the feedback is not a :class:`jaxfa.LayerFeedback`.
@@ -97,24 +96,19 @@ def _local_gradient(op: Operation, x: jax.Array, w: Any, delta: jax.Array) -> An
 
 
 def error_wire(logits: Any) -> jax.Array:
-    """The wire that carries the output error: zeros of the logits' shape and dtype.
+    """The wire that carries the output error ``e = d loss / d logits``: zeros of the logits' shape and dtype.
 
-    Pass it through every :func:`direct` and add it to the logits at the end. It changes no value; the gradient that
-    reaches it is ``e = d loss / d logits``.
+    Pass it through every :func:`direct` and add it to the logits at the end.
 
     Args:
-      logits: an array or a ``jax.ShapeDtypeStruct``, ``(N, ..., C)``.
-
-    Returns:
-      Zeros, ``(N, ..., C)``.
+      logits: an array or a ``jax.ShapeDtypeStruct``, ``(N, ..., C)``, as the wire is.
 
     Example:
       >>> import jax, jaxfa
       >>> jaxfa.error_wire(jax.ShapeDtypeStruct((2, 3), "float32")).shape
       (2, 3)
 
-    Source: Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", 2016,
-    https://arxiv.org/abs/1609.01596
+    Source: as :func:`direct`.
     """
     return jnp.zeros(logits.shape, logits.dtype)
 
@@ -143,7 +137,8 @@ def direct(h: jax.Array, wire: jax.Array, feedback: DirectFeedback | None) -> tu
       >>> h, wire = jaxfa.direct(h, wire, feedback)
       >>> logits = h @ jnp.ones((4, 3)) + wire
 
-    Source: as :func:`error_wire`.
+    Source: Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", 2016,
+    https://arxiv.org/abs/1609.01596
     """
     if feedback is None:
         return h, wire
@@ -161,15 +156,9 @@ def deliver(tree: tuple[jax.Array, DirectFeedback], e: jax.Array) -> Any:
 
 
 def listen(backward: Callable[[Any, jax.Array], Any], wire: jax.Array, tree: Any) -> jax.Array:
-    """Lets a tree learn from the error on a wire: its cotangent is ``backward(tree, e)``, whatever it was used for.
+    """The wire, unchanged; a tree's cotangent is then ``backward(tree, e)``, whatever the tree was used for.
 
-    Args:
-      backward: ``(tree, e) -> cotangents``, shaped as the tree; it may close over no traced value.
-      wire: the error wire, ``(N, ..., C)``.
-      tree: what learns; its arrays are kept until the error comes.
-
-    Returns:
-      The wire, unchanged; it hands ``e`` on.
+    ``backward`` may close over no traced value. The tree's arrays are kept until the error comes.
     """
     wire, tree = vary_alike((wire, tree))
     # The error that reaches an unbatched wire would be summed over a vmap's axis: in grad(vmap(loss)) every example
@@ -224,8 +213,7 @@ def _cotangent(tree: Any, primal: Any, feedback: Any) -> Any:
 def vary_alike(arrays: Any, *others: Any) -> Any:
     """Under ``shard_map``, lets every array vary over the mesh axes that one of them, or of the others, varies over.
 
-    A backward pass of our own must return cotangents that vary as their primals do. Weights and feedback are
-    replicated, errors are not: autodiff sums over the devices where it transposes this cast.
+    Cotangents must vary as their primals do; autodiff sums over the devices where it transposes this cast.
     """
     union: frozenset[Any] = frozenset().union(*(varying_axes(jax.typeof(a)) for a in jax.tree.leaves((arrays, others))))
 
