@@ -14,8 +14,8 @@ symbol     shape                 meaning
 =========  ====================  =====================================================
 
 A rule is a value, a :class:`LayerRule` (errors go back layer by layer) or a :class:`DirectRule` (straight from the
-output). Its feedback is a pytree (:func:`register`), whose class says how an error goes back. ``None`` in place of a
-feedback means the plain operation with ordinary autodiff.
+output). Its feedback is a pytree, by :func:`register`; its class says how an error goes back. ``None`` in place of
+a feedback means the plain operation with ordinary autodiff.
 """
 
 import dataclasses
@@ -84,6 +84,8 @@ def register(cls: type[T]) -> type[T]:
       ...     b: jax.Array
       >>> jax.tree.leaves(Scaled(1.0))
       [1.0]
+
+    Source: JAX's documentation, "Custom pytree nodes", https://docs.jax.dev/en/latest/custom_pytrees.html
     """
     # By jax.tree_util.register_dataclass (JAX 0.10) two classes have equal structures if their static fields are: a
     # jitted function would at times run one rule's program on another's feedback.

@@ -54,6 +54,14 @@ def test_every_public_function_of_a_method_has_an_example(name):
             assert ">>> " in inspect.getdoc(thing), thing.__name__
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_the_docstring_of_a_public_function_fits_a_screen(name):
+    module = importlib.import_module(name)
+    for thing in vars(module).values():
+        if inspect.isfunction(thing) and thing.__module__ == name:
+            assert len((thing.__doc__ or "").splitlines()) <= 36, thing.__name__
+
+
 def test_the_readme_runs_from_top_to_bottom():
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert blocks, "README.md has no ```python block"

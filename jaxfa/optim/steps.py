@@ -19,7 +19,7 @@ _ACCUMULATES = (optax.MultiStepsState, optax.ApplyEvery)
 
 
 class OptimizerState(NamedTuple):
-    """The state of :func:`optimizer`.
+    """The state of :func:`jaxfa.optimizer`.
 
     Attributes:
       params: the state of the user's optimizer, as it would be without any feedback.

@@ -30,7 +30,7 @@ def normative_ldfa(rank: Rank, *, learning_rate: float = 1.0) -> LayerRule:
     jaxlib 0.10's batched decompositions can wait for each other for ever.
 
     Args:
-      rank: as for :func:`ldfa`.
+      rank: as for :func:`jaxfa.ldfa`.
       learning_rate: ``eta``. The paper's code runs Adam and factorises anew twice an epoch.
 
     Returns:
@@ -46,7 +46,7 @@ def normative_ldfa(rank: Rank, *, learning_rate: float = 1.0) -> LayerRule:
       >>> bool(jnp.allclose(feedback.matrix(w).sum(), 2))
       True
 
-    Source: as :func:`ldfa`; the preconditioned step is from Tong, Ma, Chi, "Accelerating Ill-Conditioned Low-Rank
+    Source: as :func:`jaxfa.ldfa`; the preconditioned step is from Tong, Ma, Chi, "Accelerating Ill-Conditioned Low-Rank
     Matrix Estimation via Scaled Gradient Descent", 2021, https://arxiv.org/abs/2005.08898
     """
     check_rank(rank)

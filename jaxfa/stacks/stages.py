@@ -1,4 +1,4 @@
-"""What one stage of a pipeline does, inside ``shard_map`` over the axis ``layer``: see :mod:`.pipelining`."""
+"""What one stage of a pipeline does inside ``shard_map`` over the axis ``layer``: see :func:`jaxfa.stacks.pipeline`."""
 
 from functools import partial
 from typing import Any, NamedTuple
