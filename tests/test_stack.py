@@ -103,7 +103,7 @@ def test_any_block_in_a_loop_or_in_straight_code(name, unroll, x64):
 
 def test_without_feedback_it_is_the_plain_network(x64):
     block, params, feedback, h = create(jaxfa.dfa())
-    stack, plain = objective(block, "stream"), looped(block)
+    stack, plain = objective(block, jaxfa.stacks.stream), looped(block)
 
     def derivatives(f, params, h):
         gradient = jax.grad(lambda params, h: f(params, None, h), argnums=(0, 1))(params, h)
@@ -176,7 +176,7 @@ def test_the_fused_update_is_the_unfused_one(name, x64):
     optimizer = jaxfa.optimizer(OPTIMIZERS[name], rule)
     step, gradient = (
         fused(block, optimizer, unroll=name == "adam"),
-        jax.jit(jax.grad(objective(block, "stored"), argnums=(0, 1, 2))),
+        jax.jit(jax.grad(objective(block, jaxfa.stacks.stored), argnums=(0, 1, 2))),
     )
     got, state = tuple(both), jax.vmap(optimizer.init)(tuple(both))
     want, whole = tuple(both), optimizer.init(tuple(both))
@@ -228,7 +228,7 @@ def test_a_global_norm_sees_one_block_at_a_time(x64):
     block, *both, h = create(rule)
     both, optimizer = tuple(both), optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
     got, *_ = fused(block, optimizer)(both, jax.vmap(optimizer.init)(both), h)
-    signals = jax.jit(jax.grad(objective(block, "stored"), argnums=(0, 1)))(*both, h)
+    signals = jax.jit(jax.grad(objective(block, jaxfa.stacks.stored), argnums=(0, 1)))(*both, h)
 
     @jax.jit
     def updates(signals):

@@ -22,10 +22,10 @@ from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.stream import Walk, check_streams, learn, relearned, split_floats, walked
 from jaxfa.nn.tap import Tap, taps_of
 from jaxfa.ops import vary_alike
-from jaxfa.stacks.schedules import Dispatch
+from jaxfa.stacks import schedules
 
 
-class Dispatched(Walk):
+class Dispatch(Walk):
     """A forward pass that keeps what every block computes with.
 
     Attributes:
@@ -45,7 +45,7 @@ class Dispatched(Walk):
         return program.run(lax.stop_gradient(state))
 
 
-def check_dispatches(model: nnx.Module, rule: Rule, schedule: Dispatch) -> None:
+def check_dispatches(model: nnx.Module, rule: Rule, schedule: schedules.Dispatch) -> None:
     """Refuses what can't be dispatched over a mesh."""
     check_streams(model, rule, schedule)
     blocks, devices = len(taps_of(model)), schedule.mesh.shape[LAYER]
@@ -60,7 +60,7 @@ def call_dispatched(mesh: Mesh, aligned: Any, args: tuple[Any, ...], kwargs: dic
 
     def keep(state: Any) -> Any:
         def run(state: Any) -> Any:
-            walk = Dispatched()
+            walk = Dispatch()
             found = program.run(state, prepare=walked(walk))
             blocks.update(walk.blocks)
             # What a block computes with comes from the state, or from what is before the block: as an output it takes
