@@ -321,7 +321,7 @@ def test_a_sharded_batch(schedule, x64):
 def test_wrong_use_is_told_so():
     block, params, feedback, h = create(jaxfa.dfa(), dtype=jnp.float32)
     wire = wire_for(h)
-    with pytest.raises(ValueError, match=r"\['parallel', 'stored', 'stream'\], got 'fast'"):
+    with pytest.raises(ValueError, match=r"jaxfa.stacks.stream, a value and no string; got 'fast'"):
         jaxfa.direct_stack(block, params, h, wire, feedback, schedule="fast")
     with pytest.raises(ValueError, match=r"expected float32\[6, 5\]"):
         jaxfa.direct_stack(lambda p, h: block(p, h)[:, :2], params, h, wire, feedback, schedule=jaxfa.stacks.stream)
