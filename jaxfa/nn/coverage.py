@@ -61,7 +61,7 @@ class _Cover:
         return [name for name in rest if self.axes(name) > 1]
 
     def axes(self, name: str, stack: int = 0) -> int:
-        """The number of axes that a parameter has beside those of a stack."""
+        """How many axes a parameter has beside those of a stack."""
         return sum(size > 1 for size in self.shapes[name][stack:])
 
     def violations(self) -> list[str]:
@@ -121,7 +121,7 @@ class _Cover:
         return next((path for path in self.blocks if _inside(below, path) and _inside(above, path)), None)
 
     def starts(self, name: str) -> list[str]:
-        """The places where a parameter's error sets out: the output, or taps."""
+        """Where a parameter's error sets out: from the output, or from taps."""
         way = self.result.arrivals.get(name, frozenset())
         taps = (f"direct, {self.places.get(step.name, 'by the model itself')}" for step in way if step.kind == "direct")
         return (["the output"] if OUTPUT in way else []) + sorted(taps)
