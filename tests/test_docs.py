@@ -68,6 +68,14 @@ def test_every_public_function_of_a_method_has_an_example(name):
             assert ">>> " in inspect.getdoc(thing), thing.__name__
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_the_docstring_of_a_public_function_fits_a_screen(name):
+    module = importlib.import_module(name)
+    for thing in vars(module).values():
+        if inspect.isfunction(thing) and thing.__module__ == name:
+            assert len((thing.__doc__ or "").splitlines()) <= 36, thing.__name__
+
+
 def blocks_of(page, language="python"):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import entr
 
-from jaxfa.base import LayerFeedback, matrix_of
+from jaxfa.base import LayerFeedback
 from jaxfa.factored.svd import dense
+from jaxfa.measure.pair import matrix_of
 
 
 class Alignment(NamedTuple):

@@ -8,8 +8,6 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from jaxfa.base import Rule, is_direct, keep
-from jaxfa.factored.svd import is_factors
-from jaxfa.forward_mode import backward_alone
 from jaxfa.measure.diagnostics import Alignment, compare, weight_angle
 from jaxfa.nn.contraction import audited, contractions_of, layer_of, sites_of
 from jaxfa.nn.coverage import cover
@@ -23,6 +21,7 @@ from jaxfa.nn.survey import OwnContraction, by_parameter, by_path, own_of, progr
 from jaxfa.nn.table import Coverage
 from jaxfa.nn.tap import plain_of, taps_of
 from jaxfa.nn.variables import Recorder
+from jaxfa.ops import backward_alone
 
 
 class Aligned(nnx.Module):
@@ -218,8 +217,8 @@ def _own(aligned: Aligned, example: Any) -> list[tuple[str, Any, Any]]:
 
 
 def _as_array(value: Any) -> jax.Array:
-    """A parameter as one array; of factors all entries, as one vector."""
-    return ravel_pytree(value)[0] if is_factors(value) else value
+    """A parameter as one array; several, such as factors, as one vector."""
+    return value if jax.tree_util.all_leaves([value]) else ravel_pytree(value)[0]
 
 
 def _layers(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

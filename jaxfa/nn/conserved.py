@@ -1,13 +1,14 @@
-"""Which layer of a model is read by which, what is conserved between the two, and aligned initialisation."""
+"""Layers of a model that follow each other, what is conserved between two, and aligned initialisation."""
 
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
-from jaxfa.base import LayerFeedback, is_direct, matrix_of
+from jaxfa.base import LayerFeedback, is_direct
 from jaxfa.jaxprs.flows import OUTPUT, Passage
 from jaxfa.measure.conservation import Pair, imbalance, shrink
+from jaxfa.measure.pair import matrix_of
 from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.contraction import Site, contractions_of, sites_of
 from jaxfa.nn.learning import quiet
@@ -74,7 +75,7 @@ def links(aligned: Aligned, *args: Any) -> dict[str, Link]:
 
 
 def imbalances(aligned: Aligned, loss: Any, *args: Any) -> dict[str, jax.Array]:
-    """By how much the law of :mod:`jaxfa.conservation` fails for a model's own pseudo-gradient; zero where it holds.
+    """A model's breach of the law of :mod:`jaxfa.conservation` by its pseudo-gradient; zero where the law holds.
 
     Args:
       aligned: what :func:`jaxfa.nn.attach` returned; its state is not changed.
@@ -154,7 +155,7 @@ def _is_simple(module: Any, site: Site) -> bool:
 
 
 def _readers(model: nnx.Module, method: str, example: Example) -> dict[str, str]:
-    """The one layer that reads each layer directly: of those that its error has passed, the one below all others."""
+    """The one layer that reads each layer directly: the lowest of those that its error has passed."""
     found = trace(model, method, example)
     order = [name for use in found.uses for name in sorted(use.weights)]
     above = {name: {step.name for step in found.arrivals.get(name, ()) if step.kind == "weights"} for name in order}

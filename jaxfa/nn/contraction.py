@@ -19,7 +19,7 @@ from jaxfa.ops import with_feedback
 
 
 class Site(NamedTuple):
-    """Where a layer contracts: the attribute that holds its operation, and the shape of one kernel.
+    """A layer's contraction: the attribute that holds its operation, and the shape of one kernel.
 
     A kernel with more axes than ``shape`` is a stack of layers, made by ``nnx.vmap`` and run by ``nnx.scan``.
     """

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxfa.base import transpose
+from jaxfa.base import matches, transpose
 from jaxfa.factored.rank import prune as prune_tree
 from jaxfa.factored.svd import Factors
 from jaxfa.factored.svd import factorise as factorise_weights
@@ -16,7 +16,6 @@ from jaxfa.nn.aligned import Aligned, plain
 from jaxfa.nn.factored import Factored, factorise_chosen, swap
 from jaxfa.nn.variables import Feedback, modules_of
 from jaxfa.nn.views import Matrices
-from jaxfa.paths import matches
 
 
 def factorise(model: nnx.Module, rank: float | None = None, *, at: str | tuple[str, ...] = ()) -> Any:
@@ -26,7 +25,7 @@ def factorise(model: nnx.Module, rank: float | None = None, *, at: str | tuple[s
 
     Args:
       model: any NNX model; it stays as it is.
-      rank: of every layer, as for ``jaxfa.factored.factorise``; None is full rank, at which the function is the same.
+      rank: every layer's, as for ``jaxfa.factored.factorise``; None is full rank, at which the function is the same.
       at: globs of module paths in which layers are factored; by default all. Without a rank, those that are factored
         already stay as they are.
 
@@ -174,7 +173,7 @@ def prune(
     Args:
       aligned: what :func:`jaxfa.nn.attach` returned, with factored layers.
       optimizer: the one that trains it.
-      energy: of the squared singular values, how much to keep, in (0, 1].
+      energy: how much of the squared singular values to keep, in (0, 1].
       multiple: ranks are rounded up to whole multiples of it.
       tolerance: as for :func:`jaxfa.factored.prune`.
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxfa.base import is_direct
+from jaxfa.base import is_direct, matches
 from jaxfa.jaxprs.audit import Audit
 from jaxfa.jaxprs.flows import OUTPUT
 from jaxfa.nn.describe import IDLE, LOST, SILENT, describe, held_feedback, layer_name, shape_of
@@ -16,7 +16,6 @@ from jaxfa.nn.tap import Tap, plain_of, taps_of
 from jaxfa.nn.taps import record_taps
 from jaxfa.nn.trace import trace, traced
 from jaxfa.nn.variables import Feedback, value_of
-from jaxfa.paths import matches
 
 
 def cover(aligned: Any, example: Example) -> Coverage:

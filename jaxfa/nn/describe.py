@@ -3,9 +3,7 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxfa.factored.svd import is_factors
 from jaxfa.nn.contraction import Contraction
 from jaxfa.nn.survey import own_of
 from jaxfa.nn.tap import Tap
@@ -53,4 +51,4 @@ def layer_name(name: str) -> str:
 
 def shape_of(value: Any) -> tuple[int, ...]:
     """The shape of a parameter, or of the weights that factors stand for."""
-    return value.shape if is_factors(value) else jnp.shape(value)
+    return getattr(value, "shape", ())

@@ -20,7 +20,7 @@ def how_it_learns(rule: Rule, feedback: Any) -> str:
         return "by refine"
     if type(feedback).learns:
         return type(feedback).learns
-    if rule.transform is Rule._field_defaults["transform"]:
+    if rule.transform is None:
         return "fixed"
     signals = type(feedback).signal not in (LayerFeedback.signal, DirectFeedback.signal)
     return "from the batch" if signals else "at every update"

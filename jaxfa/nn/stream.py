@@ -16,7 +16,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jax import lax
 
-from jaxfa.base import Rule, is_direct
+from jaxfa.base import DirectRule, Rule
 from jaxfa.nn.leaves import error_in, named_floats
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.tap import Tap, taps_of
@@ -24,6 +24,7 @@ from jaxfa.nn.taps import stacks_of
 from jaxfa.nn.variables import Feedback, value_of
 from jaxfa.ops import deliver
 from jaxfa.stacks.blocks import after
+from jaxfa.stacks.schedules import Schedule
 
 
 class Walk:
@@ -44,7 +45,7 @@ class Walk:
         except TraceContextError:
             raise ValueError(
                 f"The model calls its tapped block {tap.path!r} inside a transformation (remat, jit, scan, cond): take "
-                f"schedule='stored', or call it as it is, since in other schedules it runs once more anyway."
+                f"schedule=jaxfa.stacks.stored, or call it as it is, since in other schedules it runs once more anyway."
             ) from None
         program = Program(module, own_call, args, kwargs)
         return program.finish(*lax.stop_gradient(self.learn(program, tap)))
@@ -132,10 +133,12 @@ def _product(fixed: Any, values: Any) -> jax.Array:
     return sum((jnp.vdot(one, other) for one, other in pairs if _is_float(other)), jnp.zeros(()))
 
 
-def check_streams(model: nnx.Module, rule: Rule, schedule: str) -> None:
+def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
     """Refuses what no sweep can teach block after block: other rules, and taps inside each other or inside a stack."""
-    if not is_direct(rule) or rule.source is not None:
-        raise ValueError(f"schedule={schedule!r} is for direct rules whose error is the logits'; take 'stored'.")
+    if not isinstance(rule, DirectRule) or rule.source is not None:
+        raise ValueError(
+            f"schedule={schedule!r} is for direct rules whose error is the logits'; take jaxfa.stacks.stored."
+        )
     stacks = stacks_of(model)
     for path, tap in taps_of(model).items():
         within = [other for other in stacks if path.startswith(f"{other}/")]
@@ -145,7 +148,7 @@ def check_streams(model: nnx.Module, rule: Rule, schedule: str) -> None:
             raise ValueError(
                 f"schedule={schedule!r} teaches whole blocks, each by itself, but the tap {path!r} is {reason}. Name "
                 f"separate modules with at= (SSA, whose at= chooses layers to factor, always taps their inputs: take "
-                f"schedule='stored'); for stacked blocks there is jaxfa.direct_stack."
+                f"schedule=jaxfa.stacks.stored); for stacked blocks there is jaxfa.direct_stack."
             )
 
 
