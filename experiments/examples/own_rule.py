@@ -23,7 +23,7 @@ def blended(learning_rate=1e-3):
     def init(key, w):
         return Blended(jax.nn.initializers.glorot_uniform()(key, w.shape, w.dtype))
 
-    return jaxfa.Rule(init, transform=optax.sgd(learning_rate))
+    return jaxfa.LayerRule(init, transform=optax.sgd(learning_rate))
 
 
 x = jax.random.normal(jax.random.key(0), (32, 64))

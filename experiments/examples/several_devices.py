@@ -23,7 +23,8 @@ def block(w, h):
 
 def loss_of(w, b, x, labels):
     wire = jnp.zeros((len(x), 10))  # brings the error at the logits back to every layer
-    h, wire = jaxfa.stacks.pipeline(block, w, x, wire, b, mesh=mesh, microbatches=4, schedule="stream")
+    options = {"mesh": mesh, "microbatches": 4, "schedule": jaxfa.stacks.stream}
+    h, wire = jaxfa.stacks.pipeline(block, w, x, wire, b, **options)
     return optax.softmax_cross_entropy_with_integer_labels(h[:, :10] + wire, labels).mean()
 
 

@@ -25,10 +25,10 @@ def gradient_of(schedule):
     gradient = jax.grad(lambda state: (nnx.merge(graph, state)(x) ** 2).mean())
     program = jax.jit(gradient).lower(state).compile()
     kept = program.memory_analysis().temp_size_in_bytes / 2**20
-    print(f"{schedule}: {kept:.1f} MiB beside parameters and gradients")
+    print(f"{schedule!r}: {kept:.1f} MiB beside parameters and gradients")
     return program(state)
 
 
 x = jax.random.normal(jax.random.key(0), (1024, 64))
-pairs = zip(jax.tree.leaves(gradient_of("stream")), jax.tree.leaves(gradient_of("stored")), strict=True)
-assert all(jnp.allclose(streamed, stored, rtol=1e-4, atol=1e-6) for streamed, stored in pairs)
+streamed, stored = (jax.tree.leaves(gradient_of(one)) for one in (jaxfa.stacks.stream, jaxfa.stacks.stored))
+assert all(jnp.allclose(ours, theirs, rtol=1e-4, atol=1e-6) for ours, theirs in zip(streamed, stored, strict=True))
