@@ -8,7 +8,7 @@ from flax import nnx
 import jaxfa
 
 
-@jaxfa.register  # makes the class a frozen dataclass and a pytree
+@jaxfa.feedback_dataclass  # makes the class a frozen dataclass and a pytree
 class Blended(jaxfa.LayerFeedback):
     b: jax.Array
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfa.base import Alike, LayerFeedback, Operation, matches, refuse_shards, register, transpose
+from jaxfa.base import Alike, LayerFeedback, Operation, feedback_dataclass, matches, refuse_shards, transpose
 
 Rank = int | float | Mapping[str, int | float]
 
 
-@register
+@feedback_dataclass
 class LowRank(LayerFeedback):
     """A fixed matrix of rank ``r`` in the place of the weights, kept and used as its two factors.
 
