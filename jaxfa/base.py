@@ -14,8 +14,8 @@ symbol     shape                 meaning
 =========  ====================  =====================================================
 
 A rule is a value, a :class:`LayerRule` (errors go back layer by layer) or a :class:`DirectRule` (straight from the
-output). Its feedback is a pytree, by :func:`register`; its class says how an error goes back. ``None`` in place of
-a feedback means the plain operation with ordinary autodiff.
+output). Its feedback is a pytree, by :func:`register`; its class says how an error goes back. ``None`` in its
+place means the plain operation with ordinary autodiff.
 """
 
 import dataclasses
