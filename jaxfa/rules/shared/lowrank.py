@@ -2,13 +2,23 @@
 
 import numbers
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfa.base import Alike, LayerFeedback, Operation, feedback_dataclass, matches, refuse_shards, transpose
+from jaxfa.base import (
+    Alike,
+    LayerFeedback,
+    Operation,
+    feedback_dataclass,
+    is_feedback,
+    matches,
+    refuse_shards,
+    transpose,
+)
 
 Rank = int | float | Mapping[str, int | float]
 
@@ -168,4 +178,11 @@ def factors_learn(
         raise ValueError(f"weight_decay must be in [0, 1), got {weight_decay}.")
     if learn_q:
         return Alike("q", weight_decay, shape, learning_rate if learn_p else 0.0)
-    return optax.scale(-learning_rate) if learn_p else None  # q's signal is zero
+    return _projections_learn(learning_rate) if learn_p else None
+
+
+def _projections_learn(learning_rate: float) -> optax.GradientTransformation:
+    def step(signal: Any) -> Any:
+        return replace(jax.tree.map(jnp.zeros_like, signal), p=-learning_rate * signal.p)
+
+    return optax.stateless(lambda signals, _: jax.tree.map(step, signals, is_leaf=is_feedback))
