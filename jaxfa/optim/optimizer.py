@@ -8,6 +8,7 @@ import optax
 
 from jaxfa.base import Rule, is_feedback
 from jaxfa.optim.trees import join, nodes_of, split, unboxed
+from jaxfa.optim.unattached import for_unattached
 
 # What keeps a copy of the parameters, or searches along its own step, would undo or overlook a step made after it.
 _NOT_INSIDE = (
@@ -85,6 +86,7 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
         both = _apart(tx, transform)
     else:
         both = transform(tx)
+    both = for_unattached(with_extra(tx), both)
 
     def init(tree: Any) -> OptimizerState:
         tree = unboxed(tree)
@@ -156,7 +158,7 @@ def init_on(tx: optax.GradientTransformation, params: Any) -> Any:
         raise ValueError(
             f"{error}\nThis is what the optimizer said when shown the parameters alone, without feedback. If its masks "
             f"or labels are trees, they need the parameters' own structure, which for a Flax model is that of "
-            f"nnx.as_pure(nnx.state(model, nnx.Param)) after jaxfa.nn.attach; functions of a tree fit any."
+            f"nnx.as_pure(nnx.state(model, nnx.Param)), before or after jaxfa.nn.attach; functions of a tree fit any."
         ) from error
 
 
