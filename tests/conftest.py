@@ -1,7 +1,12 @@
 """What every test runs under: eight CPU devices, no silent broadcasting, double precision where a test asks for it."""
 
+import fnmatch
+import pathlib
+
 import jax
 import pytest
+
+from tests.quick import ROWS
 
 jax.config.update("jax_num_cpu_devices", 8)  # no XLA flag: a jaxlib that does not know one ends the process, in silence
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -17,6 +22,21 @@ def pytest_configure(config):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks what is not in the gate as long; a name or a row that no test has any more is an error."""
+    unseen = {(name, row) for name, rows in ROWS.items() for row in rows}
+    for item in items:
+        if item.originalname in ROWS:
+            found = [row for row in ROWS[item.originalname] if fnmatch.fnmatchcase(item.callspec.id, row)]
+            unseen -= {(item.originalname, row) for row in found}
+            if not found:
+                item.add_marker(pytest.mark.long)
+    here = pathlib.Path(__file__).parent
+    if unseen and {item.path for item in items} >= set(here.rglob("test_*.py")):
+        raise pytest.UsageError(f"No test has the rows of tests/quick.py {sorted(unseen)}.")
+
+
 @pytest.fixture
 def x64():
     """Double precision: what is claimed to be exact is tested as exact."""
@@ -28,4 +48,6 @@ def x64():
 def _compiled_programs_are_dropped():
     """Each holds some memory maps, of which Linux gives a process 65530: one process cannot keep all of the suite's."""
     yield
-    jax.clear_caches()
+    maps = pathlib.Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 5000:  # some two gigabytes
+        jax.clear_caches()

@@ -19,9 +19,31 @@ import jaxfa
 from jaxfa.base import is_direct, is_feedback
 from tests.methods import METHODS, SIZES, Method, batch, create, forward, loss, signals, train
 
-every_method = pytest.mark.parametrize("method", METHODS, ids=str)
 KEYS = jax.random.split(jax.random.PRNGKey(7), 3)
 STRONG = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.1), optax.trace(0.5))
+
+
+# One row of each kind of feedback; what takes long to compile all others meet in `make test-all`.
+KINDS = "backprop", "fa", "brsf", "kolen_pollack", "dfa", "ldfa", "grape", "ssa"
+
+
+def law(words, quick=None):
+    """A clause of the contract: a test of every method, whose failure names method and law; ``quick`` ones first."""
+
+    def clause(test):
+        @functools.wraps(test)
+        def run(method, **fixtures):
+            try:
+                test(method, **fixtures)
+            except AssertionError as error:
+                raise AssertionError(f"{method}: law {words!r} broken: {error}") from error
+
+        rows = [
+            pytest.param(row, marks=() if quick is None or row.name in quick else pytest.mark.long) for row in METHODS
+        ]
+        return pytest.mark.parametrize("method", rows, ids=str)(run)
+
+    return clause
 
 
 def assert_same_bits(a, b):
@@ -31,11 +53,17 @@ def assert_same_bits(a, b):
         assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
 
 
-@every_method
-def test_jit_is_eager_and_the_forward_pass_is_the_plain_one(method, x64):
+@law("the forward pass is the plain one, bit for bit")
+def test_the_forward_pass_is_the_plain_one(method, x64):
+    params, feedback = create(method.rule, KEYS[0])
+    x, _ = batch()
+    assert_same_bits(*jax.jit(lambda feedback: (forward(params, feedback, x), forward(params, None, x)))(feedback))
+
+
+@law("jit is eager", quick=KINDS)
+def test_jit_is_eager(method, x64):
     params, feedback = create(method.rule, KEYS[0])
     x, y = batch()
-    assert_same_bits(forward(params, feedback, x), forward(params, None, x))
     eager = jax.grad(loss, argnums=(0, 1))(params, feedback, x, y)
     chex.assert_trees_all_close(signals(params, feedback, x, y), eager, atol=1e-14, rtol=1e-12)
 
@@ -69,7 +97,7 @@ class Training:
 training = functools.cache(Training)
 
 
-@every_method
+@law("a run that is saved goes on bit for bit, and one trace serves it")
 def test_a_checkpointed_run_continues_bit_for_bit_and_is_traced_once(method, x64):
     trained = training(method.rule)
     both = create(method.rule, KEYS[0])
@@ -107,15 +135,14 @@ def scanned(step, carry):
     return lax.scan(lambda carry, key: (step(*carry, *batch(), key), None), carry, KEYS)[0]
 
 
-@every_method
+@law("a step keeps structure, shapes and dtypes")
 def test_a_step_keeps_the_structure_shapes_and_dtypes_that_a_scan_asks_for(method, x64):
     trained, both = training(method.rule), create(method.rule, KEYS[0])
     carry = both, trained.init(both)
     chex.assert_trees_all_equal_shapes_and_dtypes(carry, jax.eval_shape(partial(scanned, trained.step), carry))
 
 
-@pytest.mark.long
-@every_method
+@law("a scan over steps is a loop", quick=())
 def test_scan_over_steps_is_a_loop(method, x64):
     trained, both = training(method.rule), create(method.rule, KEYS[0])
     carry = both, trained.init(both)
@@ -123,7 +150,7 @@ def test_scan_over_steps_is_a_loop(method, x64):
     chex.assert_trees_all_close(found, trained.run(*carry, KEYS), atol=1e-12, rtol=1e-9)
 
 
-@every_method
+@law("every weight learns, and feedback does if and only if it should")
 def test_after_100_strong_steps_every_weight_has_moved_and_fixed_feedback_has_not(method, x64):
     trained = training(method.rule)
     both = create(method.rule, KEYS[0])
@@ -140,7 +167,7 @@ def test_after_100_strong_steps_every_weight_has_moved_and_fixed_feedback_has_no
     assert loss(params, None, *batch()) < 0.8 * loss(both[0], None, *batch())
 
 
-@every_method
+@law("vmap over seeds is a loop")
 def test_vmap_over_seeds_is_a_loop(method, x64):
     x, y = batch()
 
@@ -151,7 +178,7 @@ def test_vmap_over_seeds_is_a_loop(method, x64):
     chex.assert_trees_all_close(stacked, stack(loop), atol=1e-14, rtol=1e-12)
 
 
-@every_method
+@law("examples' gradients average to their batch's")
 def test_gradients_of_examples_average_to_the_gradient_of_their_batch(method, x64):
     params, feedback = create(method.rule, KEYS[0])
     x, y = batch()
@@ -164,22 +191,22 @@ def test_gradients_of_examples_average_to_the_gradient_of_their_batch(method, x6
     chex.assert_trees_all_close(mean, signals(params, feedback, x, y), atol=1e-14, rtol=1e-12)
 
 
-@every_method
+@law("no batch learns from another's error")
 def test_what_batches_side_by_side_teach_is_the_sum_of_what_each_teaches(method, x64):
     # The gradient of a vmap: no batch may learn from another's error.
     both = create(method.rule, KEYS[0])
-    x, y = (array.reshape(2, 4, *array.shape[1:]) for array in batch())
+    x, y = batch()
+    x, y = np.stack([x, -2 * x]), np.stack([y, y])
 
     def total(params, feedback):
         return jnp.sum(jax.vmap(lambda x, y: loss(params, feedback, x, y))(x, y))
 
-    each = jax.jit(jax.vmap(signals, in_axes=(None, None, 0, 0)))(*both, x, y)
-    want = jax.tree.map(lambda leaf: leaf.sum(0), each)
+    want = jax.tree.map(np.add, *(signals(*both, *one) for one in zip(x, y, strict=True)))
     chex.assert_trees_all_close(jax.jit(jax.grad(total, (0, 1)))(*both), want, atol=1e-14, rtol=1e-12)
 
 
-@every_method
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long), "float64"])
+@law("gradients and signals keep dtype and shape")
 def test_gradients_and_signals_keep_the_dtype_and_shape_of_what_they_change(method, dtype, x64):
     def run(key):
         params, feedback = create(method.rule, key, dtype=dtype)
@@ -193,10 +220,10 @@ def test_gradients_and_signals_keep_the_dtype_and_shape_of_what_they_change(meth
     chex.assert_trees_all_equal_shapes_and_dtypes(both, changes, after)
 
 
-@every_method
+@law("bfloat16 is near the exact values", quick=("fa", "brsf", "dfa", "ldfa"))
 def test_bfloat16_gradients_are_near_the_exact_ones(method, x64):
     params, feedback = create(method.rule, KEYS[0])
-    x, y = batch(examples=64)
+    x, y = batch()
     exact = signals(params, feedback, x, y)[0]
 
     def narrow(tree):  # all of it, as mixed-precision code does: a counter or a key kept as one float would break
@@ -207,7 +234,7 @@ def test_bfloat16_gradients_are_near_the_exact_ones(method, x64):
         assert jnp.linalg.norm((a - b).ravel()) <= 0.05 * jnp.linalg.norm(b.ravel())
 
 
-@every_method
+@law("the rule is at work below the last layer and only there")
 def test_the_rule_is_at_work_below_the_last_layer_and_only_there(method, x64):
     params, feedback = create(method.rule, KEYS[0])
     x, y = batch()
@@ -220,7 +247,7 @@ def test_the_rule_is_at_work_below_the_last_layer_and_only_there(method, x64):
             assert apart == 0 if method.exact else apart > 0.01, (layer, name)
 
 
-@every_method
+@law("only backpropagation agrees with finite differences")
 def test_finite_differences_agree_with_backpropagation_alone(method, x64):
     params, feedback = create(method.rule, KEYS[0])
     x, y = batch()
@@ -235,8 +262,8 @@ def test_finite_differences_agree_with_backpropagation_alone(method, x64):
     assert method.exact or abs(claimed - slope) > 1e-3
 
 
-@every_method
-def test_the_family_of_a_rule_is_that_of_its_feedback(method):
+@law("a rule's family is its feedback's")
+def test_the_family_of_a_rule_is_that_of_its_feedback(method, x64):
     _, feedback = create(method.rule, KEYS[0])
     family = jaxfa.DirectFeedback if is_direct(method.rule) else jaxfa.LayerFeedback
     nodes = nodes_of(feedback)
@@ -251,27 +278,31 @@ DIGITS = (64, 16, 16, 10)
 FROZEN = jaxfa.fa(scale=0.0)  # no error comes through: the output layer alone learns
 
 
+LEARN_DIGITS = "fa", "kolen_pollack", "dfa", "ldfa", "grape", "ssa"
+
+
 @functools.cache
 def train_on_digits(rule):
     """Training loss and test accuracy after 400 steps."""
     data = load_digits()
     images, labels = (data.data / 8 - 1).astype(np.float32), data.target.astype(np.int32)
-    rng = np.random.default_rng(0)
-    train_x, train_y, test_x, test_y = images[:1400], labels[:1400], images[1400:], labels[1400:]
+    chosen = np.random.default_rng(0).integers(0, 1400, (400, 64))
     init, step = train(rule, optax.adam(3e-3))
-    both = create(rule, KEYS[0], DIGITS)
 
-    step = jax.jit(step)
-    state = init(both)
-    for key in np.asarray(jax.random.split(KEYS[2], 400)):
-        chosen = rng.integers(0, 1400, 64)
-        both, state = step(both, state, train_x[chosen], train_y[chosen], key)
-    params = both[0]
-    accuracy = np.mean(np.argmax(forward(params, None, test_x), -1) == test_y)
-    return float(loss(params, None, train_x, train_y)), float(accuracy)
+    @jax.jit
+    def run(both):
+        def one(carry, given):
+            return step(*carry, *given), None
+
+        given = images[chosen], labels[chosen], jax.random.split(KEYS[2], 400)
+        ((params, _), _), _ = lax.scan(one, (both, init(both)), given)
+        right = jnp.argmax(forward(params, None, images[1400:]), -1) == labels[1400:]
+        return loss(params, None, images[:1400], labels[:1400]), right.mean()
+
+    return jax.tree.map(float, run(create(rule, KEYS[0], DIGITS)))
 
 
-@every_method
+@law("it learns digits, hidden layers and all", quick=LEARN_DIGITS)
 def test_every_rule_learns_digits_and_its_hidden_layers_have_a_part_in_it(method):
     frozen_loss, frozen_accuracy = train_on_digits(FROZEN)
     final_loss, accuracy = train_on_digits(method.rule)

@@ -60,20 +60,41 @@ def test_wrappers_outside_hold_the_pair(rule, wrapper):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), after, both)
 
 
+@pytest.mark.parametrize("made", ["before", "after"])
 @pytest.mark.parametrize("rule", ["backprop", "kolen_pollack", "ssa"])
-def test_a_mask_tree_of_the_parameters_is_what_plain_flax_takes(rule):
-    aligned = attach(MLP(nnx.Rngs(0)), RULES[rule], X)
-    mask = jax.tree.map(lambda leaf: leaf.ndim > 1, nnx.as_pure(nnx.state(aligned, nnx.Param)))
-    tx = optax.adamw(0.1, mask=mask)
-    plain, twin = jaxfa.nn.plain(aligned), attach(MLP(nnx.Rngs(0)), RULES[rule], X)
-    del plain
-    train(aligned, nnx.Optimizer(aligned, jaxfa.optimizer(tx, RULES[rule]), wrt=TRAINED), TRAINED)
+def test_a_mask_tree_of_the_parameters_made_before_or_after_attaching_is_what_plain_flax_takes(rule, made):
+    aligned, twin = (attach(MLP(nnx.Rngs(0)), RULES[rule], X) for _ in range(2))
+
+    def masks(tree):  # one entry for a weight that is factors, if the tree is of the model before
+        return jax.tree_util.tree_map_with_path(lambda path, _: "bias" not in jax.tree_util.keystr(path), tree)
+
+    def optimizer(model, mask):
+        tx = jaxfa.optimizer(optax.adamw(0.1, mask=mask), RULES[rule])
+        return nnx.Optimizer(model, tx, wrt=TRAINED)
+
+    of = MLP(nnx.Rngs(0)) if made == "before" else aligned
+    train(aligned, optimizer(aligned, masks(nnx.as_pure(nnx.state(of, nnx.Param)))), TRAINED)
     if rule == "backprop":
-        train(twin, nnx.Optimizer(twin, tx, wrt=nnx.Param), nnx.Param)
+        train(twin, nnx.Optimizer(twin, optax.adamw(0.1, mask=masks), wrt=nnx.Param), nnx.Param)
     else:
-        by_axes = optax.adamw(0.1, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree))
-        train(twin, nnx.Optimizer(twin, jaxfa.optimizer(by_axes, RULES[rule]), wrt=TRAINED), TRAINED)
+        train(twin, optimizer(twin, masks), TRAINED)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(aligned, nnx.Param), nnx.state(twin, nnx.Param))
+
+
+@pytest.mark.parametrize("rule", ["fa", "kolen_pollack", "dkp", "ssa"])
+def test_labels_of_the_model_before_attaching_are_those_of_the_model_after(rule):
+    aligned, twin = (attach(MLP(nnx.Rngs(0)), RULES[rule], X) for _ in range(2))
+
+    def labels(tree):
+        return jax.tree_util.tree_map_with_path(lambda path, _: "fc2" in jax.tree_util.keystr(path), tree)
+
+    def partition(labels):
+        return optax.partition({True: optax.set_to_zero(), False: optax.adam(0.01)}, labels)
+
+    for model, given in ((aligned, labels(nnx.as_pure(nnx.state(MLP(nnx.Rngs(0)), nnx.Param)))), (twin, labels)):
+        optimizer = nnx.Optimizer(model, jaxfa.optimizer(partition(given), RULES[rule]), wrt=TRAINED)
+        train(model, optimizer, TRAINED, steps=2)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(aligned, TRAINED), nnx.state(twin, TRAINED))
 
 
 def test_in_a_flax_layer_labels_by_name_keep_kolen_pollacks_law():
@@ -98,18 +119,24 @@ def test_in_a_flax_layer_labels_by_name_keep_kolen_pollacks_law():
 
 @pytest.mark.parametrize("rule", ["fa", "kolen_pollack"])
 def test_a_mask_tree_that_does_not_fit_is_refused_in_words(rule):
-    model = MLP(nnx.Rngs(0))
-    mask = jax.tree.map(lambda leaf: leaf.ndim > 1, nnx.as_pure(nnx.state(model, nnx.Param)))
+    mask = jax.tree.map(lambda leaf: leaf.ndim > 1, nnx.as_pure(nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))))
     tx = jaxfa.optimizer(optax.adamw(0.1, mask=mask), RULES[rule])
-    with pytest.raises(ValueError, match=r"nnx\.state\(model, nnx\.Param\)\) after jaxfa\.nn\.attach"):
-        nnx.Optimizer(attach(model, RULES[rule], X), tx, wrt=TRAINED)
+    with pytest.raises(ValueError, match=r"nnx\.state\(model, nnx\.Param\)\), before or after jaxfa\.nn\.attach"):
+        nnx.Optimizer(attach(MLP(nnx.Rngs(0)), RULES[rule], X), tx, wrt=TRAINED)
 
 
 SEARCH = optax.scale_by_backtracking_linesearch(6)
+UNATTACHED = jax.tree.map(lambda leaf: leaf.ndim > 0, nnx.as_pure(nnx.state(MLP(nnx.Rngs(0)), nnx.Param)))
 
 
 @pytest.mark.parametrize(
-    "tx", [optax.chain(optax.sgd(4.0), SEARCH), optax.lbfgs(linesearch=SEARCH)], ids=["sgd", "lbfgs"]
+    "tx",
+    [
+        optax.chain(optax.sgd(4.0), SEARCH),
+        optax.lbfgs(linesearch=SEARCH),
+        optax.chain(optax.masked(optax.sgd(4.0), UNATTACHED), SEARCH),
+    ],
+    ids=["sgd", "lbfgs", "mask of the model before"],
 )
 @pytest.mark.parametrize("rule", ["backprop", "fa"])
 def test_a_line_search_searches_along_the_parameters(rule, tx):

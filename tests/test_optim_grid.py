@@ -293,10 +293,12 @@ FAMILIES = {
 
 
 def cells():
-    """Long are those that differ from others in what takes no part, and the factors', which take long to compile."""
+    """Long are those that differ from others in what takes no part, and those that take long to compile."""
     for wrapper, family, inside in itertools.product(WRAPPERS, FAMILIES, (True, False)):
         again = not inside and (family == "alike" or "by tree" in wrapper)
-        long = again or (family == "factors" and wrapper != "partition by name")
+        slow = wrapper in ("muon", "lbfgs", "chain with clip, masked, injected rate")
+        long = again or (slow and (family == "alike" or (wrapper != "muon" and not inside)))
+        long = long or (family == "factors" and wrapper != "partition by name")
         marks = pytest.mark.long if long else ()
         yield pytest.param(
             wrapper, family, inside, marks=marks, id=f"{wrapper}-{family}-{'inside' if inside else 'outside'}"

@@ -213,6 +213,7 @@ def test_one_shared_matrix_serves_smaller_layers_and_refuses_larger():
 
 def test_dkp_hidden_layers_stand_still_at_first_and_start_in_the_output_weights_direction(x64):
     init, step = train(jaxfa.dkp(learning_rate=1e-2), optax.sgd(0.1))
+    step = jax.jit(step)
     both = first = create(jaxfa.dkp(learning_rate=1e-2), KEY)
     x, y = batch()
     output_gradient = signals(*first, x, y)[0][-1]["w"]
@@ -315,7 +316,7 @@ def test_brsf_quantile_gives_other_distributions():
 def test_brsf_steps_touch_the_counter_alone():
     init, step = train(jaxfa.brsf(), optax.sgd(0.1))
     both = create(jaxfa.brsf(), KEY)
-    after, _ = step(both, init(both), *batch(), KEY)
+    after, _ = jax.jit(step)(both, init(both), *batch(), KEY)
     for a, b in zip(after[1][1:], both[1][1:], strict=True):
         assert (a.seed, a.step, a.bound) == (b.seed, b.step + 1, b.bound)
     seeds = {int(f.seed) for f in both[1][1:]}
@@ -347,12 +348,13 @@ def test_brsf_counts_and_draws_alike_whatever_its_floats_are_cast_to(dtype):
 def test_refine_leaves_rules_without_a_phase_of_their_own_alone():
     own = ("weight_mirror", "normative_ldfa", "grape", "fdfa")
 
-    def phase(rule, params, feedback):
-        refined = refine.__wrapped__(rule, params, feedback, batch()[0], KEY)
+    def phase(rule, x):
+        params, feedback = create(rule, KEY)
+        refined = refine.__wrapped__(rule, params, feedback, x, KEY)
         changed.append(refined is not feedback)
         return refined
 
     for method in METHODS:
         changed = []
-        jax.eval_shape(partial(phase, method.rule), *create(method.rule, KEY))
+        jax.eval_shape(partial(phase, method.rule), batch()[0])
         assert changed == [method.name in own]

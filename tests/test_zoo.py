@@ -9,14 +9,6 @@ from tests.zoo.cell import COLUMNS, study, unstacked
 
 FIRST = ("fa", "dfa(at=)")
 REST = tuple(name for name in COLUMNS if name != "fa")
-ALWAYS = ("MLP, batch norm, dropout", "RNN, lax.scan over a closure", "VAE, own KL variable")
-# One of each kind of call, copy and contraction; `make test-all` has all.
-QUICK = (
-    *ALWAYS, "GPT that returns its cache", "Llama, own products, RoPE", "mixture of experts, gathered", "LoRA",
-    "ResNet, keyword-only train", "spiking, lax.scan", "diffusion step", "discriminator with spectral norm",
-    "actor-critic", "autoencoder without __call__", "jax.checkpoint of split state", "nnx.clone",
-    "stack by nnx.scan of nnx.remat", "frames, jax.vmap",
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -28,16 +20,12 @@ def _as_people_run_them(x64):
         jax.config.update("jax_traceback_filtering", "auto")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in MODELS]
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_learns_by_the_first_rules(name):
     check(name, FIRST)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.long) for name in MODELS]
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_learns_by_the_other_rules(name):
     check(name, REST)
 

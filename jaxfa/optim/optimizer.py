@@ -10,6 +10,7 @@ from jaxfa.base import Alike, Rule, is_feedback
 from jaxfa.optim.alike import alike
 from jaxfa.optim.steps import OptimizerState, init_on, refuse_accumulation, stepped, with_extra
 from jaxfa.optim.trees import join, nodes_of, split, unboxed
+from jaxfa.optim.unattached import for_unattached
 
 
 def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTransformationExtraArgs:
@@ -50,7 +51,7 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"jaxfa.optimizer(tx, rule) expects a jaxfa.Rule such as jaxfa.fa(), got {rule!r}.")
-    both = of_pair(tx, rule)
+    both = for_unattached(with_extra(tx), of_pair(tx, rule))
 
     def init(tree: Any) -> OptimizerState:
         tree = unboxed(tree)

@@ -51,7 +51,7 @@ def init_on(tx: optax.GradientTransformation, params: Any) -> Any:
         raise ValueError(
             f"{error}\nThis is what the optimizer said when shown the parameters alone, without feedback. If its masks "
             f"or labels are trees, they need the parameters' own structure, which for a Flax model is that of "
-            f"nnx.as_pure(nnx.state(model, nnx.Param)) after jaxfa.nn.attach; functions of a tree fit any."
+            f"nnx.as_pure(nnx.state(model, nnx.Param)), before or after jaxfa.nn.attach; functions of a tree fit any."
         ) from error
 
 

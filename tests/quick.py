@@ -1,0 +1,95 @@
+"""What the gate runs of tests with many rows: one of each kind. Their other rows, and new ones, run in `make test-all`.
+
+A row is a pattern of ids; no rows at all leave the whole test to `make test-all`.
+"""
+
+KINDS = ("backprop", "fa", "brsf", "kolen_pollack", "dfa_shared", "dkp", "drtp", "ldfa*", "grape", "ssa")
+LAYERS = (
+    "linear", "general, batch axis", "einsum, batch axis moved", "conv 2-D", "conv, grouped", "conv transpose, strided",
+)  # fmt: skip
+OWN_BY_MATRICES = (
+    "matmul", "weights on the left", "einsum of heads", "gate", "conv, in groups", "experts, mapped", "remat", "cond",
+    "scan in a scan",
+)  # fmt: skip
+OWN = (*OWN_BY_MATRICES, "masked by a choice", "experts by index", "one of a stack")
+
+ROWS = {
+    # models
+    "test_a_model_learns_by_the_first_rules": (
+        "MLP, batch norm, dropout", "RNN, lax.scan over a closure", "VAE, own KL variable",
+        "mixture of experts, gathered", "LoRA", "spiking, lax.scan", "autoencoder without __call__",
+        "stack by nnx.scan of nnx.remat", "frames, jax.vmap", "actor-critic",
+    ),
+    "test_a_model_learns_by_the_other_rules": ("MLP, batch norm, dropout",),
+    "test_every_model_trains_by_every_kind_of_rule_through_nnx": (
+        "kolen_pollack-transformer", "kolen_pollack-mlp", "brsf-scanned, rematerialised", "brsf-residual",
+        "dkp-recurrent", "dkp-scanned", "ldfa-conv*", "ldfa-recurrent",
+    ),
+    "test_the_arrays_of_the_state_are_the_whole_of_it": (*KINDS, "dldfa", "ssa_transported", "brsf, scanned", "tiles"),
+    "test_wrappers_outside_hold_the_pair": (
+        "backprop-apply*", "fa-MultiSteps", "kolen_pollack-MultiSteps", "kolen_pollack-inject*", "dkp-apply*",
+        "ldfa-inject*", "dldfa-MultiSteps", "ssa-MultiSteps",
+    ),
+    "test_refine_changes_every_feedback_and_nothing_else": ("grape-mlp", "grape-scanned", "fdfa-conv*", "fdfa-rec*"),
+    "test_training_and_pruning_with_an_nnx_optimizer": ("sequential",),
+    "test_at_full_rank_the_model_is_the_dense_one_and_so_is_what_comes_back": ("mlp-par*", "convolutions-seq*"),
+    # layers
+    "test_forward_is_bit_identical_and_w_as_feedback_is_backprop": (
+        *LAYERS, "linear, bfloat16", "general, own class", "einsum, ellipsis", "conv, dilated, valid",
+        "conv, extra batch axis", "conv transpose, transposed kernel",
+    ),
+    "test_a_thin_feedback_sends_back_what_its_product_does": (*LAYERS, "one output", "scan over a stack"),
+    "test_low_rank_feedback_follows_the_weights_of_every_layer": LAYERS,
+    "test_low_rank_feedback_follows_the_weights": OWN_BY_MATRICES,
+    "test_kolen_pollack_brings_weights_and_feedback_together": OWN,
+    # stacks
+    "test_every_schedule_learns_what_the_stored_gradient_is": ("stages", "transformer", "shared matrix", "dldfa"),
+    "test_state_in_any_type_of_variable": ("stream",),
+    "test_every_schedule_learns_as_the_loop_does": ("dfa_shared", "dkp", "dldfa"),
+    "test_any_block_in_a_loop_or_in_straight_code": ("attention-False",),
+    "test_only_the_stream_keeps_no_activations": ("dense-*",),
+    "test_the_fused_update_keeps_no_activations": ("dense",),
+    "test_the_fused_update_is_the_unfused_one": ("adam", "decay and schedule"),
+    "test_half_precision": ("stream",),
+    "test_every_rule_learns_what_it_learns_on_one_device": ("dfa_shared", "dkp"),
+    "test_on_every_mesh_batch_statistics_are_those_of_the_whole_batch": ("4-2", "1-8"),
+    "test_in_single_precision_the_update_is_the_same_to_rounding": ("stream",),
+    "test_convolutions_in_straight_code": ("stream",),
+    "test_refine_estimates_the_same_jacobian": ("grape",),
+    # rules
+    "test_layer_wise_rules_are_their_closed_form": ("tanh-*", "relu-kolen_pollack"),
+    "test_direct_rules_are_their_closed_form": ("tanh-*", "relu-dfa"),
+    "test_rules_are_the_gradient_of_a_surrogate": ("fa", "kolen_pollack", "dfa", "dkp"),
+    "test_direct_feedback_of_every_shape": ("dense", "image", "token_heads", "vector_to_sequence"),
+    "test_shard_map_with_its_type_checks_sums_over_the_devices_by_itself": KINDS,
+    "test_shard_map_without_type_checks_averages_local_gradients": KINDS,
+    "test_between_calibrations_it_is_the_rule_and_they_come_on_time": ("kolen_pollack", "ldfa", "grape"),
+    "test_it_is_a_step_of_backpropagation_that_leaves_the_feedback_alone": ("kolen_pollack", "dkp", "ldfa"),
+    "test_an_optimizer_of_its_own_steps_while_the_rules_stands_still": ("kolen_pollack", "dfa", "grape"),
+    "test_kolen_pollacks_difference_falls_at_every_step_whatever_goes_by_names": (
+        "mask*", "labels by name", "global norm", "noise", "lion",
+    ),
+    "test_kolen_pollack_draws_weights_and_feedback_together_at_the_rate_of_the_decay": ("sgd", "adamw"),
+    "test_the_mirror_estimates_the_weights_without_bias": ("dense", "conv_grouped"),
+    "test_the_mirrored_feedback_tends_to_the_weights_if_decay_matches": ("None-*",),
+    "test_the_angle_to_backpropagation_falls_from_ninety_degrees": ("dfa",),
+    "test_it_starts_as_feedback_alignment_through_p": ("dense", "heads", "conv2d_dilated"),
+    "test_an_orthonormal_square_p_with_its_q_is_backpropagation": ("dense", "heads", "conv2d_strided"),
+    "test_layer_wise_it_is_the_papers_equations": ("dense", "tokens", "conv1d_valid"),
+    "test_direct_it_is_the_papers_equations": ("dense", "image", "token_heads"),
+    "test_direct_at_full_rank_it_is_direct_feedback_alignment": ("dense", "tokens", "vector_to_sequence"),
+    "test_a_step_is_the_gradient_of_the_cosines_with_that_estimate": ("dense-0", "conv-1"),
+    "test_on_a_fixed_network_it_finds_the_jacobian": ("dense-rule0", "dense-rule1", "conv-rule2"),
+    "test_a_layers_part_is_of_each_examples_own_jacobian": ("conv",),
+    "test_the_noise_is_measured_without_bias": ("normal",),
+    # factors
+    "test_a_factored_convolution_is_the_dense_one": ("one dim*", "stride 2, odd", "explicit*", "1 x 1", "three dim*"),
+    "test_the_factors_gradients_are_those_of_their_product": ("True-*", "False-shape0"),
+    "test_optimizer_and_feedback_follow_the_surviving_columns": ("True",),
+    "test_adam_finds_the_nearest_orthonormal_columns_if_it_sees_the_projected_gradient": ("polar",),
+    # laws of conservation
+    "test_any_model_starts_aligned": ("conv*", "transformer"),
+    "test_drift_is_half_of_the_squared_steps_for_every_neuron": (
+        "relu", "leaky_relu", "schedule", "tanh", "momentum", "weight_decay",
+    ),
+}  # fmt: skip
