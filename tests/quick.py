@@ -43,7 +43,7 @@ ROWS = {
     "test_low_rank_feedback_follows_the_weights": OWN_BY_MATRICES,
     "test_kolen_pollack_brings_weights_and_feedback_together": OWN,
     # stacks
-    "test_every_schedule_learns_what_the_stored_gradient_is": ("stages", "transformer", "shared matrix", "dldfa"),
+    "test_every_schedule_learns_what_the_stored_gradient_is": ("stages", "transformer", "dldfa"),
     "test_state_in_any_type_of_variable": ("stream",),
     "test_every_schedule_learns_as_the_loop_does": ("dfa_shared", "dkp", "dldfa"),
     "test_any_block_in_a_loop_or_in_straight_code": ("attention-False",),

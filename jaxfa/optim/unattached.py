@@ -24,7 +24,7 @@ def for_unattached(tx: Any, both: optax.GradientTransformationExtraArgs) -> opta
     def update(updates: Any, state: Any, pair: Any, **extra: Any) -> Any:
         if not _fits_below(tx, updates[0]):
             return both.update(updates, state, pair, **extra)
-        structure = jax.tree.structure(updates[0])
+        structure: Any = jax.tree.structure(updates[0])
         alike = {name: arg for name, arg in extra.items() if jax.tree.structure(arg) == structure}
         extra |= {name: _entry(arg) for name, arg in alike.items()}
         return both.update(_below(updates), state, _below(pair), **extra)
