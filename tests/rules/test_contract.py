@@ -279,7 +279,7 @@ DIGITS = (64, 16, 16, 10)
 FROZEN = jaxfa.fa(scale=0.0)  # no error comes through: the output layer alone learns
 
 
-LEARN_DIGITS = "fa", "kolen_pollack", "dfa", "ldfa", "grape", "ssa"
+LEARN_DIGITS = "fa", "dfa", "ldfa"
 
 
 @functools.cache
