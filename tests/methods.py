@@ -1,6 +1,6 @@
 """The one table of methods, and a small network that takes any of them.
 
-A new method is a new row: ``tests/test_contract.py`` runs every row through every clause of the contract.
+A new method is a new row: ``tests/rules/test_contract.py`` runs every row through every clause of the contract.
 """
 
 import functools

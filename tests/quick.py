@@ -17,7 +17,7 @@ ROWS = {
     # models
     "test_a_model_learns_by_the_first_rules": (
         "MLP, batch norm, dropout", "RNN, lax.scan over a closure", "VAE, own KL variable",
-        "mixture of experts, gathered", "LoRA", "spiking, lax.scan", "autoencoder without __call__",
+        "mixture of experts, gathered", "LoRA", "autoencoder without __call__",
         "stack by nnx.scan of nnx.remat", "frames, jax.vmap", "actor-critic",
     ),
     "test_a_model_learns_by_the_other_rules": ("MLP, batch norm, dropout",),
@@ -32,7 +32,10 @@ ROWS = {
     ),
     "test_refine_changes_every_feedback_and_nothing_else": ("grape-mlp", "grape-scanned", "fdfa-conv*", "fdfa-rec*"),
     "test_training_and_pruning_with_an_nnx_optimizer": ("sequential",),
-    "test_at_full_rank_the_model_is_the_dense_one_and_so_is_what_comes_back": ("mlp-par*", "convolutions-seq*"),
+    "test_at_full_rank_the_model_is_the_dense_one_and_so_is_what_comes_back": ("convolutions-seq*",),
+    "test_layers_factored_before_obey_at_and_refuse_a_rank": ("parallel",),
+    "test_attention_and_einsums_are_factored_and_come_back": (),
+    "test_residual_networks_take_errors_by_the_shortcut_if_allowed": (),
     # layers
     "test_forward_is_bit_identical_and_w_as_feedback_is_backprop": (
         *LAYERS, "linear, bfloat16", "general, own class", "einsum, ellipsis", "conv, dilated, valid",
@@ -43,13 +46,19 @@ ROWS = {
     "test_low_rank_feedback_follows_the_weights": OWN_BY_MATRICES,
     "test_kolen_pollack_brings_weights_and_feedback_together": OWN,
     # stacks
-    "test_every_schedule_learns_what_the_stored_gradient_is": ("stages", "transformer", "shared matrix", "dldfa"),
+    "test_every_schedule_learns_what_the_stored_gradient_is": ("stages", "dldfa"),
     "test_state_in_any_type_of_variable": ("stream",),
-    "test_every_schedule_learns_as_the_loop_does": ("dfa_shared", "dkp", "dldfa"),
+    "test_memory_does_not_grow_with_depth": ("vgg-stream",),
+    "test_training_takes_the_same_steps": (),
+    "test_batches_side_by_side_learn_from_their_own_errors": ("stream",),
+    "test_keys_in_the_parameters_and_seeds_side_by_side": ("stream",),
+    "test_a_sharded_batch": ("stream",),
+    "test_what_a_block_closes_over_is_constant": ("stream",),
+    "test_every_schedule_learns_as_the_loop_does": ("dkp", "dldfa"),
     "test_any_block_in_a_loop_or_in_straight_code": ("attention-False",),
     "test_only_the_stream_keeps_no_activations": ("dense-*",),
     "test_the_fused_update_keeps_no_activations": ("dense",),
-    "test_the_fused_update_is_the_unfused_one": ("adam", "decay and schedule"),
+    "test_the_fused_update_is_the_unfused_one": ("adam",),
     "test_half_precision": ("stream",),
     "test_every_rule_learns_what_it_learns_on_one_device": ("dfa_shared", "dkp"),
     "test_on_every_mesh_batch_statistics_are_those_of_the_whole_batch": ("4-2", "1-8"),

@@ -21,7 +21,7 @@ step it still does); under direct feedback below the last hidden layer. Arrays d
 
 Robertson, Koyejo, "Layer-Wise Feedback Alignment is Conserved in Deep Neural Networks", 2023,
 https://arxiv.org/abs/2306.01870, for whole layers, ReLU and one output. That it holds for every unit, with biases, for
-convolutions and exactly for finite steps is derived above and tested in ``tests/test_conservation.py``.
+convolutions and exactly for finite steps is derived above and tested in ``tests/measure/test_conservation.py``.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ import pytest
 from experiments.common import data
 from tests.methods import METHODS, create, forward, train
 
-PACK = Path(__file__).parents[2] / "shared" / "data" / "unpack.py"
+PACK = Path(__file__).parents[3] / "shared" / "data" / "unpack.py"
 
 if PACK.exists():
 

@@ -297,7 +297,7 @@ def cells():
     for wrapper, family, inside in itertools.product(WRAPPERS, FAMILIES, (True, False)):
         again = not inside and (family == "alike" or "by tree" in wrapper)
         slow = wrapper in ("muon", "lbfgs", "chain with clip, masked, injected rate")
-        long = again or (slow and (family == "alike" or (wrapper != "muon" and not inside)))
+        long = again or (slow and (family == "alike" or not inside))
         long = long or (family == "factors" and wrapper != "partition by name")
         marks = pytest.mark.long if long else ()
         yield pytest.param(
