@@ -150,6 +150,7 @@ def test_other_inputs_are_refused(gpt, tokens):
         gpt(jnp.asarray(tokens))
 
 
+@pytest.mark.long
 def test_accuracy_and_loss_are_of_tokens(play):
     found = data.first(text.load("shakespeare", play, context=6), 9, 7)
 

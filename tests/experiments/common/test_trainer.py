@@ -77,6 +77,7 @@ def test_an_epoch_of_fewer_steps_draws_a_new_batch_each_time():
     assert np.any(orders[0] != orders[1])
 
 
+@pytest.mark.long
 def test_one_seed_trains_as_it_does_beside_another():
     _, alone = trained(task(jaxfa.grape()), seeds=(1,))
     _, both = trained(task(jaxfa.grape()), seeds=(0, 1))

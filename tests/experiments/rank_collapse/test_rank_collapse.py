@@ -125,6 +125,7 @@ def rank(matrix):
     return float(jaxfa.diagnostics.entropy_rank(jnp.asarray(matrix, jnp.float32)))
 
 
+@pytest.mark.long
 def test_measured_ranks_are_those_of_the_equations(tiny):
     def make(rngs):
         return MLP((8, 8, 3), 3, (16, 12), rngs=rngs)
