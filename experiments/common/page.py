@@ -34,6 +34,7 @@ def write(folder: Path) -> Path:
     study = _study(folder)
     rows = [] if study else rows_of.read(folder)
     described, metric, lost = records.read_json(folder / "sweep.json"), rows_of.metric_of(folder), _lost(folder)
+    slowest = max([1.25, *(row.step["high"] for row in rows if row.step)])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=True
     )
@@ -47,7 +48,8 @@ def write(folder: Path) -> Path:
         groups=rows_of.groups(rows),
         scale=_scale(rows, metric),
         angle_top=max([90.0, *(angle for row in rows for angle in row.layers.values() if not np.isnan(angle))]),
-        ratio_top=max([1.25, *(row.step["high"] for row in rows if row.step)]),
+        ratio_top=slowest,
+        ratio_ticks=(0, 1) if slowest < 2 else (0, int(slowest / 2), int(slowest)),
         levels={row.name: row.last.mean for row in rows},
         figures={axis: _figures(rows, axis, metric) for axis in _axes(rows)},
         courses=_courses(rows, metric) if len(rows) <= _MANY else [],
@@ -80,7 +82,9 @@ def tables(folder: Path) -> Iterator[Printed]:
         step = f"{row.step['ratio']:.2f} x" if row.step else ""
         angle = f"{row.angle}°" if row.angle else ""
         cells.append([row.name, str(row.last), str(row.best), gaps[0], published, gaps[1], angle, step])
-    yield _printed("", [*cells, *([name, "diverged", *[""] * 6] for name in _lost(folder))])
+    filled = [i for i, column in enumerate(zip(*cells, strict=True)) if i < 2 or any(column[1:])]
+    lost = [[name, "diverged", *[""] * (len(filled) - 2)] for name in _lost(folder)]
+    yield _printed("", [*([row[i] for i in filled] for row in cells), *lost])
 
 
 def _printed(title: str, rows: Sequence[Sequence[str]]) -> Printed:
