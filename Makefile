@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test test-all test-oldest lint docs clean
+.PHONY: setup demo results test test-all test-oldest lint docs clean
 
 setup: $(VENV)/ready
 
@@ -15,6 +15,9 @@ $(VENV)/ready: pyproject.toml $(PIP_CONSTRAINT)
 
 demo: setup
 	$(RUN) -m experiments run compare
+
+results: setup
+	$(RUN) -m experiments results
 
 test: setup
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not long"

@@ -10,45 +10,24 @@ Memory is what the compiled program allocates beside its inputs and outputs (``m
 their gradients and the optimizer's state are not in it; where the device counts, its peak is there, too. A step is the
 gradient of all parameters; the fused one also updates them. The stack: ``h + relu(h w + b)``, the block for which
 backpropagation has least to keep. The time is the median of interleaved rounds.
-
-Measured with the preset ``cpu`` on two cores (jax 0.10.2), in 3 min: MiB, and a step's time as a multiple of
-backpropagation's with the quartiles of 9 rounds:
-
-=================================  =====  =====  ======  ==================  =====  =====  ==================
-.                                  4      64     256     time, 64 blocks     RN-8   RN-32  time, ResNet-20
-=================================  =====  =====  ======  ==================  =====  =====  ==================
-backpropagation                    36.1   336.1  1296.1  1                   127.5  461.6  1
-backpropagation, rematerialised    32.1   272.1  1040.1  1.00 (.90-1.10)
-DFA, stored                        32.1   332.1  1292.1  .87 (.71-1.06)      155.5  563.5  .88 (.73-.92)
-DFA, parallel                      52.0   832.0  3328.0  1.93 (1.47-2.21)
-DFA, streamed                      16.3   16.3   16.3    .62 (.54-.71)       74.5   79.0   .76 (.68-.79)
-DFA, streamed, updated at once     16.3   16.3   16.3    .58 (.54-.85)
-=================================  =====  =====  ======  ==================  =====  =====  ==================
-
-So streamed memory is flat, and at 64 blocks 20.6 and 16.7 times less than backpropagation's two forms; a step takes
-less than .75 of backpropagation's time. ``--depths 64 --repeats 1 --timed-repeats 1 --rounds 25`` right after gave .55
-(.49-.62), updated at once .58 (.49-.64), and the whole command once more the same memory, .55 (.44-.84) and .56
-(.43-.65); before each method was warmed up in every round, three runs on busier cores had given .68, .77 and .78. The
-ResNet's memory grows by its parameters' copies. All blocks in parallel are slow on two cores, which cannot use it, and
-their errors side by side take memory. The preset ``paper`` has not been run, nor anything on a GPU, and so no peak.
 """
 
 import dataclasses
-import statistics
 import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
 
 from experiments.benchmarks import memory_figure, memory_steps
-from experiments.common import records
+from experiments.common import records, timing
+from experiments.common.experiment import Experiment, Histories, Options, Page, Study
 
 Measurement = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Options):
     """The networks, and where the results go."""
 
     depths: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
@@ -71,40 +50,23 @@ class Config:
     """How many rounds of timing there are."""
     seed: int = 0
     """The seed of all that is random."""
-    out: Path = Path("runs/memory")
-    """The folder of the results; a finished measurement is kept."""
-    fresh: bool = False
-    """The results in the folder are deleted first."""
+
+    def __post_init__(self) -> None:
+        for name, one, all_ in (
+            ("timed", self.timed, self.depths),
+            ("timed_repeats", self.timed_repeats, self.repeats),
+        ):
+            if one not in all_:
+                raise ValueError(f"{name} must be one of {all_}, got {one}.")
 
 
-PRESETS = {
-    "cpu": Config(),
-    "paper": Config(
-        depths=(4, 16, 64, 256, 1024), width=1024, repeats=(1, 3, 9, 18), images=1024, out=Path("runs/memory-paper")
-    ),
-}
-
-
-def run(config: Config) -> Path:
-    """Measures what is missing, draws the figure, prints the table.
-
-    Returns:
-      The path of the report.
-
-    Raises:
-      ValueError: if the folder holds another configuration, or what is to be timed is none of the networks.
-    """
-    for name, one, all_ in (
-        ("timed", config.timed, config.depths),
-        ("timed_repeats", config.timed_repeats, config.repeats),
-    ):
-        if one not in all_:
-            raise ValueError(f"{name} must be one of {all_}, got {one}.")
-    records.open_run(config.out, records.identity("memory", config, ("out", "fresh")), fresh=config.fresh)
+def study(config: Config, histories: Histories) -> Study:
+    """Measures what is missing."""
+    del histories
     path = config.out / "memory.json"
     if not path.exists():
         records.write_json(path, {"stack": stack(config), "resnet": resnet(config)})
-    return memory_figure.write(config, records.read_json(path))
+    return memory_figure.study(config, records.read_json(path))
 
 
 def stack(config: Config) -> list[Measurement]:
@@ -137,7 +99,8 @@ def _measure(depth: int, made: memory_steps.Steps, rounds: int) -> list[Measurem
     if rounds:
         for name in sorted(steps, key=lambda name: rows[name]["temporary"]):
             rows[name]["peak"] = _peak(*steps[name])
-        for name, times in _times(steps, rounds).items():
+        runs = {name: partial(_time, *step) for name, step in steps.items()}
+        for name, times in timing.interleaved(runs, rounds, memory_steps.REFERENCE).items():
             rows[name] |= times
     return list(rows.values())
 
@@ -148,18 +111,25 @@ def _peak(step: Any, args: Any) -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _times(steps: dict[str, tuple[Any, Any]], rounds: int) -> dict[str, Measurement]:
-    """Seconds of a step, and the ratio to backpropagation's in the same round with its quartiles."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, (step, args) in steps.items():
-            jax.block_until_ready(step(*args))  # not after another method's 800 MiB: caches and pages are its own
-            started = time.perf_counter()
-            jax.block_until_ready(step(*args))
-            seconds[name].append(time.perf_counter() - started)
-    bases = seconds[memory_steps.REFERENCE]
-    times = {}
-    for name, own in seconds.items():
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(own, bases, strict=True)], n=4)
-        times[name] = {"seconds": statistics.median(own), "ratio": middle, "low": low, "high": high}
-    return times
+def _time(step: Any, args: Any) -> float:
+    """Seconds of a step, after another of its own: not after another method's 800 MiB, with its caches and pages."""
+    jax.block_until_ready(step(*args))
+    started = time.perf_counter()
+    jax.block_until_ready(step(*args))
+    return time.perf_counter() - started
+
+
+EXPERIMENT = Experiment(
+    __name__,
+    __doc__,
+    {
+        "cpu": Config(),
+        "paper": Config(depths=(4, 16, 64, 256, 1024), width=1024, repeats=(1, 3, 9, 18), images=1024),
+    },
+    Page(
+        "Does memory have to grow with depth?",
+        "Direct feedback needs no activations kept. Here it keeps none: memory and time of a training step against "
+        "depth, beside backpropagation with and without rematerialisation.",
+    ),
+    study=study,
+)

@@ -1,52 +1,69 @@
 """The figure and the table of ``memory``."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.benchmarks.memory_steps import FUSED, PARALLEL, REFERENCE, REMATERIALISED, STORED, STREAMED
-from experiments.common import figures
+from experiments.common import plots
+from experiments.common.experiment import Study, Table
 
 if TYPE_CHECKING:
     from experiments.benchmarks.memory import Config
 
 COLORS = {
-    REFERENCE: figures.INK,
-    REMATERIALISED: figures.GREY,
-    STORED: figures.PURPLE,
-    PARALLEL: figures.VERMILLION,
-    STREAMED: figures.BLUE,
-    FUSED: figures.GREEN,
+    REFERENCE: plots.INK,
+    REMATERIALISED: plots.GREY,
+    STORED: plots.PURPLE,
+    PARALLEL: plots.VERMILLION,
+    STREAMED: plots.BLUE,
+    FUSED: plots.GREEN,
 }
 
 
-def write(config: "Config", found: dict[str, list[dict[str, Any]]]) -> Path:
-    """Draws memory against depth and the time of a step, writes the table.
+def study(config: "Config", found: dict[str, list[dict[str, Any]]]) -> Study:
+    """Draws memory against depth and the time of a step, and makes the tables.
 
     Args:
       config: a :class:`experiments.benchmarks.memory.Config`.
       found: the measurements of ``stack`` and ``resnet``.
-
-    Returns:
-      The path of the page.
     """
-    with figures.style():
-        drawn = Figure(figsize=(10.4, 3.9), layout="constrained")
-        stack, resnet, times = drawn.subplots(1, 3, width_ratios=(1.25, 1, 1))
-        _memory(stack, found["stack"], f"blocks of width {config.width}, batch {config.batch}", "blocks")
-        _memory(resnet, found["resnet"], f"ResNet, {config.images} images of {config.pixels} pixels", "layers")
-        _times(times, [one for one in found["stack"] if one["depth"] == config.timed])
-        times.set_title(f"a step of {config.timed} blocks, seconds", color=figures.INK)
-        handles, labels = stack.get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside lower center", ncols=3)
+    timed = {name: [one for one in rows if "ratio" in one] for name, rows in found.items()}
+    drawn = Figure(figsize=(10.4, 4.1), layout="constrained")
+    stack, resnet, times = drawn.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    blocks = f"blocks of width {config.width}, batch {config.batch}"
+    images = f"ResNet, {config.images} images of {config.pixels} pixels"
+    _memory(stack, found["stack"], blocks, "blocks")
+    _memory(resnet, found["resnet"], images, "layers")
+    _times(times, timed["stack"])
+    times.set_title(f"a step of {config.timed} blocks, backpropagation = 1")
+    handles, labels = stack.get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=3)
     caption = (
         "Left and middle: temporary memory of the compiled step, without parameters, gradients and optimizer state. "
-        "Right: the median of interleaved rounds. A step is the gradient of all parameters; where blocks are updated "
-        "at once it is the update, too."
+        "Right: the median of interleaved rounds, with quartiles. A step is the gradient of all parameters; where "
+        "blocks are updated at once it is the update, too."
     )
-    return figures.write(config.out, drawn, title="Memory against depth", caption=caption, table=table(found))
+    tables = [
+        Table(f"MiB, {blocks}", memory_table(found["stack"])),
+        Table(f"MiB, {images}", memory_table(found["resnet"])),
+        Table("Time of a step", [_HEAD, *(row for name, rows in timed.items() for row in time_rows(name, rows))]),
+    ]
+    return Study(drawn, caption, tables, findings(found, timed["stack"]), found)
+
+
+def findings(found: dict[str, list[dict[str, Any]]], timed: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What came of it: pairs of a figure and the sentence that it begins."""
+    deepest = max(one["depth"] for one in found["stack"])
+    at = {one["method"]: _mib(one) for one in found["stack"] if one["depth"] == deepest}
+    least = {_mib(one) for one in found["stack"] if one["method"] == STREAMED}
+    ratio = {one["method"]: one["ratio"] for one in timed}
+    return [
+        (f"{at[REFERENCE] / at[STREAMED]:.0f}x", f"less memory than backpropagation's at {deepest} blocks, streamed."),
+        (f"{max(least) / min(least):.2f}x", "is what streamed memory grows by from the least depth to the largest."),
+        (f"{ratio[STREAMED]:.2f}x", "backpropagation's time of a step, streamed."),
+    ]
 
 
 def _memory(axes: Axes, rows: list[dict[str, Any]], title: str, counted: str) -> None:
@@ -64,36 +81,43 @@ def _memory(axes: Axes, rows: list[dict[str, Any]], title: str, counted: str) ->
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel(counted)
     axes.set_ylabel("MiB")
-    axes.set_title(title, color=figures.INK)
+    axes.set_title(title)
     axes.grid(axis="y")
 
 
 def _times(axes: Axes, rows: list[dict[str, Any]]) -> None:
     for i, one in enumerate(rows):
-        axes.barh(-i, one["seconds"], color=COLORS[one["method"]])
-        axes.annotate(f" {one['seconds']:.2f}, x {one['ratio']:.2f}", (one["seconds"], -i), va="center", fontsize=8)
+        bars = [[max(one["ratio"] - one["low"], 0.0)], [max(one["high"] - one["ratio"], 0.0)]]
+        axes.barh(-i, one["ratio"], 0.45, xerr=bars, color=COLORS[one["method"]], error_kw={"linewidth": 0.8})
+        axes.annotate(f"{one['method']}: {one['ratio']:.2f}", (0, -i + 0.32), fontsize=7.6, va="bottom")
     axes.set_yticks([])
-    axes.set_xlim(0, 1.45 * max(one["seconds"] for one in rows))
+    axes.set_ylim(0.75 - len(rows), 0.9)
+    axes.axvline(1, color=plots.GREY, linewidth=0.9)
 
 
-def table(found: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """MiB by method and depth, and the time of a step at one depth."""
-    rows = []
-    for name, measured in found.items():
-        depths = sorted({one["depth"] for one in measured})
-        rows.append([f"{name}: MiB at depth", *map(str, depths), "step", "quartiles", "device's peak"])
-        for method in COLORS:
-            own = {one["depth"]: one for one in measured if one["method"] == method}
-            if own:
-                cells = [f"{_mib(own[depth]):.1f}" for depth in depths]
-                rows.append([method, *cells, *_timed(next(one for one in own.values() if "seconds" in one))])
+def memory_table(measured: list[dict[str, Any]]) -> list[list[str]]:
+    """MiB by method and depth."""
+    depths = sorted({one["depth"] for one in measured})
+    rows = [["method, depth", *map(str, depths)]]
+    for method in COLORS:
+        own = {one["depth"]: one for one in measured if one["method"] == method}
+        if own:
+            rows.append([method, *(f"{_mib(own[depth]):.1f}" for depth in depths)])
     return rows
 
 
-def _timed(one: dict[str, Any]) -> list[str]:
-    peak = f"{one['peak'] / 2**20:.0f} MiB" if one["peak"] else "not counted here"
-    step = f"{one['depth']}: {one['seconds']:.2f} s, x {one['ratio']:.2f}"
-    return [step, f"{one['low']:.2f}-{one['high']:.2f}", peak]
+_HEAD = ["method, depth", "milliseconds", "backpropagation = 1", "quartiles", "device's peak"]
+
+
+def time_rows(name: str, rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The time of a step of each method, and the device's peak of memory where it counts that."""
+    found = []
+    for one in rows:
+        peak = f"{one['peak'] / 2**20:.0f} MiB" if one["peak"] else "-"
+        quartiles = f"{one['low']:.2f} to {one['high']:.2f}"
+        title = f"{name} {one['depth']}, {one['method']}"
+        found.append([title, f"{one['milliseconds']:.0f}", f"{one['ratio']:.2f}", quartiles, peak])
+    return found
 
 
 def _mib(one: dict[str, Any]) -> float:

@@ -14,35 +14,6 @@ derivatives need kept (``parallel``); and with a second sweep from each stage's 
 Then steps are timed for ``S = 2``: two CPU devices on two cores, against the same method on one core, each process
 bound to its cores and the rounds interleaved. The bound of the speed-up is the critical path's, if nothing but the
 bubbles were lost. ``cores`` is CPU time by wall time: below 1 on one core, others were using it, too.
-
-Counted with the preset ``cpu`` (64 layers of 256 units, 8192 examples, M = 32; jax 0.10.2; compiling takes a minute or
-three); MB sent in a step by all devices, MiB of temporaries per device, part of the time in which a stage waits:
-
-===============================  ================  ================  ================  ================
-.                                S = 2             S = 8             S = 32            S = 64
-===============================  ================  ================  ================  ================
-backpropagation                  17, 366, .03      143, 126, .18     1025, 72, .49     3139, 70, .66
-backpropagation, rematerialised  17, 44, .03       143, 32, .18      1025, 48, .49     3139, 64, .66
-direct, parallel                 13, 363, .02      81, 117, .10      531, 55, .33      1599, 26, .50
-direct, stream                   13, 40, .01       81, 34, .07       531, 33, .24      1599, 32, .40
-===============================  ================  ================  ================  ================
-
-The model's bytes are the programs' to the last one, its memory within 15 % (the leading terms alone). What is left of
-the bubble is the forward pass's; backpropagation's is as large forward and backward. Bytes are .51 to .77 of
-backpropagation's: at S = 2 dealing out the head's inputs weighs most. The bubbles, too, send messages, of which the
-counts hold all. Autodiff of a scan keeps what its bubbles compute, so that GPipe's memory grows with S; a schedule of
-its own would not have to. The preset ``paper`` has not been run, nor anything on more than one machine.
-
-A step on two cores that nothing else used (``S = 2``, 8 layers of 512 units, 4096 examples, M = 8), median and
-quartiles of the rounds' speed-up over one core, and its bound:
-
-=================  ==========  ==========  ================  =====
-.                  one core    two cores   speed-up          bound
-=================  ==========  ==========  ================  =====
-backpropagation    459 ms      325 ms      1.38 (1.31-1.44)  1.78
-direct, parallel   415 ms      244 ms      1.79 (1.40-2.01)  1.88
-direct, stream     404 ms      231 ms      1.67 (1.56-1.83)  1.92
-=================  ==========  ==========  ================  =====
 """
 
 import contextlib
@@ -57,12 +28,13 @@ from experiments.benchmarks import pipeline_report, pipeline_worker
 from experiments.benchmarks.pipeline_model import METHODS, cost
 from experiments.benchmarks.pipeline_steps import Network
 from experiments.common import records
+from experiments.common.experiment import Experiment, Histories, Options, Page, Study
 
 ARMS = ("backpropagation", "direct, parallel", "direct, stream")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Options):
     """The stack, the pipelines that are counted, and the one that is timed."""
 
     layers: int = 64
@@ -89,10 +61,6 @@ class Config:
     """How many steps a round of timing has."""
     rounds: int = 15
     """How many rounds of timing there are; 0 leaves timing out."""
-    out: Path = Path("runs/pipeline")
-    """The folder of the results."""
-    fresh: bool = False
-    """The results in the folder are deleted first."""
 
     def __post_init__(self) -> None:
         records.refuse_below_one(self, "layers", "width", "outputs", "examples", "timed_layers", "steps")
@@ -105,37 +73,12 @@ class Config:
         return () if self.rounds else (*timed, "steps")
 
 
-PRESETS = {
-    "cpu": Config(),
-    "paper": Config(
-        layers=128,
-        width=1024,
-        examples=65536,
-        stages=(2, 4, 8, 16, 32, 64, 128),
-        microbatches=(128, 8, 16, 32, 64, 256, 512),
-        timed_layers=16,
-        timed_width=1024,
-        timed_examples=16384,
-        timed_microbatches=16,
-        rounds=45,
-        out=Path("runs/pipeline-paper"),
-    ),
-}
-
-
-def run(config: Config) -> Path:
-    """Counts and times; keeps what an earlier run of the same configuration found.
-
-    Args:
-      config: a :class:`Config`.
-
-    Returns:
-      The path of the report.
-    """
-    records.open_run(config.out, records.identity("pipeline", config, ("out", "fresh")), fresh=config.fresh)
+def study(config: Config, histories: Histories) -> Study:
+    """Counts and times; keeps what an earlier run of the same configuration found."""
+    del histories
     counts = _kept(config.out / "counts.json", lambda: _count(config))
     times = _kept(config.out / "times.json", lambda: _time(config)) if config.rounds else {}
-    return pipeline_report.write(config, counts, times)
+    return pipeline_report.study(config, counts, times)
 
 
 def _kept(path: Path, make: Any) -> Any:
@@ -191,3 +134,30 @@ def _summary(arm: str, rounds: list[Any], microbatches: int, network: Network) -
         "fastest": min(seconds[1]) / min(seconds[2]),
         "bound": cost(METHODS[arm], 2, microbatches, network).speedup,
     }
+
+
+EXPERIMENT = Experiment(
+    __name__,
+    __doc__,
+    {
+        "cpu": Config(),
+        "paper": Config(
+            layers=128,
+            width=1024,
+            examples=65536,
+            stages=(2, 4, 8, 16, 32, 64, 128),
+            microbatches=(128, 8, 16, 32, 64, 256, 512),
+            timed_layers=16,
+            timed_width=1024,
+            timed_examples=16384,
+            timed_microbatches=16,
+            rounds=45,
+        ),
+    },
+    Page(
+        "What do layers on several devices cost?",
+        "Pipelines that broadcast the error to all stages at once, beside GPipe's, which sends it back from stage to "
+        "stage: bytes sent, memory, bubbles, and the speed-up of two cores over one.",
+    ),
+    study=study,
+)

@@ -19,8 +19,13 @@ MethodName = Literal[
     "dkp",
     "drtp",
     "ldfa",
+    "normative_ldfa",
     "dldfa",
     "grape",
+    "fdfa",
+    "ssa",
+    "ssa_sequential",
+    "ssa_transported",
 ]
 
 
@@ -46,6 +51,7 @@ class Method(NamedTuple):
 
 
 EXACT, LAYERWISE, DIRECT = "Exact", "Layer by layer", "Straight from the output"
+FACTORED, TRANSPORTED = "factors pulled to fixed random ones", "factors that follow the weights' own"
 METHODS: dict[MethodName, Method] = {
     "bp": Method("Backpropagation", EXACT, "the weights, transposed", jaxfa.backprop),
     "fa": Method("Feedback alignment", LAYERWISE, "fixed random weights", jaxfa.fa),
@@ -54,12 +60,21 @@ METHODS: dict[MethodName, Method] = {
     "frsf": Method("frSF", LAYERWISE, "signs, fixed random sizes", jaxfa.frsf),
     "kolen_pollack": Method("Kolen-Pollack", LAYERWISE, "learned: same steps, same decay", jaxfa.kolen_pollack),
     "weight_mirror": Method("Weight mirror", LAYERWISE, "learned from noise", jaxfa.weight_mirror),
-    "ldfa": Method("LDFA, rank 16", LAYERWISE, "learned, 16 numbers wide", partial(jaxfa.ldfa, 16)),
+    "ldfa": Method("LDFA, rank 8", LAYERWISE, "learned, 8 numbers wide", partial(jaxfa.ldfa, 8)),
+    "normative_ldfa": Method(
+        "LDFA, fitted, rank 8", LAYERWISE, "the weights, 8 numbers wide", partial(jaxfa.normative_ldfa, 8)
+    ),
+    "ssa_sequential": Method("SSA, sequential", LAYERWISE, FACTORED, partial(jaxfa.ssa, parallel=False)),
+    "ssa_transported": Method(
+        "SSA, transported", LAYERWISE, TRANSPORTED, partial(jaxfa.ssa, parallel=False, pull_feedback=True)
+    ),
     "dfa": Method("DFA", DIRECT, "fixed random, one per layer", jaxfa.dfa),
     "shared_dfa": Method("DFA, shared", DIRECT, "one fixed random for all", partial(jaxfa.dfa, shared=True)),
     "dkp": Method("DKP", DIRECT, "learned: activity times error", jaxfa.dkp),
     "dldfa": Method("dLDFA, rank 8", DIRECT, "learned, 8 numbers wide", partial(jaxfa.dldfa, 8)),
     "grape": Method("GrAPE", DIRECT, "learned from forward-mode derivatives", jaxfa.grape),
+    "fdfa": Method("FDFA", DIRECT, "the same, magnitudes kept", jaxfa.fdfa),
+    "ssa": Method("SSA, parallel", DIRECT, FACTORED, jaxfa.ssa),
     "drtp": Method("DRTP", DIRECT, "the target, no error at all", jaxfa.drtp),
 }
 

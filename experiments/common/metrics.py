@@ -9,6 +9,18 @@ import numpy as np
 MetricName = Literal["accuracy", "perplexity"]
 
 
+class Estimate(NamedTuple):
+    """A mean over seeds and its standard deviation, None for one seed."""
+
+    mean: float
+    std: float | None
+    digits: int = 1
+
+    def __str__(self) -> str:
+        mean = f"{self.mean:.{self.digits}f}"
+        return mean if self.std is None else f"{mean} ± {self.std:.{self.digits}f}"
+
+
 class Metric(NamedTuple):
     """A number that a report shows of every epoch.
 
@@ -51,3 +63,14 @@ METRICS: dict[str, Metric] = {
         "perplexity", "", 2, -1, 0.5, "0.5", lambda record: np.exp(np.minimum(record["test_loss"], math.log(1e9)))
     ),
 }
+
+
+def estimate(values: Any, digits: int = 1) -> Estimate:
+    """The mean over seeds and its deviation."""
+    values = np.asarray(values, float)
+    return Estimate(float(values.mean()), float(values.std(ddof=1)) if values.size > 1 else None, digits)
+
+
+def shown(values: Any, digits: int = 2) -> str:
+    """The same as tables show it."""
+    return str(estimate(values, digits))

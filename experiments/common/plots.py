@@ -1,8 +1,9 @@
 """Small figures as SVG that goes into a page: text stays text, nothing refers to the outside."""
 
+import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,19 +14,45 @@ from matplotlib.figure import Figure
 
 from experiments.common.metrics import Metric
 
-GREY, INK = "#9aa0a6", "#3c4043"
+# Okabe and Ito's colours, which stay apart for colour-blind readers.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255")
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, *_ = COLORS
+GREY, INK, LEVEL = "#9aa0a6", "#3c4043", "#4d5156"
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "jaxfa",
     "font.size": 8.2,
+    "axes.titlesize": 8.6,
+    "axes.titlecolor": INK,
     "axes.edgecolor": "#c8ccd1",
+    "axes.labelcolor": INK,
     "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#eceff1",
+    "grid.linewidth": 0.7,
     "xtick.color": INK,
     "ytick.color": INK,
     "xtick.major.size": 2.5,
     "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 7.6,
 }
 _LABELLED = 6
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The look of every figure made inside the ``with`` statement."""
+    with mpl.rc_context(_STYLE):
+        yield
+
+
+def lines(axes: Axes, x: Any, values: np.ndarray, color: str, label: str) -> None:
+    """A thin line per seed, ``values`` being ``(seeds, points)``, and a thick one at their mean."""
+    axes.plot(x, values.T, color=color, linewidth=0.6, alpha=0.45)
+    axes.plot(x, values.mean(0), color=color, linewidth=1.8, label=label)
 
 
 def course(
@@ -47,14 +74,14 @@ def course(
     Returns:
       An ``<svg>`` element.
     """
-    with mpl.rc_context(_STYLE):
+    with style():
         figure, axes = _panel(0.17, 0.97, history[-1]["epoch"])
         for records, shade, width in ((reference, GREY, 1.1), (history, color, 1.7)):
             _band(axes, [record["epoch"] for record in records], metric.values(records), shade, width)
         axes.set_ylim(*limits)
         axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}{metric.unit}")
-        return _svg(figure)
+        return svg(figure)
 
 
 def angles(history: Sequence[dict[str, Any]], top: float) -> str:
@@ -70,8 +97,9 @@ def angles(history: Sequence[dict[str, Any]], top: float) -> str:
     layers = list(history[-1]["angle"])[:-1]
     epochs = [record["epoch"] for record in history]
     shades = [mpl.colors.to_hex(shade) for shade in mpl.colormaps["viridis"](np.linspace(0.05, 0.78, len(layers)))]
-    with mpl.rc_context(_STYLE):
-        figure, axes = _panel(0.13, 0.77, epochs[-1])
+    with style():
+        shown = range(len(layers)) if len(layers) <= _LABELLED else (0, len(layers) - 1)
+        figure, axes = _panel(0.13, 0.94 - 0.021 * max(len(layers[i]) for i in shown), epochs[-1])
         axes.axhline(90, color=GREY, linewidth=0.9, linestyle=(0, (3, 3)))
         ends = []
         for layer, shade in zip(layers, shades, strict=True):
@@ -81,12 +109,11 @@ def angles(history: Sequence[dict[str, Any]], top: float) -> str:
         axes.set_ylim(-3, top)
         axes.yaxis.set_major_locator(mpl.ticker.FixedLocator([0, 45, 90, 135, 180]))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}°")
-        shown = range(len(layers)) if len(layers) <= _LABELLED else (0, len(layers) - 1)
         heights = _spread([ends[i] for i in shown], gap=0.105 * top)
         beside = axes.get_yaxis_transform()
         for i, height in zip(shown, heights, strict=True):
             axes.text(1.03, height, layers[i], transform=beside, color=shades[i], va="center", size=7.6)
-        return _svg(figure)
+        return svg(figure)
 
 
 class Line(NamedTuple):
@@ -128,11 +155,12 @@ def sweep(lines: Sequence[Line], levels: Sequence[Level], *, axis: str, unit: st
       An ``<svg>`` element.
     """
     ticks = sorted({x for line in lines for x, _, _ in line.points})
-    with mpl.rc_context(_STYLE):
+    with style():
         figure = Figure(figsize=(7.6, 3.1) if wide else (3.7, 2.1))
-        axes = figure.add_axes((0.06, 0.14, 0.7, 0.83) if wide else (0.12, 0.2, 0.85, 0.76))
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.grid(axis="y", color="#eceff1", linewidth=0.7)
+        longest = max(len(label) for label in [*(one.label for one in lines), *(one.label for one in levels)])
+        axes = figure.add_axes((0.06, 0.14, 0.91 - 0.0082 * longest, 0.83) if wide else (0.12, 0.2, 0.85, 0.76))
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="y")
         for level in levels:
             axes.axhline(level.y, color=level.color, linewidth=0.9 if level.published else 1.3, **_dash(level))
         for line in lines:
@@ -152,7 +180,7 @@ def sweep(lines: Sequence[Line], levels: Sequence[Level], *, axis: str, unit: st
         axes.set_xlabel(axis)
         if wide:
             _label_ends(axes, lines, levels)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _dash(mark: Line | Level) -> dict[str, Any]:
@@ -174,9 +202,8 @@ def _label_ends(axes: Axes, lines: Sequence[Line], levels: Sequence[Level]) -> N
 def _panel(left: float, right: float, epochs: int) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(2.5, 1.55))
     axes = figure.add_axes((left, 0.15, right - left, 0.81))
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.grid(axis="y", color="#eceff1", linewidth=0.7)
-    axes.set_axisbelow(True)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="y")
     axes.set_xlim(0, max(epochs, 1))
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
     return figure, axes
@@ -203,7 +230,8 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
     return list(placed + max(0.0, -placed.min()))
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure as an ``<svg>`` element that fills its place."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()

@@ -1,122 +1,230 @@
-"""A sweep's results as data: what was run, on what, and what came of every arm, in one JSON file to be committed.
+"""Results as data: what was run, on what, and what came of every arm, in one JSON file to be committed.
 
-``python -m experiments results`` makes ``docs/results.md`` of all such files.
+``python -m experiments results`` makes of all such files the README of each paper's folder, the figures beside it and
+the numbers in the main README, where nobody types one.
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.common import records
-from experiments.common.metrics import METRICS, Metric
+from experiments.common import readme, records, rows, strips
+from experiments.common.experiment import Experiment
+from experiments.common.metrics import METRICS, Estimate
+from experiments.common.rows import Row
 
-FOLDER = Path(__file__).parents[1]
-PAGE = Path(__file__).parents[2] / "docs" / "results.md"
-_HEAD = """# Results
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "experiments"
+OLDER = "older measurement"
+# The results that the main README shows beside the rules.
+COLUMNS = {
+    "digits": "compare/results/compare-cpu.json",
+    "ResNet-20, CIFAR-100": "grape/results/resnet20-gpu15.json",
+}
 
-Made by `python -m experiments results` from `experiments/*/results/*.json`; every file has each arm's course, seeds,
-versions and commit. Accuracies are of the last epoch on all test images; published ones are the papers' own, under
-hyper-parameters of their own.
-"""
 
-
-def write(folder: Path, name: str) -> Path:
-    """Writes ``experiments/PAPER/results/NAME.json`` from the arms that a folder holds.
+def write(folder: Path, experiments: Mapping[str, Experiment], name: str) -> Path:
+    """Writes ``experiments/PAPER/results/EXPERIMENT-NAME.json`` from what a run's folder holds.
 
     Args:
-      folder: what a sweep filled.
-      name: ``PAPER/NAME``, such as ``grape/resnet20-gpu15``.
+      folder: what an experiment filled.
+      experiments: every experiment by its name.
+      name: what the run is called, such as its preset.
 
     Returns:
       The path of the file.
     """
-    sweep, starts = records.read_json(folder / "sweep.json"), records.read_json(folder / "environment.json")
-    metric = METRICS[sweep.get("metric", "accuracy")]
-    found = {
-        "title": sweep["title"],
-        "claim": sweep["claim"],
-        "published": sweep["published"],
-        "metric": metric.name,
-        "config": records.read_json(folder / "config.json"),
-        "runs": starts,
-        "cut": records.read_json(folder / "cut.json") if (folder / "cut.json").exists() else [],
-        "arms": {arm["name"]: _arm(arm, records.read(folder / arm["name"]), metric) for arm in sweep["arms"]},
+    config, starts = records.read_json(folder / "config.json"), records.read_json(folder / "environment.json")
+    experiment = experiments[config["experiment"]]
+    page, study = records.read_json(folder / "sweep.json"), folder / "study.json"
+    lost, cut = rows.diverged(folder), folder / "cut.json"
+    found: dict[str, Any] = {
+        "experiment": experiment.name,
+        "kind": "run",
+        "name": name,
+        "config": {key: value for key, value in config.items() if key != "experiment"},
+        "seeds": list(range(config.get("seed", 0), config.get("seed", 0) + config.get("seeds", 1))),
+        "runs": [_known(start) for start in starts],
+        "metric": page["metric"],
+        "published": page["published"],
+        "diverged": lost,
+        "cut": records.read_json(cut) if cut.exists() else [],
     }
-    paper, _, rest = name.rpartition("/")
-    path = FOLDER / paper / "results" / f"{rest}.json"
+    if study.exists():
+        shown = records.read_json(study)
+        found |= {key: shown[key] for key in ("findings", "caption", "tables", "numbers")}
+    else:
+        read = rows.read(folder)
+        found["findings"] = rows.findings(read, METRICS[page["metric"]])
+        found["arms"] = {row.name: _arm(row, same=name == "paper", metric=page["metric"]) for row in read}
+    path = FOLDER / experiment.paper / "results" / f"{experiment.module.rpartition('.')[2]}-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     records.write_json(path, found)
+    if study.exists():
+        records.replace(path.with_suffix(".svg"), strips.standing(records.read_json(study)["figure"]))
     return path
 
 
-def _arm(arm: dict[str, Any], history: list[dict[str, Any]], metric: Metric) -> dict[str, Any]:
-    known = {"title": arm["group"], "published": arm["published"], "epochs": max(0, len(history) - 1)}
-    if len(history) < 2:
-        return known
-    values = metric.values(history)
-    return known | {
-        "last": _spread(values[-1]),
-        "best": _spread(values[1:].max(0) if metric.sign > 0 else values[1:].min(0)),
-        "seconds": sum(record["seconds"] for record in history),
-        "angle": _mean(history[-1]["angle"]),
-        "course": [[record["epoch"], *np.round(row, 2).tolist(), _mean(record["angle"])]
-                   for record, row in zip(history, values, strict=True)],
-    }  # fmt: skip
+def _arm(row: Row, *, same: bool, metric: str) -> dict[str, Any]:
+    values = METRICS[metric].values(row.history)
+    arm = {key: row.arm[key] for key in ("group", "x", "axis", "reference", "note")} | {"title": row.title}
+    if row.arm["published"] is not None:
+        set_up = "the paper's set-up" if same else "another set-up"
+        arm["published"] = {"value": row.arm["published"], "from": row.arm["origin"], "ours": set_up}
+    return arm | {
+        "color": row.color,
+        "last": _spread(row.last, values[-1]),
+        "best": _spread(row.best, METRICS[metric].best(values[1:])),
+        "epochs": row.history[-1]["epoch"],
+        "seconds": round(sum(record["seconds"] for record in row.history), 1),
+        "angle": None if row.angle is None or np.isnan(row.angle.mean) else _spread(row.angle),
+        "layers": {layer: round(angle, 1) for layer, angle in row.layers.items() if not np.isnan(angle)},
+        "step": row.step and {key: round(value, 3) for key, value in row.step.items()},
+        "course": [_moment(record, found) for record, found in zip(row.history, values, strict=True)],
+    }
 
 
-def _spread(values: np.ndarray) -> dict[str, Any]:
-    """Every seed's value, their mean, and their standard deviation where there are several."""
-    std = round(float(values.std(ddof=1)), 3) if len(values) > 1 else None
-    return {"seeds": np.round(values, 3).tolist(), "mean": round(float(values.mean()), 3), "std": std}
+def _moment(record: dict[str, Any], found: Any) -> list[float | None]:
+    """The epoch, every seed's value, and the mean angle of all parts but the last."""
+    hidden = np.array(list(record["angle"].values())[:-1], float)
+    angle = round(float(np.nanmean(hidden)), 2) if np.isfinite(hidden).any() else None
+    return [record["epoch"], *(round(float(value), 2) for value in found), angle]
 
 
-def _mean(angles: dict[str, list[float | None]]) -> float | None:
-    """The mean angle in degrees of all layers but the last, whose update is the true one."""
-    values = np.array(list(angles.values())[:-1], dtype=float)
-    return round(float(np.nanmean(values)), 2) if np.isfinite(values).any() else None
-
-
-def page() -> str:
-    """Every result in words and tables, as Markdown."""
-    return "\n".join([_HEAD, *(_section(records.read_json(path)) for path in sorted(FOLDER.glob("*/results/*.json")))])
-
-
-def _section(found: dict[str, Any]) -> str:
-    arms = [arm for arm in found["arms"].values() if "last" in arm]
-    unit = METRICS[found["metric"]].unit.strip()
-    lines = [
-        f"## {found['title']}: {found['config']['epochs']} epochs\n",
-        f"{found['claim']}\n",
-        f"| | {found['metric']}, {unit} | best epoch | published | mean angle of hidden layers | epochs | seconds |",
-        "|---|---|---|---|---|---|---|",
-        *map(_line, arms),
-        _origin(found),
-        *(f"`python -m experiments {_command(start)}`" for start in found["runs"]),
-        *found["cut"],
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _origin(found: dict[str, Any]) -> str:
-    first, day = found["runs"][0], found["runs"][0]["time"].split()[0]
-    versions = ", ".join(f"{name} {first[name]}" for name in ("jax", "flax", "optax"))
-    return (
-        f"\nPublished: {found['published']}. Seeds: {found['config']['seeds']}. {first['device']}, {versions}, commit "
-        f"{first['commit']}, {day}:"
+def _spread(found: Estimate, values: Any = ()) -> dict[str, Any]:
+    """The mean, the standard deviation where there are several seeds, and every seed's value."""
+    std = None if found.std is None else round(found.std, 3)
+    return {"mean": round(found.mean, 3), "std": std} | (
+        {"seeds": [round(float(v), 3) for v in values]} if len(values) else {}
     )
 
 
-def _command(start: dict[str, Any]) -> str:
-    """What was run, without where its files went."""
-    return re.sub(r" --(out|data) \S+", "", start["command"].partition(" ")[2])
+def pages(experiments: Iterable[Experiment]) -> dict[Path, str]:
+    """Everything that is made of results: the text of each file by its path."""
+    made: dict[Path, str] = {}
+    papers: dict[str, list[Experiment]] = {}
+    for experiment in experiments:
+        papers.setdefault(experiment.paper, []).append(experiment)
+    for paper, members in papers.items():
+        sections = [_section(experiment, made) for experiment in members]
+        made[FOLDER / paper / "README.md"] = "\n".join([_title(paper), *sections])
+    columns = {heading: records.read_json(FOLDER / path) for heading, path in COLUMNS.items()}
+    made[ROOT / "README.md"] = readme.fill((ROOT / "README.md").read_text(), columns)
+    return made
 
 
-def _line(arm: dict[str, Any]) -> str:
-    last, best = ("{mean:.1f}".format(**arm[which]) for which in ("last", "best"))
-    spread = "" if arm["last"]["std"] is None else f" ± {arm['last']['std']:.1f}"
-    published = "" if arm["published"] is None else f"{arm['published']:.1f}"
-    angle = "" if arm["angle"] is None else f"{arm['angle']:.0f}°"
-    cells = (arm["title"], last + spread, best, published, angle, str(arm["epochs"]), f"{arm['seconds']:.0f}")
-    return "| " + " | ".join(cells) + " |"
+def _title(paper: str) -> str:
+    first = (FOLDER / paper / "__init__.py").read_text().split('"""')[1].strip().splitlines()[0]
+    return (
+        f"# {first.rstrip('.')}\n\nMade by `make results` from `results/*.json`, which hold every arm's course, seeds, "
+        "versions and commit. Accuracies are of the last epoch on the test images.\n"
+    )
+
+
+def _section(experiment: Experiment, made: dict[Path, str]) -> str:
+    first, claim, command, *_ = experiment.paragraphs()
+    folder, stem = FOLDER / experiment.paper / "results", experiment.module.rpartition(".")[2]
+    parts = [f"## {experiment.name}\n\n{first}\n\n{claim}\n\n{command}\n".replace("``", "`")]
+    # A name may begin with another's: resnet20-cpu with none, so that the dash tells them apart.
+    for path in sorted(folder.glob(f"{stem}-*.json")):
+        found = records.read_json(path)
+        if found["kind"] == OLDER:
+            parts.append(_older(found))
+            continue
+        parts.append(_result(experiment, found, path.with_suffix(".svg")))
+        if "arms" in found:
+            made[path.with_suffix(".svg")] = strips.figure(found)
+    if len(parts) == 1:
+        parts.append("Not measured.\n")
+    return "\n".join(parts)
+
+
+def _result(experiment: Experiment, found: dict[str, Any], figure: Path) -> str:
+    lines = [f"### {experiment.page.title} ({found['name']})\n"]
+    lines += [f"- **{number}** {sentence}" for number, sentence in found["findings"]]
+    lines += ["", f"![{experiment.page.title}](results/{figure.name})", ""]
+    lines += [_table(found)] if "arms" in found else [_cells(table) for table in found["tables"]]
+    lines += ["", *_verdict(found), *(f"- {name} {note}" for name, note in found["diverged"].items()), *found["cut"]]
+    return "\n".join([*lines, "", _origin(found), ""])
+
+
+def _older(found: dict[str, Any]) -> str:
+    """A measurement that was typed before results were data."""
+    lines = [f"### An older measurement (commit {found['commit']}, {found['date']})\n"]
+    for note in found["notes"]:
+        table = re.fullmatch(r"\[table (\d+)\]", note)
+        lines += [_cells(found["tables"][int(table[1]) - 1]) if table else note.replace("``", "`"), ""]
+    return "\n".join(lines)
+
+
+def _table(found: dict[str, Any]) -> str:
+    """Every arm's numbers."""
+    metric = METRICS[found["metric"]]
+    known = any("published" in arm for arm in found["arms"].values())
+    head = ["", f"{metric.name},{metric.unit}" if metric.unit else metric.name, "angle to backpropagation", "step"]
+    lines = [[*head, *(["best epoch", "published"] if known else [])]]
+    for arm in found["arms"].values():
+        angle = f"{arm['angle']['mean']:.0f}°" if arm["angle"] else ""
+        cells = [_full_title(arm), _shown(arm["last"], metric.digits), angle]
+        cells.append(f"{arm['step']['ratio']:.2f} x" if arm["step"] else "")
+        if known:
+            published = f"{arm['published']['value']:.{metric.digits}f}" if "published" in arm else ""
+            cells += [_shown(arm["best"], metric.digits), published]
+        lines.append(cells)
+    return _cells({"title": "", "rows": lines})
+
+
+def _full_title(arm: dict[str, Any]) -> str:
+    return arm["title"] if arm["title"] == arm["group"] or arm["note"] else f"{arm['group']}: {arm['title']}"
+
+
+def _cells(table: dict[str, Any]) -> str:
+    head, *body = table["rows"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    title = [f"{table['title']}:\n"] if table["title"] else []
+    return "\n".join([*title, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def _shown(value: dict[str, Any], digits: int) -> str:
+    return str(Estimate(value["mean"], value["std"], digits))
+
+
+def _verdict(found: dict[str, Any]) -> list[str]:
+    """Which published gaps to the reference are ours, too, and which are not."""
+    arms: dict[str, Any] = found.get("arms", {})
+    holds: list[str] = []
+    fails: list[str] = []
+    metric = METRICS[found["metric"]]
+    for arm in arms.values():
+        reference = arms.get(arm["reference"], arm)
+        if reference is arm or "published" not in arm or "published" not in reference:
+            continue
+        theirs = arm["published"]["value"] - reference["published"]["value"]
+        ours = arm["best"]["mean"] - reference["best"]["mean"]
+        text = f"{_full_title(arm)} {ours:+.{metric.digits}f} (published {theirs:+.{metric.digits}f})"
+        (holds if abs(ours - theirs) <= metric.close else fails).append(text)
+    source = f"Gaps to the reference between best epochs, published: {found['published']}."
+    lines = [source, ""] if holds or fails else []
+    lines += [f"- Holds within {metric.margin}: {'; '.join(holds)}."] if holds else []
+    return lines + ([f"- Does not hold: {'; '.join(fails)}."] if fails else [])
+
+
+def _origin(found: dict[str, Any]) -> str:
+    first, last = found["runs"][0], found["runs"][-1]
+    versions = ", ".join(f"{name} {first[name]}" for name in ("jax", "flax", "optax"))
+    commands = "; ".join(f"`{command}`" for command in dict.fromkeys(one["command"] for one in found["runs"]))
+    seconds = sum(arm["seconds"] for arm in found.get("arms", {}).values())
+    took = f", {seconds:.0f} s of training" if seconds else ""
+    seeds = f"seed {found['seeds'][0]}" if len(found["seeds"]) == 1 else f"{len(found['seeds'])} seeds"
+    where = f"{first['device']}, {versions}, commit {last['commit']}"
+    return f"{commands}: {seeds}, {where}, {first['time'].split()[0]}{took}."
+
+
+def _known(start: dict[str, Any]) -> dict[str, Any]:
+    """An environment, whether the tree was clean, and the command without where its files went."""
+    command = "python -m experiments " + re.sub(r" --(out|data) \S+", "", start["command"].partition(" ")[2])
+    tree = "changed" if start["commit"].endswith("-dirty") else "clean"
+    return start | {"tree": tree, "command": command}

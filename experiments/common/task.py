@@ -36,6 +36,7 @@ class Task(NamedTuple):
       steps: steps of an epoch; by default as many as its images fill.
       between: ``(state, epoch) -> state``, run on the host at each epoch's end; it may change shapes, as pruning does.
       prepare: what to do to the attached model before the first step, such as :func:`jaxfa.nn.align`.
+      measure: ``trainer -> (state -> values)``, what every epoch's record holds besides.
       diagnostics: whether every epoch's record has what :func:`experiments.common.diagnosis.diagnose` measures.
     """
 
@@ -52,5 +53,6 @@ class Task(NamedTuple):
     calibrate: Callable[..., optax.GradientTransformationExtraArgs] | None = None
     steps: int | None = None
     between: Callable[[Any, int], Any] | None = None
-    prepare: Callable[[jaxfa.nn.Attached], None] | None = None
+    prepare: Callable[[jaxfa.nn.Aligned], None] | None = None
+    measure: Callable[[Any], Callable[[Any], dict[str, Any]]] | None = None
     diagnostics: bool = False

@@ -57,6 +57,8 @@ class Trainer:
 
     Attributes:
       steps: how many steps an epoch has.
+      data: the training images and labels.
+      inputs: ``raw -> inputs``, what the model gets of them.
       coverage: which layers the rule reaches, a printable table.
     """
 
@@ -67,12 +69,12 @@ class Trainer:
             raise ValueError(f"A batch of {task.batch} is more than the {len(data.train_labels)} training examples.")
         self.steps = most if task.steps is None else min(task.steps, most)
         self.scans = loop == "scan" or (loop == "auto" and jax.default_backend() != "cpu")
-        self._inputs = task.inputs or normalize(np.asarray(data.train_images))
-        self._train = (jnp.asarray(data.train_images), jnp.asarray(data.train_labels))
+        self.inputs = task.inputs or normalize(np.asarray(data.train_images))
+        self.data = (jnp.asarray(data.train_images), jnp.asarray(data.train_labels))
         self._test = (jnp.asarray(data.test_images), jnp.asarray(data.test_labels))
         self._graph, example = jax.eval_shape(self._init, jax.random.key(0))
         self.coverage = nnx.merge(self._graph, example.params, example.feedback, example.rest).coverage()
-        self._start = jax.jit(side_by_side(self._init, seeds))
+        self._start = jax.jit(self._init)
         self._shuffle = jax.jit(side_by_side(self._order, seeds))
         step = side_by_side(self._update, seeds, (0, 0, None))
         self._step = jax.jit(step, donate_argnums=0)
@@ -80,11 +82,13 @@ class Trainer:
         self._score = jax.jit(side_by_side(self._scores, seeds, (0, None, None)))
         self._align = jax.jit(side_by_side(self._alignment, seeds, (0, None)))
         self._diagnose = jax.jit(self._diagnosis)
+        self._measure = task.measure(self) if task.measure else lambda state: {}
 
     def init(self) -> State:
         """The state before the first step."""
-        keys = jnp.stack([jax.random.key(seed) for seed in self.seeds])
-        return self._start(keys)[1]
+        # One seed after the other: jaxlib 0.10.2's batched decompositions, of which factored layers are made, can hang.
+        each = [self._start(jax.random.key(seed))[1] for seed in self.seeds]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
     def shuffle(self, state: State) -> jax.Array:
         """The order of the training examples in a state's epoch, ``(seeds, steps, batch)``."""
@@ -102,10 +106,10 @@ class Trainer:
           The state and the losses, ``(count, seeds)``, as an array or as a list of its rows.
         """
         if self.scans:
-            return self._scan(state, order, self._train, count)
+            return self._scan(state, order, self.data, count)
         losses = []
         for _ in range(count):
-            state, loss = self._step(state, order, self._train)
+            state, loss = self._step(state, order, self.data)
             losses.append(loss)
         return state, losses
 
@@ -122,7 +126,7 @@ class Trainer:
         chunks = [slice(i, i + rows) for i in range(0, len(labels), rows)]
         correct, loss = zip(*(self._score(state, images[chunk], labels[chunk]) for chunk in chunks), strict=True)
         rows = self._rows(_PROBE)
-        probe = (self._train[0][:rows], self._train[1][:rows])
+        probe = (self.data[0][:rows], self.data[1][:rows])
         correct, loss, alignment = jax.device_get((sum(correct), sum(loss), self._align(state, probe)))
         # After the transfer, which sorts dictionaries: layers stand in the order of the forward pass.
         layers = [row.layer for row in self.coverage.rows if f"{row.layer}/kernel" in alignment]
@@ -135,6 +139,7 @@ class Trainer:
             **({"calibrations": jax.device_get(state.optimizer.calibrations)} if self.task.calibrate else {}),
             **self._ranks(state),
             **(self._diagnostics(state) if self.task.diagnostics else {}),
+            **self._measure(state),
         }
 
     def _ranks(self, state: State) -> dict[str, Any]:
@@ -145,18 +150,18 @@ class Trainer:
     def _diagnostics(self, state: State) -> dict[str, Any]:
         # Seed by seed: jaxlib 0.10.2's batched decompositions can hang on CPUs.
         seeds = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(len(self.seeds))]
-        each = jax.device_get([self._diagnose(seed, self._train) for seed in seeds])
+        each = jax.device_get([self._diagnose(seed, self.data) for seed in seeds])
         found = jax.tree.map(lambda *values: np.stack(values), *each)
         layers = [row.layer for row in self.coverage.rows]
         return {name: {layer: values[layer] for layer in layers if layer in values} for name, values in found.items()}
 
     def _rows(self, predictions: int) -> int:
         """How many examples hold so many predictions, one or one per token each; a training batch always fits."""
-        return max(self.task.batch, predictions // self._train[1][0].size)
+        return max(self.task.batch, predictions // self.data[1][0].size)
 
     def _attach(self, key: jax.Array) -> jaxfa.nn.Attached:
         model = self.task.make(nnx.Rngs(jax.random.fold_in(key, _MODEL)))
-        example = jax.eval_shape(lambda raw: self._inputs(raw[: self.task.batch]), self._train[0])
+        example = jax.eval_shape(lambda raw: self.inputs(raw[: self.task.batch]), self.data[0])
         rngs = nnx.Rngs(jax.random.fold_in(key, _FEEDBACK))
         task = self.task
         aligned = jaxfa.nn.attach(model, task.rule, rngs=rngs, at=task.at, allow=task.allow, example=example)
@@ -164,13 +169,18 @@ class Trainer:
             task.prepare(aligned)
         return aligned
 
-    def _optimizer(self) -> optax.GradientTransformationExtraArgs:
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """The task's, the rule's own with it."""
         optimizer = jaxfa.optimizer(self.task.optimizer, self.task.rule)
         return self.task.calibrate(optimizer) if self.task.calibrate else optimizer
 
+    def model(self, state: State, *, copy: bool = False) -> jaxfa.nn.Aligned:
+        """One seed's model; a copy is safe inside of a transformation that did not make the state."""
+        return nnx.merge(self._graph, state.params, state.feedback, state.rest, copy=copy)
+
     def _init(self, key: jax.Array) -> tuple[Any, State]:
         graph, params, feedback, rest = _split(self._attach(key))
-        optimizer = self._optimizer().init((params, feedback))
+        optimizer = self.optimizer().init((params, feedback))
         return graph, State(params, feedback, rest, optimizer, key, jnp.zeros((), jnp.int32))
 
     def _order(self, state: State) -> jax.Array:
@@ -185,12 +195,12 @@ class Trainer:
         images, labels = train[0][batch], train[1][batch]
         if self.task.data.augmented:
             images = self.task.augment(jax.random.fold_in(jax.random.fold_in(state.key, _AUGMENT), state.step), images)
-        state, _, loss = self._learn(state, self._inputs(images), labels)
+        state, _, loss = self._learn(state, self.inputs(images), labels)
         return state, loss
 
     def _learn(self, state: State, x: jax.Array, labels: jax.Array) -> tuple[State, Any, jax.Array]:
         """The state after a step on these examples, the step itself, and the loss before it."""
-        model = nnx.merge(self._graph, state.params, state.feedback, state.rest)
+        model = self.model(state)
         model.train()
         model.refine(jax.random.fold_in(jax.random.fold_in(state.key, _REFINE), state.step), x)
         graph, params, feedback, rest = _split(model)
@@ -203,7 +213,7 @@ class Trainer:
         learned = (params, feedback)
         (loss, rest), signals = jax.value_and_grad(objective, has_aux=True)(learned)
         extra = {"true_gradient": partial(self._true_gradient, model, x, labels)} if self.task.calibrate else {}
-        updates, optimizer = self._optimizer().update(signals, state.optimizer, learned, **extra)
+        updates, optimizer = self.optimizer().update(signals, state.optimizer, learned, **extra)
         params, feedback = optax.apply_updates(learned, updates)
         return State(params, feedback, rest, optimizer, state.key, state.step + 1), updates, loss
 
@@ -216,19 +226,19 @@ class Trainer:
         return nnx.to_pure_dict(jax.grad(objective)(params))
 
     def _scores(self, state: State, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(self._graph, state.params, state.feedback, state.rest)
+        model = self.model(state)
         model.eval()
-        logits = model(self._inputs(images))
+        logits = model(self.inputs(images))
         return jnp.sum(logits.argmax(-1) == labels), self.task.loss(logits, labels) * labels.size
 
     def _alignment(self, state: State, probe: Any) -> dict[str, Any]:
-        model = nnx.merge(self._graph, state.params, state.feedback, state.rest)
+        model = self.model(state)
         model.train()
-        x = self._inputs(probe[0])
+        x = self.inputs(probe[0])
         return jaxfa.nn.alignment(model, lambda model: self.task.loss(model(x), probe[1]))
 
     def _diagnosis(self, state: State, train: Any) -> dict[str, Any]:
-        x, labels = self._inputs(train[0][:_DIAGNOSED]), train[1][:_DIAGNOSED]
+        x, labels = self.inputs(train[0][:_DIAGNOSED]), train[1][:_DIAGNOSED]
         first, updates = self._init(state.key)[1], self._learn(state, x, labels)[1]
         trees = [(state.params, state.feedback), (first.params, first.feedback), updates]
         model, start, update = (nnx.merge(self._graph, *tree, state.rest, copy=True) for tree in trees)

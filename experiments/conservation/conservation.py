@@ -12,50 +12,11 @@ hindsight, stands in its place, and still fails. An aligned start is :func:`jaxf
 layer, every unit scaled down until the law guarantees half of its alignment. Its control has the same norms in random
 directions. Accuracies are last-epoch test accuracies of an MLP (256-256-256, plain gradient descent, 5 epochs of the
 first 10,000 images, batches of 64; learning rates chosen on the validation split, each start's own).
-
-Measured with the preset ``cpu`` (3 seeds, mean +- std; 9 min on two cores at a load of 12, which others made; without
-the data sets it is 66 s of one core):
-
-===============================================  ========  ==============
-largest ``|drift - half of the squared steps|``  paper     ours
-===============================================  ========  ==============
-linear, ReLU, leaky ReLU                         0 (flow)  1.3 to 2.2e-15
-convolutions with max-pooling                    -         4.0e-15
-DFA, last hidden layer                           -         1.3e-15
-tanh                                             -         .58
-momentum .9                                      -         160
-batch normalisation                              -         1.1
-DFA, layer below                                 -         .015
-===============================================  ========  ==============
-
-After the same time the drift is 5.8e-3, 5.4e-4, 5.4e-5 at the learning rates .1, .01, .001: it vanishes in the flow.
-The overlap of weights and feedback never falls below its bound: from a random start the bound is -36 and the overlap
--1.8 or more, so that the law promises nothing of what happens; from an aligned one they are 17.8 and 37.3. The linear
-network ends at a relative distance of 3e-15 from the least solution from a first layer of zeros or in the span of the
-data (paper: 0), and of .92 to 1.1 from a random one.
-
-========================  ============  ================  ============  ================
-start                     MNIST         angles            CIFAR-10      angles
-========================  ============  ================  ============  ================
-backpropagation           94.3 +- 0.7   0                 44.5 +- 1.1   0
-random                    89.5 +- 1.5   68, 73, 79        36.4 +- 0.8   77, 77, 78
-random, norms as aligned  83.7 +- 5.3   51, 50, 72        35.5 +- 1.9   64, 67, 81
-aligned                   92.2 +- 0.5   37, 32, 7         42.8 +- 0.9   40, 33, 8
-========================  ============  ================  ============  ================
-
-(Angles of the hidden layers' updates to backpropagation after the last epoch, in degrees.) An aligned start closes
-half of the gap between feedback alignment and backpropagation on MNIST, and four fifths on CIFAR-10, in these short
-trainings; the directions do it: the norms alone do harm on MNIST and nothing on CIFAR-10. The random start's best rate
-was the lowest tried on both. An aligned start is weight transport, once; and it wears off: the law bounds an inner
-product, and the angle of the first layer rises from 8 to 37 and 40 degrees. Of the paper no accuracy is known. The
-preset ``paper`` has not been run.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +25,9 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments.common import data, figures, records, sweep
+from experiments.common import data, records
 from experiments.common.data import DatasetName
+from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, Training, prepare
 from experiments.common.task import Task
 from experiments.conservation import figure as conservation_figure
 from experiments.conservation import laws as conservation_laws
@@ -76,11 +38,12 @@ HORIZON = 2.0  # learning rate times steps
 _TRAINING = (
     *("hidden", "epochs", "batch", "learning_rate", "images", "test_images"),
     *("split", "loop", "diagnostics", "save_every", "data"),
+    *("apart", "minutes"),
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(sweep.Options):
+class Config(Training):
     """How long to follow the law, and what to train from an aligned start."""
 
     steps: int = 500
@@ -101,12 +64,10 @@ class Config(sweep.Options):
     """The learning rate of plain gradient descent; None takes the one that was found for each start."""
     seeds: int = 3
     """How many trainings each start has, side by side, and how many regressions there are."""
-    out: Path = Path("runs/conservation")
-    """The folder of the results; trainings that were killed go on from their last checkpoint there."""
 
     def unread(self) -> tuple[str, ...]:
         """Where nothing is trained, all that says how."""
-        return () if self.datasets else _TRAINING
+        return super().unread() if self.datasets else _TRAINING
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,13 +76,7 @@ class Config(sweep.Options):
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
 
 
-PRESETS = {
-    "cpu": Config(),
-    "paper": Config(steps=5000, epochs=50, images=None, seeds=10, out=Path("runs/conservation-paper")),
-}
-
-
-def with_norms_of_an_aligned_start(model: jaxfa.nn.Attached) -> None:
+def with_norms_of_an_aligned_start(model: jaxfa.nn.Aligned) -> None:
     """The control of aligned initialisation: its norms, unit by unit, in random directions."""
     random = nnx.clone(model)
     jaxfa.nn.align(model)
@@ -146,30 +101,33 @@ LEARNING_RATES = {
 }
 
 
-def run(config: Config) -> Path:
-    """Follows the law, trains from every start, writes the figure and the table.
+def arms(config: Config) -> Iterator[Arm]:
+    """A training from every start on every data set."""
+    for name in config.datasets:
+        # A fully connected network: shifted and mirrored images are none of its affairs.
+        dataset = prepare(config, data.load(name, config.data)._replace(augmented=False))
+        for start in STARTS:
+            yield Arm(_folder(name, start), name, None, _task(config, name, dataset, start), title=start)
 
-    Args:
-      config: a :class:`Config`.
 
-    Returns:
-      The path of the report.
+def _folder(name: str, start: str) -> str:
+    return f"{name}/{start.replace(', ', '-').replace(' ', '_')}"
 
-    Raises:
-      ValueError: if the folder holds another configuration's results.
-      FileNotFoundError: if a data set is not there.
-    """
-    identity = sweep.open_run(config)
-    trained = {str(name): _train(config, identity, name) for name in config.datasets}
-    trained = {name: starts for name, starts in trained.items() if starts}
+
+def study(config: Config, histories: Histories) -> Study:
+    """Follows the law, and shows what came of every start."""
     laws = follow(config)
-    records.write_json(config.out / "results.json", conservation_figure.numbers(laws))
-    rows = conservation_figure.table(laws, trained)
-    with figures.style():
-        drawn = conservation_figure.figure(laws, trained)
-    return figures.write(
-        config.out, drawn, title="What feedback alignment conserves", caption=conservation_figure.CAPTION, table=rows
-    )
+    found = {
+        name: {start: histories[_folder(name, start)] for start in STARTS if _folder(name, start) in histories}
+        for name in config.datasets
+    }
+    trained = {str(name): starts for name, starts in found.items() if starts}
+    tables = [
+        Table("What is conserved, and what it leads to", conservation_figure.laws_table(laws)),
+        *([Table("From each start", conservation_figure.starts_table(trained))] if trained else []),
+    ]
+    drawn, numbers = conservation_figure.figure(laws, trained), conservation_figure.numbers(laws)
+    return Study(drawn, conservation_figure.CAPTION, tables, numbers=numbers)
 
 
 def follow(config: Config) -> conservation_figure.Laws:
@@ -187,15 +145,6 @@ def follow(config: Config) -> conservation_figure.Laws:
         )
 
 
-def _train(config: Config, identity: dict[str, Any], name: DatasetName) -> dict[str, list[dict[str, Any]]]:
-    """The records of every start that did not diverge."""
-    # A fully connected network: shifted and mirrored images are none of its affairs.
-    dataset = sweep.prepare(config, data.load(name, config.data)._replace(augmented=False))
-    starts = {f"{name}/{start.replace(', ', '-').replace(' ', '_')}": start for start in STARTS}
-    tasks = {folder: _task(config, name, dataset, start) for folder, start in starts.items()}
-    return {starts[one.name]: one.history for one in sweep.train_each(config, identity, tasks)}
-
-
 def _task(config: Config, name: DatasetName, dataset: data.Dataset, start: str) -> Task:
     shape, classes = dataset.train_images.shape[1:], dataset.classes
     rule, prepare = STARTS[start]
@@ -208,3 +157,22 @@ def _task(config: Config, name: DatasetName, dataset: data.Dataset, start: str) 
         batch=config.batch,
         prepare=prepare,
     )
+
+
+EXPERIMENT = Experiment(
+    __name__,
+    __doc__,
+    {
+        "cpu": Config(),
+        "paper": Config(steps=5000, epochs=50, images=None, seeds=10),
+    },
+    Page(
+        "What does feedback alignment conserve?",
+        "Under feedback alignment 1/2 |W|^2 - <W', B'> is conserved in every layer, W' and B' being the next layer's "
+        "weights and feedback, the paper says; so alignment can be kept from the start, and a two-layer linear network "
+        "finds the solution of minimum norm.",
+        "Robertson and Koyejo 2023",
+    ),
+    arms,
+    study,
+)

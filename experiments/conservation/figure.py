@@ -8,19 +8,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.common import figures
+from experiments.common import plots
+from experiments.common.metrics import shown
 from experiments.conservation.laws import CASES, Followed
 
 EXACT = 1e-12
 FLOOR = 3e-17  # below it a logarithmic axis has no room; half of a rounding error
-HOLDS = ("#0072b2", "#56b4e9", "#009e73", "#7a8a99", "#3c4043")
-BREAKS = ("#d55e00", "#cc79a7", "#e69f00", "#8c510a")
-LEAST = {"random": figures.VERMILLION, "in the span of the data": figures.BLUE, "zero": figures.GREEN}
+HOLDS = (plots.BLUE, "#56b4e9", plots.GREEN, "#7a8a99", plots.INK)
+BREAKS = (plots.VERMILLION, plots.PURPLE, plots.ORANGE, "#8c510a")
+LEAST = {"random": plots.VERMILLION, "in the span of the data": plots.BLUE, "zero": plots.GREEN}
 STARTS = {
-    "backpropagation": figures.GREY,
-    "random": figures.VERMILLION,
-    "random, norms as aligned": "#e69f00",
-    "aligned": figures.BLUE,
+    "backpropagation": plots.GREY,
+    "random": plots.VERMILLION,
+    "random, norms as aligned": plots.ORANGE,
+    "aligned": plots.BLUE,
 }
 TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "fashion_mnist": "Fashion-MNIST"}
 CAPTION = (
@@ -53,7 +54,7 @@ class Laws(NamedTuple):
 Trained = Mapping[str, Mapping[str, list[dict[str, Any]]]]
 
 
-def table(laws: Laws, trained: Trained) -> list[list[str]]:
+def laws_table(laws: Laws) -> list[list[str]]:
     """What the theory says beside what was measured."""
     rows = [["quantity", "theory", "ours"]]
     for name, found in laws.cases.items():
@@ -70,11 +71,17 @@ def table(laws: Laws, trained: Trained) -> list[list[str]]:
     for start, distance in laws.least.items():
         theory = "not 0" if start == "random" else "0"
         rows.append([f"distance from the least solution, {start}", theory, _range(distance[:, -1])])
+    return rows
+
+
+def starts_table(trained: Trained) -> list[list[str]]:
+    """Accuracies and angles from each start."""
+    rows = [["start", "test accuracy, %", "angles"]]
     for dataset, starts in trained.items():
         for start, history in starts.items():
-            accuracy = figures.estimate(100 * np.array(history[-1]["test_accuracy"]), 1)
+            accuracy = shown(100 * np.array(history[-1]["test_accuracy"]), 1)
             angles = ", ".join(f"{np.mean(angle):.0f}°" for angle in list(history[-1]["angle"].values())[:-1])
-            rows.append([f"{TITLES.get(dataset, dataset)} accuracy (angles), {start}", "", f"{accuracy} % ({angles})"])
+            rows.append([f"{TITLES.get(dataset, dataset)}, {start}", accuracy, angles])
     return rows
 
 
@@ -103,7 +110,7 @@ def figure(laws: Laws, trained: Trained) -> Figure:
     for axes in grid[5 + len(trained) : 7] if trained else grid[5:]:
         axes.set_visible(False)
     for letter, axes in zip("abcdefgh", grid, strict=True):
-        axes.set_title(f"({letter}) {axes.get_title()}", loc="left", color=figures.INK)
+        axes.set_title(f"({letter}) {axes.get_title()}", loc="left")
         axes.set_title("")
         axes.grid(axis="y")
     return drawn
@@ -119,7 +126,7 @@ def _residuals(axes: Axes, cases: dict[str, Followed]) -> None:
         # From the second step: the first one is the same with momentum as without.
         residual = np.maximum(cases[name].residual[2:], FLOOR)
         axes.plot(np.arange(2, len(residual) + 2), residual, color=color, linewidth=1.3, label=name)
-    axes.axhline(EXACT, color=figures.INK, linewidth=0.8, linestyle=":")
+    axes.axhline(EXACT, color=plots.INK, linewidth=0.8, linestyle=":")
     axes.set(yscale="log", xscale="log", ylim=(FLOOR, 1e4), xlabel="step", title="exact for finite steps")
     axes.set_ylabel(r"$|\Delta Q - \frac{1}{2}\sum\|\Delta W\|^2|$, worst unit")
     spacing = {"labelspacing": 0.2, "columnspacing": 0.8, "handlelength": 1.1, "handletextpad": 0.4}
@@ -133,18 +140,18 @@ def _units(axes: Axes, cases: dict[str, Followed]) -> None:
         drift = np.abs(end.drift[-1])
         axes.plot(end.squares[-1], drift, marker, color=color, alpha=0.7, markersize=3, markeredgewidth=0.7)
     low, high = 1e-7, 1e3
-    axes.plot([low, high], [low, high], color=figures.INK, linewidth=0.8, zorder=1)
+    axes.plot([low, high], [low, high], color=plots.INK, linewidth=0.8, zorder=1)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), title="unit by unit")
     axes.set(xlabel=r"half squared steps $\frac{1}{2}\sum_t\|\Delta w_j\|^2$", ylabel=r"drift $|Q_j(T) - Q_j(0)|$")
 
 
 def _rates(axes: Axes, rates: dict[float, Followed]) -> None:
     for rate, found in rates.items():
-        axes.scatter(np.full(found.drift.shape[1], rate), np.abs(found.drift[-1]), s=7, color=figures.BLUE, alpha=0.25)
+        axes.scatter(np.full(found.drift.shape[1], rate), np.abs(found.drift[-1]), s=7, color=plots.BLUE, alpha=0.25)
     x = np.array(sorted(rates))
     worst = np.array([np.abs(rates[rate].drift[-1]).max() for rate in x])
-    axes.plot(x, worst, "o", color=figures.INK, markersize=4, label="largest of all units")
-    axes.plot(x, worst[-1] * x / x[-1], color=figures.INK, linewidth=0.8, label="proportional")
+    axes.plot(x, worst, "o", color=plots.INK, markersize=4, label="largest of all units")
+    axes.plot(x, worst[-1] * x / x[-1], color=plots.INK, linewidth=0.8, label="proportional")
     axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="drift after the same time")
     axes.set_ylim(worst.min() / 1e3, worst.max() * 3)
     axes.set_title("vanishes in the flow")
@@ -152,11 +159,11 @@ def _rates(axes: Axes, rates: dict[float, Followed]) -> None:
 
 
 def _overlaps(axes: Axes, laws: Laws) -> None:
-    shown = (("random start", laws.cases["ReLU"], figures.VERMILLION), ("aligned start", laws.aligned, figures.BLUE))
+    shown = (("random start", laws.cases["ReLU"], plots.VERMILLION), ("aligned start", laws.aligned, plots.BLUE))
     for name, found, color in shown:
         axes.plot(found.overlap.sum(1), color=color, linewidth=1.5, label=name)
         axes.plot(found.bound.sum(1), color=color, linewidth=1.0, linestyle="--", label="its bound")
-    axes.axhline(0, color=figures.INK, linewidth=0.6)
+    axes.axhline(0, color=plots.INK, linewidth=0.6)
     axes.set(xlabel="step", ylabel=r"overlap $\langle W_{i+1}, B_{i+1}\rangle$", title="alignment is bounded below")
     axes.legend(fontsize=7, loc="center", bbox_to_anchor=(0.5, 0.27), ncols=2, columnspacing=1.0, handlelength=1.6)
 
@@ -164,7 +171,7 @@ def _overlaps(axes: Axes, laws: Laws) -> None:
 def _least(axes: Axes, least: dict[str, np.ndarray]) -> None:
     for start, distances in least.items():
         shown = np.maximum(distances, 1e-16)
-        figures.lines(axes, np.arange(1, shown.shape[1] + 1), shown, LEAST[start], start)
+        plots.lines(axes, np.arange(1, shown.shape[1] + 1), shown, LEAST[start], start)
     axes.set(yscale="log", ylim=(1e-16, 10), xlabel="iteration", ylabel=r"$\|w - w_{\min}\| / \|w_{\min}\|$")
     axes.set_title("the least solution")
     axes.legend(fontsize=7, title="first layer starts", title_fontsize=7)
@@ -173,7 +180,7 @@ def _least(axes: Axes, least: dict[str, np.ndarray]) -> None:
 def _accuracies(axes: Axes, name: str, starts: Mapping[str, list[dict[str, Any]]]) -> None:
     for start, history in starts.items():
         accuracy = 100 * np.array([record["test_accuracy"] for record in history[1:]]).T
-        figures.lines(axes, [record["epoch"] for record in history[1:]], accuracy, STARTS[start], start)
+        plots.lines(axes, [record["epoch"] for record in history[1:]], accuracy, STARTS[start], start)
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", title=f"{TITLES.get(name, name)}, accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -186,7 +193,7 @@ def _angles(axes: Axes, trained: Trained) -> None:
             epochs = [record["epoch"] for record in history]
             (line,) = axes.plot(epochs, hidden, color=STARTS[start], linewidth=1.5, linestyle="--" if dashed else "-")
             line.set_label("" if dashed else start)
-    axes.axhline(90, color=figures.INK, linewidth=0.8, linestyle=":")
+    axes.axhline(90, color=plots.INK, linewidth=0.8, linestyle=":")
     axes.set(xlabel="epoch", ylabel="angle to backpropagation (°)", ylim=(-3, 100), yticks=range(0, 91, 30))
     axes.set_title("angle to backpropagation")
     axes.legend(fontsize=7, loc="center", bbox_to_anchor=(0.5, 0.465), title="start (f, g, h)", title_fontsize=7)

@@ -11,34 +11,9 @@ that nothing but the feedback matters; ``P`` and ``Q`` start from the library's 
 weights' singular vectors; ``P`` learns at a constant 1e-3 from the covariance divided by its trace, where the paper
 has 1e-3 times 0.999 per iteration and the covariance itself. We train on past iteration 5000, where slow and stuck look
 alike.
-
-Measured with the preset ``cpu`` (5 seeds, mean +- std of the overlap with modes 1 and 2, 1 when learned; 70 s of one
-core, 3.5 min on two that others kept busy):
-
-====  ==================  ====================  ====================  ======================
-rank  feedback            iteration 5000        iteration 15,000      the paper
-====  ==================  ====================  ====================  ======================
-      backpropagation     1.00,       1.00      1.00,       1.00
-64    all three           1.00,       .99-1.00  1.00,       1.00      recovers the teacher
-2     P and Q learned     1.00,       .96+-.04  1.00,       .99       recovers the teacher
-2     P fixed, Q learned  .86+-.14,   .46+-.26  .97+-.03,   .91+-.06
-2     P and Q fixed       .61+-.19,   .31+-.15  .96+-.05,   .80+-.12  stuck
-1     P and Q learned     .86+-.27,   .26+-.28  .94+-.12,   .28+-.15  the leading mode alone
-1     P fixed, Q learned  .51+-.38,   .34+-.35  .67+-.31,   .52+-.30
-1     P and Q fixed       .38+-.28,   .26+-.23  .69+-.28,   .52+-.27  stuck
-====  ==================  ====================  ====================  ======================
-
-So the claim holds where the paper stops. But a fixed projection of rank 2, the teacher's own, is slow there, not stuck,
-and no fixed point is spurious: where the second layer has learned what it can, the error is ``E = (1 - H) V S U^T``,
-``H`` projecting on what the hidden layer sees; so ``E P = 0`` means ``E = 0`` as soon as ``U^T P`` has rank ``d``,
-which is so for almost every ``P`` of rank ``d`` or more. Below ``d`` there are such points, mixtures of the modes; a
-fixed ``P`` goes there (.84, .56 after 40,000 iterations, 3 seeds). One seed of five found mode 2 first with learned
-feedback of rank 1. There ``P`` must be slow: with ``--feedback-rate 0.1`` it turns to mode 2 as soon as mode 1 is
-learned, and the student forgets the one for the other, back and forth.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -50,16 +25,18 @@ from jax.nn import initializers
 from matplotlib.figure import Figure
 
 import jaxfa
-from experiments.common import figures, records
+from experiments.common import plots, records
+from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
+from experiments.common.metrics import shown
 
 INPUTS, HIDDEN, OUTPUTS = 128, 64, 64
 PUBLISHED = 5000  # where the paper stops
 POINTS = 300
 BACKPROP = "backpropagation"
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
-    "P and Q learned": ({}, figures.BLUE),
-    "P fixed, Q learned": ({"learn_p": False}, figures.VERMILLION),
-    "P and Q fixed": ({"learn_p": False, "learn_q": False}, figures.PURPLE),
+    "P and Q learned": ({}, plots.BLUE),
+    "P fixed, Q learned": ({"learn_p": False}, plots.VERMILLION),
+    "P and Q fixed": ({"learn_p": False, "learn_q": False}, plots.PURPLE),
 }
 CLAIMS = {
     ("full", "P and Q learned"): "recovers the teacher",
@@ -70,8 +47,8 @@ CLAIMS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Options):
     """The teacher, the ranks, and for how long."""
 
     ranks: tuple[int, ...] = (64, 2, 1)
@@ -90,10 +67,6 @@ class Config:
     """How many teachers and students there are, side by side."""
     seed: int = 0
     """The first seed; the others follow it."""
-    out: Path = Path("runs/ldfa_linear")
-    """The folder of the results."""
-    fresh: bool = False
-    """The results in the folder are deleted first."""
 
     def __post_init__(self) -> None:
         records.refuse_below_one(self, "iterations", "seeds")
@@ -103,25 +76,9 @@ class Config:
             raise ValueError(f"ranks must be from 1 to {OUTPUTS}, got {self.ranks}.")
 
 
-PRESETS = {
-    "cpu": Config(),
-    "paper": Config(iterations=PUBLISHED, seeds=20, out=Path("runs/ldfa_linear-paper")),
-}
-
-
-def run(config: Config) -> Path:
-    """Trains every student, writes the figure and the table.
-
-    Args:
-      config: a :class:`Config`.
-
-    Returns:
-      The path of the report.
-
-    Raises:
-      ValueError: if the folder holds another configuration's results.
-    """
-    records.open_run(config.out, records.identity("ldfa_linear", config, ("out", "fresh")), fresh=config.fresh)
+def study(config: Config, histories: Histories) -> Study:
+    """Trains every student."""
+    del histories
     found = {(0, BACKPROP): overlaps(config, jaxfa.backprop())}
     for rank in config.ranks:
         for name in VARIANTS:
@@ -132,16 +89,13 @@ def run(config: Config) -> Path:
             folder.mkdir(exist_ok=True)
             records.replace(folder / records.DIVERGED, "diverged: the overlap with a mode is no finite number")
     steps = _interval(config) * np.arange(1, config.iterations // _interval(config) + 1)
-    results = {f"{rank} {name}": values.tolist() for (rank, name), values in found.items()}
-    records.write_json(config.out / "results.json", {"steps": steps.tolist(), "overlaps": results})
-    rows = table(config, steps, found)
-    with figures.style():
-        drawn = figure(config, steps, found)
     caption = (
         f"Overlap of the student with each of the teacher's modes, 1 when it is learned; thick, the mean of "
         f"{config.seeds} seeds, thin, each of them. The dotted line is where the paper stops."
     )
-    return figures.write(config.out, drawn, title="Which modes low-rank feedback finds", caption=caption, table=rows)
+    last = {f"{rank} {name}": values[:, -1].tolist() for (rank, name), values in found.items()}
+    tables = [Table("Overlaps with the modes", table(config, steps, found))]
+    return Study(figure(config, steps, found), caption, tables, numbers=last)
 
 
 def rule(config: Config, rank: int, name: str) -> jaxfa.Rule:
@@ -209,7 +163,7 @@ def table(config: Config, steps: np.ndarray, found: dict[tuple[int, str], np.nda
     stops = sorted({int(np.argmin(abs(steps - PUBLISHED))), len(steps) - 1})
     rows = [["rank", "feedback", *(f"modes, iteration {steps[stop]}" for stop in stops), "the paper"]]
     for (rank, name), values in found.items():
-        cells = [", ".join(map(figures.estimate, values[:, stop].T)) for stop in stops]
+        cells = [", ".join(map(shown, values[:, stop].T)) for stop in stops]
         rows.append([str(rank or ""), name, *cells, CLAIMS.get((_case(config, rank), name), "")])
     return rows
 
@@ -228,18 +182,36 @@ def figure(config: Config, steps: np.ndarray, found: dict[tuple[int, str], np.nd
     grid = drawn.subplots(modes, len(config.ranks), sharex=True, sharey=True, squeeze=False)
     for row, mode in zip(grid, range(modes), strict=True):
         for axes, rank in zip(row, config.ranks, strict=True):
-            figures.lines(axes, steps, found[0, BACKPROP][..., mode], figures.GREY, BACKPROP)
+            plots.lines(axes, steps, found[0, BACKPROP][..., mode], plots.GREY, BACKPROP)
             for name, (_, color) in VARIANTS.items():
-                figures.lines(axes, steps, found[rank, name][..., mode], color, name)
-            axes.axvline(PUBLISHED, color=figures.INK, linewidth=0.8, linestyle=":")
+                plots.lines(axes, steps, found[rank, name][..., mode], color, name)
+            axes.axvline(PUBLISHED, color=plots.INK, linewidth=0.8, linestyle=":")
             axes.set_xscale("log")
             axes.set_ylim(-0.05, 1.1)
             axes.grid(axis="y")
         row[0].set_ylabel(f"overlap with mode {mode + 1}\n(strength {config.strengths[mode]:g})")
     for axes, rank in zip(grid[0], config.ranks, strict=True):
         relation = {"full": "full rank", "enough": "$r ≥ d$", "few": "$r < d$"}[_case(config, rank)]
-        axes.set_title(f"rank {rank}: {relation}", color=figures.INK)
+        axes.set_title(f"rank {rank}: {relation}", color=plots.INK)
     for axes in grid[-1]:
         axes.set_xlabel("iterations")
     drawn.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return drawn
+
+
+EXPERIMENT = Experiment(
+    __name__,
+    __doc__,
+    {
+        "cpu": Config(),
+        "paper": Config(iterations=PUBLISHED, seeds=20),
+    },
+    Page(
+        "Which modes does low-rank feedback find?",
+        "A two-layer linear network learns a teacher of rank d through feedback of rank r. The paper: learned "
+        "feedback of r >= d recovers the teacher as backpropagation does, r < d the leading modes alone; a fixed "
+        "projection gets stuck.",
+        "Hanut and Kadmon 2025, after 5000 iterations",
+    ),
+    study=study,
+)

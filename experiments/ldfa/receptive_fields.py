@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.common import figures
+from experiments.common import plots
 
 PAD = 64
 SHOWN = 8
@@ -127,8 +127,8 @@ def figure(results: dict[str, Result]) -> Figure:
         for place, one in enumerate(results.values()):
             values = getattr(one, attribute)
             jitter = np.linspace(-0.22, 0.22, len(values))
-            axes.plot(place + jitter, values, ".", color=figures.GREY, markersize=3)
-            axes.plot([place - 0.3, place + 0.3], [np.nanmean(values)] * 2, color=figures.VERMILLION, linewidth=2)
+            axes.plot(place + jitter, values, ".", color=plots.GREY, markersize=3)
+            axes.plot([place - 0.3, place + 0.3], [np.nanmean(values)] * 2, color=plots.VERMILLION, linewidth=2)
         axes.set_ylim(0, 1)
         axes.set_ylabel(label)
         axes.grid(axis="y")

@@ -13,27 +13,10 @@ A receptive field is the mean gradient over test images, in the image, of the mi
 before its ReLU. Two numbers describe it, see ``receptive_fields``: its orientation selectivity, 0 if it
 prefers none and 1 for a grating, and its radial symmetry, 1 for centre and surround and less for an edge. Both are also
 shown before training, since chance makes oriented fields, too.
-
-Measured with the preset ``cpu`` (16 x 16 pixels, 10,000 images, 6 epochs; 2 seeds of 16 units; mean +- std over units,
-of the accuracy over seeds), in 21 min on two cores that others kept busy:
-
-===============  ===========  ==========  =============
-error            selectivity  symmetry    test accuracy
-===============  ===========  ==========  =============
-untrained        .14 +- .06   .07 +- .04
-backpropagation  .34 +- .19   .12 +- .10  45.7 +- 0.5
-rank 16          .39 +- .20   .17 +- .13  44.2 +- 0.6
-rank 4           .34 +- .20   .14 +- .08  43.7 +- 0.7
-rank 2           .36 +- .21   .18 +- .14  42.4 +- 2.7
-rank 1           .29 +- .17   .15 +- .10  40.5 +- 1.1
-===============  ===========  ==========  =============
-
-At this size the claim does not show: rank 1 is the least selective of the trained ones, but by a quarter of a standard
-deviation, and no rank makes fields of centre and surround. Much of a field is still its random start after so few
-steps. The preset ``paper`` has not been run; its optimizer and epochs are ours, those of the paper being unknown.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -42,19 +25,27 @@ import numpy as np
 from flax import nnx
 
 import jaxfa
-from experiments.common import checkpoint, data, figures, records, sweep
+from experiments.common import checkpoint, data, records
+from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, Training, prepare
+from experiments.common.metrics import shown
 from experiments.common.optimizers import adam
 from experiments.common.task import Task
-from experiments.common.trainer import State
+from experiments.common.trainer import State, Trainer
 from experiments.ldfa import receptive_fields
+from experiments.ldfa.arms import low_rank
 from experiments.ldfa.receptive_fields import Result
 from experiments.models.retina import Retina
 
 PROBES = 256
+CAPTION = (
+    "Receptive fields of the retina's first output channels, first seed, each to its own scale: blue excites, red "
+    "inhibits. Right, every unit of every seed, and the mean over units. The numbers are means and deviations over "
+    "units; accuracy's are over seeds."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(sweep.Options):
+class Config(Training):
     """The network, the ranks, and for how long."""
 
     ranks: tuple[int, ...] = (16, 4, 2, 1)
@@ -85,8 +76,6 @@ class Config(sweep.Options):
     """The learning rate of P, the projection of the error."""
     seeds: int = 2
     """How many trainings each rank has."""
-    out: Path = Path("runs/ldfa_retina")
-    """The folder of the results; a run that was killed goes on from its last checkpoint there."""
 
     arms = ("ranks",)
 
@@ -97,50 +86,46 @@ class Config(sweep.Options):
             raise ValueError(f"ranks must be from 1 to the cortex's {self.cortex[0]} channels, got {self.ranks}.")
 
 
-PRESETS = {
-    "cpu": Config(),
-    "paper": Config(
-        ranks=(32, 16, 8, 4, 2, 1), retina=(32, 32), cortex=(32, 32, 32), hidden=1024, window=9, halvings=0,
-        images=None, test_images=None, epochs=100, learning_rate=5e-4, seeds=5, out=Path("runs/ldfa_retina-paper"),
-    ),
-}  # fmt: skip
-
-
-def run(config: Config) -> Path:
-    """Trains a retina by backpropagation and at every rank, writes the figure and the table.
-
-    Args:
-      config: a :class:`Config`.
-
-    Returns:
-      The path of the report.
-
-    Raises:
-      ValueError: if the folder holds another configuration's results.
-      FileNotFoundError: if CIFAR-10 is not there.
-      FloatingPointError: if every training diverged.
-    """
+def arms(config: Config) -> Iterator[Arm]:
+    """Backpropagation and every rank, seed by seed: side by side, XLA:CPU's wide convolutions are ten times slower."""
     dataset = grey(data.load("cifar10", config.data), config)
-    identity = sweep.open_run(config)
-    results: dict[str, Result] = {}
     for rank in (None, *config.ranks):
-        name = "backpropagation" if rank is None else f"rank {rank}"
-        before, after, accuracies = [], [], []
-        # One after the other: vectorised over seeds, XLA:CPU's wide convolutions are ten times slower.
         for seed in range(config.seed, config.seed + config.seeds):
-            alone, folder = dataclasses.replace(config, seed=seed, seeds=1), f"{name}-seed-{seed}".replace(" ", "-")
-            for trained in sweep.train_each(alone, identity, {folder: task(config, dataset, rank)}):
-                start = trained.trainer.init()
-                with checkpoint.checkpoints(config.out / folder) as manager:
-                    _, end = checkpoint.restore(manager, start) or (0, start)
-                before.append(fields(config, dataset, start))
-                after.append(fields(config, dataset, end))
-                accuracies += trained.history[-1]["test_accuracy"]
+            yield Arm(
+                f"{_name(rank)}-seed-{seed}".replace(" ", "-"),
+                _name(rank),
+                rank,
+                task(config, dataset, rank),
+                seeds=[seed],
+            )
+
+
+def _name(rank: int | None) -> str:
+    return "backpropagation" if rank is None else f"rank {rank}"
+
+
+def study(config: Config, histories: Histories) -> Study:
+    """The receptive fields before and after training."""
+    results: dict[str, Result] = {}
+    made = [arm for arm in arms(config) if arm.name in histories]
+    for rank in (None, *config.ranks):
+        before, after, accuracies = [], [], []
+        for arm in (arm for arm in made if arm.x == rank):
+            start = Trainer(arm.task, arm.seeds or (), config.loop).init()
+            before.append(fields(config, arm.task.data, start))
+            after.append(fields(config, arm.task.data, _end(config.out / arm.name, start)))
+            accuracies += histories[arm.name][-1]["test_accuracy"]
         if len(after) == config.seeds:  # without a seed that diverged, a mean would flatter
             results = results or {"untrained": receptive_fields.describe(before)}
-            results[name] = receptive_fields.describe(after, accuracies)
-    figures.refuse_nothing(config.out, results)
-    return _write(config, results)
+            results[_name(rank)] = receptive_fields.describe(after, accuracies)
+    if not results:
+        raise FloatingPointError(f"Nothing in {config.out} is left to draw: at every rank a seed diverged.")
+    return Study(receptive_fields.figure(results), CAPTION, [Table("Receptive fields", _rows(results))])
+
+
+def _end(folder: Path, start: State) -> State:
+    with checkpoint.checkpoints(folder) as manager:
+        return (checkpoint.restore(manager, start) or (0, start))[1]
 
 
 def network(config: Config, dataset: data.Dataset, rngs: nnx.Rngs) -> Retina:
@@ -160,13 +145,12 @@ def grey(dataset: data.Dataset, config: Config) -> data.Dataset:
         return np.round(light).astype(np.uint8)[..., None]
 
     train, test = convert(dataset.train_images), convert(dataset.test_images)
-    return sweep.prepare(config, dataset._replace(train_images=train, test_images=test, augmented=False))
+    return prepare(config, dataset._replace(train_images=train, test_images=test, augmented=False))
 
 
 def task(config: Config, dataset: data.Dataset, rank: int | None) -> Task:
     """What is trained: with low-rank feedback to the retina, or by backpropagation alone."""
-    # The decay is the optimizer's L2 penalty, for Q as for the weights, so that the rule adds none.
-    rule = jaxfa.ldfa(rank, learning_rate=config.feedback_rate, weight_decay=0.0) if rank else jaxfa.backprop()
+    rule = low_rank(rank, config.feedback_rate) if rank else jaxfa.backprop()
     steps = len(dataset.train_labels) // config.batch
     return Task(
         make=lambda rngs: network(config, dataset, rngs),
@@ -189,29 +173,41 @@ def fields(config: Config, dataset: data.Dataset, state: State) -> np.ndarray:
     return np.asarray(receptive_fields.receptive_fields(nnx.merge(graph, variables).ganglion, images, side))
 
 
-def _write(config: Config, results: dict[str, Result]) -> Path:
-    numbers = {
-        name: {
-            "selectivity": one.selectivity.tolist(),
-            "symmetry": one.symmetry.tolist(),
-            "accuracy": one.accuracy.tolist(),
-        }
-        for name, one in results.items()
-    }
-    records.write_json(config.out / "results.json", numbers)
+def _rows(results: dict[str, Result]) -> list[list[str]]:
     rows = [["error to the retina", "orientation selectivity", "radial symmetry", "units", "test accuracy, %"]]
     for name, one in results.items():
         seen = ~np.isnan(one.selectivity)
-        accuracy = figures.estimate(100 * one.accuracy, 1) if len(one.accuracy) else ""
-        described = [figures.estimate(values[seen]) for values in (one.selectivity, one.symmetry)]
+        accuracy = shown(100 * one.accuracy, 1) if len(one.accuracy) else ""
+        described = [shown(values[seen]) for values in (one.selectivity, one.symmetry)]
         rows.append([name, *described, f"{seen.sum()} of {seen.size}", accuracy])
-    with figures.style():
-        drawn = receptive_fields.figure(results)
-    caption = (
-        "Receptive fields of the retina's first output channels, first seed, each to its own scale: blue excites, red "
-        "inhibits. Right, every unit of every seed, and the mean over units. The numbers are means and deviations over "
-        "units; accuracy's are over seeds."
-    )
-    return figures.write(
-        config.out, drawn, title="Receptive fields by the rank of the error", caption=caption, table=rows
-    )
+    return rows
+
+
+EXPERIMENT = Experiment(
+    __name__,
+    __doc__,
+    {
+        "cpu": Config(),
+        "paper": Config(
+            ranks=(32, 16, 8, 4, 2, 1),
+            retina=(32, 32),
+            cortex=(32, 32, 32),
+            hidden=1024,
+            window=9,
+            halvings=0,
+            images=None,
+            test_images=None,
+            epochs=100,
+            learning_rate=5e-4,
+            seeds=5,
+        ),
+    },
+    Page(
+        "What does a retina see when its error has few dimensions?",
+        "Receptive fields of a model retina by the rank of the error that reaches it. The paper: the fewer dimensions"
+        " it has, the less the fields prefer an orientation, until they are centre and surround.",
+        "Hanut and Kadmon 2025, after Lindsey et al. 2019",
+    ),
+    arms,
+    study,
+)

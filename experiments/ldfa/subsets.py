@@ -3,46 +3,27 @@
 Claim (Hanut and Kadmon 2025): with 50, 75 and 100 classes, accuracy levels off at about rank 50, 75 and 100. They give
 it as a figure; we have no numbers of theirs.
 
-Command: ``python -m experiments run ldfa_subsets`` (``--preset paper`` for the published set-up).
+Command: ``python -m experiments run ldfa_subsets``, 7 minutes; ``--preset paper`` for the published set-up.
 
 The network and the rule are those of ``ldfa_rank_mlp``, all layers' feedback being of low rank; images turn by 5
 degrees.
-
-Measured with the preset ``cpu`` (MLP 3072-128-128-128-n, 5000 training images, 8 epochs of 39 steps, 3 seeds; test
-accuracy, mean +- std; the angle is that of the first layer's update to backpropagation), in 6 min 30 s on two CPU cores
-that others used, too:
-
-===========  ============  ============  =====  ============  ============  =====
-.            10 classes    .             .      50 classes    .             .
------------  ------------  ------------  -----  ------------  ------------  -----
-rank         last epoch    best epoch    angle  last epoch    best epoch    angle
-===========  ============  ============  =====  ============  ============  =====
-bp           57.1 +- 0.0   57.1 +- 0.0   0      22.4 +- 0.6   22.7 +- 0.2   0
-2            33.8 +- 1.6   34.5 +- 2.7   76     8.0 +- 1.2    8.5 +- 1.0    76
-5            40.8 +- 4.4   42.5 +- 1.5   59     10.1 +- 0.5   10.7 +- 0.4   71
-10           54.0 +- 1.0   54.0 +- 1.0   54     13.0 +- 0.6   13.2 +- 0.4   76
-50           54.9 +- 0.4   54.9 +- 0.4   52     16.5 +- 0.7   16.6 +- 0.7   73
-===========  ============  ============  =====  ============  ============  =====
-
-So 10 classes need about rank 10, and 50 classes more than 10; whether 50 suffice for them 312 steps can't tell, after
-which the feedback has hardly aligned. Both stay below backpropagation. The preset ``paper`` has not been run.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
-import jaxfa
-from experiments.common import data, records, sweep
-from experiments.ldfa import rank_mlp as ldfa_rank_mlp
+from experiments.common import data, records
+from experiments.common.experiment import Arm, Experiment, Page, prepare
+from experiments.ldfa.arms import Config as LowRank
+from experiments.ldfa.arms import by_rank, low_rank, mlp
 
 DEGREES = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(sweep.Config):
+class Config(LowRank):
     """The classes, the ranks, and for how long."""
 
     classes: tuple[int, ...] = (50, 75, 100)
@@ -51,10 +32,6 @@ class Config(sweep.Config):
     """Ranks of the feedback."""
     width: int = 512
     """Units of a hidden layer."""
-    feedback_rate: float = ldfa_rank_mlp.FEEDBACK_RATE
-    """The learning rate of P, the projection of the error; it is the best of ldfa_rank_mlp, not tuned here."""
-    out: Path = Path("runs/ldfa_subsets")
-    """The folder of the results."""
 
     arms = ("ranks", "classes")
 
@@ -65,30 +42,19 @@ class Config(sweep.Config):
             raise ValueError(f"classes must be numbers from 2 to 100, got {self.classes}.")
 
 
-PRESETS = {
-    "cpu": Config(
-        classes=(10, 50), ranks=(2, 5, 10, 50), width=128, epochs=8, images=5000, batch=128, learning_rate=1e-3
-    ),
-    "paper": Config(epochs=100, batch=32, learning_rate=6e-4, seeds=5, out=Path("runs/ldfa_subsets-paper")),
-}
-PAGE = sweep.Page(
-    "Does the number of classes set the rank?",
-    "Low-dimensional feedback in a fully connected network on the first n classes of CIFAR-100. The paper: accuracy "
-    "levels off at a rank of about n.",
-    "none: the paper gives a figure alone",
-)
-
-
-def run(config: Config) -> Path:
-    """Trains every arm and writes the report.
-
-    Args:
-      config: a :class:`Config`.
-
-    Returns:
-      The path of the report.
-    """
-    return sweep.run(config, PAGE, list(_arms(config)))
+def arms(config: Config) -> Iterator[Arm]:
+    """Backpropagation and every rank, on each number of classes."""
+    whole = data.load("cifar100", config.data)
+    rules = {rank: low_rank(rank, config.feedback_rate) for rank in config.ranks}
+    for count in config.classes:
+        dataset = prepare(config, first_classes(whole, count))
+        bp, group, reference = (
+            mlp(config, dataset, width=config.width, degrees=DEGREES),
+            f"{count} classes",
+            f"bp-{count}",
+        )
+        yield Arm(reference, group, None, bp, reference=reference)
+        yield from by_rank(str(count), group, rules, bp, reference=reference)
 
 
 def first_classes(dataset: data.Dataset, count: int) -> data.Dataset:
@@ -103,13 +69,20 @@ def first_classes(dataset: data.Dataset, count: int) -> data.Dataset:
     )
 
 
-def _arms(config: Config) -> Iterator[sweep.Arm]:
-    whole = data.load("cifar100", config.data)
-    for count in config.classes:
-        dataset = sweep.prepare(config, first_classes(whole, count))
-        bp = ldfa_rank_mlp.task(config, dataset, width=config.width, degrees=DEGREES)
-        group, reference = f"{count} classes", f"bp-{count}"
-        yield sweep.Arm(reference, group, None, bp, reference=reference)
-        for rank in config.ranks:
-            rule = jaxfa.ldfa(rank, learning_rate=config.feedback_rate, weight_decay=0.0)
-            yield sweep.Arm(f"{count}-{rank}", group, rank, bp._replace(rule=rule), reference=reference)
+EXPERIMENT = Experiment(
+    __name__,
+    __doc__,
+    {
+        "cpu": Config(
+            classes=(10, 50), ranks=(2, 5, 10, 50), width=128, epochs=8, images=5000, batch=128, learning_rate=1e-3
+        ),
+        "paper": Config(epochs=100, batch=32, learning_rate=6e-4, seeds=5),
+    },
+    Page(
+        "Does the number of classes set the rank?",
+        "Low-dimensional feedback in a fully connected network on the first n classes of CIFAR-100. The paper: "
+        "accuracy levels off at a rank of about n.",
+        "none: the paper gives a figure alone",
+    ),
+    arms,
+)

@@ -3,7 +3,7 @@
 Claim (Boeshertz, Pascanu and Clopath 2026): errors that return through fixed random weights span fewer directions than
 backpropagation's; Muon, and normalised activations, give them back, and accuracy with them, best together.
 
-Command: ``python -m experiments run rank_collapse`` (``--preset paper``: ResNet-18 on CIFAR-100, never run).
+Command: ``python -m experiments run rank_collapse``, 10 minutes; ``--preset paper`` for ResNet-18 on CIFAR-100.
 
 The paper's widths, learning rates, epochs and windows are not known to us. Ranks are Roy and Vetterli's. Feedback is
 drawn as weights are; every layer but the first gets it, 1x1 shortcuts included; without normalisation there is none
@@ -13,53 +13,19 @@ loss of guessing; SGD from .1, .03, .01 (FA alone .01, .003, .001, .0003), Muon 
 .02, .005: the edge). Controls have the rate of the arm that they change. Three choices came after looking: that a loss
 must end below guessing's (it excludes Muon's .02 for FA, 27.7 % at its best and a loss of 28); controls with BN, since
 without it a flat spectrum gained nothing (25.8 against 26.1 %); and FA at BP's rate, since at its own none collapsed.
-
-Measured with the preset ``cpu``: widths 16 to 64, 600 steps of 64 of 10,000 images, 2000 test images (standard error
-1.1 points), one seed and so no deviation; last / best of 10 epochs; ranks of the hidden layers at the end, of which a
-matrix has 53 at most, a trajectory (pseudo-gradients of 100 steps) 100, a batch's errors 128. Ten minutes of processor
-time, 26 on two cores that ten other processes kept busy; three processes shared the folder:
-
-=====================  ===========  ======  ========  ======  ==========  =====================
-arm                    accuracy, %  error   gradient  update  trajectory  trajectory, published
-=====================  ===========  ======  ========  ======  ==========  =====================
-BP                     48.5 / 48.9  105     17.5      24.5    79          about 100
-BP, BN                 57.7 / 58.1  103     40.6      41.1    94
-FA                     27.7 / 27.9  112     25.9      25.7    79          < 20, at the end 12
-FA at BP's rate        11.2 / 13.2  53      3.4       5.3     13          < 20, at the end 12
-FA, Muon               27.6 / 27.6  114     29.8      52.5    82
-FA, BN                 46.2 / 46.6  110     41.5      40.7    96
-FA, BN, Muon           47.1 / 47.1  112     43.5      52.5    97
-BP, BN, rank 1         49.4 / 49.4  108     40.2      1.0     93
-BP, BN, rank 2         49.9 / 50.1  107     38.5      2.0     93
-BP, BN, rank 5         52.3 / 52.7  107     39.3      4.8     93
-FA, BN, flat           47.6 / 47.6  108     42.7      52.5    96
-FA, BN, Muon's size    42.0 / 43.1  112     40.8      41.4    96
-=====================  ===========  ======  ========  ======  ==========  =====================
-
-Published, ResNet-18 on CIFAR-100: FA 1.4, FA and Muon 25.3, FA and BN 37.1, all three 46.1.
-
-The published collapse is there at backpropagation's learning rate, where the loss explodes (1e14 at the end), and not
-at a rate at which FA learns: then its trajectory spans what backpropagation's does, and at a matched loss (2.15) its
-gradient more (27 against 15). Normalisation doubles the gradient's rank in both rules, before the first step already
-(16 to 40), and not the error's (118 to 121): what rises must be that of the activations. Muon makes no rank: it lifts
-the update to nearly all that there is (52.5) by equalising a spectrum that reaches so far, and the gradient under it
-gains 2 to 4. The controls have the claim's sign: backpropagation loses 5 to 8 points by truncation; FA with BN gains
-1.4 by a flat spectrum and loses 4 by Muon's step sizes alone. But what is gained by Muon or a flat spectrum is within
-the error of one seed, and FA with Muon alone, published far ahead of FA, is not ahead here.
 """
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import optax
 from flax import nnx
-from threadpoolctl import threadpool_limits
 
 import jaxfa
-from experiments.common import data, records, sweep
+from experiments.common import data, records
+from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Training, load
 from experiments.common.optimizers import hidden_kernels
 from experiments.common.task import Task
 from experiments.models.cnn import PoolingCNN
@@ -67,7 +33,7 @@ from experiments.models.networks import ResNet
 from experiments.rank_collapse import report as rank_report
 from experiments.rank_collapse import spectra
 from experiments.rank_collapse.arms import ARMS, ArmName
-from experiments.rank_collapse.ranks import RankTrainer
+from experiments.rank_collapse.ranks import ranks
 
 NetworkName = Literal["cnn", "resnet18"]
 INITIALIZER = nnx.initializers.he_normal()
@@ -106,7 +72,7 @@ NETWORKS: dict[NetworkName, Network] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(sweep.Options):
+class Config(Training):
     """The network, the trainings, and for how long."""
 
     network: NetworkName = "cnn"
@@ -139,14 +105,13 @@ class Config(sweep.Options):
     """How many images the ranks within a batch are measured on."""
     seeds: int = 1
     """How many trainings each arm has, side by side."""
-    out: Path = Path("runs/rank_collapse")
-    """The folder of the results; a run that was killed goes on from its last checkpoint there."""
 
     arms = ("trainings",)
 
     def unread(self) -> tuple[str, ...]:
         """Adam stands beside Muon alone."""
-        return () if any(ARMS[name].adam for name in self.trainings) else ("adam_rate",)
+        adam = any(ARMS[name].adam for name in self.trainings)
+        return (*super().unread(), *(() if adam else ("adam_rate",)))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,44 +122,16 @@ class Config(sweep.Options):
             raise ValueError(f"rate must be positive, got {self.rate}.")
 
 
-PRESETS = {
-    "cpu": Config(),
-    "paper": Config(
-        network="resnet18",
-        trainings=("bp", "bp-norm", "fa", "fa-muon", "fa-norm", "fa-norm-muon"),
-        widths=(64, 128, 256, 512),
-        epochs=100,
-        steps=None,
-        images=None,
-        test_images=None,
-        batch=128,
-        seeds=3,
-        out=Path("runs/rank_collapse-paper"),
-    ),
-}
+def arms(config: Config) -> list[Arm]:
+    """Every rule, with or without normalisation, by each optimizer, and the controls."""
+    dataset = load(config, NETWORKS[config.network].data)
+    published = rank_report.PUBLISHED[config.network]
+    return [Arm(name, "trainings", None, task(config, name, dataset), published.get(name)) for name in config.trainings]
 
 
-def run(config: Config) -> Path:
-    """Trains every arm, measures ranks along the way, writes the figure and the table.
-
-    Args:
-      config: a :class:`Config`.
-
-    Returns:
-      The path of the report.
-
-    Raises:
-      ValueError: if the folder holds another configuration's results.
-      FileNotFoundError: if the data set is not there.
-    """
-    dataset = sweep.prepare(config, data.load(NETWORKS[config.network].data, config.data))
-    tasks: dict[str, Task] = {name: task(config, name, dataset) for name in config.trainings}
-    make = partial(RankTrainer, probe=config.probe)
-    # LAPACK's threads spin while they wait, which on a shared machine makes seconds of a small SVD's milliseconds.
-    with threadpool_limits(1):
-        trained = sweep.train_each(config, sweep.open_run(config), tasks, make)
-        histories = {one.name: one.history for one in trained}
-    return rank_report.write(config.out, config.network, histories)
+def study(config: Config, histories: Histories) -> Study:
+    """The ranks along the trainings."""
+    return rank_report.study(config.network, histories)
 
 
 def task(config: Config, name: ArmName, dataset: data.Dataset) -> Task:
@@ -221,9 +158,38 @@ def task(config: Config, name: ArmName, dataset: data.Dataset) -> Task:
         data=dataset,
         batch=config.batch,
         steps=config.steps,
+        measure=partial(ranks, probe=config.probe),
     )
 
 
 def _falling(rate: float, steps: int) -> optax.Schedule:
     """A learning rate that falls to a hundredth; at zero there would be no update to measure."""
     return optax.cosine_decay_schedule(rate, steps, alpha=0.01)
+
+
+EXPERIMENT = Experiment(
+    __name__,
+    __doc__,
+    {
+        "cpu": Config(),
+        "paper": Config(
+            network="resnet18",
+            trainings=("bp", "bp-norm", "fa", "fa-muon", "fa-norm", "fa-norm-muon"),
+            widths=(64, 128, 256, 512),
+            epochs=100,
+            steps=None,
+            images=None,
+            test_images=None,
+            batch=128,
+            seeds=3,
+        ),
+    },
+    Page(
+        "What undoes the rank collapse of feedback alignment?",
+        "Errors that return through fixed random weights span fewer directions than backpropagation's, the paper says; "
+        "Muon, and normalised activations, give them back, and accuracy with them, best together.",
+        "Boeshertz, Pascanu and Clopath 2026, ResNet-18 on CIFAR-100",
+    ),
+    arms,
+    study,
+)

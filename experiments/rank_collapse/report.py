@@ -1,14 +1,15 @@
 """The figure and the table of :mod:`experiments.rank_collapse.rank_collapse`."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.common import figures
+from experiments.common import plots
+from experiments.common.experiment import Histories, Study, Table
+from experiments.common.metrics import shown
 
 
 class Look(NamedTuple):
@@ -20,13 +21,13 @@ class Look(NamedTuple):
 
 
 MAIN = {
-    "bp": Look("BP", figures.INK),
-    "bp-norm": Look("BP + BN", figures.INK, dashed=True),
-    "fa": Look("FA", figures.VERMILLION),
-    "fa-fast": Look("FA at BP's rate", figures.VERMILLION, dashed=True),
-    "fa-muon": Look("FA + Muon", figures.PURPLE),
-    "fa-norm": Look("FA + BN", figures.BLUE),
-    "fa-norm-muon": Look("FA + BN + Muon", figures.GREEN),
+    "bp": Look("BP", plots.INK),
+    "bp-norm": Look("BP + BN", plots.INK, dashed=True),
+    "fa": Look("FA", plots.VERMILLION),
+    "fa-fast": Look("FA at BP's rate", plots.VERMILLION, dashed=True),
+    "fa-muon": Look("FA + Muon", plots.PURPLE),
+    "fa-norm": Look("FA + BN", plots.BLUE),
+    "fa-norm-muon": Look("FA + BN + Muon", plots.GREEN),
 }
 MATCHED = [name for name in MAIN if name != "fa-fast"]  # whose loss only rises
 CONTROLS = {
@@ -42,27 +43,15 @@ CONTROLS = {
 PUBLISHED = {"resnet18": {"fa": 1.4, "fa-muon": 25.3, "fa-norm": 37.1, "fa-norm-muon": 46.1}, "cnn": {}}
 # Of the gradients along the trajectory, of a window that is not known.
 PUBLISHED_RANKS = {"resnet18": {}, "cnn": {"bp": "about 100", "fa": "< 20, at the end about 12"}}
-Histories = Mapping[str, Sequence[dict[str, Any]]]
 
 
-def write(folder: Path, network: str, histories: Histories) -> Path:
-    """Writes the report.
+def study(network: str, histories: Histories) -> Study:
+    """What the report shows.
 
     Args:
-      folder: of the run.
       network: its name.
       histories: the records of each arm.
-
-    Returns:
-      The path of the page.
-
-    Raises:
-      FloatingPointError: if every arm diverged.
     """
-    figures.refuse_nothing(folder, histories)
-    rows = table(network, histories)
-    with figures.style():
-        drawn = figure(histories)
     level = matched_loss(histories)
     caption = (
         "Effective ranks (Roy and Vetterli, of singular values), mean of the hidden layers. Within a batch: of the "
@@ -70,8 +59,7 @@ def write(folder: Path, network: str, histories: Histories) -> Path:
         f"the trajectory: of the flattened pseudo-gradients, a row per step. The matched loss, {level:.2f}, is the "
         "lowest on the probe that all of the arms drawn there have reached. Thin lines and points are seeds."
     )
-    title = f"Rank collapse of feedback alignment: {network}"
-    return figures.write(folder, drawn, title=title, caption=caption, table=rows)
+    return Study(figure(histories), caption, [Table("Accuracy and effective ranks", table(network, histories))])
 
 
 def table(network: str, histories: Histories) -> list[list[str]]:
@@ -82,16 +70,16 @@ def table(network: str, histories: Histories) -> list[list[str]]:
     rows = [["arm", "last epoch, %", "best epoch, %", "published, %", "loss on the probe", *within, *along]]
     for name, history in histories.items():
         accuracy = 100 * np.array([record["test_accuracy"] for record in history])
-        cells = [figures.estimate(accuracy[-1], 1), figures.estimate(accuracy[1:].max(0), 1)]
+        cells = [shown(accuracy[-1], 1), shown(accuracy[1:].max(0), 1)]
         cells += [_cell(PUBLISHED[network].get(name)), f"{_losses(history)[:, -1].mean():.3g}"]
         for kind in ("error", "gradient", "update"):
             ranks = _hidden(history, kind)
-            matched, last = (figures.estimate(found, 1) for found in (at_loss(history, ranks, level), ranks[:, -1]))
+            matched, last = (shown(found, 1) for found in (at_loss(history, ranks, level), ranks[:, -1]))
             cells.append(f"{'-' if 'nan' in matched else matched} / {last}")
-        cells.append(figures.estimate(_hidden(history, "gradients")[:, -1], 1))
-        cells.append(figures.estimate(_hidden(history, "gradients", "participation")[:, -1], 1))
+        cells.append(shown(_hidden(history, "gradients")[:, -1], 1))
+        cells.append(shown(_hidden(history, "gradients", "participation")[:, -1], 1))
         cells.append(PUBLISHED_RANKS[network].get(name, ""))
-        cells.append(figures.estimate(_hidden(history, "updates")[:, -1], 1))
+        cells.append(shown(_hidden(history, "updates")[:, -1], 1))
         rows.append([name, *cells])
     return rows
 
@@ -141,7 +129,7 @@ def figure(histories: Histories) -> Figure:
         ("f", "what spectra do, with BN", "test accuracy, last epoch, %", ""),
     )
     for axes, (letter, title, x, y) in zip(grid.flat, labels, strict=True):
-        axes.set_title(f"{letter}   {title}", loc="left", color=figures.INK)
+        axes.set_title(f"{letter}   {title}", loc="left")
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(axis="x" if letter == "f" else "y")
@@ -176,7 +164,7 @@ def _controls(axes: Axes, histories: Histories) -> None:
     rows = [(name, title) for name, title in CONTROLS.items() if name in histories]
     for place, (name, _) in enumerate(reversed(rows)):
         accuracy = 100 * np.array(histories[name][-1]["test_accuracy"])
-        color = figures.INK if name.startswith("bp") else figures.VERMILLION
+        color = plots.INK if name.startswith("bp") else plots.VERMILLION
         axes.hlines(place, 0, accuracy.mean(), color=color, linewidth=1.2, alpha=0.5)
         axes.plot(accuracy, [place] * len(accuracy), "o", color=color, markersize=4)
         axes.annotate(

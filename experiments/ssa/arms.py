@@ -11,7 +11,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments.common import sweep
+from experiments.common import experiment
 from experiments.common.augment import crop_and_flip
 from experiments.common.data import Dataset
 from experiments.common.task import Task
@@ -26,7 +26,7 @@ PAPER: dict[str, Any] = {"epochs": 164, "batch": 100}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(sweep.Config):
+class Config(experiment.Config):
     """The training, the local losses and the rank; the paper names only the pruning."""
 
     beta: float = 1e-3

@@ -1,0 +1,201 @@
+"""What a report says of every arm, read from an experiment's folder, and what came of all in a few words."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.common import plots, records
+from experiments.common.metrics import METRICS, Estimate, Metric, estimate
+
+TIMES = "\N{NO-BREAK SPACE}\N{MULTIPLICATION SIGN}"
+
+
+class Row(NamedTuple):
+    """What the report says of one arm; its accuracies are in the page's metric, percentages or perplexities.
+
+    Attributes:
+      arm: what :class:`experiments.common.experiment.Arm` says of it, as JSON values.
+      color: of its group.
+      last: accuracy after the last epoch.
+      best: the mean over seeds of each one's best epoch, as published numbers often are.
+      gap: ``best`` less the reference's; None for a reference and where that diverged.
+      published_gap: the same of the published accuracies.
+      angle: of the hidden layers' updates to backpropagation, their mean, in degrees, after the last epoch.
+      layers: the angle of each part of the network but the last.
+      step: milliseconds, and their ratio to the reference's with its quartiles; None if not measured.
+      history: its records, whose angles are those of parts.
+      coverage: which layers the rule reaches.
+    """
+
+    arm: dict[str, Any]
+    color: str
+    last: Estimate
+    best: Estimate
+    gap: float | None
+    published_gap: float | None
+    angle: Estimate | None
+    layers: dict[str, float]
+    step: dict[str, float] | None
+    history: list[dict[str, Any]]
+    coverage: str
+
+    @property
+    def name(self) -> str:
+        """The arm's."""
+        return self.arm["name"]
+
+    @property
+    def group(self) -> str:
+        """The line of the figure that it lies on, or the part of the table."""
+        return self.arm["group"]
+
+    @property
+    def title(self) -> str:
+        """What a table calls it."""
+        where = f"{self.arm['axis']} {self.arm['x']:g}" if self.arm["x"] is not None else self.group
+        return self.arm["title"] or where
+
+    @property
+    def turns(self) -> bool:
+        """Whether its updates are not backpropagation's."""
+        # Comparisons with NaN are false: before the first step a feedback of zeros has no angle.
+        return any(angle > 1 for record in self.history for one in record["angle"].values() for angle in one)
+
+
+def read(folder: Path) -> list[Row]:
+    """Reads every arm that a folder holds, but for those that diverged, in the experiment's order.
+
+    Args:
+      folder: what an experiment filled.
+
+    Returns:
+      A list of :class:`Row`.
+
+    Raises:
+      FileNotFoundError: if the folder holds no trained arm.
+    """
+    path = folder / "sweep.json"
+    arms = records.read_json(path)["arms"] if path.exists() else []
+    lost = diverged(folder) if arms else {}
+    histories = {arm["name"]: by_part(records.read(folder / arm["name"])) for arm in arms if arm["name"] not in lost}
+    histories = {name: history for name, history in histories.items() if len(history) > 1}
+    if not lost and not histories:
+        raise FileNotFoundError(f"{folder} holds no trained arm; name a folder that a run filled with --out.")
+    arms = [arm for arm in arms if arm["name"] in histories and arm["reference"] in {*histories, *lost}]
+    metric, colors = metric_of(folder), _colors(arms)
+    # Epoch 0, before training, is no epoch to choose.
+    best = {name: estimate(metric.best(metric.values(found)[1:]), metric.digits) for name, found in histories.items()}
+    published = {arm["name"]: arm["published"] for arm in arms}
+    return [
+        _row(folder, arm, histories[arm["name"]], metric, best=best, published=published, color=colors[arm["group"]])
+        for arm in arms
+    ]
+
+
+def _row(
+    folder: Path, arm: dict[str, Any], history: list[Any], metric: Metric, *, best: Any, published: Any, color: str
+) -> Row:
+    name, reference = arm["name"], arm["reference"]
+    known = name != reference and published[name] is not None and published.get(reference) is not None
+    hidden = {layer: np.array(found, float) for layer, found in list(history[-1]["angle"].items())[:-1]}
+    coverage, times = folder / name / "coverage.txt", folder / name / "timing.json"
+    return Row(
+        arm,
+        color,
+        last=estimate(metric.values(history)[-1], metric.digits),
+        best=best[name],
+        gap=None if name == reference or reference not in best else best[name].mean - best[reference].mean,
+        published_gap=published[name] - published[reference] if known else None,
+        angle=estimate(np.mean(list(hidden.values()), 0), 0) if hidden else None,
+        layers={layer: float(found.mean()) for layer, found in hidden.items()},
+        step=records.read_json(times)["steps"][name] if times.exists() else None,
+        history=history,
+        coverage=coverage.read_text() if coverage.exists() else "",
+    )
+
+
+def metric_of(folder: Path) -> Metric:
+    """What the numbers of an experiment's folder are."""
+    return METRICS[records.read_json(folder / "sweep.json").get("metric", "accuracy")]
+
+
+def diverged(folder: Path) -> dict[str, str]:
+    """What is said of each of the experiment's arms that diverged."""
+    notes = records.diverged(folder)
+    names = [arm["name"] for arm in records.read_json(folder / "sweep.json")["arms"]]
+    return {name: notes[name] for name in names if name in notes}
+
+
+def by_part(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records whose angles are means over the layers of a part: over ``blocks/0`` for ``blocks/0/attention/query``."""
+
+    def mean(angles: dict[str, Any]) -> dict[str, Any]:
+        parts: dict[str, list[Any]] = {}
+        for layer, angle in angles.items():
+            parts.setdefault(part_of(layer), []).append(angle)
+        return {part: np.array(found, dtype=float).mean(0).tolist() for part, found in parts.items()}
+
+    return [record | {"angle": mean(record["angle"])} for record in history]
+
+
+def part_of(layer: str) -> str:
+    """A layer's path up to its first number; all of it if it has none."""
+    names = layer.split("/")
+    first = next((i for i, name in enumerate(names) if name.isdigit()), len(names))
+    return "/".join(names[: first + 1])
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each group."""
+    return {group: [row for row in rows if row.group == group] for group in dict.fromkeys(row.group for row in rows)}
+
+
+def findings(rows: Sequence[Row], metric: Metric = METRICS["accuracy"]) -> list[tuple[str, str]]:
+    """What came of it: pairs of a figure and the sentence that it begins."""
+    return [found for members in groups(rows).values() for found in _least(members, metric)] or _overall(rows, metric)
+
+
+def _least(rows: Sequence[Row], metric: Metric) -> list[tuple[str, str]]:
+    """The least ``x`` of a group of several that comes close to its reference."""
+    members = sorted((row for row in rows if row.arm["x"] is not None), key=lambda row: row.arm["x"])
+    if len({row.arm["x"] for row in members}) < 2:
+        return []
+    ours = next((row.arm["x"] for row in members if row.gap is not None and metric.reaches(row.gap)), None)
+    gaps = [row for row in members if row.published_gap is not None]
+    theirs = next((row.arm["x"] for row in gaps if metric.reaches(row.published_gap or 0)), None)
+    text = f"is the least {members[0].arm['axis']} at which “{members[0].group}” comes within {metric.margin}"
+    said = f"; published: {'none of these' if theirs is None else f'{theirs:g}'}." if gaps else "."
+    return [("none" if ours is None else f"{ours:g}", f"{text} of its reference{said}")]
+
+
+def _overall(rows: Sequence[Row], metric: Metric) -> list[tuple[str, str]]:
+    """How many arms come close to their reference, which are aligned, and what a step costs."""
+    others = [row for row in rows if row.gap is not None]
+    last = {row.name: row.last.mean for row in rows}
+    close = [row for row in others if metric.reaches(row.last.mean - last[row.arm["reference"]])]
+    found = []
+    if others:
+        ends = {row.arm["reference"] for row in others}
+        level = f" {last[ends.pop()]:.{metric.digits}f}{metric.unit}" if len(ends) == 1 else ""
+        found.append((f"{len(close)} of {len(others)}", f"end within {metric.margin} of their reference's{level}."))
+    angles = {row.title: row.angle.mean for row in others if row.angle and row.turns and np.isfinite(row.angle.mean)}
+    if angles:
+        best, worst = min(angles, key=angles.__getitem__), max(angles, key=angles.__getitem__)
+        said = f"from the true gradient: {best} is the best aligned. {worst} is the least, at {angles[worst]:.0f}°."
+        found.append((f"{angles[best]:.0f}°", said))
+    ratios = {row.title: row.step["ratio"] for row in others if row.step}
+    if ratios:
+        fast, slow = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
+        said = f"the reference's time per step: {fast} is the cheapest. {slow} is the dearest, at "
+        found.append((f"{ratios[fast]:.2f}{TIMES}", f"{said}{ratios[slow]:.2f}{TIMES}."))
+    return found
+
+
+def _colors(arms: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """A colour for every group; those of references alone are grey."""
+    references = {arm["reference"] for arm in arms}
+    own = dict.fromkeys(arm["group"] for arm in arms if arm["x"] is not None or arm["name"] not in references)
+    colored = {group: plots.COLORS[i % len(plots.COLORS)] for i, group in enumerate(own)}
+    return {arm["group"]: colored.get(arm["group"], plots.LEVEL) for arm in arms}

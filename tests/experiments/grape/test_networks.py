@@ -1,0 +1,100 @@
+"""GrAPE's tables: every arm as it says, one table trained on mock images, what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxfa
+import jaxfa.nn
+from experiments.__main__ import EXPERIMENTS
+from experiments.common import data
+from experiments.common.data import Dataset
+from experiments.grape.ablation import VARIANTS
+from experiments.grape.networks import NETWORKS
+
+CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10}
+
+
+@pytest.fixture
+def images(monkeypatch):
+    rng = np.random.default_rng(0)
+
+    def load(name, folder=None):
+        shape = (28, 28, 1) if name == "mnist" else (32, 32, 3)
+        images = rng.integers(0, 256, (60, *shape), dtype=np.uint8)
+        labels = np.arange(60, dtype=np.int32) % CLASSES[name]
+        return Dataset(images[:48], labels[:48], images[48:], labels[48:], CLASSES[name])
+
+    monkeypatch.setattr(data, "load", load)
+
+
+def arms(name, **changes):
+    experiment = EXPERIMENTS[name]
+    sizes = {"images": 48, "test_images": 12, "batch": 12}
+    return list(experiment.arms(dataclasses.replace(experiment.presets["cpu"], **sizes, **changes)))
+
+
+def test_the_published_numbers_stand_beside_the_published_set_up_alone(images):
+    full = {"dataset": "cifar100", "shrink": 1, "scale": 1.0, "networks": tuple(NETWORKS)}
+    published = {arm.name: arm.published for arm in arms("grape_deep", **full)}
+    assert published["resnet20-bp"] == 68.72
+    assert published["vgg16-dfa-0"] == 1.0
+    assert published["resnet56-grape-1"] == 66.92
+    assert published["alexnet-alone-1"] is None
+    for change in ({"scale": 0.5}, {"shrink": 2}, {"dataset": "cifar10"}):
+        assert not any(arm.published for arm in arms("grape_deep", **(full | change)))
+
+
+def test_every_arm_is_compared_with_its_own_network_and_data(images):
+    for arm in arms("grape_deep", networks=tuple(NETWORKS)) + arms("grape_shallow"):
+        assert (arm.reference or arm.name).split("-")[0] == arm.name.split("-")[0]
+        assert (arm.reference or arm.name).endswith("-bp")
+
+
+def test_the_control_has_as_many_steps_as_there_are_calibrations(images):
+    for experiment, changes in (("grape_deep", {"networks": ("resnet20",)}), ("grape_schedule", {})):
+        found = {arm.name: arm.task for arm in arms(experiment, **changes)}
+        for name, task in found.items():
+            assert task.steps == (1 if "alone" in name else None)
+            assert (task.calibrate is not None) == (name[-2:] in ("-1", "-5", "ow", "wn") and "alone" not in name)
+    taken = found["alone-5"].optimizer  # of five steps, one an epoch, the fifth
+    params = {"w": jnp.ones(3)}
+    state, moved = taken.init(params), []
+    for _ in range(5):
+        updates, state = taken.update(params, state, params)
+        moved.append(bool(jnp.any(updates["w"] != 0)))
+    assert moved == [False] * 4 + [True]
+
+
+def test_direct_rules_reach_every_hidden_layer_of_a_plain_network(images):
+    (arm,) = (arm for arm in arms("grape_deep", networks=("vgg16",), scale=0.05) if arm.name == "vgg16-grape-0")
+
+    def attach():
+        example = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+        return jaxfa.nn.attach(arm.task.make(nnx.Rngs(0)), arm.task.rule, rngs=nnx.Rngs(1), example=example)
+
+    feedback = nnx.to_pure_dict(nnx.state(jax.eval_shape(attach), jaxfa.nn.Feedback))
+    assert len(jax.tree.leaves(feedback, is_leaf=lambda node: isinstance(node, jaxfa.DirectFeedback))) == 14
+
+
+def test_variants_of_the_ablation_are_rules_of_their_own(images):
+    found = arms("grape_ablation")
+    assert [arm.name for arm in found] == ["bp", "dfa", *VARIANTS]
+    h, logits = jax.ShapeDtypeStruct((4, 8, 8, 2), jnp.float32), jax.ShapeDtypeStruct((4, 3), jnp.float32)
+    made = {name: v.rule.init(jax.random.key(0), h, logits) for name, v in VARIANTS.items()}
+    assert made["tile-4"].b.shape == (4, 4, 2, 3)
+    assert made["tile-1"].b.shape == (1, 1, 2, 3)
+    assert made["mean-0.9"].mean is not None
+    assert not made["fdfa"].b.any()
+
+
+def test_shrinking_averages_squares():
+    images = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4, 1)
+    found = data.shrink(Dataset(images, np.zeros(2), images, np.zeros(2), 2), 2)
+    np.testing.assert_array_equal(found.train_images[0, :, :, 0], np.rint([[2.5, 4.5], [10.5, 12.5]]))
+    with pytest.raises(ValueError, match=r"Images of 4 x 4 pixels have no whole squares of 3"):
+        data.shrink(found._replace(train_images=images), 3)

@@ -1,0 +1,159 @@
+"""Every experiment runs at a tiny preset: trains, times, records, reports, and its results become data."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+from experiments.__main__ import EXPERIMENTS, main
+from experiments.common import page, records, results, rows, sweep
+from experiments.conservation import laws
+from experiments.grape import networks as grape_networks
+from experiments.ldfa import linear as ldfa_linear
+from experiments.ldfa import vgg as ldfa_vgg
+from experiments.models.networks import MLP
+from experiments.ssa import arms as ssa_arms
+
+# Most have the same network and data, so that most of what is compiled is compiled once.
+TRAINED = {"epochs": 1, "images": 32, "test_images": 16, "batch": 16, "seeds": 1, "loop": "step"}
+SWEEPS = {
+    "compare": {"methods": ("fa", "ssa"), "hidden": (4,)},
+    "grape_ablation": {"variants": ("literal",)},
+    "grape_deep": {"networks": ("alexnet",), "shrink": 1},
+    "grape_resnet20": {"shrink": 1},
+    "grape_schedule": {"periods": (1,), "shrink": 1},
+    "grape_shallow": {"datasets": ("cifar10",)},
+    "grape_transformer": {
+        "calibrations": (1,),
+        "context": 6,
+        "width": 8,
+        "depth": 1,
+        "heads": 2,
+        "batch": 4,
+        "images": 9,
+    },
+    "ldfa_rank_mlp": {"ranks": (2,), "groups": ("B3",), "width": 4, "narrow": 64},
+    "ldfa_subsets": {"classes": (3,), "ranks": (2,), "width": 4},
+    "ldfa_vgg": {"ranks": (), "fractions": (0.5,), "widths": (4,)},
+    "ldfa_vit": {"ranks": (32,), "rules": ("normative",), "width": 4, "depth": 1, "heads": 2, "patch": 4, "warmup": 0},
+    "ssa_ablation": {"energy": 0.7, "multiple": 2},
+    "ssa_alignment": {"energy": 0.7, "multiple": 2},
+    "ssa_cifar10": {"energy": 0.7, "multiple": 2},
+}
+STUDIES = {
+    "conservation": TRAINED | {"datasets": ("mnist",), "hidden": (4,), "steps": 2, "iterations": 2},
+    "ldfa_cost": {"networks": ("mlp",), "fractions": (0.5,), "ranks": (2,), "width": 4, "epochs": 1, "seeds": 1},
+    "ldfa_linear": {"ranks": (2,), "iterations": 4, "seeds": 1},
+    "ldfa_retina": TRAINED | {"ranks": (2,), "retina": (3, 4), "cortex": (4,), "hidden": 4, "window": 3},
+    "memory": {"depths": (2, 3), "timed": 2, "width": 4, "batch": 8, "repeats": (1,), "timed_repeats": 1, "images": 2},
+    "pipeline": {
+        "layers": 2,
+        "width": 4,
+        "outputs": 2,
+        "examples": 4,
+        "stages": (2,),
+        "microbatches": (2,),
+        "rounds": 0,
+    },
+    "rank_collapse": TRAINED
+    | {"trainings": ("fa",), "widths": (4, 4), "steps": 1, "window": 2, "sketch": 64, "probe": 8},
+    "ssa_cost": TRAINED | {"fractions": (0.125,), "energy": 0.7, "multiple": 2},
+}
+QUICK = (
+    "compare",
+    "grape_ablation",
+    "grape_deep",
+    "grape_resnet20",
+    "grape_shallow",
+    "ldfa_rank_mlp",
+    "ldfa_subsets",
+    "ldfa_vgg",
+    "ldfa_linear",
+)
+
+
+def small(shape, classes, *_, rngs=None, **__):
+    """The same network in the place of many."""
+    return MLP(shape, classes, (4,), rngs=rngs or _[-1])
+
+
+@pytest.fixture
+def tiny(mock, play, monkeypatch):
+    """Networks to match tiny data."""
+    for name, network in grape_networks.NETWORKS.items():
+        monkeypatch.setitem(grape_networks.NETWORKS, name, network._replace(make=small, taps=None))
+    monkeypatch.setattr(ssa_arms, "maker", lambda name, config, found: lambda rngs: small((8, 8, 3), 3, rngs=rngs))
+    monkeypatch.setattr("experiments.grape.shallow.ShallowCNN", small)
+    monkeypatch.setattr(laws, "_digits", lambda: (np.ones((60, 8, 8, 1)), np.arange(60) % 10))
+    monkeypatch.setattr(ldfa_vgg, "VGG", lambda shape, classes, *, widths, rngs: small(shape, classes, rngs=rngs))
+    monkeypatch.setattr(ldfa_vgg, "AT", None)
+    monkeypatch.setattr(ldfa_vgg, "ALLOW", ())
+    monkeypatch.setattr(ldfa_linear, "VARIANTS", {"P and Q learned": ({}, "#0072b2")})
+    return play
+
+
+def configured(name, folder, options):
+    preset = EXPERIMENTS[name].presets["cpu"]
+    extra = {"data": folder} if name == "grape_transformer" else {}
+    return dataclasses.replace(preset, **(options | extra), out=folder / "run")
+
+
+def marked(names):
+    """All but the quick ones are run by `make test-all` alone: it is compiling that they take their time for."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(SWEEPS))
+def test_every_sweep_trains_times_and_reports(name, tiny, monkeypatch, capsys):
+    config = configured(name, tiny, TRAINED | SWEEPS[name])
+    text = sweep.run(EXPERIMENTS[name], config).read_text()
+    arms = list(EXPERIMENTS[name].arms(config))
+    found = rows.read(config.out)
+    assert [row.name for row in found] == [arm.name for arm in arms]
+    for row, arm in zip(found, arms, strict=True):
+        last = records.read(config.out / row.name)[-1]
+        assert last["step"] == (arm.task.steps or 2)
+        assert list(last["angle"].values())[-1] == [0.0]  # the last layer's update is the true one
+        assert row.step["ratio"] > 0
+        assert row.coverage
+    assert EXPERIMENTS[name].page.title in text.replace("&#39;", "'")
+    assert not re.search(r"https?://|//[a-z]+\.|@import|url\((?!#)|<(link|script|img|iframe)\b", text)
+    assert page.write(config.out).read_text() == text
+    _is_data(name, config.out, tiny, monkeypatch)
+    assert found[-1].name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", marked(STUDIES))
+def test_every_study_reports(name, tiny, monkeypatch, capsys):
+    config = configured(name, tiny, STUDIES[name])
+    text = sweep.run(EXPERIMENTS[name], config).read_text()
+    assert text.count("<svg") == 1
+    assert "<td" in text
+    assert page.write(config.out).read_text() == text
+    _is_data(name, config.out, tiny, monkeypatch)
+    assert capsys.readouterr().out
+
+
+def _is_data(name, folder, root, monkeypatch):
+    """What a run left becomes a file of results, and that a section of its paper's README."""
+    experiment = EXPERIMENTS[name]
+    monkeypatch.setattr(results, "FOLDER", root)
+    monkeypatch.setattr(results, "ROOT", root)
+    (root / experiment.paper).mkdir(exist_ok=True)
+    (root / experiment.paper / "__init__.py").write_text('"""A paper."""\n')
+    (root / "README.md").write_text("")
+    assert main(["report", str(folder), "--save", "tiny"]) == 0
+    (path,) = (root / experiment.paper / "results").glob("*.json")
+    assert json.loads(path.read_text())["runs"][0]["jax"]
+    made = results.pages([experiment])
+    readme = made[root / experiment.paper / "README.md"]
+    assert experiment.page.title in readme
+    figure = path.with_suffix(".svg")
+    assert f"results/{figure.name}" in readme
+    assert made.get(figure) or figure.read_text()
+
+
+def test_every_experiment_is_run():
+    assert {*SWEEPS, *STUDIES} == set(EXPERIMENTS)
