@@ -53,6 +53,6 @@ class Task(NamedTuple):
     calibrate: Callable[..., optax.GradientTransformationExtraArgs] | None = None
     steps: int | None = None
     between: Callable[[Any, int], Any] | None = None
-    prepare: Callable[[jaxfa.nn.Aligned], None] | None = None
+    prepare: Callable[[jaxfa.nn.Attached], None] | None = None
     measure: Callable[[Any], Callable[[Any], dict[str, Any]]] | None = None
     diagnostics: bool = False

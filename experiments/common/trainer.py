@@ -174,7 +174,7 @@ class Trainer:
         optimizer = jaxfa.optimizer(self.task.optimizer, self.task.rule)
         return self.task.calibrate(optimizer) if self.task.calibrate else optimizer
 
-    def model(self, state: State, *, copy: bool = False) -> jaxfa.nn.Aligned:
+    def model(self, state: State, *, copy: bool = False) -> jaxfa.nn.Attached:
         """One seed's model; a copy is safe inside of a transformation that did not make the state."""
         return nnx.merge(self._graph, state.params, state.feedback, state.rest, copy=copy)
 

@@ -76,7 +76,7 @@ class Config(Training):
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
 
 
-def with_norms_of_an_aligned_start(model: jaxfa.nn.Aligned) -> None:
+def with_norms_of_an_aligned_start(model: jaxfa.nn.Attached) -> None:
     """The control of aligned initialisation: its norms, unit by unit, in random directions."""
     random = nnx.clone(model)
     jaxfa.nn.align(model)

@@ -68,7 +68,7 @@ def _signals(trainer: Trainer, state: State, probe: Any) -> tuple[jax.Array, dic
     def objective(learned: Any) -> tuple[jax.Array, Any]:
         model = trainer.model(state._replace(params=learned[0], feedback=learned[1]), copy=True)
         model.train()
-        return loss(model), jaxfa.nn.errors(model, loss)
+        return loss(model), jaxfa.nn.layer_errors(model, loss)
 
     (value, errors), signals = jax.value_and_grad(objective, has_aux=True)(learned)
     updates, _ = trainer.optimizer().update(signals, state.optimizer, learned)

@@ -36,7 +36,7 @@ def arms(config: Config) -> Iterator[Arm]:
     """All losses, and what is left out or changed."""
     dataset = load(config, "cifar10")
     every: dict[str, Any] = {"parallel": config.parallel, "beta": config.beta}
-    literal = every | {"gamma": config.gamma, "retraction": None}
+    literal = every | {"gamma": config.gamma, "retract": False}
     chosen: dict[str, tuple[str, dict[str, Any], float | None]] = {
         "all": ("All losses", literal, 92.7),
         "no-ce": ("No cross-entropy", literal | {"alpha": 0.0}, 27.05),
