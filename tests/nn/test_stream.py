@@ -33,7 +33,7 @@ class ConvBlock(nnx.Module):
 class Stages(nnx.Module):
     """Unequal blocks behind a parameter that no tap names."""
 
-    def __init__(self, rngs, widths=(4, 6, 3)):
+    def __init__(self, rngs, widths=(4, 6)):
         self.scale = nnx.Param(jnp.ones(()))
         ins = (3, *widths[:-1])
         self.blocks = nnx.List([ConvBlock(n, m, 1 + (n != m), rngs) for n, m in zip(ins, widths, strict=True)])

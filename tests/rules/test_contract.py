@@ -61,7 +61,7 @@ def test_the_forward_pass_is_the_plain_one(method, x64):
     assert_same_bits(*jax.jit(lambda feedback: (forward(params, feedback, x), forward(params, None, x)))(feedback))
 
 
-@law("jit is eager", quick=KINDS)
+@law("jit is eager", quick=("fa", "dfa", "ldfa", "ssa"))
 def test_jit_is_eager(method, x64):
     params, feedback = create(method.rule, KEYS[0])
     x, y = batch()
@@ -168,7 +168,7 @@ def test_after_100_strong_steps_every_weight_has_moved_and_fixed_feedback_has_no
     assert loss(params, None, *batch()) < 0.8 * loss(both[0], None, *batch())
 
 
-@law("vmap over seeds is a loop")
+@law("vmap over seeds is a loop", quick=KINDS)
 def test_vmap_over_seeds_is_a_loop(method, x64):
     x, y = batch()
 
@@ -179,7 +179,7 @@ def test_vmap_over_seeds_is_a_loop(method, x64):
     chex.assert_trees_all_close(stacked, stack(loop), atol=1e-14, rtol=1e-12)
 
 
-@law("examples' gradients average to their batch's")
+@law("examples' gradients average to their batch's", quick=(*KINDS, "dldfa"))
 def test_gradients_of_examples_average_to_the_gradient_of_their_batch(method, x64):
     params, feedback = create(method.rule, KEYS[0])
     x, y = batch()
