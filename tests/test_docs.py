@@ -104,7 +104,6 @@ def test_a_page_runs_from_top_to_bottom_and_prints_what_it_shows(page, capsys):
         assert " ".join(shown.split()) in " ".join(printed.split())
 
 
-@pytest.mark.slow
 def test_the_example_of_an_experiment_writes_a_report(tmp_path):
     example = importlib.import_module("experiments.examples.own_experiment")
     tiny = {"epochs": 1, "seeds": 1, "images": 128, "test_images": 64, "ranks": (2,), "out": tmp_path}

@@ -21,7 +21,7 @@ FOLDER = ROOT / "experiments"
 OLDER = "older measurement"
 # The results that the main README shows beside the rules.
 COLUMNS = {
-    "digits": "compare/results/compare-cpu.json",
+    "400 digits, MLP": "compare/results/compare-cpu.json",
     "ResNet-20, CIFAR-100": "grape/results/resnet20-gpu15.json",
 }
 

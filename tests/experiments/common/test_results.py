@@ -73,12 +73,6 @@ def test_a_verdict_tells_the_published_gaps_that_are_ours_from_those_that_are_no
     assert fails == "- Does not hold: far -30.0 (published -1.0)."
 
 
-def test_numbers_of_the_main_readme_stand_between_markers(monkeypatch):
-    monkeypatch.setattr(results, "readme_block", lambda name: f"numbers of {name}")
-    text = "before\n<!-- results: compare -->\nold\n<!-- end -->\nafter\n"
-    assert results._with_blocks(text) == text.replace("old", "numbers of compare")
-
-
 def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch):
     monkeypatch.setenv("JAXFA_COMMIT", "abc")
     assert records.environment()["commit"] == "abc"
