@@ -13,11 +13,9 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from jaxfa.base import DirectFeedback
-from jaxfa.ops import check_family, deliver, vary_alike, varying_axes
+from jaxfa.ops import check_family, deliver, vary_alike, zeros_of
 
 Run = Callable[[Any, Any], Any]  # (tree, ref) -> outputs
 
@@ -96,8 +94,7 @@ def with_error(run: Run, error_of: Callable[[Any], jax.Array], tree: Any) -> Any
 def _forward(run: Run, error_of: Callable[[Any], jax.Array], tree: Any) -> tuple[Any, Any]:
     kinds = []
     jax.eval_shape(lambda tree: kinds.append(jax.typeof(error_of(run(tree, None)))), tree)
-    zeros = jnp.zeros(kinds[0].shape, kinds[0].dtype)
-    ref = jax.new_ref(lax.pcast(zeros, tuple(sorted(varying_axes(kinds[0]), key=repr)), to="varying"))
+    ref = jax.new_ref(zeros_of(kinds[0]))
     outputs, pullback = jax.vjp(lambda tree: run(tree, ref), tree)
     return outputs, jax.tree.map(lambda leaf: Hole() if leaf is ref else leaf, pullback)
 

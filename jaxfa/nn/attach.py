@@ -82,8 +82,7 @@ def attach(
         rules with ``at=``, keeps none: the model runs once more when the error is known, and every tapped block learns
         as it runs, so that memory is set by the largest block (and by what lies between blocks). ``"dispatch"``,
         likewise, keeps the blocks' inputs, and each device along the mesh's axis ``layer`` forms the updates of its own
-        share of them. (XLA is slow at dispatched convolutions on a CPU.) The gradients are the same, but for what
-        blocks ``sow``, which has none in these two.
+        share of them. (XLA is slow at dispatched convolutions on a CPU.) The gradients are the same.
       mesh: for ``"dispatch"``, such as ``jaxfa.stacks.mesh(layer=2)``.
 
     Returns:

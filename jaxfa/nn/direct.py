@@ -3,14 +3,12 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from jaxfa.delivery import with_error
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.tap import Channel, taps_of
-from jaxfa.ops import varying_axes
+from jaxfa.ops import zeros_of
 
 
 def call_direct(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -56,5 +54,4 @@ def _zeros(kind: Any, source: str) -> jax.Array:
     """Zeros of the type of the activation at a rule's source."""
     if kind is None:
         raise ValueError(f"This call never reaches the rule's source {source!r}, where its error is taken.")
-    zeros = jnp.zeros(kind.shape, kind.dtype)
-    return lax.pcast(zeros, tuple(sorted(varying_axes(kind), key=repr)), to="varying")
+    return zeros_of(kind)
