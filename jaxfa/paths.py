@@ -1,6 +1,13 @@
 """Globs of layer paths, such as ``"blocks/*/conv1"``."""
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
+
+
+def path_name(path: Iterable[Any]) -> str:
+    """A path as one string; of a key that is a tuple, as spectral norm's, the parts stand between dots."""
+    return "/".join(".".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in path)
 
 
 def matches(path: str, patterns: tuple[str, ...], *, under: bool = False) -> bool:

@@ -47,7 +47,7 @@ class Codes(nnx.Module):
 
 
 def arrivals(model, rule, **options):
-    table = jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(9), example=X, **options).coverage()
+    table = jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(9), **{"example": X} | options).coverage()
     return {row.layer: row.arrives for row in table.rows}
 
 
@@ -80,3 +80,46 @@ def test_layer_wise_rules_send_every_term_on():
 @pytest.mark.parametrize("rule", [jaxfa.fa(), jaxfa.dfa()], ids=["fa", "dfa"])
 def test_a_table_of_codes_that_only_a_penalty_reads_learns(rule):
     assert arrivals(Codes(), rule)["book"] == "other terms of the loss alone: exact"
+
+
+class Critic(nnx.Module):
+    """Layers whose weights are divided by their largest singular value."""
+
+    def __init__(self):
+        self.a, self.b, self.c = (
+            nnx.SpectralNorm(nnx.Linear(8, m, rngs=nnx.Rngs(m)), rngs=nnx.Rngs(i)) for i, m in enumerate((8, 8, 3))
+        )
+
+    def __call__(self, x):
+        return self.c(nnx.relu(self.b(nnx.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("at", [None, ("a", "b")])
+def test_the_derivative_of_a_norm_of_weights_is_the_weights_own(at):
+    place = "input of {1}/layer_instance" if at is None else "output of {0}"
+    assert list(arrivals(Critic(), jaxfa.dfa(), at=at).values()) == [
+        f"direct, {place.format('a', 'b')}",
+        f"direct, {place.format('b', 'c')}",
+        "exact: last",
+    ]
+    with pytest.raises(ValueError, match=r"'c/layer_instance' sends the error on to 'b/layer_instance/bias'"):
+        arrivals(Critic(), jaxfa.dfa(), at="a")
+
+
+class Translator(nnx.Module):
+    """One embedding for a source and a target of other lengths."""
+
+    def __init__(self):
+        self.embed = nnx.Embed(5, 8, rngs=nnx.Rngs(0))
+        self.encoder, self.decoder, self.head = (nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(3))
+
+    def __call__(self, source, target):
+        context = nnx.relu(self.encoder(self.embed(source))).mean(1, keepdims=True)
+        return self.head(nnx.relu(self.decoder(self.embed(target) + context)))
+
+
+def test_a_tap_that_is_called_with_two_shapes_is_refused_in_words():
+    example = jnp.ones((4, 3), int), jnp.ones((4, 6), int)
+    options = {"rngs": nnx.Rngs(0), "example": example, "at": ("embed", "encoder", "decoder")}
+    with pytest.raises(ValueError, match=r"'embed' is called with several shapes \(of one example: \(3, 8\), \(6, 8\)"):
+        jaxfa.nn.attach(Translator(), jaxfa.dfa(), **options)

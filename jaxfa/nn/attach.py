@@ -18,6 +18,7 @@ from jaxfa.nn.stream import call_streamed, check_streams
 from jaxfa.nn.survey import Survey, put_own, survey
 from jaxfa.nn.tap import Tap, place_tap
 from jaxfa.nn.taps import (
+    check_calls,
     check_source,
     drop_unused,
     end_at,
@@ -31,7 +32,7 @@ from jaxfa.nn.taps import (
 )
 from jaxfa.nn.trace import uses_of, weights_above
 from jaxfa.nn.variables import init_stack, modules_of
-from jaxfa.paths import matches
+from jaxfa.paths import matches, path_name
 
 
 def attach(
@@ -105,7 +106,7 @@ def attach(
     """
     _check(model, rule, rngs)
     globs, allow = _globs(at), _globs(allow) or ()
-    weights = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
+    weights = [path_name(path) for path, _ in nnx.to_flat_state(nnx.state(model))]
     _refuse_unmatched("allow", allow, weights, under=True)
     _check_method(model, method)
     call = Call(method, logits, _example(example, example_kwargs))
@@ -247,6 +248,7 @@ def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> 
         end_at(model, rule.source, list(seen))
     found, error = tappable(model, seen, error, mark)
     fill_taps(model, rule, rngs, that_are_read(model, call, found), error)
+    check_calls(model, recorder.calls)
     return above, ((), ())
 
 

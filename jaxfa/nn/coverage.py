@@ -16,7 +16,7 @@ from jaxfa.nn.tap import Tap, plain_of, taps_of
 from jaxfa.nn.taps import record_taps
 from jaxfa.nn.trace import terms_beside, trace, traced
 from jaxfa.nn.variables import Feedback, value_of
-from jaxfa.paths import matches
+from jaxfa.paths import matches, path_name
 
 
 def cover(aligned: Any, example: Example) -> Coverage:
@@ -47,8 +47,8 @@ class _Cover:
         self.feedback = {path: ", ".join(map(describe, parts)) for path, parts in held.items()}
         self.learns = {path: how_it_learns(aligned.rule, parts[0]) for path, parts in held.items()}
         flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Not(Feedback)))
-        self.shapes = {"/".join(map(str, path)): shape_of(value_of(leaf)) for path, leaf in flat}
-        self.params = {"/".join(map(str, path)) for path, leaf in flat if isinstance(leaf, nnx.Param)}
+        self.shapes = {path_name(path): shape_of(value_of(leaf)) for path, leaf in flat}
+        self.params = {path_name(path) for path, leaf in flat if isinstance(leaf, nnx.Param)}
         # Of numbers that a model writes or returns beside its logits the gradient ends where a tap is.
         terms = terms_beside(aligned, example) if self.delivering and result.beside else set()
         self.stopped = {name for name in terms if not result.beside[name]}

@@ -73,6 +73,18 @@ def _layer(module: Any, h: Any) -> Layer | None:
     return Layer(module.operation, h, module.kernel.get_value()) if isinstance(module, Factored) else None
 
 
+def check_calls(model: nnx.Module, calls: dict[str, list[Any]]) -> None:
+    """Refuses a tap that is called with several shapes, none of which has a feedback of its own."""
+    for path, tap in taps_of(model).items():
+        for name, feedback in tap.feedbacks().items():
+            shapes = list(dict.fromkeys(seen[name].shape[1:] for seen in calls[path] if name in seen))
+            if len(shapes) > 1 and not feedback.shared:
+                raise ValueError(
+                    f"The tap {path!r} is called with several shapes (of one example: {', '.join(map(str, shapes))}), "
+                    f"and a feedback is for one. Tap what reads its outputs, or give each call a module of its own."
+                )
+
+
 def follow(model: nnx.Module, sources: dict[str, list[Any]]) -> None:
     """Lets one tap alone deliver the error where several are at the input of layers that read one activation."""
     leaders: dict[Any, str] = {}

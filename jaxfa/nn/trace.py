@@ -11,7 +11,7 @@ from jax.tree_util import DictKey
 
 from jaxfa.base import is_direct
 from jaxfa.jaxprs.audit import Audit, Outputs, audit, uses
-from jaxfa.jaxprs.flows import Use
+from jaxfa.jaxprs.flows import Passage, Use
 from jaxfa.jaxprs.follow import with_local_products
 from jaxfa.nn.contraction import audited
 from jaxfa.nn.describe import layer_name
@@ -19,6 +19,7 @@ from jaxfa.nn.leaves import error_in, named_floats
 from jaxfa.nn.program import Example, Program, method_of
 from jaxfa.nn.tap import plain_of, taps_of
 from jaxfa.nn.variables import Feedback, structs, value_of
+from jaxfa.paths import path_name
 
 _STATE = (nnx.Param, nnx.BatchStat, nnx.Cache, nnx.RngState, Feedback)
 
@@ -116,10 +117,24 @@ def traced(aligned: Any, example: Example, *, local: bool = False) -> Audit:
     # Layer-wise rules are in the model itself; a direct one, and a model's own contractions, need its root.
     if is_direct(aligned.rule):
         of = partial(_sorted, aligned.logits)
-        return _audit(_traced(aligned, "__call__", example, skip=1, of=of), local)
+        result = _audit(_traced(aligned, "__call__", example, skip=1, of=of), local=False)
+        return _without_local_products(result, aligned, example) if local else result
     if aligned.own:
         return _audit(_traced(aligned, "__call__", example, skip=1), local)
     return trace(aligned.model, aligned.method, example, local=local)
+
+
+def _without_local_products(result: Audit, aligned: Any, example: Example) -> Audit:
+    """An audit without what is a product of parameters in the plain model, into whose forward pass one can look."""
+    model = plain_of(aligned.model)
+    seen, left = (trace(model, aligned.method, example, local=local).arrivals for local in (False, True))
+    arrivals, beside = (
+        {name: way - (seen[name] - left[name]) for name, way in ways.items()}
+        for ways in (result.arrivals, result.beside)
+    )
+    passed = frozenset[Passage]().union(*arrivals.values(), *beside.values())
+    passages = frozenset(step for step in result.passages if step.kind != "weights" or step in passed)
+    return result._replace(arrivals=arrivals, passages=passages, beside=beside)
 
 
 def _sorted(logits: Any, returned: Any) -> Outputs:
@@ -142,4 +157,4 @@ def terms_beside(aligned: Any, example: Example) -> set[str]:
 
 
 def _segments(path: Any) -> list[str]:
-    return [str(key.key) for key in path if isinstance(key, DictKey)]
+    return [path_name([key.key]) for key in path if isinstance(key, DictKey)]
