@@ -8,35 +8,28 @@ from types import ModuleType
 import tyro
 from rich.console import Console
 
-from experiments import (
-    apart,
-    compare,
-    conservation,
-    grape_ablation,
-    grape_deep,
-    grape_resnet20,
-    grape_schedule,
-    grape_shallow,
-    grape_transformer,
-    ldfa_cost,
-    ldfa_linear,
-    ldfa_rank_mlp,
-    ldfa_retina,
-    ldfa_subsets,
-    ldfa_vgg,
-    ldfa_vit,
-    memory,
-    pipeline,
-    rank_collapse,
-    records,
-    report,
-    results,
-    ssa_ablation,
-    ssa_alignment,
-    ssa_cifar10,
-    ssa_cost,
-    sweep_report,
-)
+from experiments.benchmarks import memory, pipeline
+from experiments.common import apart, records, report, results, sweep_report
+from experiments.compare import compare, readme
+from experiments.conservation import conservation
+from experiments.grape import ablation as grape_ablation
+from experiments.grape import deep as grape_deep
+from experiments.grape import resnet20 as grape_resnet20
+from experiments.grape import schedule as grape_schedule
+from experiments.grape import shallow as grape_shallow
+from experiments.grape import transformer as grape_transformer
+from experiments.ldfa import cost as ldfa_cost
+from experiments.ldfa import linear as ldfa_linear
+from experiments.ldfa import rank_mlp as ldfa_rank_mlp
+from experiments.ldfa import retina as ldfa_retina
+from experiments.ldfa import subsets as ldfa_subsets
+from experiments.ldfa import vgg as ldfa_vgg
+from experiments.ldfa import vit as ldfa_vit
+from experiments.rank_collapse import rank_collapse
+from experiments.ssa import ablation as ssa_ablation
+from experiments.ssa import alignment as ssa_alignment
+from experiments.ssa import cifar10 as ssa_cifar10
+from experiments.ssa import cost as ssa_cost
 
 EXPERIMENTS = {
     "compare": compare,
@@ -96,6 +89,7 @@ def _dispatch(args: list[str]) -> None:
             raise ValueError(f"{given}; choose one of {', '.join(EXPERIMENTS)}.")
         case ["results"]:
             records.replace(results.PAGE, results.page())
+            readme.write([records.read_json(path) for path in results.FOLDER.glob("*/results/*.json")])
             print(f"Results: {results.PAGE}")
         case ["report", *options]:
             tyro.cli(_report, args=options, prog="python -m experiments report")
@@ -140,7 +134,7 @@ def _report(folder: tyro.conf.Positional[Path] = Path("runs/compare"), save: str
 
     Args:
       folder: The folder that a run filled.
-      save: The name under which a sweep's results are kept, as data, in experiments/results.
+      save: PAPER/NAME, under which a sweep's results are kept as data: experiments/PAPER/results/NAME.json.
     """
     if save:
         print(f"Results: {results.write(folder, save).resolve()}")

@@ -12,7 +12,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments.models import MLP, LeNet
+from experiments.models.networks import MLP, LeNet
 from jaxfa.measure.conservation import (
     Pair,
     aligned_init,

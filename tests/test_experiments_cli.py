@@ -15,28 +15,17 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments import (
-    compare,
-    conservation_figure,
-    conservation_laws,
-    data,
-    figures,
-    ldfa_cost,
-    ldfa_linear,
-    memory,
-    memory_figure,
-    operations,
-    pipeline_report,
-    pipeline_worker,
-    receptive_fields,
-    records,
-    sweep,
-    text,
-    timing,
-)
 from experiments.__main__ import EXPERIMENTS, main
-from experiments.train import DivergenceError
-from experiments.trainer import Trainer
+from experiments.benchmarks import memory, memory_figure, pipeline_report, pipeline_worker
+from experiments.common import data, figures, operations, records, sweep, text, timing
+from experiments.common.train import DivergenceError
+from experiments.common.trainer import Trainer
+from experiments.compare import compare
+from experiments.conservation import figure as conservation_figure
+from experiments.conservation import laws as conservation_laws
+from experiments.ldfa import cost as ldfa_cost
+from experiments.ldfa import linear as ldfa_linear
+from experiments.ldfa import receptive_fields
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,7 +141,7 @@ def untrained(monkeypatch):
     monkeypatch.setattr(data, "load", pictures)
     monkeypatch.setattr(text, "load", tokens)
     monkeypatch.setattr(Trainer, "__init__", look)
-    monkeypatch.setattr(jaxfa, "prune", lambda *trees, **_: trees)
+    monkeypatch.setattr(jaxfa.factored, "prune", lambda *trees, **_: trees)
     for module in (sweep, compare):
         monkeypatch.setattr(module, "train", diverging)
     monkeypatch.setattr(timing, "measure", lambda *_, **__: {"steps": {}})

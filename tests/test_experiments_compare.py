@@ -13,11 +13,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import checkpoint, compare, data, models, records, report, timing
 from experiments.__main__ import main
-from experiments.data import Dataset
-from experiments.methods import METHODS
-from experiments.models import MLP, Architecture
+from experiments.common import checkpoint, data, records, report, timing
+from experiments.common.data import Dataset
+from experiments.common.methods import METHODS
+from experiments.compare import compare
+from experiments.models import networks as models
+from experiments.models.networks import MLP, Architecture
 
 
 @pytest.fixture

@@ -13,30 +13,25 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments import (
-    conservation,
-    conservation_figure,
-    conservation_laws,
-    data,
-    ldfa_cost,
-    ldfa_linear,
-    ldfa_retina,
-    memory,
-    pipeline,
-    rank_collapse,
-    records,
-    ssa_ablation,
-    ssa_alignment,
-    ssa_arms,
-    ssa_cost,
-    sweep,
-)
 from experiments.__main__ import EXPERIMENTS
-from experiments.data import Dataset
-from experiments.models import MLP
-from experiments.task import Task
-from experiments.train import train
-from experiments.trainer import Trainer
+from experiments.benchmarks import memory, pipeline
+from experiments.common import data, records, sweep
+from experiments.common.data import Dataset
+from experiments.common.task import Task
+from experiments.common.train import train
+from experiments.common.trainer import Trainer
+from experiments.conservation import conservation
+from experiments.conservation import figure as conservation_figure
+from experiments.conservation import laws as conservation_laws
+from experiments.ldfa import cost as ldfa_cost
+from experiments.ldfa import linear as ldfa_linear
+from experiments.ldfa import retina as ldfa_retina
+from experiments.models.networks import MLP
+from experiments.rank_collapse import rank_collapse
+from experiments.ssa import ablation as ssa_ablation
+from experiments.ssa import alignment as ssa_alignment
+from experiments.ssa import arms as ssa_arms
+from experiments.ssa import cost as ssa_cost
 from jaxfa.measure.conservation import half_square
 from tests.networks import MODELS, attach, loss
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments import data
+from experiments.common import data
 
 
 def arrays(count=6, shape=(28, 28, 1)):

@@ -7,24 +7,18 @@ import optax
 import pytest
 
 import jaxfa
-from experiments import (
-    compare,
-    cost_report,
-    data,
-    ldfa_linear,
-    models,
-    records,
-    ssa_alignment,
-    sweep,
-    sweep_report,
-    timing,
-)
 from experiments.__main__ import main
-from experiments.data import Dataset
-from experiments.metrics import METRICS
-from experiments.models import MLP, Architecture
-from experiments.task import Task
-from experiments.trainer import Trainer
+from experiments.common import data, records, sweep, sweep_report, timing
+from experiments.common.data import Dataset
+from experiments.common.metrics import METRICS
+from experiments.common.task import Task
+from experiments.common.trainer import Trainer
+from experiments.compare import compare
+from experiments.ldfa import cost_report
+from experiments.ldfa import linear as ldfa_linear
+from experiments.models import networks as models
+from experiments.models.networks import MLP, Architecture
+from experiments.ssa import alignment as ssa_alignment
 
 NOTE = r"diverged: the training loss is (nan|inf) at step \d, epoch 1, seed 0"
 

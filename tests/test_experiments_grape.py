@@ -10,9 +10,13 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments import courses, data, grape_ablation, grape_deep, grape_schedule, grape_shallow, plots, sweep_report
-from experiments.data import Dataset
-from experiments.models import MLP
+from experiments.common import courses, data, plots, sweep_report
+from experiments.common.data import Dataset
+from experiments.grape import ablation as grape_ablation
+from experiments.grape import deep as grape_deep
+from experiments.grape import schedule as grape_schedule
+from experiments.grape import shallow as grape_shallow
+from experiments.models.networks import MLP
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10}
 

@@ -5,11 +5,12 @@ import lzma
 import numpy as np
 import pytest
 
-from experiments import courses, grape_transformer, records, sweep, sweep_report, text, timing
 from experiments.__main__ import main
-from experiments.grape_transformer import PUBLISHED, Config
-from experiments.metrics import METRICS
-from experiments.trainer import Trainer
+from experiments.common import courses, records, sweep, sweep_report, text, timing
+from experiments.common.metrics import METRICS
+from experiments.common.trainer import Trainer
+from experiments.grape import transformer as grape_transformer
+from experiments.grape.transformer import PUBLISHED, Config
 
 SIZE = {"context": 6, "width": 8, "depth": 1, "heads": 2, "batch": 4, "images": 9, "test_images": 5, "seeds": 1}
 ARMS = ["bp", "dfa-1", "grape-1", "alone-1"]

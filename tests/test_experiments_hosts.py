@@ -15,7 +15,8 @@ import chex
 import jax
 import pytest
 
-from experiments import checkpoint, hosts, hosts_worker
+from experiments.common import checkpoint
+from experiments.examples import hosts, hosts_worker
 from jaxfa.stacks import parallel
 
 STEPS, EVERY, HEARTBEAT, BOUND = 24, 4, 10, 120
@@ -33,7 +34,7 @@ def start(out, devices, layer, *options, number=0):
     command = [
         sys.executable,
         "-m",
-        "experiments.hosts",
+        "experiments.examples.hosts",
         "--out",
         str(out),
         "--layer",
@@ -110,7 +111,7 @@ def check_death(out, layer, victim):
     assert f"Process {1 - victim} of 2 stopped" in message
     assert "another process died" in message
     assert "start every process again with the same command to go on from there" in message
-    assert f"python -m experiments.hosts --out {out}" in message
+    assert f"python -m experiments.examples.hosts --out {out}" in message
 
 
 @pytest.mark.slow

@@ -12,24 +12,17 @@ import pytest
 from flax import nnx
 
 import jaxfa
-from experiments import (
-    augment,
-    data,
-    ldfa_rank_mlp,
-    ldfa_subsets,
-    ldfa_vgg,
-    ldfa_vit,
-    records,
-    sweep,
-    sweep_report,
-    timing,
-)
 from experiments.__main__ import main
-from experiments.data import Dataset
-from experiments.task import Task
-from experiments.trainer import Trainer
-from experiments.vgg import VGG
-from experiments.vit import ViT
+from experiments.common import augment, data, records, sweep, sweep_report, timing
+from experiments.common.data import Dataset
+from experiments.common.task import Task
+from experiments.common.trainer import Trainer
+from experiments.ldfa import rank_mlp as ldfa_rank_mlp
+from experiments.ldfa import subsets as ldfa_subsets
+from experiments.ldfa import vgg as ldfa_vgg
+from experiments.ldfa import vit as ldfa_vit
+from experiments.models.vgg import VGG
+from experiments.models.vit import ViT
 
 TINY = {"epochs": 1, "batch": 16, "images": 32, "test_images": 12}
 CASES = {

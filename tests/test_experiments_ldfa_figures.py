@@ -10,23 +10,16 @@ import pytest
 from flax import nnx
 
 import jaxfa
-from experiments import (
-    cost_report,
-    data,
-    ldfa_cost,
-    ldfa_linear,
-    ldfa_retina,
-    operations,
-    receptive_fields,
-    records,
-    sweep,
-    timing,
-)
-from experiments.data import Dataset
-from experiments.models import MLP
-from experiments.task import Task
-from experiments.trainer import Trainer
-from experiments.vgg import VGG
+from experiments.common import data, operations, records, sweep, timing
+from experiments.common.data import Dataset
+from experiments.common.task import Task
+from experiments.common.trainer import Trainer
+from experiments.ldfa import cost as ldfa_cost
+from experiments.ldfa import cost_report, receptive_fields
+from experiments.ldfa import linear as ldfa_linear
+from experiments.ldfa import retina as ldfa_retina
+from experiments.models.networks import MLP
+from experiments.models.vgg import VGG
 
 RETINA = {"retina": (3, 4), "cortex": (4,), "hidden": 8, "window": 3, "halvings": 1}
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from experiments import memory, memory_figure, records
-from experiments.memory_steps import FUSED, REFERENCE, REMATERIALISED, STORED, STREAMED
+from experiments.benchmarks import memory, memory_figure
+from experiments.benchmarks.memory_steps import FUSED, REFERENCE, REMATERIALISED, STORED, STREAMED
+from experiments.common import records
 
 TINY = memory.Config(depths=(2, 16), timed=2, width=8, batch=512, repeats=(1,), timed_repeats=1, images=4, pixels=8)
 

@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 import jaxfa.nn
-from experiments import models
-from experiments.methods import METHODS, method
-from experiments.vgg import VGG
+from experiments.common.methods import METHODS, method
+from experiments.models import networks as models
+from experiments.models.vgg import VGG
 from jaxfa.base import is_direct
 
 SHAPES = {"mlp": (8, 8, 1), "lenet": (28, 28, 1), "convnet": (8, 8, 1), "resnet20": (32, 32, 3)}

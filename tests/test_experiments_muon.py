@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 
 import jaxfa
-from experiments import models
-from experiments.cnn import PoolingCNN
-from experiments.optimizers import hidden_kernels, is_hidden, muon
-from experiments.vgg import VGG
-from experiments.vit import ViT
+from experiments.common.optimizers import hidden_kernels, is_hidden, muon
+from experiments.models import networks as models
+from experiments.models.cnn import PoolingCNN
+from experiments.models.vgg import VGG
+from experiments.models.vit import ViT
 from tests import networks
 
 SHAPE = (16, 16, 3)

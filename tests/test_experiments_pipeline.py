@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import collectives, pipeline, pipeline_model, pipeline_steps
 from experiments.__main__ import main
+from experiments.benchmarks import collectives, pipeline, pipeline_model, pipeline_steps
 from jaxfa.stacks import parallel
 
 NETWORK = pipeline_steps.Network(layers=4, width=6, outputs=3, examples=16)

@@ -11,13 +11,15 @@ import pytest
 from flax import nnx
 
 import jaxfa
-from experiments import data, rank_collapse, rank_report, records, spectra
-from experiments.cnn import PoolingCNN
-from experiments.data import Dataset
-from experiments.models import MLP, ResNet
-from experiments.optimizers import hidden_kernels
-from experiments.ranks import RankTrainer
-from experiments.task import Task
+from experiments.common import data, records
+from experiments.common.data import Dataset
+from experiments.common.optimizers import hidden_kernels
+from experiments.common.task import Task
+from experiments.models.cnn import PoolingCNN
+from experiments.models.networks import MLP, ResNet
+from experiments.rank_collapse import rank_collapse, spectra
+from experiments.rank_collapse import report as rank_report
+from experiments.rank_collapse.ranks import RankTrainer
 
 PARAMS = {"layers": {i: {"kernel": jnp.zeros((3, 3, 4, 6)), "bias": jnp.zeros(6)} for i in range(2)}}
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
-from experiments import apart, data, grape_resnet20, records, results, sweep
+from experiments.common import apart, data, records, results, sweep
+from experiments.grape import resnet20 as grape_resnet20
 
 
 def test_the_page_of_results_is_what_the_committed_files_say():
@@ -32,8 +33,8 @@ def folder(tmp_path):
 
 
 def test_a_result_has_every_arm_its_spread_and_where_it_was_run(folder, monkeypatch):
-    monkeypatch.setattr(results, "FOLDER", folder / "results")
-    found = json.loads(results.write(folder, "some-cpu").read_text())
+    monkeypatch.setattr(results, "FOLDER", folder)
+    found = json.loads(results.write(folder, "paper/some-cpu").read_text())
     one, two = found["arms"]["one"], found["arms"]["two"]
     assert one["last"] == {"seeds": [40.0, 20.0], "mean": 30.0, "std": 14.142}
     assert one["best"]["mean"] == 40.0

@@ -10,23 +10,17 @@ import numpy as np
 import pytest
 
 import jaxfa
-from experiments import (
-    checkpoint,
-    data,
-    records,
-    ssa_ablation,
-    ssa_alignment,
-    ssa_arms,
-    ssa_cifar10,
-    ssa_cost,
-    sweep,
-    timing,
-)
 from experiments.__main__ import EXPERIMENTS
-from experiments.data import Dataset
-from experiments.models import MLP
-from experiments.train import train
-from experiments.trainer import Trainer
+from experiments.common import checkpoint, data, records, sweep, timing
+from experiments.common.data import Dataset
+from experiments.common.train import train
+from experiments.common.trainer import Trainer
+from experiments.models.networks import MLP
+from experiments.ssa import ablation as ssa_ablation
+from experiments.ssa import alignment as ssa_alignment
+from experiments.ssa import arms as ssa_arms
+from experiments.ssa import cifar10 as ssa_cifar10
+from experiments.ssa import cost as ssa_cost
 
 TINY = {"epochs": 2, "batch": 16, "images": 32, "test_images": 12, "seeds": 1, "multiple": 2, "energy": 0.7}
 

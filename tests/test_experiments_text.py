@@ -13,10 +13,10 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments import data, text
-from experiments.gpt import GPT
-from experiments.task import Task, cross_entropy
-from experiments.trainer import Trainer
+from experiments.common import data, text
+from experiments.common.task import Task, cross_entropy
+from experiments.common.trainer import Trainer
+from experiments.models.gpt import GPT
 
 PLAY = "To be, or not to be:\nthat is the question.\n" * 12
 TRAIN = ["a rose is a rose \n", "\n", "a <unk> is a rose\n"]

@@ -11,14 +11,14 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import checkpoint, records
-from experiments.augment import crop_and_flip
-from experiments.data import Dataset
-from experiments.methods import METHODS
-from experiments.models import MLP
-from experiments.task import Task, cross_entropy
-from experiments.train import train
-from experiments.trainer import Trainer
+from experiments.common import checkpoint, records
+from experiments.common.augment import crop_and_flip
+from experiments.common.data import Dataset
+from experiments.common.methods import METHODS
+from experiments.common.task import Task, cross_entropy
+from experiments.common.train import train
+from experiments.common.trainer import Trainer
+from experiments.models.networks import MLP
 
 
 def tiny(classes=4):

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 import jaxfa
-from experiments.data import Dataset
-from experiments.task import Task
-from experiments.trainer import Trainer
+from experiments.common.data import Dataset
+from experiments.common.task import Task
+from experiments.common.trainer import Trainer
 
 
 class Net(nnx.Module):

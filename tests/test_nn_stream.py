@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxfa
 import jaxfa.nn
-from experiments.vgg import VGG
+from experiments.models.vgg import VGG
 from jaxfa.jaxprs.versions import bodies, equations, opened
 from tests.networks import BLOCKS, MLP, TRAINED, Residual, Scanned, Transformer, inputs, loss
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import data
+from experiments.common import data
 from tests.methods import METHODS, create, forward, train
 
 PACK = Path(__file__).parents[2] / "shared" / "data" / "unpack.py"

@@ -1,0 +1,1 @@
+"""What steps cost: memory, time and bytes."""

@@ -1,0 +1,115 @@
+"""The steps that ``memory`` compares: one network each, learned in several ways."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+
+import jaxfa
+import jaxfa.nn
+from experiments.models.networks import ResNet
+from jaxfa.optim.optimizer import optimizer
+
+if TYPE_CHECKING:
+    from experiments.benchmarks.memory import Config
+
+REFERENCE, REMATERIALISED = "backpropagation", "backpropagation, rematerialised"
+STORED, PARALLEL, STREAMED, FUSED = "DFA, stored", "DFA, parallel", "DFA, streamed", "DFA, streamed, updated at once"
+CLASSES = 10
+Steps = dict[str, tuple[Any, tuple[Any, ...]]]
+
+
+def stack(config: "Config", depth: int) -> Steps:
+    """For each method a jitted step and its arguments: residual blocks under one linear head.
+
+    Args:
+      config: a :class:`experiments.benchmarks.memory.Config`.
+      depth: how many blocks.
+    """
+    keys = jax.random.split(jax.random.key(config.seed), 4)
+    n, x = config.width, jax.random.normal(keys[0], (config.batch, config.width))
+    y = jax.random.randint(keys[1], (config.batch,), 0, CLASSES)
+    blocks = {"w": jax.random.normal(keys[2], (depth, n, n)) / n, "b": jnp.zeros((depth, 1, n))}
+    params = blocks, jax.random.normal(keys[3], (n, CLASSES)) / n
+    rule = jaxfa.dfa()
+    wire = jaxfa.error_wire(jax.ShapeDtypeStruct((config.batch, CLASSES), x.dtype))
+    feedback = jax.vmap(rule.init, (0, None, None))(jax.random.split(keys[3], depth), x, wire)
+
+    def gradient(run: Callable[..., Any]) -> Any:
+        def loss(params: Any, feedback: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+            h, wire = run(params[0], feedback, x)
+            return _loss(h @ params[1] + wire, y)
+
+        return jax.jit(jax.grad(loss)), (params, feedback, x, y)
+
+    def direct(schedule: str) -> Any:
+        return gradient(lambda blocks, b, x: jaxfa.direct_stack(_block, blocks, x, wire, b, schedule=schedule))
+
+    def backpropagation(block: Callable[..., Any]) -> Any:
+        return gradient(lambda blocks, b, x: (lax.scan(lambda h, p: (block(p, h), None), x, blocks)[0], wire))
+
+    return {
+        REFERENCE: backpropagation(_block),
+        REMATERIALISED: backpropagation(jax.checkpoint(_block)),
+        STORED: direct("stored"),
+        PARALLEL: direct("parallel"),
+        STREAMED: direct("stream"),
+        FUSED: _fused(rule, (blocks, feedback), params[1], x, y),
+    }
+
+
+def _block(p: Any, h: jax.Array) -> jax.Array:
+    return h + jax.nn.relu(h @ p["w"] + p["b"])
+
+
+def _loss(logits: jax.Array, y: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def _fused(rule: jaxfa.Rule, both: Any, head: jax.Array, x: jax.Array, y: jax.Array) -> Any:
+    tx = optimizer(optax.adam(1e-3), rule)
+
+    def step(both: Any, state: Any, head: jax.Array, x: jax.Array, y: jax.Array) -> Any:
+        wire = jnp.zeros((len(x), CLASSES), x.dtype)
+        h, wire = jaxfa.direct_stack(_block, both[0], x, wire, None, schedule="stream")
+        dhead, e = jax.grad(lambda head, wire: _loss(h @ head + wire, y), argnums=(0, 1))(head, wire)
+        both, state, _ = jaxfa.update_stack(_block, both, x, e, optimizer=tx, state=state)
+        return both, state, head - 1e-3 * dhead
+
+    # A user donates what is updated; here each round needs it again.
+    return jax.jit(step), (both, jax.vmap(tx.init)(both), head, x, y)
+
+
+def resnet(config: "Config", repeats: int) -> Steps:
+    """For each method a jitted gradient and its arguments: a ResNet with blocks of three shapes, tapped block by block.
+
+    Args:
+      config: a :class:`experiments.benchmarks.memory.Config`.
+      repeats: the blocks of each stage.
+    """
+    shape = (config.pixels, config.pixels, 3)
+    x, y = jnp.zeros((config.images, *shape)), jnp.zeros(config.images, int)
+
+    def gradient(model: nnx.Module) -> Any:
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss(params: Any, rest: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+            return _loss(nnx.merge(graphdef, params, rest, copy=True)(x), y)
+
+        return jax.jit(jax.grad(loss)), (params, rest, x, y)
+
+    def direct(schedule: str) -> Any:
+        model = ResNet(shape, CLASSES, repeats=repeats, rngs=nnx.Rngs(config.seed))
+        at = ("stem", "blocks/*")
+        rngs = nnx.Rngs(config.seed + 1)
+        return gradient(jaxfa.nn.attach(model, jaxfa.dfa(), rngs=rngs, example=x, at=at, schedule=schedule))
+
+    return {
+        REFERENCE: gradient(ResNet(shape, CLASSES, repeats=repeats, rngs=nnx.Rngs(config.seed))),
+        STORED: direct("stored"),
+        STREAMED: direct("stream"),
+    }

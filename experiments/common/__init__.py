@@ -1,0 +1,1 @@
+"""What all experiments share: data, tasks, the training loop, records, sweeps, figures and reports."""

@@ -1,0 +1,1 @@
+"""What feedback alignment conserves."""

@@ -1,0 +1,1 @@
+"""GrAPE: learned direct feedback, by Caillon et al. 2026."""

@@ -1,0 +1,1 @@
+"""Low-dimensional feedback alignment, by Hanut and Kadmon 2025."""

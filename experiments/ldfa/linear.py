@@ -1,0 +1,245 @@
+"""Low-dimensional feedback in a two-layer linear network: which of the teacher's modes a student finds.
+
+Claim (Hanut and Kadmon 2025): with a teacher of rank ``d``, learned feedback of rank ``r >= d`` recovers it as
+backpropagation does; ``r < d`` recovers the leading modes alone; a fixed projection gets stuck at spurious solutions.
+
+Command: ``python -m experiments run ldfa_linear`` (no data needed).
+
+The paper's set-up: 128 inputs, 64 hidden units, 64 outputs, ``d = 2``, learning rate 2.5e-3, decay 1e-5, weights of
+deviation 1/64, 5000 iterations. Ours differs in three points: inputs are exactly white and the batch is all of them, so
+that nothing but the feedback matters; ``P`` and ``Q`` start from the library's random projection, not from the
+weights' singular vectors; ``P`` learns at a constant 1e-3 from the covariance divided by its trace, where the paper
+has 1e-3 times 0.999 per iteration and the covariance itself. We train on past iteration 5000, where slow and stuck look
+alike.
+
+Measured with the preset ``cpu`` (5 seeds, mean +- std of the overlap with modes 1 and 2, 1 when learned; 70 s of one
+core, 3.5 min on two that others kept busy):
+
+====  ==================  ====================  ====================  ======================
+rank  feedback            iteration 5000        iteration 15,000      the paper
+====  ==================  ====================  ====================  ======================
+      backpropagation     1.00,       1.00      1.00,       1.00
+64    all three           1.00,       .99-1.00  1.00,       1.00      recovers the teacher
+2     P and Q learned     1.00,       .96+-.04  1.00,       .99       recovers the teacher
+2     P fixed, Q learned  .86+-.14,   .46+-.26  .97+-.03,   .91+-.06
+2     P and Q fixed       .61+-.19,   .31+-.15  .96+-.05,   .80+-.12  stuck
+1     P and Q learned     .86+-.27,   .26+-.28  .94+-.12,   .28+-.15  the leading mode alone
+1     P fixed, Q learned  .51+-.38,   .34+-.35  .67+-.31,   .52+-.30
+1     P and Q fixed       .38+-.28,   .26+-.23  .69+-.28,   .52+-.27  stuck
+====  ==================  ====================  ====================  ======================
+
+So the claim holds where the paper stops. But a fixed projection of rank 2, the teacher's own, is slow there, not stuck,
+and no fixed point is spurious: where the second layer has learned what it can, the error is ``E = (1 - H) V S U^T``,
+``H`` projecting on what the hidden layer sees; so ``E P = 0`` means ``E = 0`` as soon as ``U^T P`` has rank ``d``,
+which is so for almost every ``P`` of rank ``d`` or more. Below ``d`` there are such points, mixtures of the modes; a
+fixed ``P`` goes there (.84, .56 after 40,000 iterations, 3 seeds). One seed of five found mode 2 first with learned
+feedback of rank 1. There ``P`` must be slow: with ``--feedback-rate 0.1`` it turns to mode 2 as soon as mode 1 is
+learned, and the student forgets the one for the other, back and forth.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.nn import initializers
+from matplotlib.figure import Figure
+
+import jaxfa
+from experiments.common import figures, records
+
+INPUTS, HIDDEN, OUTPUTS = 128, 64, 64
+PUBLISHED = 5000  # where the paper stops
+POINTS = 300
+BACKPROP = "backpropagation"
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    "P and Q learned": ({}, figures.BLUE),
+    "P fixed, Q learned": ({"learn_p": False}, figures.VERMILLION),
+    "P and Q fixed": ({"learn_p": False, "learn_q": False}, figures.PURPLE),
+}
+CLAIMS = {
+    ("full", "P and Q learned"): "recovers the teacher",
+    ("enough", "P and Q learned"): "recovers the teacher",
+    ("few", "P and Q learned"): "the leading mode alone",
+    ("enough", "P and Q fixed"): "stuck",
+    ("few", "P and Q fixed"): "stuck",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The teacher, the ranks, and for how long."""
+
+    ranks: tuple[int, ...] = (64, 2, 1)
+    """Ranks of the feedback, one panel each."""
+    strengths: tuple[float, ...] = (2.0, 1.0)
+    """The teacher's singular values, from the largest; their number is its rank."""
+    iterations: int = 15_000
+    """Steps of gradient descent."""
+    learning_rate: float = 2.5e-3
+    """The learning rate of the weights and of Q."""
+    feedback_rate: float = 1e-3
+    """The learning rate of P, the projection of the error."""
+    weight_decay: float = 1e-5
+    """The decay of Q and of the weights at each step."""
+    seeds: int = 5
+    """How many teachers and students there are, side by side."""
+    seed: int = 0
+    """The first seed; the others follow it."""
+    out: Path = Path("runs/ldfa_linear")
+    """The folder of the results."""
+    fresh: bool = False
+    """The results in the folder are deleted first."""
+
+    def __post_init__(self) -> None:
+        records.refuse_below_one(self, "iterations", "seeds")
+        if not self.strengths or min(self.strengths) <= 0 or len(self.strengths) > OUTPUTS:
+            raise ValueError(f"strengths must be 1 to {OUTPUTS} positive numbers, got {self.strengths}.")
+        if not self.ranks or min(self.ranks) < 1 or max(self.ranks) > OUTPUTS:
+            raise ValueError(f"ranks must be from 1 to {OUTPUTS}, got {self.ranks}.")
+
+
+PRESETS = {
+    "cpu": Config(),
+    "paper": Config(iterations=PUBLISHED, seeds=20, out=Path("runs/ldfa_linear-paper")),
+}
+
+
+def run(config: Config) -> Path:
+    """Trains every student, writes the figure and the table.
+
+    Args:
+      config: a :class:`Config`.
+
+    Returns:
+      The path of the report.
+
+    Raises:
+      ValueError: if the folder holds another configuration's results.
+    """
+    records.open_run(config.out, records.identity("ldfa_linear", config, ("out", "fresh")), fresh=config.fresh)
+    found = {(0, BACKPROP): overlaps(config, jaxfa.backprop())}
+    for rank in config.ranks:
+        for name in VARIANTS:
+            found[rank, name] = overlaps(config, rule(config, rank, name))
+    for (rank, name), values in found.items():
+        if not np.isfinite(values).all():
+            folder = config.out / f"{name}, rank {rank}"
+            folder.mkdir(exist_ok=True)
+            records.replace(folder / records.DIVERGED, "diverged: the overlap with a mode is no finite number")
+    steps = _interval(config) * np.arange(1, config.iterations // _interval(config) + 1)
+    results = {f"{rank} {name}": values.tolist() for (rank, name), values in found.items()}
+    records.write_json(config.out / "results.json", {"steps": steps.tolist(), "overlaps": results})
+    rows = table(config, steps, found)
+    with figures.style():
+        drawn = figure(config, steps, found)
+    caption = (
+        f"Overlap of the student with each of the teacher's modes, 1 when it is learned; thick, the mean of "
+        f"{config.seeds} seeds, thin, each of them. The dotted line is where the paper stops."
+    )
+    return figures.write(config.out, drawn, title="Which modes low-rank feedback finds", caption=caption, table=rows)
+
+
+def rule(config: Config, rank: int, name: str) -> jaxfa.Rule:
+    """The rule of one student."""
+    return jaxfa.ldfa(
+        rank,
+        **VARIANTS[name][0],
+        learning_rate=config.feedback_rate,
+        weight_decay=config.weight_decay,
+        # As wide as the weights themselves: fixed feedback then starts on backpropagation's scale.
+        distribution=initializers.normal(1 / HIDDEN),
+    )
+
+
+def overlaps(config: Config, rule: jaxfa.Rule) -> np.ndarray:
+    """How much of each of the teacher's modes a student has learned: ``v_i^T W_1 W_2 u_i / s_i``.
+
+    Args:
+      config: a :class:`Config`.
+      rule: of the second layer, which sends the error to the first.
+
+    Returns:
+      ``(seeds, points, modes)`` over training.
+    """
+    keys = jnp.stack([jax.random.key(seed) for seed in range(config.seed, config.seed + config.seeds)])
+    return np.asarray(jax.jit(jax.vmap(lambda key: _train(config, rule, key)))(keys))
+
+
+def _train(config: Config, rule: jaxfa.Rule, key: jax.Array) -> jax.Array:
+    v_key, u_key, first_key, second_key, feedback_key = jax.random.split(key, 5)
+    strengths = jnp.array(config.strengths)
+    v = initializers.orthogonal()(v_key, (INPUTS, len(strengths)))
+    u = initializers.orthogonal()(u_key, (OUTPUTS, len(strengths)))
+    x = jnp.sqrt(INPUTS) * jnp.eye(INPUTS)
+    y = x @ (v * strengths[None]) @ u.T
+    first = initializers.normal(1 / OUTPUTS)(first_key, (INPUTS, HIDDEN))
+    second = initializers.normal(1 / HIDDEN)(second_key, (HIDDEN, OUTPUTS))
+    learned = ((first, second), rule.init(feedback_key, second))
+    tx = jaxfa.optimizer(optax.sgd(config.learning_rate), rule)
+
+    def loss(learned: Any) -> jax.Array:
+        (first, second), feedback = learned
+        return 0.5 * jnp.sum((jaxfa.linear(jaxfa.linear(x, first), second, feedback) - y) ** 2) / INPUTS
+
+    def step(state: Any, _: None) -> tuple[Any, None]:
+        learned, optimizer = state
+        updates, optimizer = tx.update(jax.grad(loss)(learned), optimizer, learned)
+        return (optax.apply_updates(learned, updates), optimizer), None
+
+    def record(state: Any, _: None) -> tuple[Any, jax.Array]:
+        state, _ = lax.scan(step, state, length=_interval(config))
+        first, second = state[0][0]
+        return state, jnp.sum(v * (first @ second @ u), 0) / strengths
+
+    return lax.scan(record, (learned, tx.init(learned)), length=config.iterations // _interval(config))[1]
+
+
+def _interval(config: Config) -> int:
+    """Iterations from one point of the figure to the next."""
+    return max(1, config.iterations // POINTS)
+
+
+def table(config: Config, steps: np.ndarray, found: dict[tuple[int, str], np.ndarray]) -> list[list[str]]:
+    """The overlaps where the paper stops and at the end, beside what the paper says."""
+    stops = sorted({int(np.argmin(abs(steps - PUBLISHED))), len(steps) - 1})
+    rows = [["rank", "feedback", *(f"modes, iteration {steps[stop]}" for stop in stops), "the paper"]]
+    for (rank, name), values in found.items():
+        cells = [", ".join(map(figures.estimate, values[:, stop].T)) for stop in stops]
+        rows.append([str(rank or ""), name, *cells, CLAIMS.get((_case(config, rank), name), "")])
+    return rows
+
+
+def _case(config: Config, rank: int) -> str:
+    """Whether a rank is below the teacher's, reaches it, or is that of the outputs."""
+    if rank == OUTPUTS:
+        return "full"
+    return "enough" if rank >= len(config.strengths) else "few"
+
+
+def figure(config: Config, steps: np.ndarray, found: dict[tuple[int, str], np.ndarray]) -> Figure:
+    """One row per mode, one column per rank."""
+    modes = len(config.strengths)
+    drawn = Figure(figsize=(2.6 * len(config.ranks) + 0.3, 1.75 * modes + 0.7), layout="constrained")
+    grid = drawn.subplots(modes, len(config.ranks), sharex=True, sharey=True, squeeze=False)
+    for row, mode in zip(grid, range(modes), strict=True):
+        for axes, rank in zip(row, config.ranks, strict=True):
+            figures.lines(axes, steps, found[0, BACKPROP][..., mode], figures.GREY, BACKPROP)
+            for name, (_, color) in VARIANTS.items():
+                figures.lines(axes, steps, found[rank, name][..., mode], color, name)
+            axes.axvline(PUBLISHED, color=figures.INK, linewidth=0.8, linestyle=":")
+            axes.set_xscale("log")
+            axes.set_ylim(-0.05, 1.1)
+            axes.grid(axis="y")
+        row[0].set_ylabel(f"overlap with mode {mode + 1}\n(strength {config.strengths[mode]:g})")
+    for axes, rank in zip(grid[0], config.ranks, strict=True):
+        relation = {"full": "full rank", "enough": "$r ≥ d$", "few": "$r < d$"}[_case(config, rank)]
+        axes.set_title(f"rank {rank}: {relation}", color=figures.INK)
+    for axes in grid[-1]:
+        axes.set_xlabel("iterations")
+    drawn.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return drawn

@@ -1,0 +1,1 @@
+"""Rank collapse of feedback alignment, and what undoes it."""

@@ -1,0 +1,1 @@
+"""SSA: learning in SVD space, by Roy et al. 2025."""
