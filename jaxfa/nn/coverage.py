@@ -1,5 +1,6 @@
 """Lists every weight contraction of a model with how its error travels, read off the traced gradient."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -19,8 +20,8 @@ from jaxfa.nn.variables import Feedback, value_of
 from jaxfa.paths import matches, path_name
 
 
-def cover(aligned: Any, example: Example) -> Coverage:
-    """The table of an attached model for these inputs."""
+def cover(aligned: Any, example: Example, seen: Callable[[], Survey] | None = None) -> Coverage:
+    """The table of an attached model for these inputs; ``seen`` looks through their forward pass, if it was traced."""
     result = traced(aligned, example)
     table = _Cover(aligned, result, example)
     if table.violations():  # then it is worth a closer look
@@ -28,7 +29,7 @@ def cover(aligned: Any, example: Example) -> Coverage:
     if not table.hides():
         return table.table(None)
     model = plain_of(aligned.model) if is_direct(aligned.rule) else aligned.model
-    return table.table(survey(model, method_of(aligned.method), example))
+    return table.table(seen() if seen else survey(model, method_of(aligned.method), example))
 
 
 class _Cover:

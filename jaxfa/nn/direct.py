@@ -34,7 +34,7 @@ def call_direct(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return error_in(program.returned(outputs[0]), aligned.logits)
 
     try:
-        return program.finish(*with_error(run, error_of, tuple(program.states)))
+        return program.finish(*with_error(run, error_of, aligned.error, tuple(program.states)))
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
             "The model uses a traced value that is none of its own: a direct rule follows what is an argument, a "
