@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -241,6 +241,11 @@ def transpose(linear: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax.Arr
     """The transpose of a linear function of ``x``'s shape, applied to ``y``."""
     (out,) = jax.linear_transpose(linear, x)(y)
     return out
+
+
+def path_name(path: Iterable[Any]) -> str:
+    """A path as one string; of a key that is a tuple, as spectral norm's, the parts stand between dots."""
+    return "/".join(".".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in path)
 
 
 def matches(path: str, patterns: tuple[str, ...], *, under: bool = False) -> bool:

@@ -13,11 +13,9 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from jaxfa.base import DirectFeedback
-from jaxfa.ops import check_family, deliver, vary_alike, varying_axes
+from jaxfa.ops import check_family, deliver, vary_alike, zeros_of
 
 Run = Callable[[Any, Any], Any]  # (tree, ref) -> outputs
 
@@ -77,33 +75,34 @@ class Hole:
         return hash(Hole)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def with_error(run: Run, error_of: Callable[[Any], jax.Array], tree: Any) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def with_error(run: Run, error_of: Callable[[Any], jax.Array], kind: Any, tree: Any) -> Any:
     """``run(tree, None)``, differentiated as ``run(tree, ref)`` whose ref holds the error in the backward pass.
 
     Args:
       run: ``(tree, ref) -> outputs``; it may close over no value that is differentiated.
       error_of: the error of a tree shaped as the outputs, holding their cotangents.
+      kind: the error's type, or None: then the run is traced once more for it.
       tree: what is differentiated.
 
     Returns:
       The outputs.
     """
-    del error_of
+    del error_of, kind
     return run(tree, None)
 
 
-def _forward(run: Run, error_of: Callable[[Any], jax.Array], tree: Any) -> tuple[Any, Any]:
-    kinds = []
-    jax.eval_shape(lambda tree: kinds.append(jax.typeof(error_of(run(tree, None)))), tree)
-    zeros = jnp.zeros(kinds[0].shape, kinds[0].dtype)
-    ref = jax.new_ref(lax.pcast(zeros, tuple(sorted(varying_axes(kinds[0]), key=repr)), to="varying"))
+def _forward(run: Run, error_of: Callable[[Any], jax.Array], kind: Any, tree: Any) -> tuple[Any, Any]:
+    kinds = [kind]
+    if kind is None:
+        jax.eval_shape(lambda tree: kinds.append(jax.typeof(error_of(run(tree, None)))), tree)
+    ref = jax.new_ref(zeros_of(kinds[-1]))
     outputs, pullback = jax.vjp(lambda tree: run(tree, ref), tree)
     return outputs, jax.tree.map(lambda leaf: Hole() if leaf is ref else leaf, pullback)
 
 
-def _backward(run: Run, error_of: Callable[[Any], jax.Array], pullback: Any, cotangents: Any) -> Any:
-    del run
+def _backward(run: Run, error_of: Callable[[Any], jax.Array], kind: Any, pullback: Any, cotangents: Any) -> Any:
+    del run, kind
     ref = jax.new_ref(error_of(cotangents))
     return jax.tree.map(lambda leaf: ref if _is_hole(leaf) else leaf, pullback, is_leaf=_is_hole)(cotangents)
 

@@ -228,6 +228,11 @@ def varying_axes(kind: Any) -> frozenset[Any]:
     return getattr(kind, "inner_aval", kind).manual_axis_type.varying
 
 
+def zeros_of(kind: Any) -> jax.Array:
+    """Zeros of a type, as ``jax.typeof`` tells it, inside ``jax.shard_map``, too."""
+    return lax.pcast(jnp.zeros(kind.shape, kind.dtype), tuple(sorted(varying_axes(kind), key=repr)), to="varying")
+
+
 def check_family(feedback: Any, family: type, here: str, there: str) -> None:
     """Refuses what is no feedback of that family, and says where one of the other goes."""
     if not isinstance(feedback, family):

@@ -23,6 +23,18 @@ from jaxfa.jaxprs.flows import ERROR, NONE, Flow, Passage, Use, Walker
 from jaxfa.jaxprs.versions import opened
 
 
+class Outputs(NamedTuple):
+    """What a network returns, where not all of it is the error's source.
+
+    Attributes:
+      error: the arrays whose error it learns from.
+      beside: arrays that other terms of a loss may read.
+    """
+
+    error: Any
+    beside: Any
+
+
 class Audit(NamedTuple):
     """What a gradient program does.
 
@@ -31,18 +43,20 @@ class Audit(NamedTuple):
       arrivals: for each parameter, every passage on an error's ways from the output to that parameter's gradient.
         A delivery starts a new way. The output alone: the error came exactly, through no weights.
       passages: every passage in the program.
+      beside: the arrivals of errors that set out from what is beside the output; of parameters that none reaches, none.
     """
 
     uses: list[Use]
     arrivals: dict[str, frozenset[Passage]]
     passages: frozenset[Passage]
+    beside: dict[str, frozenset[Passage]]
 
 
 def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: tuple[Any, Any]) -> Audit:
     """Traces a network's gradient and reports how the error reaches every parameter.
 
     Args:
-      forward: ``(params, rest, data) -> outputs``, a pure function.
+      forward: ``(params, rest, data) -> outputs``, a pure function; of :class:`Outputs` one part is the source.
       params: the tree that the gradient is taken in, arrays or ``ShapeDtypeStruct``s.
       rest: feedback and state.
       data: one batch.
@@ -61,15 +75,22 @@ def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names:
       [Passage(kind='output', name=''), Passage(kind='weights', name='last')]
     """
 
+    kinds: list[bool] = []
+
     def program(params: Any, rest: Any, data: Any) -> Any:
-        outputs, vjp = jax.vjp(lambda params: _floats(forward(params, rest, data)), params)
+        outputs, vjp = jax.vjp(lambda params: list(map(_floats, _parts(forward(params, rest, data)))), params)
         with jax.named_scope(ERROR):
-            errors = [lax.optimization_barrier(output) for output in outputs]
-        return vjp(errors), outputs  # with the outputs, lest the forward pass be taken for dead
+            error, beside = lax.optimization_barrier(outputs)
+        kinds.append(bool(beside))
+        none = jax.tree.map(jnp.zeros_like, outputs)
+        # With the outputs, lest the forward pass be taken for dead.
+        return vjp([error, none[1]]), vjp([none[0], beside]) if beside else (), outputs
 
     walker, ends = _walked(program, params, rest, data, names)
-    arrivals = dict(zip(jax.tree.leaves(names[0]), (end.way for end in ends), strict=False))
-    return Audit(list(walker.uses.values()), arrivals, frozenset(walker.passages))
+    keys, ways = jax.tree.leaves(names[0]), [end.way for end in ends]
+    beside = dict(zip(keys, ways[len(keys) :], strict=False)) if kinds[0] else {}
+    passages = frozenset(walker.passages)
+    return Audit(list(walker.uses.values()), dict(zip(keys, ways, strict=False)), passages, beside)
 
 
 def uses(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: tuple[Any, Any]) -> list[Use]:
@@ -86,6 +107,10 @@ def _walked(program: Callable[..., Any], params: Any, rest: Any, data: Any, name
     flows += [Flow(data=True)] * len(jax.tree.leaves(data))
     walker = Walker()
     return walker, walker.walk(jaxpr, flows, "")
+
+
+def _parts(outputs: Any) -> Outputs:
+    return outputs if isinstance(outputs, Outputs) else Outputs(outputs, ())
 
 
 def _floats(outputs: Any) -> list[Any]:

@@ -18,15 +18,18 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxfa.base import DirectRule, Rule, init_at, is_direct, matches
+from jaxfa.base import DirectRule, Rule, init_at, is_direct, matches, path_name
 from jaxfa.nn.attached import Attached
 from jaxfa.nn.contraction import Contraction, place, sites_of
+from jaxfa.nn.coverage import cover
 from jaxfa.nn.factored import Factored, factorise_chosen
+from jaxfa.nn.learning import quiet
 from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.schedules import forward_by
 from jaxfa.nn.survey import Survey, put_own, survey
 from jaxfa.nn.tap import Tap, place_tap
 from jaxfa.nn.taps import (
+    check_calls,
     check_source,
     drop_unused,
     end_at,
@@ -75,7 +78,7 @@ def attach(
         ``lambda out: out[0]``. By default all arrays of floats; several lie side by side.
       allow: globs of layers and parameters that may pass errors on by backpropagation.
       schedule: ``jaxfa.stacks.stored``; for direct rules with ``at=`` also ``stream`` and ``dispatch(mesh)``. The
-        gradients are the same, but for what blocks ``sow``, which has none in these two.
+        gradients are the same.
 
     Returns:
       An :class:`Attached` with a copy of the model.
@@ -94,7 +97,7 @@ def attach(
     """
     _check(model, rule, rngs)
     globs, allow = _globs(at), _globs(allow) or ()
-    weights = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
+    weights = [path_name(path) for path, _ in nnx.to_flat_state(nnx.state(model))]
     _refuse_unmatched("allow", allow, weights, under=True)
     _check_method(model, method)
     call = Call(method, logits, _example(example, example_kwargs))
@@ -103,11 +106,11 @@ def attach(
         _refuse_unmatched("at", globs, list(sites_of(model)), under=True)
         model = factorise_chosen(model, rule.weights, _chooser(globs))
     put: Any = _put_direct if is_direct(rule) else partial(_put_layerwise, allow=allow)
-    backprop, own = put(model, rule, rngs, globs, call)
+    backprop, own, seen, error = put(model, rule, rngs, globs, call)
     forward = forward_by(schedule, model, rule)
     attached = Attached(model, rule, (*allow, *backprop), own, **call._asdict(), forward=forward)
     if call.example is not None:
-        attached.coverage().refuse()
+        cover(quiet(attached, error), call.example, seen).refuse()
     return attached
 
 
@@ -155,8 +158,11 @@ def _chooser(globs: Any) -> Callable[[str], bool]:
     return lambda path: globs is None or matches(path, globs, under=True)
 
 
-def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call, *, allow: Any) -> tuple[list[str], Any]:
-    """Puts a layer-wise rule on a model; returns the layers that the rule itself leaves to backpropagation."""
+def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call, *, allow: Any) -> tuple[Any, ...]:
+    """Puts a layer-wise rule on a model; returns the layers that the rule itself leaves to backpropagation.
+
+    And the feedback of its own contractions, and what was seen of its forward pass; of a direct rule the error's shape.
+    """
     sites = sites_of(model)
     used = {} if call.example is None else uses_of(model, call.method, call.example)
     first = {path for path, use in used.items() if use.first}
@@ -172,10 +178,8 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call, 
             backprop.append(path)
         else:
             place(module, Contraction(site, feedback, path))
-    if call.example is None or rule.weights is not None:
-        found = Survey({}, set(), set(), {})
-    else:
-        found = survey(model, method_of(call.method), call.example)
+    looked = call.example if rule.weights is None else None
+    found = survey(model, method_of(call.method), looked) if looked else Survey({}, set(), set(), {})
     names = dict.fromkeys(site.name for site in found.sites)
     paths = [*sites, *names]
     _refuse_unmatched("at", at, paths, under=True)
@@ -183,11 +187,12 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call, 
     free = [name for name in names if _chooser(at)(name) and not matches(name, allow, under=True)]
     own, exact = put_own(rule, rngs, {site: one for site, one in found.sites.items() if site.name in free})
     left = found.sites.keys() - {one.site for one in own}
-    return [*backprop, *exact], (own, tuple(site for site in found.sites if site in left))
+    others = tuple(site for site in found.sites if site in left)
+    return [*backprop, *exact], (own, others), (lambda: found) if looked else None, None
 
 
-def _put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call) -> tuple[list[str], Any]:
-    """Taps a model for a direct rule; returns the layers that it leaves to backpropagation."""
+def _put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call) -> tuple[Any, ...]:
+    """Taps a model for a direct rule; returns the layers that it leaves to backpropagation, and what else was seen."""
     if call.example is None:
         raise ValueError(
             "A direct rule needs example=, one batch of inputs: its feedback leads from outputs to layers."
@@ -211,7 +216,7 @@ def _put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Cal
     _refuse_unmatched("the rule's globs", rule.globs, tapped, under=True)
     for path in tapped:
         place_tap(modules[path], path, at_input=at_input)
-    recorder, error, mark = measure_taps(model, method, example, call.logits)
+    recorder, error, mark, look = measure_taps(model, method, example, call.logits)
     seen, above = recorder.seen, []
     drop_unused(model, seen, None if at_input else at)
     if at_input:
@@ -223,7 +228,8 @@ def _put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Cal
         end_at(model, rule.source, list(seen))
     found, error = tappable(model, seen, error, mark)
     fill_taps(model, rule, rngs, that_are_read(model, call, found), error)
-    return above, ((), ())
+    check_calls(model, recorder.calls)
+    return above, ((), ()), look, error
 
 
 def _refuse_unmatched(name: str, globs: Any, paths: list[str], *, under: bool) -> None:

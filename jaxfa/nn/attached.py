@@ -50,6 +50,7 @@ class Attached(nnx.Module):
         self.logits = nnx.static(options.get("logits"))
         self.forward = nnx.static(options.get("forward"))
         self.reminds = True
+        self.error = nnx.static(None)  # the error's type, where it is known before a call
         # By the path of the parameter, so that an optimizer sees whose weights a feedback stands for.
         self.own, self.left = nnx.Dict(by_parameter(own[0])), nnx.static(own[1])
 

@@ -1,10 +1,11 @@
 """Lists every weight contraction of a model with how its error travels, read off the traced gradient."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
-from jaxfa.base import is_direct, matches
+from jaxfa.base import is_direct, matches, path_name
 from jaxfa.jaxprs.audit import Audit
 from jaxfa.jaxprs.flows import OUTPUT
 from jaxfa.nn.describe import IDLE, LOST, SILENT, describe, held_feedback, layer_name, shape_of
@@ -14,12 +15,12 @@ from jaxfa.nn.survey import Survey, own_of, survey
 from jaxfa.nn.table import Coverage, Row
 from jaxfa.nn.tap import Tap, plain_of, taps_of
 from jaxfa.nn.taps import record_taps
-from jaxfa.nn.trace import trace, traced
+from jaxfa.nn.trace import terms_beside, trace, traced
 from jaxfa.nn.variables import Feedback, value_of
 
 
-def cover(attached: Any, example: Example) -> Coverage:
-    """The table of an attached model for these inputs."""
+def cover(attached: Any, example: Example, seen: Callable[[], Survey] | None = None) -> Coverage:
+    """The table of an attached model for these inputs; ``seen`` looks through their forward pass, if it was traced."""
     result = traced(attached, example)
     table = _Cover(attached, result, example)
     if table.violations():  # then it is worth a closer look
@@ -27,7 +28,7 @@ def cover(attached: Any, example: Example) -> Coverage:
     if not table.hides():
         return table.table(None)
     model = plain_of(attached.model) if is_direct(attached.rule) else attached.model
-    return table.table(survey(model, method_of(attached.method), example))
+    return table.table(seen() if seen else survey(model, method_of(attached.method), example))
 
 
 class _Cover:
@@ -46,8 +47,11 @@ class _Cover:
         self.feedback = {path: ", ".join(map(describe, parts)) for path, parts in held.items()}
         self.learns = {path: how_it_learns(attached.rule, parts[0]) for path, parts in held.items()}
         flat = nnx.to_flat_state(nnx.state(attached.model, nnx.Not(Feedback)))
-        self.shapes = {"/".join(map(str, path)): shape_of(value_of(leaf)) for path, leaf in flat}
-        self.params = {"/".join(map(str, path)) for path, leaf in flat if isinstance(leaf, nnx.Param)}
+        self.shapes = {path_name(path): shape_of(value_of(leaf)) for path, leaf in flat}
+        self.params = {path_name(path) for path, leaf in flat if isinstance(leaf, nnx.Param)}
+        # Of numbers that a model writes or returns beside its logits the gradient ends where a tap is.
+        terms = terms_beside(attached, example) if self.delivering and result.beside else set()
+        self.stopped = {name for name in terms if not result.beside[name]}
         self.first = {name for use in result.uses if use.first for name in use.weights}
         # Of weights that are made of a parameter and other state, such as a mask, the parameter has the row.
         uses = [self.params & use.weights or use.weights for use in result.uses]
@@ -131,12 +135,24 @@ class _Cover:
         own = [step.name for step in way if step.kind == "weights"]
         kinds = {step.kind for step in way} - {"weights"}
         if kinds <= {"output"}:
-            return "none: does not learn" if not starts else "backpropagation" if own else "exact: last"
+            return self.beside(name) if not starts else "backpropagation" if own else "exact: last"
         text = "through feedback" if "rule" in kinds else " and ".join(starts)
+        text += ", without other terms of the loss" * (name in self.stopped)
         if not own:
             return text
         block = self.block(name, own[0])
         return f"{text}, then exact inside {block}" if block else f"{text}, then backpropagation"
+
+    def beside(self, name: str) -> str:
+        """How a parameter learns that the output's error does not reach."""
+        way = self.result.beside.get(name, frozenset())
+        own = [step.name for step in way if step.kind == "weights"]
+        if not way:
+            return "none: does not learn"
+        block = self.block(name, own[0]) if own else None
+        how = f"exact inside {block}" if block else "backpropagation" if own else "exact"
+        how = "through feedback" if any(step.kind == "rule" for step in way) else how
+        return f"other terms of the loss alone: {how}"
 
     def leaves(self, name: str) -> str:
         if name in self.first:
@@ -154,9 +170,9 @@ class _Cover:
 
     def victims(self, name: str) -> list[str]:
         """The parameters to which a parameter's weights send the error on."""
-        ways = self.result.arrivals
-        victims = [below for below in ways if ("weights", name) in ways[below] and not self.block(below, name)]
-        victims = [below for below in victims if layer_name(below) != layer_name(name)]
+        ways = [*self.result.arrivals.items(), *self.result.beside.items()]
+        victims = [below for below, way in ways if ("weights", name) in way and not self.block(below, name)]
+        victims = [below for below in dict.fromkeys(victims) if layer_name(below) != layer_name(name)]
         return [below for below in victims if not self.is_atop(below)]
 
     def backpropagates(self, name: str) -> str:
@@ -193,7 +209,7 @@ class _Cover:
         delivered = {self.taps[step.name] for step in self.result.passages if step.name in self.taps}
         silent = [path for path in self.delivering if path not in delivered]
         idle = [name for name in self.names if name in self.params and not self.result.arrivals[name]]
-        idle = [name for name in idle if not self.allows(name)]
+        idle = [name for name in idle if not self.allows(name) and not self.result.beside.get(name)]
         if silent:
             seen = record_taps(self.attached.model, self.attached.method, self.example)
             silent = [path for path in silent if path in seen and not matches(path, self.allow, under=True)]

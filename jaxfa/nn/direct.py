@@ -3,14 +3,12 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from jaxfa.delivery import with_error
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.tap import Channel, taps_of
-from jaxfa.ops import varying_axes
+from jaxfa.ops import zeros_of
 
 
 def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -36,7 +34,7 @@ def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return error_in(program.returned(outputs[0]), attached.logits)
 
     try:
-        return program.finish(*with_error(run, error_of, tuple(program.states)))
+        return program.finish(*with_error(run, error_of, attached.error, tuple(program.states)))
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
             "The model uses a traced value that is none of its own: a direct rule follows what is an argument, a "
@@ -56,5 +54,4 @@ def _zeros(kind: Any, source: str) -> jax.Array:
     """Zeros of the type of the activation at a rule's source."""
     if kind is None:
         raise ValueError(f"This call never reaches the rule's source {source!r}, where its error is taken.")
-    zeros = jnp.zeros(kind.shape, kind.dtype)
-    return lax.pcast(zeros, tuple(sorted(varying_axes(kind), key=repr)), to="varying")
+    return zeros_of(kind)

@@ -16,10 +16,10 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxfa.base import LAYER, Rule
+from jaxfa.base import LAYER, Rule, refuse_shards
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
-from jaxfa.nn.stream import Walk, check_streams, learn, relearned, split_floats, walked
+from jaxfa.nn.stream import Walk, check_streams, filled, is_zero, learn, relearned, split_floats, walked
 from jaxfa.nn.tap import Tap, taps_of
 from jaxfa.ops import vary_alike
 from jaxfa.stacks import schedules
@@ -55,28 +55,37 @@ def check_dispatches(model: nnx.Module, rule: Rule, schedule: schedules.Dispatch
 
 def call_dispatched(mesh: Mesh, attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a tapped model; its blocks' gradients are formed on different devices, and summed over them."""
+    refuse_shards("jaxfa.stacks.dispatch is a shard_map of its own; shard the batch by jax.jit, or take stream.")
     program = Program(attached.model, method_of(attached.method), args, kwargs)
     blocks: dict[str, tuple[Program, Tap]] = {}
 
-    def keep(state: Any) -> Any:
-        def run(state: Any) -> Any:
-            walk = Dispatched()
-            found = program.run(state, prepare=walked(walk))
-            blocks.update(walk.blocks)
-            # What a block computes with comes from the state, or from what is before the block: as an output it takes
-            # its gradient there.
-            learns = {
-                name: (split_floats(one)[0], walk.blocks[name][1].feedbacks()) for name, one in walk.states.items()
-            }
-            return (found, learns), walk.states
+    def run(state: Any) -> Any:
+        walk = Dispatched()
+        found = program.run(state, prepare=walked(walk))
+        blocks.update(walk.blocks)
+        # What a block computes with comes from the state, or from what is before the block: as an output it takes its
+        # gradient there.
+        learns = {name: (split_floats(one)[0], walk.blocks[name][1].feedbacks()) for name, one in walk.states.items()}
+        return (found, learns), walk.states
 
-        (found, _), pullback, states = jax.vjp(run, state, has_aux=True)
-        return found, (pullback, states)
+    def keep(state: Any) -> Any:
+        def without_statistics(state: Any) -> Any:
+            ((outputs, changed), learns), states = run(state)
+            statistics, others = nnx.split_state(changed, nnx.BatchStat, ...)
+            return ((outputs, others), learns), (statistics, states)
+
+        ((outputs, others), _), pullback, (statistics, states) = jax.vjp(without_statistics, state, has_aux=True)
+        return (outputs, nnx.merge_state(statistics, others)), (pullback, state, states)
 
     def backward(kept: Any, cotangents: Any) -> Any:
-        pullback, states = kept
-        e = error_in(program.returned(cotangents[0]), attached.logits)
-        return pullback((cotangents, _learn(mesh, blocks, states, e)))[0]
+        pullback, state, states = kept
+        outputs, changed = cotangents
+        learned = _learn(mesh, blocks, states, error_in(program.returned(filled(outputs)), attached.logits))
+        statistics, others = nnx.split_state(changed, nnx.BatchStat, ...)
+        if all(map(is_zero, jax.tree.leaves(statistics))):
+            return pullback((filled((outputs, others)), learned))[0]
+        # Their gradient would run all blocks on all devices: a loss that reads statistics is the only one to pay that.
+        return jax.vjp(run, state, has_aux=True)[1]((filled(cotangents), learned))[0]
 
     return program.finish(*relearned(keep, backward, program.states[0]))
 

@@ -31,10 +31,14 @@ def note_refined(rule: Rule) -> None:
     _SEEN.add(rule.refine)
 
 
-def quiet(attached: Any) -> Any:
-    """A copy that says nothing when it is differentiated: what is measured is no step."""
+def quiet(attached: Any, error: Any = None) -> Any:
+    """A copy that says nothing when it is differentiated: what is measured is no step.
+
+    Of a call whose error has a known shape it need not be traced for that.
+    """
     copy = nnx.clone(attached)
     copy.reminds = False
+    copy.error = nnx.static(error and jax.typeof(jnp.zeros(error.shape, error.dtype)))
     return copy
 
 

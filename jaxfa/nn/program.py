@@ -40,7 +40,9 @@ class Program:
         self.result: Any = None
 
     def run(self, *states: Any, prepare: Callable[[Any], None] = lambda model: None) -> tuple[Any, Any]:
-        """The arrays of the outputs, and of the state those that are others than before; changes no state.
+        """The arrays of what it returns and of attributes that it sets, and the state that is other than before.
+
+        Nothing outside is changed.
 
         Args:
           *states: shaped as :attr:`states`.
@@ -50,7 +52,9 @@ class Program:
         states = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), states)
         model, args, kwargs = nnx.merge(self.graphdef, *states, copy=True)
         prepare(model)
-        self.result, outputs = nnx.split((self.call(model, *args, **kwargs),))
+        attributes = _Attributes((model, args, kwargs))
+        returned = self.call(model, *args, **kwargs)
+        self.result, outputs = nnx.split((returned, attributes.changed()))
         return outputs, changed_state((model, args, kwargs), states)
 
     def returned(self, outputs: Any) -> Any:
@@ -60,7 +64,12 @@ class Program:
     def finish(self, outputs: Any, changed: Any) -> Any:
         """Gives the model and its arguments their new state; what it returned."""
         nnx.update(self.nodes, changed)
-        return self.returned(outputs)
+        returned, attributes = nnx.merge(self.result, outputs)
+        if attributes:
+            modules = dict(nnx.iter_modules(self.nodes))
+            for (path, name), value in attributes.items():
+                setattr(modules[path], name, value)
+        return returned
 
     def abstractly(self, of: Callable[[Any], Any], prepare: Callable[[Any], None] = lambda model: None) -> Any:
         """The shapes of a function of what it returns."""
@@ -69,6 +78,32 @@ class Program:
             return of(self.returned(self.run(*states, prepare=prepare)[0]))
 
         return jax.eval_shape(run, *structs(self.states))
+
+
+class _Attributes:
+    """The attributes of all modules, from before a call: a count, say. Arrays and variables are state instead."""
+
+    def __init__(self, nodes: Any) -> None:
+        self.before = [(path, module, dict(vars(module))) for path, module in nnx.iter_modules(nodes)]
+
+    def changed(self) -> dict[Any, Any]:
+        """What the call has set since, by the module's path and the attribute's name.
+
+        Traced arrays are among them: Flax takes them for constants where an attribute is new.
+        """
+        found = {}
+        for path, module, before in self.before:
+            for name, value in vars(module).items():
+                if name.startswith("_pytree__") or (name in before and before[name] is value):
+                    continue
+                if isinstance(value, nnx.Module) and name not in before:
+                    raise ValueError(
+                        f"The forward pass makes a new module, {name!r} of {type(module).__name__}, that no rule can "
+                        f"teach yet: call the model once before attach(), or make the module in __init__."
+                    )
+                if name not in nnx.state(module):
+                    found[path, name] = value
+        return found
 
 
 def changed_state(node: Any, before: Any) -> Any:

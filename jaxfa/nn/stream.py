@@ -15,14 +15,15 @@ import numpy as np
 from flax import nnx
 from flax.errors import TraceContextError
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jaxfa.base import DirectRule, Rule
-from jaxfa.nn.leaves import error_in, named_floats
+from jaxfa.nn.leaves import at_leaves, error_in, named_floats
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.tap import Tap, taps_of
 from jaxfa.nn.taps import stacks_of
 from jaxfa.nn.variables import Feedback, value_of
-from jaxfa.ops import deliver
+from jaxfa.ops import deliver, zeros_of
 from jaxfa.stacks.blocks import after
 from jaxfa.stacks.schedules import Schedule
 
@@ -39,7 +40,7 @@ class Walk:
         self.trace = nnx.Variable(())
 
     def visit(self, tap: Tap, module: Any, own_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What the block at a tap returns, as a constant; it changes its state."""
+        """What the block at a tap returns, at its tapped leaves as a constant; it changes its state."""
         try:
             self.trace.set_value(())  # Flax refuses in any other trace than the walk's own
         except TraceContextError:
@@ -48,7 +49,8 @@ class Walk:
                 f"schedule=jaxfa.stacks.stored, or call it as it is, since in other schedules it runs once more anyway."
             ) from None
         program = Program(module, own_call, args, kwargs)
-        return program.finish(*lax.stop_gradient(self.learn(program, tap)))
+        found = _beside(program, tap, lax.stop_gradient(self.learn(program, tap)))
+        return at_leaves(program.finish(*found), dict.fromkeys(tap.leaves, lax.stop_gradient))
 
     def learn(self, program: Program, tap: Tap) -> Any:
         """Runs a block as it is: the output error is not known yet."""
@@ -70,19 +72,19 @@ class Sweep(Walk):
 
     Attributes:
       e: the output error.
-      learned: the sum of the products of what every block computes with and its gradient, which is held fixed: a sum
-        whose gradient that is, wherever it comes from.
+      learned: the products of what every block computes with and its gradient, which is held fixed: numbers whose
+        gradient that is, wherever it comes from.
     """
 
     def __init__(self, e: jax.Array) -> None:
         super().__init__(e)
         self.e = e
-        self.learned: Any = 0.0
+        self.learned: list[jax.Array] = []
 
     def learn(self, program: Program, tap: Tap) -> Any:
         found, gradients, signals = learn(program, self.waiting(program), tap, lambda: after(self.e, self.known))
-        self.learned += _product(gradients, split_floats(program.states[0])[0])
-        self.learned += _product(signals, tap.feedbacks())
+        self.learned += _products(gradients, split_floats(program.states[0])[0])
+        self.learned += _products(signals, tap.feedbacks())
         # Not the error at its input, which nothing may need.
         self.known = {name: one for name, one in gradients.items() if name.startswith("0/")}, signals
         return found
@@ -106,6 +108,25 @@ def learn(program: Program, state: Any, tap: Tap, error: Callable[[], jax.Array]
     return found, vjp(deltas)[0], signals
 
 
+def _beside(program: Program, tap: Tap, found: Any) -> Any:
+    """What a block returned and changed; it runs again for the gradient of others than its tapped leaves: a penalty."""
+
+    def backward(state: Any, cotangents: Any) -> Any:
+        def forward(floats: list[Any]) -> Any:
+            outputs, changed = program.run(rebuild(floats))
+            returned, attributes = nnx.merge(program.result, outputs)
+            returned = at_leaves(returned, dict.fromkeys(tap.leaves, lax.stop_gradient))
+            return nnx.split((returned, attributes))[1], changed
+
+        if all(map(is_zero, jax.tree.leaves(cotangents))):
+            return None, None
+        floats, rebuild, cotangent = _floats_of(state)
+        _, pullback = jax.vjp(forward, floats)
+        return cotangent(pullback(filled(cotangents))[0]), None
+
+    return relearned(lambda both: (both[1], both[0]), backward, (program.states[0], found))
+
+
 def split_floats(state: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
     """The floats of a state by their paths, but for feedback, and the function that puts others in their places."""
     flat = nnx.to_flat_state(state)
@@ -127,10 +148,11 @@ def _is_float(leaf: Any) -> bool:
     return all(jnp.issubdtype(one.dtype, jnp.inexact) for one in jax.tree.leaves(leaf))
 
 
-def _product(fixed: Any, values: Any) -> jax.Array:
-    """The inner product of two trees; values with no gradient, such as counts, are left out."""
-    pairs = zip(jax.tree.leaves(lax.stop_gradient(fixed)), jax.tree.leaves(values), strict=True)
-    return sum((jnp.vdot(one, other) for one, other in pairs if _is_float(other)), jnp.zeros(()))
+def _products(fixed: Any, values: Any) -> list[jax.Array]:
+    """The inner products of two trees' leaves; what is no number, or known to be zero, is left out."""
+    pairs = zip(jax.tree.leaves(fixed), jax.tree.leaves(values), strict=True)
+    numbers = [(one, other) for one, other in pairs if not is_zero(one) and _is_float(other)]
+    return [jnp.vdot(lax.stop_gradient(one), other) for one, other in numbers]
 
 
 def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
@@ -154,12 +176,35 @@ def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def relearned(keep: Callable[[Any], Any], backward: Callable[[Any, Any], Any], tree: Any) -> Any:
-    """The outputs of ``keep(tree) -> (outputs, kept)``; what the tree learns is ``backward(kept, cotangents)``."""
+    """The outputs of ``keep(tree) -> (outputs, kept)``; what the tree learns is ``backward(kept, cotangents)``.
+
+    Cotangents of outputs that no loss reads are symbols: see :func:`filled`.
+    """
     del backward
     return keep(tree)[0]
 
 
-relearned.defvjp(lambda keep, backward, tree: keep(tree), lambda keep, backward, *rest: (backward(*rest),))
+relearned.defvjp(
+    lambda keep, backward, tree: keep(jax.tree.map(lambda leaf: leaf.value, tree)),
+    lambda keep, backward, *rest: (backward(*rest),),
+    symbolic_zeros=True,
+)
+
+
+def is_zero(cotangent: Any) -> bool:
+    """Whether a cotangent is known to be zero while its program is traced."""
+    return isinstance(cotangent, SymbolicZero) or cotangent.dtype == jax.dtypes.float0
+
+
+def filled(cotangents: Any) -> Any:
+    """Cotangents as arrays."""
+
+    def fill(one: Any) -> Any:
+        if not is_zero(one):
+            return one
+        return np.zeros(one.shape, one.dtype) if one.dtype == jax.dtypes.float0 else zeros_of(one.aval)
+
+    return jax.tree.map(fill, cotangents)
 
 
 def call_streamed(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -170,13 +215,15 @@ def call_streamed(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return program.run(state, prepare=walked(Walk(state))), state
 
     def backward(state: Any, cotangents: Any) -> Any:
-        def surrogate(floats: list[Any]) -> jax.Array:
-            sweep = Sweep(error_in(program.returned(cotangents[0]), attached.logits))
+        def surrogate(floats: list[Any]) -> list[jax.Array]:
+            sweep = Sweep(error_in(program.returned(filled(cotangents[0])), attached.logits))
             outputs = program.run(rebuild(floats), prepare=walked(sweep))
-            return _product(cotangents, outputs) + sweep.learned
+            return [*_products(cotangents, outputs), *sweep.learned]
 
         floats, rebuild, cotangent = _floats_of(state)
-        return cotangent(jax.grad(surrogate)(floats))
+        # Not of their sum: in a shard_map some of them are sums over the devices, and each counts once.
+        numbers, pullback = jax.vjp(surrogate, floats)
+        return cotangent(pullback([zeros_of(jax.typeof(one)) + 1 for one in numbers])[0])
 
     return program.finish(*relearned(keep, backward, program.states[0]))
 

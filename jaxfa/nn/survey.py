@@ -45,6 +45,12 @@ class Survey(NamedTuple):
 
 def survey(model: nnx.Module, call: Callable[..., Any], example: Example) -> Survey:
     """Looks through a model's forward pass."""
+    program = program_of(model, call, *example.arguments())
+    return look_through(program, jax.make_jaxpr(lambda *states: program.run(*states)[0])(*structs(program.states)))
+
+
+def look_through(program: Program, jaxpr: Any) -> Survey:
+    """Looks through the forward pass of a program that :func:`program_of` made and that was traced already."""
     found = Survey({}, set(), set(), {})
 
     def see(one: Contraction, held: Any) -> None:
@@ -54,8 +60,6 @@ def survey(model: nnx.Module, call: Callable[..., Any], example: Example) -> Sur
         else:
             found.sites.setdefault(site, one)
 
-    program = program_of(model, call, *example.arguments())
-    jaxpr = jax.make_jaxpr(lambda *states: program.run(*states)[0])(*structs(program.states))
     follower = Follower(see, found.lost.add, live=False)
     follower.run(jaxpr, _values(program.states, live=False), None)
     return found._replace(tables=follower.tables, stacks=follower.stacks)

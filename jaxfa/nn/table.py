@@ -9,7 +9,8 @@ class Row(NamedTuple):
     Attributes:
       layer: the path of the layer.
       shape: the weights' shape.
-      arrives: how the error gets to its output.
+      arrives: how the error gets to its output; "other terms of the loss" are what the model writes or returns beside
+        its logits, whose gradient ends where a tap is.
       leaves: how the error goes on to what is below.
       feedback: the feedback's class and size, where it has one.
       learns: how that learns: "fixed", "from the batch", "by refine", which is ``model.refine(key, x)``, or else.

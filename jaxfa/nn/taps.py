@@ -1,6 +1,8 @@
 """Which modules of a model are tapped, what is seen there, and the feedback that leads to them."""
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from jaxfa.nn.contraction import find_site
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Example, Program, method_of
+from jaxfa.nn.survey import look_through, program_of
 from jaxfa.nn.tap import remove_tap, taps_of
 from jaxfa.nn.variables import Feedback, Recorder, init_stack, modules_of, structs
 
@@ -72,6 +75,18 @@ def _layer(module: Any, h: Any) -> Layer | None:
     return Layer(module.operation, h, module.kernel.get_value()) if isinstance(module, Factored) else None
 
 
+def check_calls(model: nnx.Module, calls: dict[str, list[Any]]) -> None:
+    """Refuses a tap that is called with several shapes, none of which has a feedback of its own."""
+    for path, tap in taps_of(model).items():
+        for name, feedback in tap.feedbacks().items():
+            shapes = list(dict.fromkeys(seen[name].shape[1:] for seen in calls[path] if name in seen))
+            if len(shapes) > 1 and not feedback.shared:
+                raise ValueError(
+                    f"The tap {path!r} is called with several shapes (of one example: {', '.join(map(str, shapes))}), "
+                    f"and a feedback is for one. Tap what reads its outputs, or give each call a module of its own."
+                )
+
+
 def follow(model: nnx.Module, sources: dict[str, list[Any]]) -> None:
     """Lets one tap alone deliver the error where several are at the input of layers that read one activation."""
     leaders: dict[Any, str] = {}
@@ -95,20 +110,29 @@ def drop_unused(model: nnx.Module, seen: Any, globs: Any) -> None:
 
 def record_taps(model: nnx.Module, method: str, example: Example) -> dict[str, dict[str, Any]]:
     """The shapes of the activations at every tap, in the order of the forward pass."""
-    return _recorded(model, method, example, lambda out: None)[0].seen
+    recorder = Recorder()
+    Program(model, method_of(method), *example.arguments()).abstractly(lambda out: None, _recording(recorder))
+    return recorder.seen
 
 
-def measure_taps(model: nnx.Module, method: str, example: Example, logits: Any) -> tuple[Recorder, Any, int]:
+def _recording(recorder: Recorder) -> Callable[[Any], None]:
+    """Lets the taps of a model tell a recorder what they see."""
+
+    def prepare(copy: Any) -> None:
+        for tap in taps_of(copy).values():
+            tap.recorder = recorder
+
+    return prepare
+
+
+def measure_taps(model: nnx.Module, method: str, example: Example, logits: Any) -> tuple[Recorder, Any, int, Any]:
     """What :func:`record_taps` records, the error's shape, and how many times larger than true the batch is in them.
 
     The batch axis is known by making the batch larger by a factor that no size has; where the model runs with no other
-    batch than it has, an axis of the batch's size is taken for it, and that factor is 0.
+    batch than it has, an axis of the batch's size is taken for it, and that factor is 0. Last comes what looks through
+    the forward pass.
     """
-
-    def of(out: Any) -> Any:
-        return error_in(out, logits)
-
-    recorder, error = _recorded(model, method, example, of)
+    recorder, error, look = _recorded(model, method, example, logits)
     shapes = [error.shape, *(leaf.shape for leaves in recorder.seen.values() for leaf in leaves.values())]
     # Small, since a model may loop over an axis.
     sizes = {size for shape in shapes for size in shape if size}
@@ -116,23 +140,23 @@ def measure_taps(model: nnx.Module, method: str, example: Example, logits: Any) 
     for axis in (0, 1):
         larger = example.marked(axis, mark)
         try:
-            found, marked = _recorded(model, method, larger, of) if larger else (recorder, error)
+            found, marked, _ = _recorded(model, method, larger, logits) if larger else (recorder, error, look)
         except Exception:
             continue
         if marked.shape[0] == error.shape[0] * mark:
-            return found, marked, mark
-    return recorder, error, 0
+            return found, marked, mark, look
+    return recorder, error, 0, look
 
 
-def _recorded(model: nnx.Module, method: str, example: Example, of: Any) -> tuple[Recorder, Any]:
-    recorder = Recorder()
+def _recorded(model: nnx.Module, method: str, example: Example, logits: Any) -> tuple[Recorder, Any, Any]:
+    recorder, program = Recorder(), program_of(model, method_of(method), *example.arguments())
 
-    def prepare(copy: Any) -> None:
-        for tap in taps_of(copy).values():
-            tap.recorder = recorder
+    def run(*states: Any) -> tuple[Any, Any]:
+        outputs, _ = program.run(*states, prepare=_recording(recorder))
+        return outputs, error_in(program.returned(outputs), logits)
 
-    found = Program(model, method_of(method), *example.arguments()).abstractly(of, prepare)
-    return recorder, found
+    jaxpr, (_, error) = jax.make_jaxpr(run, return_shape=True)(*structs(program.states))
+    return recorder, error, partial(look_through, program, jaxpr)
 
 
 def check_source(model: nnx.Module, source: str, order: list[str]) -> None:

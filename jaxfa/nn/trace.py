@@ -9,16 +9,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.tree_util import DictKey
 
-from jaxfa.base import is_direct
-from jaxfa.jaxprs.audit import Audit, audit, uses
-from jaxfa.jaxprs.flows import Use
+from jaxfa.base import is_direct, path_name
+from jaxfa.jaxprs.audit import Audit, Outputs, audit, uses
+from jaxfa.jaxprs.flows import Passage, Use
 from jaxfa.jaxprs.follow import with_local_products
 from jaxfa.nn.contraction import audited
 from jaxfa.nn.describe import layer_name
-from jaxfa.nn.leaves import error_in
+from jaxfa.nn.leaves import error_in, named_floats
 from jaxfa.nn.program import Example, Program, method_of
-from jaxfa.nn.tap import taps_of
-from jaxfa.nn.variables import Feedback, structs
+from jaxfa.nn.tap import plain_of, taps_of
+from jaxfa.nn.variables import Feedback, structs, value_of
+
+_STATE = (nnx.Param, nnx.BatchStat, nnx.Cache, nnx.RngState, Feedback)
 
 
 def uses_of(model: nnx.Module, method: str, example: Example) -> dict[str, Use]:
@@ -39,18 +41,20 @@ def _audit(found: tuple[Any, ...], local: bool) -> Audit:
 
 
 def _traced(
-    model: nnx.Module, method: str, example: Example, *, skip: int = 0, of: Callable[[Any], Any] | None = None
+    model: nnx.Module, method: str, example: Example, *, skip: int = 0, of: Callable[[Any], Outputs] | None = None
 ) -> tuple[Any, ...]:
     """What an audit asks for: a function, its parameters, its other state, its data, and the names of the first two.
 
-    The first ``skip`` segments of every path are left out of the names; ``of`` says which outputs are meant.
+    The first ``skip`` segments of every path are left out of the names; ``of`` sorts what the model returns.
     """
     program = Program(model, method_of(method), *example.arguments(), _own(nnx.Param), _own(Feedback), _own(object))
     params, feedback, rest, data = structs(program.states)
 
     def forward(params: Any, states: Any, data: Any) -> Any:
-        outputs = program.run(params, *states, data, prepare=audited)[0]
-        return outputs if of is None else of(program.returned(outputs))
+        outputs, changed = program.run(params, *states, data, prepare=audited)
+        returned, attributes = nnx.merge(program.result, outputs)
+        error, beside = of(returned) if of else (_arrays(returned), [])
+        return Outputs(error, [beside, _arrays(attributes), _written(changed)])
 
     def own(path: Any, leaf: Any) -> str:
         return "/".join(_segments(path)[1 + skip :]) if jnp.issubdtype(leaf.dtype, jnp.inexact) else ""
@@ -65,6 +69,17 @@ def _traced(
     names_of = jax.tree_util.tree_map_with_path
     names = names_of(own, params), (names_of(replaced, feedback), names_of(own, rest))
     return forward, params, (feedback, rest), data, names
+
+
+def _arrays(tree: Any) -> list[Any]:
+    return jax.tree.leaves(nnx.split((tree,))[1])
+
+
+def _written(changed: Any) -> list[Any]:
+    """Of the state that a model writes what a loss may read, such as a penalty; statistics and caches it does not."""
+    return [
+        value_of(leaf) for path, leaf in nnx.to_flat_state(changed) if path[0] == 0 and not isinstance(leaf, _STATE)
+    ]
 
 
 def _own(kind: type) -> Any:
@@ -100,12 +115,45 @@ def traced(attached: Any, example: Example, *, local: bool = False) -> Audit:
     """
     # Layer-wise rules are in the model itself; a direct one, and a model's own contractions, need its root.
     if is_direct(attached.rule):
-        of = partial(error_in, logits=attached.logits)
-        return _audit(_traced(attached, "__call__", example, skip=1, of=of), local)
+        of = partial(_sorted, attached.logits)
+        result = _audit(_traced(attached, "__call__", example, skip=1, of=of), local=False)
+        return _without_local_products(result, attached, example) if local else result
     if attached.own:
         return _audit(_traced(attached, "__call__", example, skip=1), local)
     return trace(attached.model, attached.method, example, local=local)
 
 
+def _without_local_products(result: Audit, attached: Any, example: Example) -> Audit:
+    """An audit without what is a product of parameters in the plain model, into whose forward pass one can look."""
+    model = plain_of(attached.model)
+    seen, left = (trace(model, attached.method, example, local=local).arrivals for local in (False, True))
+    arrivals, beside = (
+        {name: way - (seen[name] - left[name]) for name, way in ways.items()}
+        for ways in (result.arrivals, result.beside)
+    )
+    passed = frozenset[Passage]().union(*arrivals.values(), *beside.values())
+    passages = frozenset(step for step in result.passages if step.kind != "weights" or step in passed)
+    return result._replace(arrivals=arrivals, passages=passages, beside=beside)
+
+
+def _sorted(logits: Any, returned: Any) -> Outputs:
+    """What a model returns: the logits, and what is beside them."""
+    error = [leaf for leaf in named_floats(returned if logits is None else logits(returned)).values() if leaf.ndim]
+    of_error = set(map(id, error))
+    beside = [leaf for leaf in named_floats(returned).values() if id(leaf) not in of_error]
+    return Outputs(error_in(returned, logits), beside)
+
+
+def terms_beside(attached: Any, example: Example) -> set[str]:
+    """The parameters that numbers beside the logits would teach without the rule: what a model writes or returns."""
+    of = partial(_sorted, attached.logits)
+    forward, *rest = _traced(plain_of(attached.model), attached.method, example, of=of)
+
+    def terms(*args: Any) -> list[Any]:
+        return [leaf for leaf in jax.tree.leaves(forward(*args).beside) if not leaf.ndim]
+
+    return {name for name, way in audit(terms, *rest).arrivals.items() if way}
+
+
 def _segments(path: Any) -> list[str]:
-    return [str(key.key) for key in path if isinstance(key, DictKey)]
+    return [path_name([key.key]) for key in path if isinstance(key, DictKey)]

@@ -32,11 +32,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.seen: dict[str, Any] = {}
+        self.calls: dict[str, list[Any]] = {}
         self.sources: dict[str, list[Any]] = {}
 
     def record(self, path: str, value: Any, source: Any = None) -> None:
-        """Keeps the first thing seen at a path; a module that is used again keeps its first input."""
+        """Keeps what is seen at a path: the first thing as what it is made for, and every call's."""
         self.seen.setdefault(path, value)
+        self.calls.setdefault(path, []).append(value)
         self.sources.setdefault(path, []).append(source)  # all of them, since two are told apart by their identities
 
 

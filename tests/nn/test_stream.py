@@ -67,6 +67,7 @@ def gradient(model, x):
 
 
 SCHEDULES = jaxfa.stacks.stored, jaxfa.stacks.stream
+MESH = jaxfa.stacks.mesh(data=2, layer=2)
 DKP = jaxfa.dkp(distribution=initializers.glorot_normal())
 
 
@@ -201,6 +202,38 @@ class Noisy(Odd):
         return self.head(h)
 
 
+class Penalty(nnx.Variable):
+    """A term of the loss."""
+
+
+class Balanced(nnx.Module):
+    """A block that writes a penalty and a statistic, and hands a sum of others on beside its output."""
+
+    def __init__(self, rngs):
+        self.layer, self.gate = (nnx.Linear(6, n, rngs=rngs) for n in (6, 1))
+        self.penalty, self.mean = Penalty(jnp.zeros(())), nnx.BatchStat(jnp.zeros(()))
+
+    def __call__(self, given):
+        h, total = given
+        gate, h = nnx.sigmoid(self.gate(h)), jnp.tanh(self.layer(h))
+        self.penalty[...], self.mean[...] = (gate**2).mean(), gate.mean()
+        return h * gate.repeat(6, -1), total + (h**2).mean()
+
+
+class Penalised(nnx.Module):
+    """A model that keeps terms of its loss in variables, or returns them."""
+
+    def __init__(self, rngs):
+        self.blocks = nnx.List([Balanced(rngs) for _ in range(3)])
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, h):
+        total = jnp.zeros(())
+        for block in self.blocks:
+            h, total = block((h, total))
+        return self.head(h), total
+
+
 def odd(schedule, way="plainly"):
     options = {"rngs": nnx.Rngs(1), "example": inputs(9, 6), "at": "blocks/*", "schedule": schedule}
     return jaxfa.nn.attach(Odd(nnx.Rngs(0), way), jaxfa.dfa(), **options)
@@ -224,6 +257,69 @@ def test_batches_side_by_side_learn_from_their_own_errors(schedule):
 
     total, sums = learned(odd(schedule))
     chex.assert_trees_all_close(total, sums, rtol=1e-4, atol=1e-6)
+
+
+TERMS = {
+    "a penalty": lambda block, total: block.penalty[...] ** 2,
+    "an output": lambda block, total: total**2,
+    "a statistic": lambda block, total: block.mean[...] ** 2,
+    "none": lambda block, total: 0.0,
+}
+
+
+def penalised(schedule):
+    options = {"rngs": nnx.Rngs(1), "example": inputs(9, 6), "at": "blocks/*", "logits": lambda out: out[0]}
+    return jaxfa.nn.attach(Penalised(nnx.Rngs(0)), jaxfa.dfa(), schedule=schedule, **options)
+
+
+def with_term(term):
+    def objective(model):
+        y, total = model(inputs(9, 6))
+        return 1e-3 * (y**2).sum() + sum(TERMS[term](block, total) for block in model.model.blocks)
+
+    return nnx.grad(objective)
+
+
+@pytest.mark.parametrize("term", TERMS)
+@every_order
+def test_what_a_block_writes_or_returns_beside_its_output_has_its_gradient(schedule, term):
+    learned = nnx.jit(with_term(term))
+    got, want = (nnx.to_pure_dict(learned(penalised(one))) for one in (schedule, jaxfa.stacks.stored))
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def of_parts(schedule, around):
+    """The gradient of a batch in two parts, each of which has statistics of its own."""
+    graphdef, both, rest = nnx.split(penalised(schedule), nnx.Any(*TRAINED), ...)
+
+    def value(both, x):
+        model = nnx.merge(graphdef, both, rest, copy=True)
+        y, total = model(x)
+        return 1e-3 * (y**2).sum() + total + model.model.blocks[0].penalty[...]
+
+    return nnx.to_pure_dict(jax.jit(around(jax.grad(value)))(both, inputs(8, 6)))
+
+
+def on_devices(gradient):
+    return jax.shard_map(gradient, mesh=MESH, in_specs=(P(), P("data")), out_specs=P(), axis_names={"data"})
+
+
+def one_by_one(gradient):
+    return lambda both, x: jax.tree.map(jnp.add, gradient(both, x[:4]), gradient(both, x[4:]))
+
+
+def test_parts_of_a_batch_are_added_up_once():
+    got, want = of_parts(jaxfa.stacks.stream, on_devices), of_parts(jaxfa.stacks.stored, one_by_one)
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"over \['data'\]: jaxfa.stacks.dispatch is a shard_map of its own"):
+        of_parts(jaxfa.stacks.dispatch(MESH), on_devices)
+
+
+@every_order
+def test_a_block_runs_twice_though_it_writes_statistics_that_no_loss_reads(schedule):
+    graphdef, state = nnx.split(odd(schedule))
+    jaxpr = jax.make_jaxpr(lambda state: nnx.grad(loss)(nnx.merge(graphdef, state), inputs(9, 6)))(state)
+    assert sum(eqn.primitive.name == "tanh" for eqn in equations(opened(jaxpr))) == 2 * 3
 
 
 @every_order
