@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test test-all test-oldest lint clean
+.PHONY: setup demo test test-all test-oldest lint docs clean
 
 setup: $(VENV)/ready
 
@@ -30,6 +30,14 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/docs
+	$(RUN) -m sphinx -q -W --keep-going docs build/docs
+	@echo "Documentation: $(CURDIR)/build/docs/index.html"
+
+$(VENV)/docs: $(VENV)/ready
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest .pytest_cache build dist *.egg-info

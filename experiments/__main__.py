@@ -10,7 +10,7 @@ from rich.console import Console
 
 from experiments.benchmarks import memory, pipeline
 from experiments.common import apart, records, report, results, sweep_report
-from experiments.compare import compare
+from experiments.compare import compare, readme
 from experiments.conservation import conservation
 from experiments.grape import ablation as grape_ablation
 from experiments.grape import deep as grape_deep
@@ -89,6 +89,7 @@ def _dispatch(args: list[str]) -> None:
             raise ValueError(f"{given}; choose one of {', '.join(EXPERIMENTS)}.")
         case ["results"]:
             records.replace(results.PAGE, results.page())
+            readme.write([records.read_json(path) for path in results.FOLDER.glob("*/results/*.json")])
             print(f"Results: {results.PAGE}")
         case ["report", *options]:
             tyro.cli(_report, args=options, prog="python -m experiments report")

@@ -7,12 +7,13 @@ from jaxfa import factored as factored
 from jaxfa import rules as rules
 from jaxfa import stacks as stacks
 from jaxfa.base import DirectFeedback as DirectFeedback
+from jaxfa.base import DirectRule as DirectRule
 from jaxfa.base import FixedFeedback as FixedFeedback
 from jaxfa.base import Layer as Layer
 from jaxfa.base import LayerFeedback as LayerFeedback
+from jaxfa.base import LayerRule as LayerRule
 from jaxfa.base import Rule as Rule
-from jaxfa.base import backprop as backprop
-from jaxfa.base import register as register
+from jaxfa.base import feedback_dataclass as feedback_dataclass
 from jaxfa.layers import conv as conv
 from jaxfa.layers import linear as linear
 from jaxfa.measure import conservation as conservation
@@ -22,6 +23,7 @@ from jaxfa.ops import error_wire as error_wire
 from jaxfa.ops import with_feedback as with_feedback
 from jaxfa.optim.calibration import calibrate as calibrate
 from jaxfa.optim.optimizer import optimizer as optimizer
+from jaxfa.rules.backprop import backprop as backprop
 from jaxfa.rules.dfa import DirectMatrix as DirectMatrix
 from jaxfa.rules.dfa import dfa as dfa
 from jaxfa.rules.dkp import dkp as dkp
@@ -32,21 +34,22 @@ from jaxfa.rules.fdfa import fdfa as fdfa
 from jaxfa.rules.grape import grape as grape
 from jaxfa.rules.kolen_pollack import kolen_pollack as kolen_pollack
 from jaxfa.rules.ldfa import ldfa as ldfa
-from jaxfa.rules.ldfa import normative_ldfa as normative_ldfa
+from jaxfa.rules.normative_ldfa import normative_ldfa as normative_ldfa
 from jaxfa.rules.sign_symmetric import brsf as brsf
 from jaxfa.rules.sign_symmetric import frsf as frsf
 from jaxfa.rules.sign_symmetric import usf as usf
 from jaxfa.rules.ssa import ssa as ssa
 from jaxfa.rules.weight_mirror import weight_mirror as weight_mirror
-from jaxfa.stacks.blocks import direct_stack as direct_stack
+from jaxfa.stacks.stack import direct_stack as direct_stack
 from jaxfa.stacks.updates import update_stack as update_stack
 
 __version__ = "0.1.0"
 __all__ = [
-    "DirectFeedback", "DirectMatrix", "FixedFeedback", "Layer", "LayerFeedback", "Rule", "backprop", "brsf",
-    "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp", "dldfa", "drtp",
-    "error_wire", "fa", "factored", "fdfa", "frsf", "grape", "kolen_pollack", "ldfa", "linear", "normative_ldfa",
-    "optimizer", "register", "rules", "ssa", "stacks", "update_stack", "usf", "weight_mirror", "with_feedback",
+    "DirectFeedback", "DirectMatrix", "DirectRule", "FixedFeedback", "Layer", "LayerFeedback", "LayerRule", "Rule",
+    "backprop", "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp",
+    "dldfa", "drtp", "error_wire", "fa", "factored", "fdfa", "feedback_dataclass", "frsf", "grape", "kolen_pollack",
+    "ldfa", "linear", "normative_ldfa", "optimizer", "rules", "ssa", "stacks", "update_stack", "usf", "weight_mirror",
+    "with_feedback",
 ]  # fmt: skip
 
 

@@ -13,9 +13,9 @@ symbol     shape                 meaning
 ``delta``  ``(N, ..., m)``       the error that has arrived at a layer's output
 =========  ====================  =====================================================
 
-A rule is a value, a :class:`Rule`. Its feedback is a small frozen dataclass, a pytree by :func:`register`, whose class
-says how an error goes back: a subclass of :class:`LayerFeedback` (layer by layer) or :class:`DirectFeedback` (straight
-from the output). ``None`` in place of a feedback means the plain operation with ordinary autodiff.
+A rule is a value, a :class:`LayerRule` (errors go back layer by layer) or a :class:`DirectRule` (straight from the
+output). Its feedback is a :func:`feedback_dataclass`, whose class says how an error goes back. ``None`` in place of a
+feedback means the plain operation with ordinary autodiff.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import jax
@@ -32,24 +33,15 @@ import optax
 T = TypeVar("T")
 Operation = Callable[[jax.Array, Any], jax.Array]
 Initializer = Callable[..., jax.Array]
-
-
-@typing.runtime_checkable
-class ThinWeights(typing.Protocol):
-    """Weights that act as two thin ones of the layer's own kind, such as ``jaxfa.factored.Factors``."""
-
-    shape: tuple[int, ...]
-    ndim: int
-
-    def kernels(self) -> tuple[jax.Array, jax.Array]:
-        """The two, in the order in which an input meets them."""
+# The mesh axis along which jaxfa itself lays out layers: every device along it has the whole batch.
+LAYER = "layer"
 
 
 class LayerFeedback:
     """How an error goes back through one contraction ``y = op(x, w)``.
 
-    Most rules only say which matrix takes the place of ``w`` (:meth:`matrix`); one that has no such matrix, such as a
-    low-rank rule, overrides :meth:`transport`. A rule that learns its feedback from the batch overrides :meth:`signal`.
+    Most rules only say which matrix takes the place of ``w``; one without such a matrix overrides ``transport``. A rule
+    that learns its feedback from the batch overrides ``signal``.
     """
 
     # How it learns, in words, where ``signal`` and the rule do not tell.
@@ -74,36 +66,29 @@ class LayerFeedback:
 
         Only terms that depend on the batch: cotangents are summed over uses, so that a decay would count once per use.
         """
-        del x, w, delta, dw
         return jax.tree.map(jnp.zeros_like, self)
 
 
 @typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
-def register(cls: type[T]) -> type[T]:
+def feedback_dataclass(cls: type[T]) -> type[T]:
     """Class decorator: makes a feedback a frozen dataclass and a pytree of its fields.
 
-    Fields with ``metadata={"static": True}`` are part of the tree's structure. This stands in the place of
-    ``jax.tree_util.register_dataclass``, by which (in JAX 0.10) the structures of two classes are equal if their static
-    fields are: a jitted function would then, at times, run the program of one rule on the feedback of another.
-
     Args:
-      cls: a subclass of :class:`LayerFeedback` or :class:`DirectFeedback` with annotated fields.
-
-    Returns:
-      The class.
+      cls: a subclass of :class:`LayerFeedback` or :class:`DirectFeedback` with annotated fields. Fields with
+        ``metadata={"static": True}`` are part of the tree's structure.
 
     Example:
       >>> import jax, jaxfa
-      >>> @jaxfa.register
+      >>> @jaxfa.feedback_dataclass
       ... class Scaled(jaxfa.LayerFeedback):
       ...     b: jax.Array
-      ...     def matrix(self, w):
-      ...         return self.b * abs(w).mean()
       >>> jax.tree.leaves(Scaled(1.0))
       [1.0]
 
     Source: JAX's documentation, "Custom pytree nodes", https://docs.jax.dev/en/latest/custom_pytrees.html
     """
+    # By jax.tree_util.register_dataclass (JAX 0.10) two classes have equal structures if their static fields are: a
+    # jitted function would at times run one rule's program on another's feedback.
     made: Any = dataclasses.dataclass(frozen=True)(cls)
     static = [field.name for field in dataclasses.fields(made) if field.metadata.get("static")]
     arrays = [field.name for field in dataclasses.fields(made) if field.name not in static]
@@ -119,18 +104,13 @@ def register(cls: type[T]) -> type[T]:
     return made
 
 
-@register
+@feedback_dataclass
 class FixedFeedback(LayerFeedback):
-    """A matrix in the place of the weights, on which the batch has no effect.
-
-    Attributes:
-      b: feedback weights, of ``w``'s shape.
-    """
+    """A matrix ``b`` of ``w``'s shape in the place of the weights, on which the batch has no effect."""
 
     b: jax.Array
 
     def matrix(self, w: jax.Array) -> jax.Array:
-        del w
         return self.b
 
 
@@ -147,7 +127,6 @@ class DirectFeedback:
 
     def signal(self, h: jax.Array, e: jax.Array) -> Self:
         """What the batch tells the feedback, in the place of its gradient; zeros for a fixed one."""
-        del h, e
         return jax.tree.map(jnp.zeros_like, self)
 
 
@@ -161,48 +140,85 @@ class Layer(NamedTuple):
 
 def keep(forward: Any, feedback: Any, key: jax.Array) -> Any:
     """The ``refine`` of a rule that has none: the feedback as it is."""
-    del forward, key
     return feedback
 
 
-class Rule(NamedTuple):
-    """A learning rule.
+class Alike(NamedTuple):
+    """Weights and feedback learn alike: the parameters' own optimizer steps on both, and both decay with its steps.
 
     Attributes:
-      init: makes one layer's feedback. Layer-wise rules: ``(key, w) -> feedback``. Direct rules: ``(key, h, logits) ->
-        feedback``, from arrays or ``jax.ShapeDtypeStruct``s of one batch. The number of arguments is the family. A
-        feedback of ``None`` leaves the layer to backpropagation. With a keyword ``path`` it is told the layer's; a
-        direct rule's, with a keyword ``layer``, the :class:`Layer` that ``h`` enters.
-      refine: ``(forward, feedback, key) -> feedback`` on the whole tree of feedbacks, before the gradient step.
-        ``forward`` is, for layer-wise rules, a tree of :class:`Layer` shaped like the feedback; for direct rules, the
-        function ``taps -> logits`` of the plain network with ``taps[l]`` added to ``h_l``.
-      transform: the optax transformation of the feedback's signals, run in the steps that move the parameters; None
-        leaves the feedback as it is. For a rule whose weights and feedback learn together it is a function ``tx -> ``
-        the transformation of the pair ``(params, feedback)``.
-      source: where a direct rule's error is taken: the path of a module, at the same end of it as the taps, its input
-        without ``at=``, its output with it; None is the logits.
-      globs: the globs of layer paths that the rule was given, of which none may match nothing.
-      weights: ``(w, path) -> `` what a layer learns in the place of ``w``, such as its factors, which it may be given
-        itself; None is ``w`` itself.
+      name: the attribute of the feedback that learns so.
+      weight_decay: how much of both decays in a step.
+      shape: ``feedback -> `` the shape of the weights that it stands for; None where it stands for none.
+      learning_rate: the rate of what else the feedback learns, by plain steps.
     """
 
+    name: str
+    weight_decay: float
+    shape: Callable[[Any], tuple[int, ...]] | None = None
+    learning_rate: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What all learning rules have. A rule is made as a :class:`LayerRule` or a :class:`DirectRule`.
+
+    Attributes:
+      init: makes one layer's feedback; None leaves the layer to backpropagation. With a keyword ``path`` it is told the
+        layer's path.
+      refine: ``(forward, feedback, key) -> feedback`` on the whole tree of feedbacks, before the gradient step.
+      transform: the optax transformation of the feedback's signals, run in the steps that move the parameters, or None;
+        for a rule whose weights and feedback learn together, :class:`Alike` or a function ``tx -> `` the transformation
+        of the pair ``(params, feedback)``.
+      globs: the globs of layer paths that the rule was given, of which none may match nothing.
+      weights: ``(w, path) -> `` what a layer learns in the place of ``w``, such as its factors; None is ``w`` itself.
+    """
+
+    arguments: ClassVar[tuple[str, ...]] = ()
     init: Callable[..., Any]
     refine: Callable[..., Any] = keep
-    transform: optax.GradientTransformation | Callable[..., Any] | None = None
-    source: str | None = None
+    transform: optax.GradientTransformation | Alike | Callable[..., Any] | None = None
     globs: tuple[str, ...] = ()
     weights: Callable[[jax.Array, str], Any] | None = None
 
+    def __post_init__(self) -> None:
+        own = inspect.signature(self.init).parameters.values()
+        given = [one.name for one in own if one.default is one.empty and one.kind < one.VAR_POSITIONAL]
+        if len(given) != len(self.arguments):
+            raise TypeError(
+                f"{type(self).__name__}(init) expects init({', '.join(self.arguments)}), got one of "
+                f"({', '.join(given)}). Make a LayerRule of init(key, w), a DirectRule of init(key, h, logits)."
+            )
+
+
+class LayerRule(Rule):
+    """A rule that hands errors on layer by layer: ``init(key, w)`` makes a :class:`LayerFeedback`.
+
+    The ``forward`` of its ``refine`` is a tree of :class:`Layer` shaped like the feedback.
+    """
+
+    arguments = ("key", "w")
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectRule(Rule):
+    """A rule that delivers the output error directly: ``init(key, h, logits)`` makes a :class:`DirectFeedback`.
+
+    With a keyword ``layer``, ``init`` is told the :class:`Layer` that ``h`` enters. Its ``refine`` is given
+    ``forward``, the function ``taps -> logits`` of the plain network with ``taps[l]`` added to ``h_l``.
+
+    Attributes:
+      source: the path of the module where the error is taken, at its input without ``at=``, at its output with it;
+        None is the logits.
+    """
+
+    arguments = ("key", "h", "logits")
+    source: str | None = None
+
 
 def is_direct(rule: Rule) -> bool:
-    """Whether the rule is of the direct family: its ``init`` takes ``(key, h, logits)``, not ``(key, w)``."""
-    own = inspect.signature(rule.init).parameters.values()
-    count = sum(
-        one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in own
-    )
-    if count not in (2, 3):
-        raise ValueError(f"rule.init must take (key, w) or (key, h, logits), got a function of {count} arguments.")
-    return count == 3
+    """Whether the rule delivers the output error directly."""
+    return isinstance(rule, DirectRule)
 
 
 def init_at(rule: Rule, **known: Any) -> Callable[..., Any]:
@@ -212,41 +228,32 @@ def init_at(rule: Rule, **known: Any) -> Callable[..., Any]:
 
 
 def is_layer(node: Any) -> bool:
-    """Whether a node of a tree is a :class:`Layer`: the leaf test for what a layer-wise ``refine`` looks at."""
+    """Whether a node of a tree is a :class:`Layer`."""
     return isinstance(node, Layer)
 
 
 def is_feedback(node: Any) -> bool:
-    """Whether a node of a tree is a feedback: the leaf test for trees that hold some."""
+    """Whether a node of a tree is a feedback."""
     return isinstance(node, LayerFeedback | DirectFeedback)
-
-
-def matrix_of(feedback: Any, w: jax.Array) -> jax.Array:
-    """The matrix that a layer-wise feedback puts in the place of weights.
-
-    Raises:
-      ValueError: if it has none, such as a direct or a low-rank one.
-    """
-    if isinstance(feedback, LayerFeedback) and type(feedback).matrix is not LayerFeedback.matrix:
-        return feedback.matrix(w)
-    raise ValueError(f"{type(feedback).__name__} has no matrix in the place of the weights {w.shape}.")
-
-
-def backprop() -> Rule:
-    """Backpropagation itself, so that it stands in every table: no feedback, ordinary autodiff.
-
-    Returns:
-      A :class:`Rule`.
-
-    Example:
-      >>> import jax, jaxfa
-      >>> jaxfa.backprop().init(jax.random.key(0), jax.numpy.ones((3, 2))) is None
-      True
-    """
-    return Rule(lambda key, w: None)
 
 
 def transpose(linear: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
     """The transpose of a linear function of ``x``'s shape, applied to ``y``."""
     (out,) = jax.linear_transpose(linear, x)(y)
     return out
+
+
+def matches(path: str, patterns: tuple[str, ...], *, under: bool = False) -> bool:
+    """Whether a path matches one of the globs, segment by segment; with ``under``, it or something above it."""
+    parts = path.split("/")
+    lengths = range(1, len(parts) + 1) if under else [len(parts)]
+    split = [pattern.split("/") for pattern in patterns]
+    return any(len(globs) in lengths and all(map(fnmatchcase, parts, globs)) for globs in split)
+
+
+def refuse_shards(reason: str) -> None:
+    """Refuses, for a reason, to run inside a ``shard_map`` that may have split the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [axis for axis in mesh.manual_axes if axis != LAYER and mesh.shape[axis] > 1]
+    if axes:
+        raise ValueError(f"Inside shard_map over {axes}: {reason}")

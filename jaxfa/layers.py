@@ -1,14 +1,26 @@
 """The two contractions of the functional core with a rule's backward: dense and convolution."""
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax import lax
 
-from jaxfa.base import LayerFeedback, ThinWeights
+from jaxfa.base import LayerFeedback
 from jaxfa.ops import INNER, with_feedback
+
+
+@typing.runtime_checkable
+class ThinWeights(typing.Protocol):
+    """Weights that act as two thin ones of the layer's own kind, such as ``jaxfa.factored.Factors``."""
+
+    shape: tuple[int, ...]
+    ndim: int
+
+    def kernels(self) -> tuple[jax.Array, jax.Array]:
+        """The two, in the order in which an input meets them."""
 
 
 def dot(x: jax.Array, w: jax.Array | ThinWeights) -> jax.Array:
@@ -29,7 +41,7 @@ class Convolution:
       strides: one per dimension.
       padding: a string, or (low, high) pairs.
       dilation: one per dimension.
-      groups: of channels; with factors, 1.
+      groups: the number of groups of channels; with factors, 1.
     """
 
     strides: tuple[int, ...]

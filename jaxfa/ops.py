@@ -1,6 +1,7 @@
 """Every custom VJP of the project: feedback layer by layer, and feedback straight from the output."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfa.base import DirectFeedback, LayerFeedback, Operation, transpose
-from jaxfa.forward_mode import backward_alone
 
 # The names under which these operations appear in a jaxpr, where the audit finds them, and in a profile.
 FORWARD = "jaxfa.forward"
@@ -23,8 +23,8 @@ INNER = "jaxfa.inner"  # a factored layer's second contraction: with the first i
 def with_feedback(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Gives an operation a backward pass of its own: true weight gradients, errors through the feedback.
 
-    ``y = op(x, w)``; backward ``dw = (d op / d w)^T delta`` and ``dx = feedback.transport(op, x, w, delta)``. For a
-    feedback matrix ``b`` of ``w``'s shape that is ``(d op(x, b) / d x)^T delta``, so ``b = w`` is backpropagation.
+    ``dw = (d op / d w)^T delta``, ``dx = feedback.transport(op, x, w, delta)``; for a feedback matrix ``b`` of ``w``'s
+    shape that is ``(d op(x, b) / d x)^T delta``, so that ``b = w`` is backpropagation.
 
     Args:
       op: a function ``(x, w) -> y``, linear in ``x`` and linear in ``w``; where ``w`` is a tree, such as
@@ -32,8 +32,7 @@ def with_feedback(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     Returns:
       A function ``(x, w, feedback=None, *constants) -> y``. The cotangent of ``feedback`` is the rule's own learning
-      signal; ``feedback=None`` is ``op`` with ordinary autodiff, forward mode included. Constants, such as a mask or
-      the index of an expert, are what else ``op(x, w, *constants)`` takes; no gradient is sent to them.
+      signal; None is ``op`` with ordinary autodiff. Constants, such as a mask, get no gradient.
 
     Raises:
       TypeError: if the feedback is not a :class:`jaxfa.LayerFeedback`.
@@ -56,7 +55,6 @@ def with_feedback(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     @jax.custom_vjp
     def forward(x: jax.Array, w: jax.Array, feedback: LayerFeedback, constants: Any) -> jax.Array:
-        del feedback
         return run(x, w, constants)
 
     def keep_residuals(x: jax.Array, w: jax.Array, feedback: LayerFeedback, constants: Any) -> tuple[jax.Array, Any]:
@@ -98,24 +96,19 @@ def _local_gradient(op: Operation, x: jax.Array, w: Any, delta: jax.Array) -> An
 
 
 def error_wire(logits: Any) -> jax.Array:
-    """The wire that carries the output error: zeros of the logits' shape and dtype.
+    """The wire that carries the output error ``e = d loss / d logits``: zeros of the logits' shape and dtype.
 
-    Pass it through every :func:`direct` and add it to the logits at the end. It changes no value; the gradient that
-    reaches it is ``e = d loss / d logits``.
+    Pass it through every :func:`direct` and add it to the logits at the end.
 
     Args:
-      logits: an array or a ``jax.ShapeDtypeStruct``, ``(N, ..., C)``.
-
-    Returns:
-      Zeros, ``(N, ..., C)``.
+      logits: an array or a ``jax.ShapeDtypeStruct``, ``(N, ..., C)``, as the wire is.
 
     Example:
       >>> import jax, jaxfa
       >>> jaxfa.error_wire(jax.ShapeDtypeStruct((2, 3), "float32")).shape
       (2, 3)
 
-    Source: Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", 2016,
-    https://arxiv.org/abs/1609.01596
+    Source: as :func:`direct`.
     """
     return jnp.zeros(logits.shape, logits.dtype)
 
@@ -123,7 +116,7 @@ def error_wire(logits: Any) -> jax.Array:
 def direct(h: jax.Array, wire: jax.Array, feedback: DirectFeedback | None) -> tuple[jax.Array, jax.Array]:
     """Hands an activation its error straight from the output: ``dh = feedback.deliver(h, e)``, for DFA ``e B^T``.
 
-    Nothing comes back from the layers above: ``h`` is a constant to them, so that their error is never computed.
+    Nothing comes back from the layers above, to which ``h`` is a constant.
 
     Args:
       h: an activation after its nonlinearity, ``(N, ..., n)``.
@@ -144,7 +137,8 @@ def direct(h: jax.Array, wire: jax.Array, feedback: DirectFeedback | None) -> tu
       >>> h, wire = jaxfa.direct(h, wire, feedback)
       >>> logits = h @ jnp.ones((4, 3)) + wire
 
-    Source: as :func:`error_wire`.
+    Source: Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", 2016,
+    https://arxiv.org/abs/1609.01596
     """
     if feedback is None:
         return h, wire
@@ -162,15 +156,9 @@ def deliver(tree: tuple[jax.Array, DirectFeedback], e: jax.Array) -> Any:
 
 
 def listen(backward: Callable[[Any, jax.Array], Any], wire: jax.Array, tree: Any) -> jax.Array:
-    """Lets a tree learn from the error on a wire: its cotangent is ``backward(tree, e)``, whatever it was used for.
+    """The wire, unchanged; a tree's cotangent is then ``backward(tree, e)``, whatever the tree was used for.
 
-    Args:
-      backward: ``(tree, e) -> cotangents``, shaped as the tree; it may close over no traced value.
-      wire: the error wire, ``(N, ..., C)``.
-      tree: what learns; its arrays are kept until the error comes.
-
-    Returns:
-      The wire, unchanged; it hands ``e`` on.
+    ``backward`` may close over no traced value. The tree's arrays are kept until the error comes.
     """
     wire, tree = vary_alike((wire, tree))
     # The error that reaches an unbatched wire would be summed over a vmap's axis: in grad(vmap(loss)) every example
@@ -182,7 +170,6 @@ def listen(backward: Callable[[Any, jax.Array], Any], wire: jax.Array, tree: Any
 @jax.custom_batching.custom_vmap
 def _zeros_batched_alike(wire: jax.Array, tree: Any) -> jax.Array:
     """Zeros like the wire, which under ``vmap`` are batched where an array of the tree is."""
-    del tree
     return jnp.zeros_like(wire)
 
 
@@ -195,12 +182,10 @@ def _batched_zeros(size: int, batched: Any, wire: jax.Array, tree: Any) -> tuple
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _listen(backward: Any, wire: jax.Array, tree: Any) -> jax.Array:
-    del backward, tree
     return wire
 
 
 def _listen_forward(backward: Any, wire: jax.Array, tree: Any) -> tuple[jax.Array, Any]:
-    del backward
     return wire, tree
 
 
@@ -228,8 +213,7 @@ def _cotangent(tree: Any, primal: Any, feedback: Any) -> Any:
 def vary_alike(arrays: Any, *others: Any) -> Any:
     """Under ``shard_map``, lets every array vary over the mesh axes that one of them, or of the others, varies over.
 
-    A backward pass of our own must return cotangents that vary as their primals do. Weights and feedback are
-    replicated, errors are not: autodiff sums over the devices where it transposes this cast.
+    Cotangents must vary as their primals do; autodiff sums over the devices where it transposes this cast.
     """
     union: frozenset[Any] = frozenset().union(*(varying_axes(jax.typeof(a)) for a in jax.tree.leaves((arrays, others))))
 
@@ -252,3 +236,17 @@ def check_family(feedback: Any, family: type, here: str, there: str) -> None:
             f"with rule.init(...), wrap a matrix of your own in jaxfa.FixedFeedback(b) or jaxfa.DirectMatrix(b); a "
             f"feedback of the other family goes to {there}."
         )
+
+
+@contextlib.contextmanager
+def backward_alone() -> Iterator[None]:
+    """Says where forward mode is to be had, if it is asked of what has a backward pass alone."""
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "A feedback has a backward pass and no forward mode (jax.jvp, jax.jacfwd). Take the plain "
+            "network, whose gradients are true: jaxfa.nn.plain(model); without Flax, feedback=None."
+        ) from error

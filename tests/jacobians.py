@@ -10,9 +10,7 @@ import numpy as np
 from jax import lax
 
 import jaxfa
-from jaxfa.rules.shared.estimate import jacobian_estimates
-from jaxfa.rules.shared.jacobian import JacobianFeedback
-from jaxfa.rules.shared.projection import random_signs
+from jaxfa.rules.shared.jacobian import JacobianFeedback, jacobian_estimates, random_signs
 
 KEY = jax.random.PRNGKey(3)
 SIZES = (6, 7, 5, 4)

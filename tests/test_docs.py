@@ -1,21 +1,35 @@
-"""What is written is run: every public name, every docstring's example, every block of the README."""
+"""What is written is run: every public name, every docstring's example, every block of README and docs."""
 
 import ast
+import contextlib
+import dataclasses
 import doctest
 import functools
 import importlib
 import inspect
+import io
+import json
 import pathlib
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 
 import jaxfa
+from experiments.__main__ import EXPERIMENTS
+from experiments.common import methods as compare
+from experiments.compare import picture, readme
+from tests.methods import METHODS
 
+# These rules have no row in compare yet.
+NOT_COMPARED = {"fdfa", "normative_ldfa", "ssa"}
 ROOT = pathlib.Path(__file__).parent.parent
+README, DOCS, EXAMPLES = ROOT / "README.md", ROOT / "docs", ROOT / "experiments" / "examples"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+SCRIPTS = [script for script in sorted(EXAMPLES.glob("*.py")) if script.stem != "__init__"]
 MODULES = ["jaxfa", *(module.name for module in pkgutil.walk_packages(jaxfa.__path__, "jaxfa."))]
 
 
@@ -54,12 +68,84 @@ def test_every_public_function_of_a_method_has_an_example(name):
             assert ">>> " in inspect.getdoc(thing), thing.__name__
 
 
-def test_the_readme_runs_from_top_to_bottom():
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks, "README.md has no ```python block"
-    namespace = {"__name__": "__readme__"}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+@pytest.mark.parametrize("name", MODULES)
+def test_the_docstring_of_a_public_function_fits_a_screen(name):
+    module = importlib.import_module(name)
+    for thing in vars(module).values():
+        if inspect.isfunction(thing) and thing.__module__ == name:
+            assert len((thing.__doc__ or "").splitlines()) <= 36, thing.__name__
+
+
+def blocks_of(page, language="python"):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def scripts_of(page):
+    return re.findall(r"^```\{literalinclude\} (.*)$", page.read_text(), re.MULTILINE)
+
+
+@functools.cache
+def printed_by(script):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(str(script))
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_an_example_runs(script):
+    printed_by(script)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_runs_from_top_to_bottom_and_prints_what_it_shows(page, capsys):
+    namespace = {"__name__": f"__{page.stem}__"}
+    for block in blocks_of(page):
+        exec(compile(block, page.name, "exec"), namespace)
+    quoted = [EXAMPLES / "own_model.py"] if page == README else [DOCS / script for script in scripts_of(page)]
+    printed = capsys.readouterr().out + "".join(printed_by(script.resolve()) for script in quoted)
+    for shown in blocks_of(page, "text"):
+        assert " ".join(shown.split()) in " ".join(printed.split())
+
+
+@pytest.mark.slow
+def test_the_example_of_an_experiment_writes_a_report(tmp_path):
+    example = importlib.import_module("experiments.examples.own_experiment")
+    tiny = {"epochs": 1, "seeds": 1, "images": 128, "test_images": 64, "ranks": (2,), "out": tmp_path}
+    assert "rank-2" in example.run(dataclasses.replace(example.PRESETS["cpu"], **tiny)).read_text()
+
+
+def test_the_readme_is_a_door():
+    text = README.read_text()
+    assert len(text.split()) <= 900
+    assert blocks_of(README)[0] in (EXAMPLES / "own_model.py").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_is_there(page):
+    text = page.read_text()
+    for name in re.findall(r"`((?:jaxfa|experiments|tests|docs)/[a-z0-9_/.]+)`", text):
+        assert (ROOT / name).exists(), name
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text) + scripts_of(page)
+    for link in links:
+        assert (page.parent / link).exists(), link
+
+
+def test_the_citation_is_of_this_version():
+    assert f"version: {jaxfa.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_every_page_is_in_the_index():
+    listed = re.findall(r"^(\w+)$", (DOCS / "index.md").read_text(), re.MULTILINE)
+    assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= set(listed)
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (DOCS / "reference.md").read_text()
+    modules = [importlib.import_module(name) for name in re.findall(r"automodule:: ([\w.]+)$", text, re.MULTILINE)]
+    listed = set(re.findall(r"auto(?:function|class):: (\w+)$", text, re.MULTILINE))
+    listed |= {name for module in modules for name in getattr(module, "__all__", ())}
+    assert set(jaxfa.__all__) - {name for name in jaxfa.__all__ if inspect.ismodule(getattr(jaxfa, name))} <= listed
+    assert {jaxfa.nn, jaxfa.stacks, jaxfa.factored, jaxfa.diagnostics, jaxfa.conservation} == set(modules)
 
 
 def strings_of(path):
@@ -71,7 +157,7 @@ def strings_of(path):
 
 @pytest.mark.parametrize("folder", ["jaxfa", "experiments", "."])
 def test_whatever_a_text_names_is_there_as_spelled(folder):
-    files = [ROOT / "README.md"] if folder == "." else sorted((ROOT / folder).rglob("*.py"))
+    files = PAGES if folder == "." else sorted((ROOT / folder).rglob("*.py"))
     scopes = {jaxfa.jaxprs.flows.ERROR, *(getattr(jaxfa.ops, name) for name in dir(jaxfa.ops) if name.isupper())}
     named = re.findall(r"\bjaxfa[.][.\w]*\w", "\n".join(text for file in files for text in strings_of(file)))
     assert named
@@ -91,3 +177,41 @@ def test_one_import_is_enough_and_the_core_does_not_wait_for_flax():
     code = "import sys, jaxfa; assert 'flax' not in sys.modules; jaxfa.nn.attach, jaxfa.stacks.mesh; jaxfa.no_such"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stderr.splitlines()[-1] == "AttributeError: module 'jaxfa' has no attribute 'no_such'"
+
+
+RULES = [name for name in jaxfa.__all__ if getattr(getattr(jaxfa, name), "__module__", "").startswith("jaxfa.rules.")]
+RULES = [name for name in RULES if inspect.isfunction(getattr(jaxfa, name))]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_is_in_every_table(name):
+    """What CONTRIBUTING asks of a new rule."""
+    assert any(method.name == name or method.name.startswith(f"{name}_") for method in METHODS), "tests/methods.py"
+    assert f"| `{name}(" in README.read_text(), "README.md"
+    assert {"backprop": "bp"}.get(name, name) in {*compare.METHODS, *NOT_COMPARED}, "experiments/common/methods.py"
+
+
+def test_every_experiment_is_on_the_page_of_experiments():
+    text = (DOCS / "reproduction.md").read_text()
+    assert [name for name in EXPERIMENTS if f"`{name}`" not in text.partition("## Experiments")[2]] == []
+
+
+def test_the_readme_shows_the_committed_results():
+    found = [json.loads(path.read_text()) for path in ROOT.glob("experiments/*/results/*.json")]
+    assert readme.fill(README.read_text(), found) == README.read_text()
+    assert picture.draw(readme.chosen(found)["compare"]) == readme.PICTURE.read_text()
+
+
+def test_a_result_fills_the_rows_of_its_rules():
+    rows = [
+        "| rule | error | feedback | paper | old |",
+        "|-|-|-|-|-|",
+        "| `fa()` | | | | 1 |",
+        "| `mine(2)` | | | | 2 |",
+    ]
+    text = "\n".join(["<!-- rules -->", *rows, "<!-- /rules -->"])
+    arms = {"fa": {"last": {"mean": 97.25, "std": None}, "angle": 61.7}, "mine": {}}
+    found = [{"config": {"experiment": "compare"}, "arms": arms}, {"config": {"experiment": "other"}, "arms": {}}]
+    _, head, _, *filled, _ = readme.fill(text, found).split("\n")
+    assert head == "| rule | error | feedback | paper | digits |"
+    assert filled == ["| `fa()` | | | | 97.2,\N{NO-BREAK SPACE}62° |", "| `mine(2)` | | | | diverged |"]

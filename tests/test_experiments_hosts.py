@@ -17,7 +17,7 @@ import pytest
 
 from experiments.common import checkpoint
 from experiments.examples import hosts, hosts_worker
-from jaxfa.stacks import parallel
+from jaxfa import stacks
 
 STEPS, EVERY, HEARTBEAT, BOUND = 24, 4, 10, 120
 ROOT = Path(__file__).parent.parent
@@ -91,7 +91,7 @@ def finished(processes):
 
 
 def restored(out, data, layer, **options):
-    config, mesh = hosts.Config(out=out, layer=layer, **options), parallel.mesh(data=data, layer=layer)
+    config, mesh = hosts.Config(out=out, layer=layer, **options), stacks.mesh(data=data, layer=layer)
     with checkpoint.checkpoints(out) as manager:
         step, state = checkpoint.restore_placed(manager, hosts_worker.abstract(config, mesh))
     assert step == STEPS

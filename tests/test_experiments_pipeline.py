@@ -9,7 +9,7 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.benchmarks import collectives, pipeline, pipeline_model, pipeline_steps
-from jaxfa.stacks import parallel
+from jaxfa import stacks
 
 NETWORK = pipeline_steps.Network(layers=4, width=6, outputs=3, examples=16)
 
@@ -20,7 +20,7 @@ def gradients(loss, network=NETWORK):
 
 
 def test_gpipe_learns_by_backpropagation_and_ours_by_direct_feedback():
-    mesh = parallel.mesh(layer=2)
+    mesh = stacks.mesh(layer=2)
     arms, bases = pipeline_steps.arms(mesh, 4), pipeline_steps.BASES
     expected = {name: gradients(loss) for name, loss in bases.items()}
     expected["backpropagation, rematerialised"] = expected["backpropagation"]
@@ -33,7 +33,7 @@ def test_gpipe_learns_by_backpropagation_and_ours_by_direct_feedback():
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(2, 4), (4, 2)])
 def test_the_model_counts_the_bytes_that_the_programs_send(stages, microbatches):
-    mesh = parallel.mesh(layer=stages)
+    mesh = stacks.mesh(layer=stages)
     for name, loss in pipeline_steps.arms(mesh, microbatches).items():
         params, *rest = jax.device_put(pipeline_steps.arguments(NETWORK), pipeline_steps.shardings(mesh))
         text = pipeline_steps.step_of(loss).lower(params, *rest).compile().as_text()

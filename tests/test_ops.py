@@ -243,9 +243,18 @@ def test_a_rule_of_ones_own_is_told_what_it_lacks():
         jaxfa.DirectFeedback().deliver(x, x)
     with pytest.raises(ValueError, match=r"Crooked must return errors .* expected \(5, 4\), got \(5, 3\)"):
         jax.grad(lambda h: jaxfa.direct(h, jnp.zeros((5, 3)), Crooked())[1].sum())(x)
-    two_uses = jaxfa.Rule(lambda key: None)
-    with pytest.raises(ValueError, match="function of 1 arguments"):
-        jaxfa.base.is_direct(two_uses)
+
+
+@pytest.mark.parametrize(("init", "count"), [(lambda key: None, 1), (jaxfa.ldfa(2).init, 2), (jaxfa.dfa().init, 3)])
+def test_a_rule_is_of_the_family_whose_arguments_its_init_takes(init, count):
+    families = [(jaxfa.Rule, 0, ""), (jaxfa.LayerRule, 2, "key, w"), (jaxfa.DirectRule, 3, "key, h, logits")]
+    for family, takes, names in families:
+        if count == takes:
+            assert family(init).init is init
+        else:
+            message = rf"{family.__name__}\(init\) expects init\({names}\), got .* Make a LayerRule"
+            with pytest.raises(TypeError, match=message):
+                family(init)
 
 
 def test_conv_agrees_with_the_library_on_channels_last(x64):

@@ -1,7 +1,7 @@
 """Memory and time of a step against depth: backpropagation and rematerialisation, direct feedback stored and streamed.
 
 Claim: direct feedback needs no activations kept (Nokland 2016). ``jaxfa.direct_stack`` keeps none of a stack of equal
-blocks, ``jaxfa.nn.attach(..., schedule="stream")`` none of any model of blocks: memory then does not grow with depth.
+blocks, ``jaxfa.nn.attach`` none of any model of blocks if it streams: memory then does not grow with depth.
 Where ``jaxfa.update_stack`` updates each block at once, it does not even with the gradients included.
 
 Command: ``python -m experiments run memory``

@@ -46,7 +46,7 @@ def stack(config: "Config", depth: int) -> Steps:
 
         return jax.jit(jax.grad(loss)), (params, feedback, x, y)
 
-    def direct(schedule: str) -> Any:
+    def direct(schedule: jaxfa.stacks.Schedule) -> Any:
         return gradient(lambda blocks, b, x: jaxfa.direct_stack(_block, blocks, x, wire, b, schedule=schedule))
 
     def backpropagation(block: Callable[..., Any]) -> Any:
@@ -55,9 +55,9 @@ def stack(config: "Config", depth: int) -> Steps:
     return {
         REFERENCE: backpropagation(_block),
         REMATERIALISED: backpropagation(jax.checkpoint(_block)),
-        STORED: direct("stored"),
-        PARALLEL: direct("parallel"),
-        STREAMED: direct("stream"),
+        STORED: direct(jaxfa.stacks.stored),
+        PARALLEL: direct(jaxfa.stacks.parallel),
+        STREAMED: direct(jaxfa.stacks.stream),
         FUSED: _fused(rule, (blocks, feedback), params[1], x, y),
     }
 
@@ -75,7 +75,7 @@ def _fused(rule: jaxfa.Rule, both: Any, head: jax.Array, x: jax.Array, y: jax.Ar
 
     def step(both: Any, state: Any, head: jax.Array, x: jax.Array, y: jax.Array) -> Any:
         wire = jnp.zeros((len(x), CLASSES), x.dtype)
-        h, wire = jaxfa.direct_stack(_block, both[0], x, wire, None, schedule="stream")
+        h, wire = jaxfa.direct_stack(_block, both[0], x, wire, None, schedule=jaxfa.stacks.stream)
         dhead, e = jax.grad(lambda head, wire: _loss(h @ head + wire, y), argnums=(0, 1))(head, wire)
         both, state, _ = jaxfa.update_stack(_block, both, x, e, optimizer=tx, state=state)
         return both, state, head - 1e-3 * dhead
@@ -102,7 +102,7 @@ def resnet(config: "Config", repeats: int) -> Steps:
 
         return jax.jit(jax.grad(loss)), (params, rest, x, y)
 
-    def direct(schedule: str) -> Any:
+    def direct(schedule: jaxfa.stacks.Schedule) -> Any:
         model = ResNet(shape, CLASSES, repeats=repeats, rngs=nnx.Rngs(config.seed))
         at = ("stem", "blocks/*")
         rngs = nnx.Rngs(config.seed + 1)
@@ -110,6 +110,6 @@ def resnet(config: "Config", repeats: int) -> Steps:
 
     return {
         REFERENCE: gradient(ResNet(shape, CLASSES, repeats=repeats, rngs=nnx.Rngs(config.seed))),
-        STORED: direct("stored"),
-        STREAMED: direct("stream"),
+        STORED: direct(jaxfa.stacks.stored),
+        STREAMED: direct(jaxfa.stacks.stream),
     }

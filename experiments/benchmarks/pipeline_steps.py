@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxfa
-from jaxfa.stacks import parallel
+from jaxfa import stacks
 
 
 class Network(NamedTuple):
@@ -49,19 +49,19 @@ def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
-def on_one_device(schedule: str) -> Loss:
+def on_one_device(schedule: jaxfa.stacks.Schedule) -> Loss:
     """Direct feedback on a stack, by one of :func:`jaxfa.direct_stack`'s schedules."""
     return partial(_loss, partial(jaxfa.direct_stack, block, schedule=schedule))
 
 
 def backprop_on_one_device(params: Any, feedback: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     """Backpropagation through a scan."""
-    return _loss(partial(jaxfa.direct_stack, block, schedule="stored"), params, None, x, y)
+    return _loss(partial(jaxfa.direct_stack, block, schedule=jaxfa.stacks.stored), params, None, x, y)
 
 
-def piped(mesh: Mesh, microbatches: int, schedule: str) -> Loss:
+def piped(mesh: Mesh, microbatches: int, schedule: jaxfa.stacks.Schedule) -> Loss:
     """Direct feedback through :func:`jaxfa.stacks.pipeline`."""
-    run = partial(parallel.pipeline, block, mesh=mesh, microbatches=microbatches, schedule=schedule)
+    run = partial(stacks.pipeline, block, mesh=mesh, microbatches=microbatches, schedule=schedule)
     return partial(_loss, run)
 
 
@@ -102,15 +102,15 @@ def arms(mesh: Mesh, microbatches: int) -> dict[str, Loss]:
     return {
         "backpropagation": gpipe(mesh, microbatches, rematerialise=False),
         "backpropagation, rematerialised": gpipe(mesh, microbatches, rematerialise=True),
-        "direct, parallel": piped(mesh, microbatches, "parallel"),
-        "direct, stream": piped(mesh, microbatches, "stream"),
+        "direct, parallel": piped(mesh, microbatches, jaxfa.stacks.parallel),
+        "direct, stream": piped(mesh, microbatches, jaxfa.stacks.stream),
     }
 
 
 BASES: dict[str, Loss] = {
     "backpropagation": backprop_on_one_device,
-    "direct, parallel": on_one_device("parallel"),
-    "direct, stream": on_one_device("stream"),
+    "direct, parallel": on_one_device(jaxfa.stacks.parallel),
+    "direct, stream": on_one_device(jaxfa.stacks.stream),
 }
 
 

@@ -72,12 +72,12 @@ def _count(task: dict[str, Any]) -> None:
     import jax  # noqa: PLC0415 - after the number of devices is set
 
     from experiments.benchmarks import collectives, pipeline_steps  # noqa: PLC0415
-    from jaxfa.stacks import parallel  # noqa: PLC0415
+    from jaxfa import stacks  # noqa: PLC0415
 
     network = pipeline_steps.Network(**task["network"])
     shapes = jax.eval_shape(lambda: pipeline_steps.arguments(network))
     for stages, microbatches in task["points"]:
-        mesh = parallel.mesh(layer=stages)
+        mesh = stacks.mesh(layer=stages)
         where = jax.tree.broadcast(pipeline_steps.shardings(mesh), shapes)
         placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
         for arm, loss in pipeline_steps.arms(mesh, microbatches).items():
@@ -94,12 +94,12 @@ def _time(task: dict[str, Any]) -> None:
     import jax  # noqa: PLC0415
 
     from experiments.benchmarks import pipeline_steps  # noqa: PLC0415
-    from jaxfa.stacks import parallel  # noqa: PLC0415
+    from jaxfa import stacks  # noqa: PLC0415
 
     params, *rest = pipeline_steps.arguments(pipeline_steps.Network(**task["network"]))
     loss = pipeline_steps.BASES.get(task["arm"])
     if task["cores"] > 1:
-        mesh = parallel.mesh(layer=task["cores"])
+        mesh = stacks.mesh(layer=task["cores"])
         loss = pipeline_steps.arms(mesh, task["microbatches"])[task["arm"]]
         params, *rest = jax.device_put((params, *rest), pipeline_steps.shardings(mesh))
     assert loss

@@ -1,1 +1,1 @@
-"""Short programs that run."""
+"""Short programs that run as they stand; README and docs quote them."""

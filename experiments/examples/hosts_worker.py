@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jaxfa
 from experiments.common import checkpoint, data
 from experiments.examples.hosts import REFUSED, Config
-from jaxfa.stacks import parallel
+from jaxfa import stacks
 
 _PIXELS, _CLASSES = 64, 10
 _RULE = jaxfa.dfa()
@@ -55,7 +55,7 @@ def mesh_of(config: Config) -> Mesh:
     devices = jax.device_count()
     if devices % config.layer:
         raise ValueError(f"{devices} devices cannot be divided into --layer {config.layer} stages.")
-    return parallel.mesh(data=devices // config.layer, layer=config.layer)
+    return stacks.mesh(data=devices // config.layer, layer=config.layer)
 
 
 def train(config: Config, mesh: Mesh) -> Iterator[dict[str, Any]]:
@@ -133,9 +133,9 @@ def _step(config: Config, mesh: Mesh) -> Any:
     def loss_of(learned: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         params, feedback = learned
         wire = jnp.zeros((len(x), _CLASSES), x.dtype)
-        h, wire = parallel.pipeline(
+        h, wire = stacks.pipeline(
             lambda w, h: h + jnp.tanh(h @ w), params["stack"], x @ params["stem"], wire, feedback,
-            mesh=mesh, microbatches=config.microbatches, schedule="stream",
+            mesh=mesh, microbatches=config.microbatches, schedule=jaxfa.stacks.stream,
         )  # fmt: skip
         return optax.softmax_cross_entropy_with_integer_labels(h @ params["head"] + wire, y).mean()
 

@@ -83,7 +83,7 @@ def run(config: Config) -> Path:
 
 def _arms(config: Config, dataset: data.Dataset) -> Iterator[sweep.Arm]:
     every: dict[str, Any] = {"parallel": config.parallel, "beta": config.beta}
-    literal = every | {"gamma": config.gamma, "retraction": None}
+    literal = every | {"gamma": config.gamma, "retract": False}
     arms: dict[str, tuple[str, dict[str, Any], float | None]] = {
         "all": ("All losses", literal, 92.7),
         "no-ce": ("No cross-entropy", literal | {"alpha": 0.0}, 27.05),

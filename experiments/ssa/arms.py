@@ -90,7 +90,7 @@ def svd_bp(name: NetworkName, config: Config, dataset: Dataset) -> Task:
     task = dense(name, config, dataset, jaxfa.backprop())
     on_factors = [
         optax.masked(way, jaxfa.factored.orthonormal_factors)
-        for way in (jaxfa.factored.stiefel(None), jaxfa.factored.stiefel())
+        for way in (jaxfa.factored.stiefel(retract=False), jaxfa.factored.stiefel())
     ]
     task = task._replace(
         make=lambda rngs: jaxfa.nn.factorise(maker(name, config, dataset)(rngs)),

@@ -1,6 +1,5 @@
 """Weights kept as the factors of their singular value decomposition, and what trains, thins and joins them."""
 
-from jaxfa.factored import retractions as retractions
 from jaxfa.factored.manifold import stiefel as stiefel
 from jaxfa.factored.rank import hoyer_penalty as hoyer_penalty
 from jaxfa.factored.rank import prune as prune
@@ -9,4 +8,4 @@ from jaxfa.factored.svd import Factors as Factors
 from jaxfa.factored.svd import factorise as factorise
 from jaxfa.factored.svd import orthonormal_factors as orthonormal_factors
 
-__all__ = ["Factors", "factorise", "hoyer_penalty", "orthonormal_factors", "prune", "ranks", "retractions", "stiefel"]
+__all__ = ["Factors", "factorise", "hoyer_penalty", "orthonormal_factors", "prune", "ranks", "stiefel"]

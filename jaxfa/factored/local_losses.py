@@ -13,7 +13,7 @@ import optax
 
 from jaxfa.base import is_feedback
 from jaxfa.factored.svd import Factors, by_name, is_factors, orthonormal_factors
-from jaxfa.optim.optimizer import OptimizerState, init_on, moved, own_state, refuse_inside, whole_state, with_extra
+from jaxfa.optim.steps import OptimizerState, init_on, moved, own_state, refuse_inside, whole_state, with_extra
 
 
 def check_names(params: Any, feedback: Any) -> None:

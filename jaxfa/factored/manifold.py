@@ -3,41 +3,40 @@
 Absil, Mahony, Sepulchre, "Optimization Algorithms on Matrix Manifolds", 2008, https://press.princeton.edu/absil
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from jaxfa.factored.retractions import Retraction, cayley, orthonormal, polar, tangent
+# The distance from which two of Newton and Schulz's steps, which square it, end at rounding.
+_NEAR = 1e-4
 
 
-def stiefel(retraction: Retraction | None = polar, *, project: bool = True) -> optax.GradientTransformation:
-    """Keeps matrices orthonormal: ``d <- d - u sym(u^T d)``, then ``u <- R(u, d)``; the last link of a chain.
+def stiefel(*, retract: bool = True, project: bool = True) -> optax.GradientTransformation:
+    """Keeps matrices orthonormal: ``d <- d - u sym(u^T d)``, then ``u <- polar(u + d)``; the last link of a chain.
 
-    All retractions agree with ``u + d`` to first order and differ at the second. An optimizer that changes a gradient's
-    direction, such as Adam, should be given the projected one, or it will rest elsewhere than at the optimum:
-    ``optax.chain(stiefel(None), optax.adam(...), stiefel())``. For some of the parameters, wrap it in
-    ``optax.masked``.
-
-    With a retraction, orthonormal columns stay so. Any others, dependent or zero, become so at the first step, which
-    sets out from the nearest orthonormal ones; columns too large for the sum ``u + d`` to be exact, at the second.
+    Orthonormal columns stay so. Any others, dependent or zero, become so at the first step, which sets out from the
+    nearest orthonormal ones; columns too large for the sum ``u + d`` to be exact, at the second. An optimizer that
+    changes a gradient's direction, such as Adam, should be given the projected one, or it rests elsewhere than at the
+    optimum: ``optax.chain(stiefel(retract=False), optax.adam(...), stiefel())``.
 
     Args:
-      retraction: ``(u, d) -> u`` back onto the manifold: ``polar``, ``qr`` or ``cayley`` (which needs ``project``)
-        of :mod:`jaxfa.factored.retractions`; None takes the step as it is, so that ``u^T u`` drifts by ``d^T d``.
+      retract: whether the step ends on the manifold; else it is taken as it is, so that ``u^T u`` drifts by ``d^T d``.
       project: whether to project the step on the tangent space.
 
     Returns:
-      A transformation of matrices ``(..., n, r)`` with ``r <= n``.
+      A transformation of matrices ``(..., n, r)`` with ``r <= n``; ``optax.masked`` leaves other parameters out.
 
     Raises:
-      ValueError: if ``cayley`` is to do without ``project``; by ``init`` and ``update``, if a parameter is no such
-        matrix; by ``update``, if there are no parameters.
+      ValueError: by ``init`` and ``update``, if a parameter is no such matrix; by ``update``, if there are none.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa, optax
-      >>> tx, u = optax.chain(jaxfa.factored.stiefel(None), optax.adam(0.1), jaxfa.factored.stiefel()), jnp.eye(4, 2)
+      >>> project, u = jaxfa.factored.stiefel(retract=False), jnp.eye(4, 2)
+      >>> tx = optax.chain(project, optax.adam(0.1), jaxfa.factored.stiefel())
       >>> updates, _ = tx.update(jnp.arange(8.0).reshape(4, 2), tx.init(u), u)
       >>> u = optax.apply_updates(u, updates)
       >>> bool(jnp.allclose(u.T @ u, jnp.eye(2), atol=1e-6))
@@ -47,17 +46,14 @@ def stiefel(retraction: Retraction | None = polar, *, project: bool = True) -> o
     https://press.princeton.edu/absil
     """
 
-    if retraction is cayley and not project:
-        raise ValueError("Cayley's retraction takes steps along the manifold alone: leave project=True.")
-
     def move(d: jax.Array, u: jax.Array) -> jax.Array:
         _check(u)
         wide = jnp.promote_types(u.dtype, jnp.float32)
         d, own = d.astype(wide), u.astype(wide)
         with jax.default_matmul_precision("highest"):
-            base = own if retraction is None else orthonormal(own)
+            base = orthonormal(own) if retract else own
             d = tangent(base, d) if project else d
-            return (d if retraction is None else retraction(base, d) - own).astype(u.dtype)
+            return (polar(base, d) - own if retract else d).astype(u.dtype)
 
     def init(params: Any) -> optax.EmptyState:
         jax.tree.map(_check, params)
@@ -76,3 +72,90 @@ def _check(u: Any) -> None:
         raise ValueError(
             f"stiefel needs matrices (..., n, r) with r <= n, got {u.shape}. Leave such out with optax.masked."
         )
+
+
+def tangent(u: jax.Array, step: jax.Array) -> jax.Array:
+    """The part of a step along the manifold: ``d - u sym(u^T d)``, ``sym(a) = (a + a^T) / 2``."""
+    inner = u.mT @ step
+    return step - u @ (inner + inner.mT) / 2
+
+
+def polar(u: jax.Array, step: jax.Array) -> jax.Array:
+    """The polar retraction: the nearest orthonormal columns, ``y (y^T y)^(-1/2)`` with ``y = u + d``.
+
+    By Newton and Schulz's iteration, matrix products alone, so that it runs anywhere: ``y <- y (3 - y^T y) / 2`` once
+    the largest singular value is at most one. A ``y`` that has lost rank has several nearest, of which it takes one.
+    (Higham, "Functions of Matrices", 2008, https://epubs.siam.org/doi/book/10.1137/1.9780898717778)
+
+    Args:
+      u: orthonormal columns, ``(..., n, r)``.
+      step: ``d``, of the same shape.
+    """
+    return _nearest(u + step, rounds=1)
+
+
+def orthonormal(u: jax.Array) -> jax.Array:
+    """The nearest orthonormal columns to ``u``; ``u`` itself, bit for bit, if its own are orthonormal to 1e-4.
+
+    Args:
+      u: any columns, ``(..., n, r)`` with ``r <= n``; they may be dependent, or zero.
+    """
+    return _nearest(u, rounds=0)
+
+
+@partial(jax.jit, static_argnames="rounds")
+def _nearest(y: jax.Array, *, rounds: int) -> jax.Array:
+    """The nearest orthonormal columns after ``rounds`` of iterations, or as many more as it takes, up to 4."""
+
+    def goes_on(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        y, count = state
+        return (count < rounds) | (~_is_near(y.mT @ y) & (count < 4))
+
+    def fill(y: jax.Array, count: jax.Array) -> jax.Array:
+        # Columns that the round before has found to be dependent get a part outside of all others: a hash of the place,
+        # which does as well as random numbers and costs nothing.
+        place = lax.iota(jnp.uint32, y.size).reshape(y.shape) + count.astype(jnp.uint32) * jnp.uint32(40503)
+        drawn = (place * place * jnp.uint32(2654435761) >> 8).astype(y.dtype) / 2**23 - 1
+        drawn = drawn - y @ (y.mT @ drawn)
+        return y + drawn - drawn @ (y.mT @ y)
+
+    def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        y, count = state
+        return _newton_schulz(lax.cond(count > 0, fill, lambda y, _: y, y, count)), count + 1
+
+    with jax.default_matmul_precision("highest"):
+        return lax.while_loop(goes_on, again, (y, jnp.zeros((), int)))[0]
+
+
+def _newton_schulz(y: jax.Array) -> jax.Array:
+    eye = jnp.broadcast_to(jnp.eye(y.shape[-1], dtype=y.dtype), (*y.shape[:-2], y.shape[-1], y.shape[-1]))
+
+    def closer(y: jax.Array, gram: jax.Array) -> jax.Array:
+        return y @ (3 * eye - gram) / 2
+
+    def is_far(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        _, gram, count = state
+        return (count < 100) & ~_is_near(gram)
+
+    def iterate(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        y, gram, count = state
+        y = closer(y, gram)
+        return y, y.mT @ y, count + 1
+
+    # Divided by its size, nothing is squared to zero or infinity.
+    y = _divided(y, jnp.abs(y).max((-2, -1), keepdims=True))
+    # The largest row sum bounds the largest eigenvalue of y^T y.
+    y = _divided(y, jnp.sqrt(jnp.abs(y.mT @ y).sum(-1, keepdims=True).max(-2, keepdims=True)))
+    y, gram, _ = lax.while_loop(is_far, iterate, (y, y.mT @ y, jnp.zeros((), int)))
+    for _ in range(2):  # each squares what is left of the distance
+        y = closer(y, gram)
+        gram = y.mT @ y
+    return y
+
+
+def _is_near(gram: jax.Array) -> jax.Array:
+    return jnp.abs(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)).max() <= _NEAR
+
+
+def _divided(y: jax.Array, size: jax.Array) -> jax.Array:
+    return y / jnp.where(size > 0, size, 1)

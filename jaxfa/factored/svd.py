@@ -10,19 +10,17 @@ https://arxiv.org/abs/2004.09031.)
 
 import math
 from dataclasses import field, replace
-from functools import partial
 from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxfa.base import is_feedback, register
+from jaxfa.base import feedback_dataclass, is_feedback
 
 
-@register
+@feedback_dataclass
 class Factors:
     """One layer's weights ``w = u diag(s) v^T``, a pytree of the three.
 
@@ -32,8 +30,8 @@ class Factors:
       u: from the inputs, ``(n, r)``; for a convolution HWIO, ``(H I, r)``.
       s: ``(r,)``.
       v: from the outputs, ``(m, r)``; for a convolution, ``(W O, r)``.
-      shape: of ``w``.
-      name: of the layer; what is of one layer, in parameters, feedback and optimizer state, has one name.
+      shape: the shape of ``w``.
+      name: the layer's, which its parameters, feedback and optimizer state have in common.
     """
 
     u: jax.Array
@@ -44,7 +42,7 @@ class Factors:
 
     @property
     def ndim(self) -> int:
-        """How many axes ``w`` has."""
+        """The number of axes of ``w``."""
         return len(self.shape)
 
     @property
@@ -88,7 +86,7 @@ def dense(w: Any) -> jax.Array:
 def factorise(w: jax.Array | Factors, rank: float | None = None, *, name: str = "") -> Factors:
     """The singular value decomposition of a layer's weights: ``w = u diag(s) v^T``, exact at full rank.
 
-    On a CPU do not ``vmap`` it: of jaxlib 0.10's batched decompositions two at once can wait for each other for ever.
+    On a CPU do not ``vmap`` it: two of jaxlib 0.10's batched decompositions can wait for each other for ever.
 
     Args:
       w: dense weights ``(n, m)`` or a convolution's kernel ``(window..., n, m)``; factors stay what they are.
@@ -129,68 +127,13 @@ def factorise(w: jax.Array | Factors, rank: float | None = None, *, name: str = 
 
 
 def rank_of(rank: float | None, full: int) -> int:
-    """How many singular values of ``full`` a rank keeps, as for :func:`factorise`."""
+    """The number of singular values of ``full`` that a rank keeps, as for :func:`factorise`."""
     if rank is None:
         return full
     whole, flag = isinstance(rank, Integral), isinstance(rank, bool | np.bool_)
     if flag or not (rank >= 1 if whole else 0 < rank <= 1):
         raise ValueError(f"A rank is a whole number from 1, or a fraction in (0, 1] of full rank; got {rank!r}.")
     return min(int(rank) if whole else max(1, round(rank * full)), full)
-
-
-def drift(w: Factors) -> jax.Array:
-    """How far ``u`` and ``v`` are from orthonormal columns: the largest of ``|u^T u - 1|`` and ``|v^T v - 1|``."""
-
-    def off(a: jax.Array) -> jax.Array:
-        gram = a.mT @ a
-        return jnp.abs(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)).max((-2, -1))
-
-    wide = _wide(w)
-    return jnp.maximum(off(wide.u), off(wide.v))
-
-
-def standardise(w: Factors) -> Factors:
-    """The decomposition anew, of factors that have drifted from orthonormal ones; the product stays.
-
-    Each column takes the place and the signs of the old one that it is nearest to, so that what is kept beside the
-    weights, column by column, still belongs to them; ``s`` are in no order then, and as negative as they were.
-    """
-    old = _wide(w)
-    (q_u, r_u), (q_v, r_v) = jnp.linalg.qr(old.u), jnp.linalg.qr(old.v)
-    a, s, bt = jnp.linalg.svd((r_u * jnp.expand_dims(w.s, -2)) @ r_v.mT, full_matrices=False)
-    new = replace(old, u=q_u @ a, s=s, v=q_v @ bt.mT)
-    new = take(new, _nearest((old.u.mT @ new.u) * (old.v.mT @ new.v)))
-    sign_u, sign_v = (jnp.where((x * y).sum(-2) < 0, -1, 1) for x, y in ((old.u, new.u), (old.v, new.v)))
-    u, v = new.u * jnp.expand_dims(sign_u, -2), new.v * jnp.expand_dims(sign_v, -2)
-    return replace(new, u=u, s=new.s * sign_u * sign_v, v=v).astype(w.dtype)
-
-
-def _wide(w: Factors) -> Factors:
-    return w.astype(jnp.promote_types(w.dtype, jnp.float32))
-
-
-@partial(jnp.vectorize, signature="(r,r)->(r)")
-def _nearest(overlap: jax.Array) -> jax.Array:
-    """For each old column the new one, so that the overlaps ``(old, new)`` are the largest in all."""
-    old, new = optax.assignment.hungarian_algorithm(-jnp.abs(jnp.nan_to_num(overlap)))
-    return new[jnp.argsort(old)]
-
-
-def take(w: Factors, index: Any) -> Factors:
-    """Some columns: ``index`` is ``(..., k)``."""
-    index = jnp.asarray(index)
-
-    def columns(a: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(a, jnp.expand_dims(index, -2), -1)
-
-    # By jax.tree, since an optimizer's state may hold optax's MaskedNode, which has no leaves, in an array's place.
-    u, v = jax.tree.map(columns, (w.u, w.v))
-    return replace(w, u=u, s=jax.tree.map(lambda s: jnp.take_along_axis(s, index, -1), w.s), v=v)
-
-
-def map_factors(change: Any, tree: Any) -> Any:
-    """Changes the factors in a tree and nothing else."""
-    return jax.tree.map(lambda node: change(node) if is_factors(node) else node, tree, is_leaf=is_factors)
 
 
 def orthonormal_factors(tree: Any) -> Any:

@@ -158,7 +158,7 @@ def marked(eqn: JaxprEqn, *marks: str) -> str:
 
 
 def _axes(eqn: JaxprEqn, at: int, axes: tuple[frozenset[int], ...]) -> tuple[frozenset[int], ...]:
-    """On which axes of an equation's result those of one operand's base lie."""
+    """The axes of an equation's result on which those of one operand's base lie."""
     params, none = eqn.params, frozenset[int]()
     shape = shape_of(eqn.outvars[0])
     found: Any = axes

@@ -30,8 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import matrix_of
-from jaxfa.measure.pair import Pair, incoming, outgoing
+from jaxfa.measure.pair import Pair, incoming, matrix_of, outgoing
 
 
 def half_square(pair: Pair) -> jax.Array:
@@ -91,7 +90,7 @@ def quantity(pair: Pair, feedback: Any = None) -> jax.Array:
 
 
 def imbalance(pair: Pair, step: Pair, feedback: Any = None) -> jax.Array:
-    """By how much a step breaks the law: ``<w_j, dw_j> + bias_j dbias_j - <dabove_j, b_j>``, zero where it holds.
+    """A step's breach of the law: ``<w_j, dw_j> + bias_j dbias_j - <dabove_j, b_j>``, zero where it holds.
 
     While ``b`` is fixed any step changes ``Q_j`` by this and by ``half_square(step)``; the law is that this is zero. A
     gradient in the place of the step tells what the network breaks from what the optimizer does.
@@ -183,7 +182,7 @@ def aligned_init(weights: Sequence[jax.Array], feedback: Sequence[Any], ratio: f
     models see :func:`jaxfa.nn.align`.
 
     Args:
-      weights: of a chain of layers, from first to last; biases must be zero, as they mostly start.
+      weights: a chain of layers', from first to last; biases must be zero, as they mostly start.
       feedback: one layer-wise feedback for each, None where there is none, as for the first.
       ratio: as for :func:`shrink`.
 

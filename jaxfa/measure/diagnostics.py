@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import entr
 
-from jaxfa.base import LayerFeedback, matrix_of
+from jaxfa.base import LayerFeedback
 from jaxfa.factored.svd import dense
+from jaxfa.measure.pair import matrix_of
 
 
 class Alignment(NamedTuple):
@@ -179,7 +180,7 @@ def flops(function: Callable[..., Any], *args: Any) -> float:
 
     Args:
       function: a function that can be compiled.
-      *args: its arguments: trees of arrays or of ``jax.ShapeDtypeStruct``s, of which only shapes and dtypes matter.
+      *args: its arguments: trees of arrays or ``jax.ShapeDtypeStruct``; only their shapes and dtypes matter.
 
     Returns:
       How many operations; 0.0 for a program without arithmetic.

@@ -1,11 +1,11 @@
-"""A layer with the weights that read it, and the inner products over each of its units that what is conserved is of."""
+"""A layer with the weights that read it, and the inner products, unit by unit, that make up what is conserved."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import matrix_of
+from jaxfa.base import LayerFeedback
 
 
 class Pair(NamedTuple):
@@ -52,3 +52,14 @@ def outgoing(pair: Pair, above: jax.Array, feedback: Any) -> jax.Array:
 
 def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def matrix_of(feedback: Any, w: jax.Array) -> jax.Array:
+    """The matrix that a layer-wise feedback puts in the place of weights.
+
+    Raises:
+      ValueError: if it has none, such as a direct or a low-rank one.
+    """
+    if isinstance(feedback, LayerFeedback) and type(feedback).matrix is not LayerFeedback.matrix:
+        return feedback.matrix(w)
+    raise ValueError(f"{type(feedback).__name__} has no matrix in the place of the weights {w.shape}.")

@@ -1,4 +1,15 @@
-"""Puts a rule on an unmodified NNX model."""
+"""Puts a rule on an unmodified NNX model.
+
+Layer-wise rules take the place of the backward of every ``nnx.Linear``, ``LinearGeneral``, ``Einsum``, ``Conv`` and
+``ConvTranspose``, and so of attention's projections and recurrent cells, and, where the example shows them, of the
+contractions with a parameter that a model makes by itself: ``x @ w``, einsums and convolutions of its own, tied heads,
+LoRA's adapters, experts chosen by an index. Their feedback is the parameter's, whose path they go by; where the
+parameter learns elsewhere, too, as a tied embedding does, Kolen-Pollack's law holds for this part of its steps.
+
+The arrays of ``nnx.state(attached)`` are all that need be saved, by orbax, numpy or pickle: the same call of attach
+makes the rest, ``nnx.update(attached, state)`` puts them back. The model itself, which has the rule's functions in it,
+can be copied by ``copy.deepcopy`` but not pickled.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,15 +17,13 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
-from jaxfa.base import Rule, init_at, is_direct
-from jaxfa.nn.aligned import Aligned
+from jaxfa.base import DirectRule, Rule, init_at, is_direct, matches
+from jaxfa.nn.attached import Attached
 from jaxfa.nn.contraction import Contraction, place, sites_of
-from jaxfa.nn.dispatch import call_dispatched, check_dispatches
 from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.program import Example, method_of
-from jaxfa.nn.stream import call_streamed, check_streams
+from jaxfa.nn.schedules import forward_by
 from jaxfa.nn.survey import Survey, put_own, survey
 from jaxfa.nn.tap import Tap, place_tap
 from jaxfa.nn.taps import (
@@ -31,7 +40,7 @@ from jaxfa.nn.taps import (
 )
 from jaxfa.nn.trace import uses_of, weights_above
 from jaxfa.nn.variables import init_stack, modules_of
-from jaxfa.paths import matches
+from jaxfa.stacks.schedules import Schedule, stored
 
 
 def attach(
@@ -45,64 +54,43 @@ def attach(
     method: str = "__call__",
     logits: Callable[[Any], Any] | None = None,
     allow: str | tuple[str, ...] = (),
-    schedule: str = "stored",
-    mesh: Mesh | None = None,
-) -> Aligned:
+    schedule: Schedule = stored,
+) -> Attached:
     """Puts a rule on a model that knows nothing of it.
 
-    Layer-wise rules take the place of the backward of every ``nnx.Linear``, ``LinearGeneral``, ``Einsum``, ``Conv``
-    and ``ConvTranspose``, and so of attention's projections and recurrent cells, and, where the example shows them, of
-    the contractions with a parameter that a model makes by itself: ``x @ w``, einsums and convolutions of its own,
-    tied heads, LoRA's adapters, experts chosen by an index. Their feedback is the parameter's, whose path they go by;
-    where the parameter learns elsewhere, too, as a tied embedding does, Kolen-Pollack's law holds for this part of its
-    steps. Direct rules deliver the output error
-    to the outputs of the modules named by ``at``, inside which the backward is exact; without ``at``, to the input of
-    every such layer but the first.
-
-    The arrays of ``nnx.state(aligned)`` are all that need be saved, by orbax, numpy or pickle: the same call of attach
-    makes the rest, ``nnx.update(aligned, state)`` puts them back. The model itself, which has the rule's functions in
-    it, can be copied by ``copy.deepcopy`` but not pickled.
+    Layer-wise rules take the place of the backward of every layer with weights, and of the model's own contractions.
+    Direct rules deliver the output error to the outputs of the modules named by ``at``, inside which the backward is
+    exact; without ``at``, to the input of every such layer but the first.
 
     Args:
       model: any NNX model; it stays as it is.
-      rule: a :class:`jaxfa.Rule`.
+      rule: a :class:`jaxfa.LayerRule` or :class:`jaxfa.DirectRule`, such as ``jaxfa.fa()``.
       rngs: the feedback is drawn from ``rngs.feedback()``.
-      at: globs of module paths, matched segment by segment (``"blocks/*"``): where direct rules tap; for layer-wise
-        rules and for ``jaxfa.ssa``, the modules in which the layers get the rule.
-      example: one batch of inputs, an array or a tuple of the model's positional arguments (or their shapes): arrays,
-        trees of them, flags, modules such as a cache. With it the gradient is traced and every contraction accounted
-        for now; without it, whenever the model is traced. Direct rules need it.
+      at: globs of module paths (``"blocks/*"``): where direct rules tap; else, the modules whose layers get the rule.
+      example: one batch of inputs, an array or a tuple of the model's positional arguments, or their shapes. With it
+        every contraction is accounted for now; without it, whenever the model is traced. Direct rules need it.
       example_kwargs: keyword arguments, likewise.
-      method: the model's method that these are for and that is called by ``aligned(...)``.
-      logits: for direct rules of models with several outputs, a function that picks from them those whose error is
-        delivered, such as ``lambda out: out[0]``. By default all arrays of floats; several lie side by side.
-      allow: globs of layers that may pass errors on by backpropagation; a model's own contractions with these
-        parameters get no feedback.
-      schedule: ``"stored"`` keeps every activation for the backward pass, as autodiff does; ``"stream"``, for direct
-        rules with ``at=``, keeps none: the model runs once more when the error is known, and every tapped block learns
-        as it runs, so that memory is set by the largest block (and by what lies between blocks). ``"dispatch"``,
-        likewise, keeps the blocks' inputs, and each device along the mesh's axis ``layer`` forms the updates of its own
-        share of them. (XLA is slow at dispatched convolutions on a CPU.) The gradients are the same, but for what
-        blocks ``sow``, which has none in these two.
-      mesh: for ``"dispatch"``, such as ``jaxfa.stacks.mesh(layer=2)``.
+      method: the model's method that these are for and that is called by the result.
+      logits: for direct rules, a function that picks from several outputs those whose error is delivered, such as
+        ``lambda out: out[0]``. By default all arrays of floats; several lie side by side.
+      allow: globs of layers and parameters that may pass errors on by backpropagation.
+      schedule: ``jaxfa.stacks.stored``; for direct rules with ``at=`` also ``stream`` and ``dispatch(mesh)``. The
+        gradients are the same, but for what blocks ``sow``, which has none in these two.
 
     Returns:
-      An :class:`Aligned` with a copy of the model.
+      An :class:`Attached` with a copy of the model.
 
     Raises:
-      ValueError: if a contraction with weights would stay backpropagation unnoticed, if a glob matches nothing, if
-        a direct rule has no example, or if a model can't be streamed.
+      ValueError: if a contraction with weights would stay backpropagation unnoticed, a glob matches nothing, a direct
+        rule has no example, or a model can't be streamed.
       TypeError: if the model or rule is of another type.
 
     Example:
-      >>> import jax, jax.numpy as jnp, jaxfa.nn
+      >>> import jax.numpy as jnp, jaxfa.nn
       >>> from flax import nnx
-      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
-      >>> aligned = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(2), example=jnp.ones((5, 4)))
-      >>> aligned(jnp.ones((5, 4))).shape
+      >>> model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jnp.ones((5, 4))
+      >>> jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(1), example=x)(x).shape
       (5, 3)
-
-    Source: as each rule.
     """
     _check(model, rule, rngs)
     globs, allow = _globs(at), _globs(allow) or ()
@@ -114,13 +102,13 @@ def attach(
     if rule.weights is not None:
         _refuse_unmatched("at", globs, list(sites_of(model)), under=True)
         model = factorise_chosen(model, rule.weights, _chooser(globs))
-    put = _put_direct if is_direct(rule) else partial(_put_layerwise, allow=allow)
+    put: Any = _put_direct if is_direct(rule) else partial(_put_layerwise, allow=allow)
     backprop, own = put(model, rule, rngs, globs, call)
-    forward = _forward(model, rule, schedule, mesh)
-    aligned = Aligned(model, rule, (*allow, *backprop), own, **call._asdict(), forward=forward)
+    forward = forward_by(schedule, model, rule)
+    attached = Attached(model, rule, (*allow, *backprop), own, **call._asdict(), forward=forward)
     if call.example is not None:
-        aligned.coverage().refuse()
-    return aligned
+        attached.coverage().refuse()
+    return attached
 
 
 class Call(NamedTuple):
@@ -148,23 +136,10 @@ def _check_method(model: Any, method: str) -> None:
 def _check(model: Any, rule: Any, rngs: Any) -> None:
     if not isinstance(model, nnx.Module) or not isinstance(rule, Rule):
         raise TypeError(f"attach(model, rule) expects an nnx.Module and a jaxfa.Rule, got {model!r} and {rule!r}.")
-    if any(isinstance(part, Aligned | Contraction | Tap) for _, part in modules_of(model)):
-        raise ValueError("This model already has a rule; attach the next one to jaxfa.nn.plain(aligned).")
+    if any(isinstance(part, Attached | Contraction | Tap) for _, part in modules_of(model)):
+        raise ValueError("This model already has a rule; attach the next one to jaxfa.nn.plain(attached).")
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"attach needs rngs=nnx.Rngs(seed), from which the feedback is drawn; got {rngs!r}.")
-
-
-def _forward(model: nnx.Module, rule: Rule, schedule: str, mesh: Mesh | None) -> Any:
-    if schedule not in ("stored", "stream", "dispatch"):
-        raise ValueError(f"schedule must be 'stored', 'stream' or 'dispatch', got {schedule!r}.")
-    if mesh is not None and schedule != "dispatch":
-        raise ValueError(f"mesh= is for schedule='dispatch', got {schedule!r}: shard the batch for data parallelism.")
-    if schedule == "dispatch":
-        return partial(call_dispatched, check_dispatches(model, rule, mesh))
-    if schedule == "stream":
-        check_streams(model, rule, schedule)
-        return call_streamed
-    return None
 
 
 def _copy(model: nnx.Module) -> Any:
@@ -211,7 +186,7 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call, 
     return [*backprop, *exact], (own, tuple(site for site in found.sites if site in left))
 
 
-def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> tuple[list[str], Any]:
+def _put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call) -> tuple[list[str], Any]:
     """Taps a model for a direct rule; returns the layers that it leaves to backpropagation."""
     if call.example is None:
         raise ValueError(

@@ -19,7 +19,7 @@ from jaxfa.ops import with_feedback
 
 
 class Site(NamedTuple):
-    """Where a layer contracts: the attribute that holds its operation, and the shape of one kernel.
+    """A layer's contraction: the attribute that holds its operation, and the shape of one kernel.
 
     A kernel with more axes than ``shape`` is a stack of layers, made by ``nnx.vmap`` and run by ``nnx.scan``.
     """
@@ -109,7 +109,7 @@ class Contraction(nnx.Module):
         self.site = nnx.static(site)
         self.path = path
         self.feedback = Feedback(feedback)
-        self.is_audited = False  # in a run of the Aligned model
+        self.is_audited = False  # in a run of the attached model
         self.recorder: Recorder | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:

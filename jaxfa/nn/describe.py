@@ -3,9 +3,7 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxfa.factored.svd import is_factors
 from jaxfa.nn.contraction import Contraction
 from jaxfa.nn.survey import own_of
 from jaxfa.nn.tap import Tap
@@ -27,11 +25,11 @@ IDLE = (
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
-def held_feedback(aligned: Any) -> dict[str, list[Any]]:
+def held_feedback(attached: Any) -> dict[str, list[Any]]:
     """The feedback of each layer or tap; several where a parameter is contracted in several ways."""
-    parts = [module for _, module in modules_of(aligned.model) if isinstance(module, Contraction | Tap)]
+    parts = [module for _, module in modules_of(attached.model) if isinstance(module, Contraction | Tap)]
     found: dict[str, list[Any]] = {}
-    for part in (*parts, *own_of(aligned)):
+    for part in (*parts, *own_of(attached)):
         if part.feedback is not None:
             found.setdefault(layer_name(part.path), []).append(part.feedback.get_value())
     return found
@@ -53,4 +51,4 @@ def layer_name(name: str) -> str:
 
 def shape_of(value: Any) -> tuple[int, ...]:
     """The shape of a parameter, or of the weights that factors stand for."""
-    return value.shape if is_factors(value) else jnp.shape(value)
+    return getattr(value, "shape", ())

@@ -16,16 +16,16 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxfa.base import Rule
+from jaxfa.base import LAYER, Rule
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.stream import Walk, check_streams, learn, relearned, split_floats, walked
 from jaxfa.nn.tap import Tap, taps_of
 from jaxfa.ops import vary_alike
-from jaxfa.shards import LAYER
+from jaxfa.stacks import schedules
 
 
-class Dispatch(Walk):
+class Dispatched(Walk):
     """A forward pass that keeps what every block computes with.
 
     Attributes:
@@ -45,26 +45,22 @@ class Dispatch(Walk):
         return program.run(lax.stop_gradient(state))
 
 
-def check_dispatches(model: nnx.Module, rule: Rule, mesh: Mesh | None) -> Mesh:
-    """Refuses what can't be dispatched over a mesh; else returns the mesh."""
-    check_streams(model, rule, "dispatch")
-    if mesh is None or LAYER not in mesh.shape:
-        given = "none" if mesh is None else dict(mesh.shape)
-        raise ValueError(f"schedule='dispatch' needs mesh= with an axis {LAYER!r}, got {given}: jaxfa.stacks.mesh().")
-    blocks = len(taps_of(model))
-    if blocks < mesh.shape[LAYER]:
-        raise ValueError(f"{mesh.shape[LAYER]} devices need as many tapped blocks, got {blocks}: take a smaller axis.")
-    return mesh
+def check_dispatches(model: nnx.Module, rule: Rule, schedule: schedules.Dispatch) -> None:
+    """Refuses what can't be dispatched over a mesh."""
+    check_streams(model, rule, schedule)
+    blocks, devices = len(taps_of(model)), schedule.mesh.shape[LAYER]
+    if blocks < devices:
+        raise ValueError(f"{devices} devices need as many tapped blocks, got {blocks}: take a smaller axis.")
 
 
-def call_dispatched(mesh: Mesh, aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_dispatched(mesh: Mesh, attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a tapped model; its blocks' gradients are formed on different devices, and summed over them."""
-    program = Program(aligned.model, method_of(aligned.method), args, kwargs)
+    program = Program(attached.model, method_of(attached.method), args, kwargs)
     blocks: dict[str, tuple[Program, Tap]] = {}
 
     def keep(state: Any) -> Any:
         def run(state: Any) -> Any:
-            walk = Dispatch()
+            walk = Dispatched()
             found = program.run(state, prepare=walked(walk))
             blocks.update(walk.blocks)
             # What a block computes with comes from the state, or from what is before the block: as an output it takes
@@ -79,7 +75,7 @@ def call_dispatched(mesh: Mesh, aligned: Any, args: tuple[Any, ...], kwargs: dic
 
     def backward(kept: Any, cotangents: Any) -> Any:
         pullback, states = kept
-        e = error_in(program.returned(cotangents[0]), aligned.logits)
+        e = error_in(program.returned(cotangents[0]), attached.logits)
         return pullback((cotangents, _learn(mesh, blocks, states, e)))[0]
 
     return program.finish(*relearned(keep, backward, program.states[0]))

@@ -20,7 +20,7 @@ def how_it_learns(rule: Rule, feedback: Any) -> str:
         return "by refine"
     if type(feedback).learns:
         return type(feedback).learns
-    if rule.transform is Rule._field_defaults["transform"]:
+    if rule.transform is None:
         return "fixed"
     signals = type(feedback).signal not in (LayerFeedback.signal, DirectFeedback.signal)
     return "from the batch" if signals else "at every update"
@@ -31,9 +31,9 @@ def note_refined(rule: Rule) -> None:
     _SEEN.add(rule.refine)
 
 
-def quiet(aligned: Any) -> Any:
+def quiet(attached: Any) -> Any:
     """A copy that says nothing when it is differentiated: what is measured is no step."""
-    copy = nnx.clone(aligned)
+    copy = nnx.clone(attached)
     copy.reminds = False
     return copy
 

@@ -121,7 +121,7 @@ class Example(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """Of an array of PRNG keys what makes another."""
+    """What makes an array of PRNG keys from numbers."""
 
     shape: tuple[int, ...]
     impl: Any

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jax import lax
 
-from jaxfa.base import Rule, is_direct
+from jaxfa.base import DirectRule, Rule
 from jaxfa.nn.leaves import error_in, named_floats
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.tap import Tap, taps_of
@@ -24,6 +24,7 @@ from jaxfa.nn.taps import stacks_of
 from jaxfa.nn.variables import Feedback, value_of
 from jaxfa.ops import deliver
 from jaxfa.stacks.blocks import after
+from jaxfa.stacks.schedules import Schedule
 
 
 class Walk:
@@ -44,7 +45,7 @@ class Walk:
         except TraceContextError:
             raise ValueError(
                 f"The model calls its tapped block {tap.path!r} inside a transformation (remat, jit, scan, cond): take "
-                f"schedule='stored', or call it as it is, since in other schedules it runs once more anyway."
+                f"schedule=jaxfa.stacks.stored, or call it as it is, since in other schedules it runs once more anyway."
             ) from None
         program = Program(module, own_call, args, kwargs)
         return program.finish(*lax.stop_gradient(self.learn(program, tap)))
@@ -132,10 +133,12 @@ def _product(fixed: Any, values: Any) -> jax.Array:
     return sum((jnp.vdot(one, other) for one, other in pairs if _is_float(other)), jnp.zeros(()))
 
 
-def check_streams(model: nnx.Module, rule: Rule, schedule: str) -> None:
+def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
     """Refuses what no sweep can teach block after block: other rules, and taps inside each other or inside a stack."""
-    if not is_direct(rule) or rule.source is not None:
-        raise ValueError(f"schedule={schedule!r} is for direct rules whose error is the logits'; take 'stored'.")
+    if not isinstance(rule, DirectRule) or rule.source is not None:
+        raise ValueError(
+            f"schedule={schedule!r} is for direct rules whose error is the logits'; take jaxfa.stacks.stored."
+        )
     stacks = stacks_of(model)
     for path, tap in taps_of(model).items():
         within = [other for other in stacks if path.startswith(f"{other}/")]
@@ -145,7 +148,7 @@ def check_streams(model: nnx.Module, rule: Rule, schedule: str) -> None:
             raise ValueError(
                 f"schedule={schedule!r} teaches whole blocks, each by itself, but the tap {path!r} is {reason}. Name "
                 f"separate modules with at= (SSA, whose at= chooses layers to factor, always taps their inputs: take "
-                f"schedule='stored'); for stacked blocks there is jaxfa.direct_stack."
+                f"schedule=jaxfa.stacks.stored); for stacked blocks there is jaxfa.direct_stack."
             )
 
 
@@ -159,16 +162,16 @@ def relearned(keep: Callable[[Any], Any], backward: Callable[[Any, Any], Any], t
 relearned.defvjp(lambda keep, backward, tree: keep(tree), lambda keep, backward, *rest: (backward(*rest),))
 
 
-def call_streamed(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_streamed(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a tapped model, keeping its inputs alone; its gradient is formed by a second forward sweep."""
-    program = Program(aligned.model, method_of(aligned.method), args, kwargs)
+    program = Program(attached.model, method_of(attached.method), args, kwargs)
 
     def keep(state: Any) -> Any:
         return program.run(state, prepare=walked(Walk(state))), state
 
     def backward(state: Any, cotangents: Any) -> Any:
         def surrogate(floats: list[Any]) -> jax.Array:
-            sweep = Sweep(error_in(program.returned(cotangents[0]), aligned.logits))
+            sweep = Sweep(error_in(program.returned(cotangents[0]), attached.logits))
             outputs = program.run(rebuild(floats), prepare=walked(sweep))
             return _product(cotangents, outputs) + sweep.learned
 

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from jaxfa.base import Layer, Rule, init_at
+from jaxfa.base import Layer, Rule, init_at, matches
 from jaxfa.jaxprs.versions import opened
 from jaxfa.nn.contraction import find_site
 from jaxfa.nn.factored import Factored
@@ -15,7 +15,6 @@ from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Example, Program, method_of
 from jaxfa.nn.tap import remove_tap, taps_of
 from jaxfa.nn.variables import Feedback, Recorder, init_stack, modules_of, structs
-from jaxfa.paths import matches
 
 
 def stacks_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:

@@ -101,7 +101,7 @@ class Matrices(NamedTuple):
       permuted: their sizes, in that order.
       batch: how many are batch axes.
       outputs: how many are outputs.
-      subscripts: of an einsum, ``"input,kernel->result"``; None for a ``dot_general``.
+      subscripts: an einsum's, ``"input,kernel->result"``; None for a ``dot_general``.
     """
 
     permutation: tuple[int, ...]
@@ -139,7 +139,7 @@ class Matrices(NamedTuple):
         return self.permuted[self.batch : -self.outputs], self.permuted[-self.outputs :]
 
     def _axes(self, call: Call, ndim: int) -> tuple[tuple[int, ...], Callable[[int], tuple[int, ...]]]:
-        """Where the batch axes are in ``x``; and the axes of ``y`` with the batch first and the outputs last."""
+        """The batch axes of ``x``; and the axes of ``y`` with the batch first and the outputs last."""
         if self.subscripts is None:
             dimension_numbers = call.after[0] if call.after else call.options["dimension_numbers"]
             return tuple(dimension_numbers[1][0]), lambda ndim: tuple(range(ndim))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxfa.base import is_feedback
-from jaxfa.optim.optimizer import (
+from jaxfa.optim.steps import (
     OptimizerState,
     init_on,
     own_state,
@@ -26,11 +26,7 @@ Shape = Callable[[Any], tuple[int, ...]]
 
 
 def alike(
-    tx: optax.GradientTransformation,
-    weight_decay: float,
-    name: str,
-    shape: Shape | None = None,
-    learning_rate: float = 0.0,
+    tx: optax.GradientTransformation, name: str, weight_decay: float, shape: Shape | None, learning_rate: float
 ) -> optax.GradientTransformationExtraArgs:
     """``w <- w + u - lambda w`` and ``q <- q + v - lambda q`` with ``tx``'s steps ``u`` and ``v``, where it takes them.
 
@@ -40,11 +36,11 @@ def alike(
 
     Args:
       tx: the optimizer of the parameters.
+      name: the attribute ``q`` of the feedback; as all that follow, of :class:`jaxfa.base.Alike`.
       weight_decay: ``lambda``.
-      name: the attribute ``q`` of the feedback.
-      shape: ``feedback -> `` the shape of the weights that it stands for; None where it stands for none, so that ``tx``
-        is shown the feedback by itself.
-      learning_rate: of what else the feedback learns, by plain steps.
+      shape: the shape of the weights that a feedback stands for; where that is None, ``tx`` is shown the feedback by
+        itself.
+      learning_rate: the rate of what else the feedback learns.
 
     Returns:
       A transformation of the pair ``(params, feedback)``.
@@ -143,7 +139,7 @@ def _only(node: Any, name: str) -> Any:
 
 
 def _places(weights: list[Any], feedback: Any, name: str, shape: Shape) -> list[int]:
-    """Which of the weights each feedback stands for: the one of its shape nearest to it, or that its path names.
+    """The weights that each feedback stands for: those of its shape nearest to it, or that its path names.
 
     Raises:
       ValueError: if there is none, or more than one.

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from jaxfa.base import is_feedback
-from jaxfa.optim.optimizer import OptimizerState
+from jaxfa.optim.steps import OptimizerState
 from jaxfa.optim.trees import nodes_of, unboxed
 
 
@@ -38,22 +38,21 @@ def calibrate(
 ) -> optax.GradientTransformationExtraArgs:
     """Sparse calibration: at every ``every``-th update the parameters step by the true gradient; feedback stands still.
 
-    It composes with any rule. With ``below`` the true gradient is measured then, too, but used only where the cosine
-    between it and the rule's has fallen under that value. The control to run beside it, what any gain must be compared
-    with, is the same number of steps of backpropagation and no rule: ``jaxfa.backprop()`` with
-    ``optax.conditionally_mask(tx, lambda step, **_: (step + 1) % every == 0)``.
+    It composes with any rule. The control to run beside it is the same number of steps of backpropagation and no rule:
+    ``jaxfa.backprop()`` with ``optax.conditionally_mask(tx, lambda step, **_: (step + 1) % every == 0)``.
 
     Args:
       tx: what :func:`jaxfa.optimizer` made.
       every: updates from one calibration to the next; the paper's ``T`` epochs are ``T`` times the steps of one.
-      below: the cosine under which to calibrate; None calibrates always.
+      below: the cosine between the rule's gradient and the true one under which to calibrate; None calibrates always.
       optimizer: an optimizer for the true gradients alone, while ``tx`` stands still. By default they go through
         ``tx``, where momentum and second moments are mostly the rule's, so that under Adam one of many weighs little.
 
     Returns:
       A transformation whose ``update`` takes one argument more, ``true_gradient``: a function of no arguments that
-      returns the parameters' true gradient on this batch, run at these steps only. Its leaves, in order, stand for the
-      parameters among the updates': ``jax.grad(loss)(params, None)``, or ``nnx.grad(loss)(jaxfa.nn.plain(model))``.
+        returns the parameters' true gradient on this batch, run at these steps only. Its leaves, in order, stand for
+        the parameters among the updates': ``jax.grad(loss)(params, None)``, or
+        ``nnx.grad(loss)(jaxfa.nn.plain(model))``.
 
     Raises:
       ValueError: if ``every`` is below 1.
@@ -62,11 +61,9 @@ def calibrate(
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa, optax
       >>> rule, w = jaxfa.fa(), jnp.ones((3, 2))
-      >>> tx = jaxfa.calibrate(jaxfa.optimizer(optax.sgd(1.0), rule), every=2)
       >>> both = w, rule.init(jax.random.key(0), w)
-      >>> state, pseudo = tx.init(both), jax.tree.map(jnp.zeros_like, both)
-      >>> for _ in range(2):
-      ...     updates, state = tx.update(pseudo, state, both, true_gradient=lambda: w)
+      >>> tx = jaxfa.calibrate(jaxfa.optimizer(optax.sgd(1.0), rule), every=1)
+      >>> updates, state = tx.update(both, tx.init(both), both, true_gradient=lambda: w)
       >>> float(updates[0][0, 0]), int(state.calibrations)
       (-1.0, 1)
 

@@ -25,7 +25,7 @@ def for_unattached(tx: Any, both: optax.GradientTransformationExtraArgs) -> opta
         if not _fits_below(tx, updates[0]):
             return both.update(updates, state, pair, **extra)
         structure: Any = jax.tree.structure(updates[0])
-        alike = {name: arg for name, arg in extra.items() if jax.tree.structure(arg) == structure}
+        alike = {name: arg for name, arg in extra.items() if structure == jax.tree.structure(arg)}
         extra |= {name: _entry(arg) for name, arg in alike.items()}
         return both.update(_below(updates), state, _below(pair), **extra)
 

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import jax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, Initializer, Rule, register
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
 
 
-@register
+@feedback_dataclass
 class DirectMatrix(DirectFeedback):
     """A fixed matrix from the outputs to one layer.
 
@@ -29,7 +29,7 @@ class DirectMatrix(DirectFeedback):
         return project(self.b, h, e)
 
 
-@register
+@feedback_dataclass
 class SharedMatrix(DirectFeedback):
     """One matrix for all layers; a layer of ``n`` units takes its first ``n`` rows, divided by ``sqrt(n)``.
 
@@ -52,7 +52,7 @@ class SharedMatrix(DirectFeedback):
         return project(rows / math.sqrt(n), h, e)
 
 
-def dfa(*, shared: bool = False, distribution: Initializer | None = None, scale: float = 1.0) -> Rule:
+def dfa(*, shared: bool = False, distribution: Initializer | None = None, scale: float = 1.0) -> DirectRule:
     """Direct feedback alignment: ``dh_l = e B_l^T``; the local derivative follows by the layer's own backward.
 
     So ``dW_l = h_{l-1}^T ((e B_l^T) * phi')``. Sequences whose logits are per token get their own token's error; with
@@ -65,7 +65,7 @@ def dfa(*, shared: bool = False, distribution: Initializer | None = None, scale:
       scale: factor on the drawn matrix.
 
     Returns:
-      A direct :class:`jaxfa.Rule`. With ``shared=True`` make one feedback, for the largest ``h``, and pass it to all.
+      A :class:`jaxfa.DirectRule`. With ``shared=True`` make one feedback, for the largest ``h``, and pass it to all.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -86,7 +86,7 @@ def dfa(*, shared: bool = False, distribution: Initializer | None = None, scale:
         columns = math.prod(logits.shape[shared_axes(h, logits) :])
         return SharedMatrix(scale * b.reshape(-1, columns))
 
-    return Rule(init_shared if shared else init)
+    return DirectRule(init_shared if shared else init)
 
 
 def _signed_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

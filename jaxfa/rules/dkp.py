@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, Initializer, Rule, register
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
 
 
-@register
+@feedback_dataclass
 class DirectKolenPollackFeedback(DirectFeedback):
     """A matrix from the outputs to one layer whose signal is ``h_l^T e``.
 
@@ -39,7 +39,7 @@ def dkp(
     weight_decay: float = 1e-6,
     distribution: Initializer = initializers.zeros,
     scale: float = 1.0,
-) -> Rule:
+) -> DirectRule:
     """Direct Kolen-Pollack: ``dh_l = e B_l^T`` and ``B_l <- B_l - eta Adam(h_l^T e + lambda B_l)``.
 
     For the last hidden layer the signal is the output weights' own gradient: that ``B`` learns as ``W`` does. With the
@@ -52,7 +52,7 @@ def dkp(
       scale: factor on the drawn matrix.
 
     Returns:
-      A direct :class:`jaxfa.Rule`.
+      A :class:`jaxfa.DirectRule`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -69,4 +69,4 @@ def dkp(
         return DirectKolenPollackFeedback(scale * direct_matrix(key, distribution, h, logits))
 
     tx = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
-    return Rule(init, transform=tx)
+    return DirectRule(init, transform=tx)

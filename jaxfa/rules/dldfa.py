@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, Initializer, Rule, register
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
 from jaxfa.rules.shared.lowrank import Rank, check_rank, factors_learn, globs_of, oja, orthonormal, rank_at
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
 
 
-@register
+@feedback_dataclass
 class LowRankDirect(DirectFeedback):
     """A matrix of rank ``r`` from the output, or from a later layer, to one layer, kept and used as its factors.
 
@@ -58,7 +58,7 @@ def dldfa(
     weight_decay: float = 1e-3,
     distribution: Initializer | None = None,
     scale: float = 1.0,
-) -> Rule:
+) -> DirectRule:
     """Low-dimensional direct feedback: ``dh_l = (e p_l) q_l^T``, with both factors learned from the batch.
 
     ``p`` follows Oja's rule on ``e`` and ``q`` Hebb's, ``dq = -h_l^T (e p)``, by the weights' own optimizer and decay.
@@ -79,7 +79,7 @@ def dldfa(
       scale: factor on the drawn ``q``.
 
     Returns:
-      A direct :class:`jaxfa.Rule`.
+      A :class:`jaxfa.DirectRule`.
 
     Raises:
       ValueError: if the rank is none, or ``weight_decay`` is not in [0, 1).
@@ -106,4 +106,4 @@ def dldfa(
         return LowRankDirect(p, scale * direct_matrix(q_key, draw, h, thin), learn_p, learn_q)
 
     transform = factors_learn(learn_p, learn_q, learning_rate, weight_decay)
-    return Rule(init, transform=transform, source=source, globs=globs_of(rank))
+    return DirectRule(init, transform=transform, source=source, globs=globs_of(rank))

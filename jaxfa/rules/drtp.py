@@ -11,12 +11,11 @@ from typing import Any
 import jax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, Initializer, Rule, register
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass, refuse_shards
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
-from jaxfa.shards import refuse_shards
 
 
-@register
+@feedback_dataclass
 class TargetProjection(DirectFeedback):
     """A fixed matrix from the classes to one layer, driven by the target instead of the error.
 
@@ -43,7 +42,7 @@ class TargetProjection(DirectFeedback):
         return project(self.b, h, -(e < 0).astype(e.dtype) / examples)
 
 
-def drtp(*, examples: float | None = None, distribution: Initializer | None = None, scale: float = 1.0) -> Rule:
+def drtp(*, examples: float | None = None, distribution: Initializer | None = None, scale: float = 1.0) -> DirectRule:
     """Direct random target projection: ``dh_l = -y* B_l^T / N`` with the one-hot target ``y*``.
 
     For classification by softmax or sigmoid cross-entropy with hard targets (no label smoothing, no mixing of
@@ -58,7 +57,7 @@ def drtp(*, examples: float | None = None, distribution: Initializer | None = No
       scale: factor on the drawn matrix.
 
     Returns:
-      A direct :class:`jaxfa.Rule`.
+      A :class:`jaxfa.DirectRule`.
 
     Raises:
       ValueError: if ``examples`` is not positive; by the backward pass, under ``shard_map`` without ``examples``.
@@ -79,4 +78,4 @@ def drtp(*, examples: float | None = None, distribution: Initializer | None = No
     def init(key: jax.Array, h: Any, logits: Any) -> TargetProjection:
         return TargetProjection(scale * direct_matrix(key, draw, h, logits), examples)
 
-    return Rule(init)
+    return DirectRule(init)

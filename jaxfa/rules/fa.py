@@ -6,10 +6,10 @@ Lillicrap, Cownden, Tweed, Akerman, "Random synaptic feedback weights support er
 
 from jax.nn import initializers
 
-from jaxfa.base import FixedFeedback, Initializer, Rule
+from jaxfa.base import FixedFeedback, Initializer, LayerRule
 
 
-def fa(*, distribution: Initializer | None = None, scale: float = 1.0) -> Rule:
+def fa(*, distribution: Initializer | None = None, scale: float = 1.0) -> LayerRule:
     """Feedback alignment: errors return through fixed random weights.
 
     ``dx = delta b^T``, ``dw = x^T delta``, ``b`` never changes.
@@ -20,7 +20,7 @@ def fa(*, distribution: Initializer | None = None, scale: float = 1.0) -> Rule:
       scale: factor on the drawn ``b``.
 
     Returns:
-      A layer-wise :class:`jaxfa.Rule`.
+      A :class:`jaxfa.LayerRule`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -32,4 +32,4 @@ def fa(*, distribution: Initializer | None = None, scale: float = 1.0) -> Rule:
     https://doi.org/10.1038/ncomms13276
     """
     draw = distribution or initializers.glorot_uniform()
-    return Rule(lambda key, w: FixedFeedback(scale * draw(key, w.shape, w.dtype)))
+    return LayerRule(lambda key, w: FixedFeedback(scale * draw(key, w.shape, w.dtype)))

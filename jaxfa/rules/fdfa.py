@@ -6,9 +6,8 @@ https://arxiv.org/abs/2212.07282
 
 import jax
 
-from jaxfa.base import Initializer, Rule
-from jaxfa.rules.shared.jacobian import JacobianFeedback, jacobian_rule
-from jaxfa.rules.shared.projection import random_signs
+from jaxfa.base import DirectRule, Initializer
+from jaxfa.rules.shared.jacobian import JacobianFeedback, jacobian_rule, random_signs
 
 
 def fdfa(
@@ -18,7 +17,7 @@ def fdfa(
     perturbation: Initializer = random_signs,
     scaling: float = 0.0,
     separate: bool = False,
-) -> Rule:
+) -> DirectRule:
     """Forward direct feedback: ``dh_l = e B_l^T`` with ``B_l`` the running mean of the Jacobian's estimates.
 
     GrAPE's ancestor: ``B_l <- B_l - eta (B_l - <p_l y'^T>)`` with the same perturbations. It keeps the Jacobian's size
@@ -32,7 +31,7 @@ def fdfa(
       separate: as for :func:`jaxfa.grape`.
 
     Returns:
-      A direct :class:`jaxfa.Rule` whose ``refine`` must run to learn.
+      A :class:`jaxfa.DirectRule` whose ``refine`` must run to learn.
 
     Raises:
       ValueError: as for :func:`jaxfa.grape`.

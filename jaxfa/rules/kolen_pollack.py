@@ -6,14 +6,12 @@ https://arxiv.org/abs/1904.05391
 """
 
 import jax
-import optax
 from jax.nn import initializers
 
-from jaxfa.base import Initializer, LayerFeedback, Rule, register
-from jaxfa.optim.alike import alike
+from jaxfa.base import Alike, Initializer, LayerFeedback, LayerRule, feedback_dataclass
 
 
-@register
+@feedback_dataclass
 class KolenPollackFeedback(LayerFeedback):
     """A matrix in the place of the weights whose learning signal is the weights' own gradient.
 
@@ -24,15 +22,15 @@ class KolenPollackFeedback(LayerFeedback):
     b: jax.Array
 
     def matrix(self, w: jax.Array) -> jax.Array:
-        del w
         return self.b
 
     def signal(self, x: jax.Array, w: jax.Array, delta: jax.Array, dw: jax.Array) -> "KolenPollackFeedback":
-        del x, w, delta
         return KolenPollackFeedback(dw)
 
 
-def kolen_pollack(*, weight_decay: float = 1e-3, distribution: Initializer | None = None, scale: float = 1.0) -> Rule:
+def kolen_pollack(
+    *, weight_decay: float = 1e-3, distribution: Initializer | None = None, scale: float = 1.0
+) -> LayerRule:
     """Kolen-Pollack learning: ``w <- w + u - lambda w``, ``b <- b + u - lambda b`` with the same step ``u``.
 
     The difference obeys ``w - b <- (1 - lambda) (w - b)`` whatever the data, under SGD and, when both have the same
@@ -48,7 +46,7 @@ def kolen_pollack(*, weight_decay: float = 1e-3, distribution: Initializer | Non
       scale: factor on the drawn ``b``.
 
     Returns:
-      A layer-wise :class:`jaxfa.Rule`.
+      A :class:`jaxfa.LayerRule`.
 
     Raises:
       ValueError: if ``weight_decay`` is not in (0, 1).
@@ -65,7 +63,7 @@ def kolen_pollack(*, weight_decay: float = 1e-3, distribution: Initializer | Non
         )
     draw = distribution or initializers.glorot_uniform()
 
-    def together(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        return alike(tx, weight_decay, "b", lambda feedback: feedback.b.shape)
+    def init(key: jax.Array, w: jax.Array) -> KolenPollackFeedback:
+        return KolenPollackFeedback(scale * draw(key, w.shape, w.dtype))
 
-    return Rule(lambda key, w: KolenPollackFeedback(scale * draw(key, w.shape, w.dtype)), transform=together)
+    return LayerRule(init, transform=Alike("b", weight_decay, lambda feedback: feedback.b.shape))

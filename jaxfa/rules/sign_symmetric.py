@@ -16,12 +16,12 @@ import optax
 from jax import lax
 from jax.nn import initializers
 
-from jaxfa.base import Initializer, LayerFeedback, Rule, register
+from jaxfa.base import Initializer, LayerFeedback, LayerRule, feedback_dataclass
 
 _SHIFTS = (0, 8, 16, 24)
 
 
-@register
+@feedback_dataclass
 class SignFeedback(LayerFeedback):
     """``b = magnitude sign(w)``.
 
@@ -35,7 +35,7 @@ class SignFeedback(LayerFeedback):
         return self.magnitude.astype(w.dtype) * jnp.sign(w)
 
 
-@register
+@feedback_dataclass
 class RedrawnSignFeedback(LayerFeedback):
     """``b = |M_t| sign(w)`` with ``M_t`` drawn anew at every step ``t`` from a counter, never stored.
 
@@ -43,8 +43,8 @@ class RedrawnSignFeedback(LayerFeedback):
     in every float type to which mixed-precision code may cast a tree, bfloat16 included.
 
     Attributes:
-      seed_bytes: of this layer's seed, ``(4,)``.
-      step_bytes: of the number of updates so far, ``(4,)``.
+      seed_bytes: the bytes of this layer's seed, ``(4,)``.
+      step_bytes: the bytes of the number of updates so far, ``(4,)``.
       bound: the largest magnitude.
       quantile: inverse distribution function of ``|M| / bound``.
     """
@@ -62,7 +62,7 @@ class RedrawnSignFeedback(LayerFeedback):
 
     @property
     def step(self) -> jax.Array:
-        """How many updates there have been, an integer."""
+        """The number of updates so far, an integer."""
         return _number(self.step_bytes)
 
     def matrix(self, w: jax.Array) -> jax.Array:
@@ -79,14 +79,14 @@ def _number(its_bytes: jax.Array) -> jax.Array:
     return sum((parts[..., i] << shift for i, shift in enumerate(_SHIFTS)), jnp.zeros((), jnp.uint32))
 
 
-def usf(*, scale: float = 1.0) -> Rule:
+def usf(*, scale: float = 1.0) -> LayerRule:
     """Uniform sign-concordant feedback: ``b = c sign(w)``, ``c = scale sqrt(2 / (fan_in + fan_out))``.
 
     Args:
       scale: factor on Glorot's standard deviation ``c``, the published constant.
 
     Returns:
-      A layer-wise :class:`jaxfa.Rule`.
+      A :class:`jaxfa.LayerRule`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -97,10 +97,10 @@ def usf(*, scale: float = 1.0) -> Rule:
     Source: Moskovitz et al., "Feedback alignment in deep convolutional networks", 2018,
     https://arxiv.org/abs/1812.06488
     """
-    return Rule(lambda key, w: SignFeedback(jnp.asarray(scale * _glorot_deviation(w.shape), w.dtype)))
+    return LayerRule(lambda key, w: SignFeedback(jnp.asarray(scale * _glorot_deviation(w.shape), w.dtype)))
 
 
-def frsf(*, distribution: Initializer | None = None, scale: float = 1.0) -> Rule:
+def frsf(*, distribution: Initializer | None = None, scale: float = 1.0) -> LayerRule:
     """Fixed random-magnitude sign-concordant feedback: ``b = |M| sign(w)``, ``M`` drawn once.
 
     Args:
@@ -108,7 +108,7 @@ def frsf(*, distribution: Initializer | None = None, scale: float = 1.0) -> Rule
       scale: factor on the drawn ``M``.
 
     Returns:
-      A layer-wise :class:`jaxfa.Rule`.
+      A :class:`jaxfa.LayerRule`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -119,14 +119,14 @@ def frsf(*, distribution: Initializer | None = None, scale: float = 1.0) -> Rule
     Source: as :func:`usf`.
     """
     draw = distribution or initializers.glorot_uniform()
-    return Rule(lambda key, w: SignFeedback(scale * jnp.abs(draw(key, w.shape, w.dtype))))
+    return LayerRule(lambda key, w: SignFeedback(scale * jnp.abs(draw(key, w.shape, w.dtype))))
 
 
 def _uniform(u: jax.Array) -> jax.Array:
     return u
 
 
-def brsf(*, quantile: Callable[[jax.Array], jax.Array] = _uniform, scale: float = 1.0) -> Rule:
+def brsf(*, quantile: Callable[[jax.Array], jax.Array] = _uniform, scale: float = 1.0) -> LayerRule:
     """Batchwise random-magnitude sign-concordant feedback: ``b = |M_t| sign(w)``, ``M_t`` new at every step.
 
     ``|M_t|`` is ``bound quantile(u)``, ``u`` uniform on [0, 1), ``bound = scale sqrt(6 / (fan_in + fan_out))``: with
@@ -139,7 +139,7 @@ def brsf(*, quantile: Callable[[jax.Array], jax.Array] = _uniform, scale: float 
       scale: factor on the bound.
 
     Returns:
-      A layer-wise :class:`jaxfa.Rule`.
+      A :class:`jaxfa.LayerRule`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -156,7 +156,7 @@ def brsf(*, quantile: Callable[[jax.Array], jax.Array] = _uniform, scale: float 
             _bytes(jax.random.bits(key, (), jnp.uint32)), jnp.zeros(4, jnp.float32), bound, quantile
         )
 
-    return Rule(init, transform=optax.GradientTransformation(_count, _advance))
+    return LayerRule(init, transform=optax.GradientTransformation(_count, _advance))
 
 
 def _count(feedback: Any) -> Any:
@@ -165,7 +165,6 @@ def _count(feedback: Any) -> Any:
 
 def _advance(signals: Any, counted: Any, feedback: Any = None) -> tuple[Any, Any]:
     """The count is the state's own, of which the feedback is told: what else wrappers do to its bytes is undone."""
-    del signals
 
     def tick(own: RedrawnSignFeedback) -> RedrawnSignFeedback:
         return dataclasses.replace(own, step_bytes=_bytes(own.step + 1).astype(own.step_bytes.dtype))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from jaxfa.base import FixedFeedback, Initializer, Layer, Rule, is_layer, transpose
+from jaxfa.base import FixedFeedback, Initializer, Layer, LayerRule, is_layer, transpose
 
 
 def weight_mirror(
@@ -19,7 +19,7 @@ def weight_mirror(
     weight_decay: float | None = None,
     distribution: Initializer | None = None,
     scale: float = 1.0,
-) -> Rule:
+) -> LayerRule:
     """Weight mirror: ``b <- (1 - lambda) b + eta <x y^T>`` with noise ``x`` and the layer's answer ``y = op(x, w)``.
 
     Standard normal noise gives ``E[x y^T] = w`` (any other size would cancel: the layer is linear). The mean is over
@@ -34,7 +34,7 @@ def weight_mirror(
       scale: factor on the drawn ``b``.
 
     Returns:
-      A layer-wise :class:`jaxfa.Rule` whose ``refine`` must run to learn: once per step, or in bursts.
+      A :class:`jaxfa.LayerRule` whose ``refine`` must run to learn: once per step, or in bursts.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -61,7 +61,7 @@ def weight_mirror(
         keys = iter(jax.random.split(key, len(jax.tree.leaves(forward, is_leaf=is_layer))))
         return jax.tree.map(lambda layer, b: reflect(layer, b, next(keys)), forward, feedback, is_leaf=is_layer)
 
-    return Rule(lambda key, w: FixedFeedback(scale * draw(key, w.shape, w.dtype)), refine)
+    return LayerRule(lambda key, w: FixedFeedback(scale * draw(key, w.shape, w.dtype)), refine)
 
 
 def _outer(layer: Layer, x: jax.Array, y: jax.Array) -> jax.Array:

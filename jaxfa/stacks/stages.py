@@ -1,4 +1,4 @@
-"""What one stage of a pipeline does, inside ``shard_map`` over the axis ``layer``; see :mod:`jaxfa.stacks.parallel`."""
+"""What one stage of a pipeline does inside ``shard_map`` over the axis ``layer``: see :func:`jaxfa.stacks.pipeline`."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxfa.base import LAYER
 from jaxfa.ops import deliver, vary_alike
-from jaxfa.shards import LAYER
 from jaxfa.stacks.blocks import Block, gradients, input_error, sweep
 
 
@@ -26,7 +26,7 @@ class Sizes(NamedTuple):
     straight: bool
 
     def unroll(self, count: int) -> int:
-        """Of a loop of ``count`` turns, how many follow each other in straight code."""
+        """The number of turns of a loop of ``count`` that follow each other in straight code."""
         return count if self.straight else 1
 
 
@@ -85,11 +85,12 @@ def _scatter(end: jax.Array, data: int) -> jax.Array:
     return own[None]
 
 
-def _run_only(block: Block, p: Any, h: jax.Array) -> tuple[jax.Array, None]:
+def run_only(block: Block, p: Any, h: jax.Array) -> tuple[jax.Array, None]:
+    """A block's output; nothing is kept."""
     return block(p, h), None
 
 
-def _sweep_own(block: Block, sizes: Sizes, own: Any, e: jax.Array) -> Any:
+def sweep_own(block: Block, sizes: Sizes, own: Any, e: jax.Array) -> Any:
     """What a stage's blocks learn, from a second sweep through them."""
     params, feedback, (start, _) = own
     layers = len(jax.tree.leaves(params)[0])
@@ -97,7 +98,8 @@ def _sweep_own(block: Block, sizes: Sizes, own: Any, e: jax.Array) -> Any:
     return dparams, dh[None], signals
 
 
-def _run_and_keep(block: Block, p: Any, h: jax.Array) -> tuple[jax.Array, Any]:
+def run_and_keep(block: Block, p: Any, h: jax.Array) -> tuple[jax.Array, Any]:
+    """A block's output, and what its derivative needs."""
     out, residuals, is_new, _ = _linearised(block, p, h)
     return out, (out, [one for one, new in zip(residuals, is_new, strict=True) if new])
 
@@ -119,7 +121,7 @@ def _pull_back(block: Block, p: Any, kept: Any, delta: jax.Array) -> Any:
     return gradients(jax.tree.unflatten(structure, values), delta, p)
 
 
-def _learn_from_kept(block: Block, sizes: Sizes, own: Any, e: jax.Array) -> Any:
+def learn_from_kept(block: Block, sizes: Sizes, own: Any, e: jax.Array) -> Any:
     """What a stage's blocks learn, from what the forward pass kept."""
     params, feedback, (start, saved) = own
     layers = len(jax.tree.leaves(params)[0])
@@ -154,6 +156,3 @@ def gathered(parts: jax.Array, data: int) -> jax.Array:
     """The examples in order again."""
     dealt = parts.reshape(len(parts), data, -1, *parts.shape[2:])
     return jnp.swapaxes(dealt, 0, 1).reshape(-1, *parts.shape[2:])
-
-
-SCHEDULES: dict[str, Any] = {"parallel": (_run_and_keep, _learn_from_kept), "stream": (_run_only, _sweep_own)}

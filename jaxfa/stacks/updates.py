@@ -23,8 +23,8 @@ def update_stack(
     """Streams through a stack once more and updates each block at once: no gradient outlives its block, either.
 
     The same as the streamed gradient of :func:`jaxfa.direct_stack` followed by ``jax.vmap(optimizer.update)``; for
-    transformations that treat every entry alike (SGD, Adam, decay, schedules) also as ``optimizer.update`` on the
-    whole stack. Others, such as a global norm's clip, see one block at a time.
+    transformations that treat every entry alike (SGD, Adam, decay, schedules) also as ``optimizer.update`` on the whole
+    stack. Others, such as a global norm's clip, see one block at a time.
 
     Args:
       block: as for :func:`jaxfa.direct_stack`, as are ``h`` and ``unroll``.
@@ -32,11 +32,10 @@ def update_stack(
         the update is done in place.
       h: the input of the first block.
       e: the output error, ``(N, ..., C)``: the loss's gradient in the wire.
-      optimizer: of one block's pair, such as ``jaxfa.optimizer(optax.adam(1e-3), rule)``. Keys and integers stay as
+      optimizer: for one block's pair, such as ``jaxfa.optimizer(optax.adam(1e-3), rule)``. Keys and integers stay as
         they are; keep them from it by ``optax.masked``.
       state: its states, ``jax.vmap(optimizer.init)(both)``.
-      unroll: as for :func:`jaxfa.direct_stack`. In straight code XLA keeps ``both`` and ``state`` once more, but no
-        activations.
+      unroll: as for :func:`jaxfa.direct_stack`. In straight code XLA keeps ``both`` and ``state`` once more.
 
     Returns:
       ``(both, state, dh)``, ``dh`` being the error at ``h``, before the update.
@@ -47,14 +46,10 @@ def update_stack(
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa, optax
-      >>> rule, x, w = jaxfa.dfa(), jnp.ones((5, 4)), 0.1 * jnp.ones((6, 4, 4))
-      >>> feedback = jax.vmap(rule.init, (0, None, None))(jax.random.split(jax.random.key(0), 6), x, x)
-      >>> optimizer = jaxfa.optimizer(optax.adam(1e-3), rule)
-      >>> state = jax.vmap(optimizer.init)((w, feedback))
-      >>> block = lambda w, h: jnp.tanh(h @ w)
-      >>> h, wire = jaxfa.direct_stack(block, w, x, jaxfa.error_wire(x), None, schedule="stream")
-      >>> e = jax.grad(lambda wire: ((h + wire) ** 2).sum())(wire)
-      >>> (w, feedback), state, dx = jaxfa.update_stack(block, (w, feedback), x, e, optimizer=optimizer, state=state)
+      >>> x, both = jnp.ones((5, 4)), (0.1 * jnp.ones((6, 4, 4)), jaxfa.DirectMatrix(jnp.ones((6, 4, 4))))
+      >>> optimizer = jaxfa.optimizer(optax.adam(1e-3), jaxfa.dfa())
+      >>> both, state, dx = jaxfa.update_stack(
+      ...     lambda w, h: jnp.tanh(h @ w), both, x, x, optimizer=optimizer, state=jax.vmap(optimizer.init)(both))
 
     Source: as :func:`jaxfa.direct_stack`.
     """

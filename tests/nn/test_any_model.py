@@ -130,7 +130,7 @@ def square(model, *args, **kwargs):
 
 
 both = pytest.mark.parametrize("rule", [jaxfa.fa(), jaxfa.dfa()], ids=["fa", "dfa"])
-SCHEDULES = ["stored", "stream"]
+SCHEDULES = [jaxfa.stacks.stored, jaxfa.stacks.stream]
 
 
 @both
@@ -164,7 +164,7 @@ def test_several_outputs_are_one_error_side_by_side_or_those_that_are_picked():
         attach(Several(), jaxfa.dfa(), AT, logits=lambda out: out["cache"])
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_of_a_block_that_returns_a_tree_what_is_read_is_tapped(schedule):
     aligned = attach(Trees(), jaxfa.dfa(), "blocks/*", schedule=schedule, logits=lambda out: out[0])
     assert {tap.leaves for tap in jaxfa.nn.tap.taps_of(aligned.model).values()} == {("1",)}
@@ -173,7 +173,7 @@ def test_of_a_block_that_returns_a_tree_what_is_read_is_tapped(schedule):
     assert all(value for path, value in learns(grads).items() if "/c/" not in path)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_nothing_that_a_forward_pass_writes_is_lost(schedule, wrap):
     def loss(state):
@@ -189,11 +189,11 @@ def test_nothing_that_a_forward_pass_writes_is_lost(schedule, wrap):
 
     graph = None
     (want, after), _ = gradient(Sowing())
-    at = None if schedule == "stored" else AT
+    at = None if schedule is jaxfa.stacks.stored else AT
     (value, state), grads = gradient(attach(Sowing(), jaxfa.dfa(), at, schedule=schedule))
     np.testing.assert_allclose(value, want, rtol=1e-6)
     np.testing.assert_allclose(state["model"]["mean"], after["mean"], rtol=1e-6)
-    if schedule == "stored":  # the penalty has its own gradient, up to the next tap
+    if schedule is jaxfa.stacks.stored:  # the penalty has its own gradient, up to the next tap
         (_, _), bare = gradient(attach(Base(), jaxfa.dfa()))
         extra = grads["model"]["a"]["bias"][...] - bare["model"]["a"]["bias"][...]
         h = X @ Base().a.kernel[...]
@@ -231,7 +231,7 @@ def test_any_method_may_be_trained_by(rule):
 def test_a_gradient_past_the_attached_model_is_refused(rule):
     aligned = attach(Losses(), rule, AT, method="logits")
     np.testing.assert_allclose(jax.jit(aligned.model.loss)(X), Losses().loss(X), rtol=1e-6)
-    with pytest.raises(RuntimeError, match=r"past .*'[abc]'.*: call the Aligned model, attach with method="):
+    with pytest.raises(RuntimeError, match=r"past .*'[abc]'.*: call the attached model, attach with method="):
         nnx.grad(lambda aligned: aligned.model.loss(X))(aligned)
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from jaxfa.nn.contraction import sites_of
-from jaxfa.rules.ldfa import LowRank
+from jaxfa.rules.shared.lowrank import LowRank
 from tests.networks import TRAINED
 
 
@@ -92,7 +92,7 @@ def gradient(model, x):
 
 
 def as_feedback(w):
-    return jaxfa.Rule(lambda key, kernel: jaxfa.FixedFeedback(kernel * w))
+    return jaxfa.LayerRule(lambda key, kernel: jaxfa.FixedFeedback(kernel * w))
 
 
 def test_forward_is_bit_identical_and_w_as_feedback_is_backprop(case):
@@ -124,7 +124,7 @@ def thin_and_wide():
         p, q = (jnp.stack([a, a**2 - 1], -1) for a in (p, q))
         return LowRank(p, q)
 
-    return jaxfa.Rule(factors), jaxfa.Rule(lambda key, w: jaxfa.FixedFeedback(factors(key, w).matrix(w)))
+    return jaxfa.LayerRule(factors), jaxfa.LayerRule(lambda key, w: jaxfa.FixedFeedback(factors(key, w).matrix(w)))
 
 
 def test_a_thin_feedback_sends_back_what_its_product_does(case):

@@ -1,6 +1,7 @@
 """How each feedback learns, as the table says it, and what is said if the phase in which it does was forgotten."""
 
 import warnings
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -80,11 +81,11 @@ def test_a_step_that_refines_says_nothing_and_is_traced_once(name, make):
 
 
 def test_streamed_models_and_rules_of_ones_own_are_told_and_rules_without_a_phase_are_not():
-    streamed = attach(Residual(nnx.Rngs(0)), jaxfa.grape(), X, BLOCKS, schedule="stream")
+    streamed = attach(Residual(nnx.Rngs(0)), jaxfa.grape(), X, BLOCKS, schedule=jaxfa.stacks.stream)
     assert len(told(nnx.jit(nnx.grad(loss)), streamed, X)) == 1
 
     def mirror():
-        return jaxfa.fa()._replace(refine=lambda forward, feedback, key: feedback)
+        return replace(jaxfa.fa(), refine=lambda forward, feedback, key: feedback)
 
     (message,) = told(nnx.grad(loss), attach(MLP(nnx.Rngs(0)), mirror(), X), X)
     assert message.startswith("test_")  # where the function was made: it has no other name

@@ -1,5 +1,7 @@
 """``jaxfa.nn`` on whole models: they train by every kind of rule, and nothing else about them changes."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,7 +174,7 @@ def test_the_shortcut_of_a_tapped_block_leaks_nothing():
 def test_what_stays_exact():
     """The policy: with w as feedback everything is exact, so biases, norms and embeddings pass errors on truly."""
     tokens = MODELS["transformer"][1]
-    copy = jaxfa.Rule(lambda key, w: jaxfa.FixedFeedback(w))
+    copy = jaxfa.LayerRule(lambda key, w: jaxfa.FixedFeedback(w))
     found = alignment(attach(Transformer(nnx.Rngs(0)), copy, tokens), tokens)
     assert {"embed/embedding", "block/norm/scale", "block/norm/bias", "head/bias"} <= set(found)
     assert max(one.angle for one in found.values()) < 0.1
@@ -235,7 +237,7 @@ def test_a_direct_rules_refine_gets_the_plain_network_with_taps():
         seen["logits"], seen["tangent"] = jax.jvp(forward, (h,), (jax.tree.map(jnp.ones_like, h),))
         return jax.tree.map(lambda b: b + 1, feedback)
 
-    rule = jaxfa.dfa()._replace(refine=refine)
+    rule = replace(jaxfa.dfa(), refine=refine)
     aligned = attach(MLP(nnx.Rngs(0)), rule, x)
     before = aligned.model.fc2.feedback_tap.feedback.get_value().b
     aligned.refine(jax.random.key(0), x)
@@ -264,7 +266,7 @@ def test_weight_angles_of_layers_and_of_stacks():
     x = inputs(9, 6)
     found = jaxfa.nn.weight_angles(attach(Scanned(nnx.Rngs(0)), jaxfa.fa(), x))
     assert {path: angle.shape for path, angle in found.items()} == {"blocks/up": (3,), "blocks/down": (3,), "head": ()}
-    exact = attach(Scanned(nnx.Rngs(0)), jaxfa.Rule(lambda key, w: jaxfa.FixedFeedback(w)), x)
+    exact = attach(Scanned(nnx.Rngs(0)), jaxfa.LayerRule(lambda key, w: jaxfa.FixedFeedback(w)), x)
     np.testing.assert_allclose(jaxfa.nn.weight_angles(exact)["blocks/up"], 0, atol=1e-3)
     signs = jaxfa.nn.weight_angles(attach(MLP(nnx.Rngs(0)), jaxfa.usf(), x))
     assert all(angle < 60 for angle in signs.values())

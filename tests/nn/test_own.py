@@ -13,7 +13,7 @@ import jaxfa.nn
 from jaxfa.nn.own import weights_of
 from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.survey import own_of, survey
-from jaxfa.rules.ldfa import LowRank
+from jaxfa.rules.shared.lowrank import LowRank
 from tests.networks import TRAINED
 
 
@@ -193,7 +193,7 @@ def by_path(gradient):
 
 
 def as_feedback(factor):
-    return jaxfa.Rule(lambda key, kernel: jaxfa.FixedFeedback(kernel * factor))
+    return jaxfa.LayerRule(lambda key, kernel: jaxfa.FixedFeedback(kernel * factor))
 
 
 def attach(model, rule, x, **options):
@@ -303,7 +303,7 @@ def thin_and_wide():
         )
         return LowRank(p, q)
 
-    return jaxfa.Rule(factors), jaxfa.Rule(lambda key, w: jaxfa.FixedFeedback(factors(key, w).matrix(w)))
+    return jaxfa.LayerRule(factors), jaxfa.LayerRule(lambda key, w: jaxfa.FixedFeedback(factors(key, w).matrix(w)))
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,10 @@ MODELS = {
 }
 
 
-def attach(name, rule, schedule, mesh=None):
+def attach(name, rule, schedule):
     make, at, x = MODELS[name]
     allow = "blocks/0/conv" if name == "stages" else ()
-    options = {"rngs": nnx.Rngs(1), "example": x, "at": at, "allow": allow, "schedule": schedule, "mesh": mesh}
+    options = {"rngs": nnx.Rngs(1), "example": x, "at": at, "allow": allow, "schedule": schedule}
     return jaxfa.nn.attach(make(nnx.Rngs(0)), rule, **options)
 
 
@@ -66,6 +66,7 @@ def gradient(model, x):
     return nnx.value_and_grad(lambda model: loss(model, x), argnums=nnx.DiffState(0, TRAINED))(model)
 
 
+SCHEDULES = jaxfa.stacks.stored, jaxfa.stacks.stream
 DKP = jaxfa.dkp(distribution=initializers.glorot_normal())
 
 
@@ -75,8 +76,8 @@ DKP = jaxfa.dkp(distribution=initializers.glorot_normal())
     ids=[*MODELS, "shared matrix", "dldfa"],
 )
 def test_every_schedule_learns_what_the_stored_gradient_is(name, rule):
-    stored, stream = (attach(name, rule, schedule) for schedule in ("stored", "stream"))
-    dispatch = attach(name, rule, "dispatch", jaxfa.stacks.mesh(layer=2))
+    stored, stream = (attach(name, rule, schedule) for schedule in SCHEDULES)
+    dispatch = attach(name, rule, jaxfa.stacks.dispatch(jaxfa.stacks.mesh(layer=2)))
     want_value, want = gradient(stored, MODELS[name][2])
     for model in (stream, dispatch):
         value, got = gradient(model, MODELS[name][2])
@@ -108,14 +109,16 @@ def test_every_mesh_takes_the_same_step(data, layer, x64):
         nnx.update(model, put(double, P()))
         return nnx.to_pure_dict(gradient(model, put(x, P("data")))[1])
 
-    got = learned(lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec)), schedule="dispatch", mesh=mesh)
+    got = learned(
+        lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec)), schedule=jaxfa.stacks.dispatch(mesh)
+    )
     chex.assert_trees_all_close(got, learned(lambda tree, _: tree), rtol=1e-12, atol=1e-15)
 
 
 def test_each_device_multiplies_for_its_own_blocks_alone():
     # One branch for each device; in it, the contractions of its share: a third of the blocks.
     x = MODELS["residual"][2]
-    model = attach("residual", jaxfa.dfa(), "dispatch", jaxfa.stacks.mesh(layer=3))
+    model = attach("residual", jaxfa.dfa(), jaxfa.stacks.dispatch(jaxfa.stacks.mesh(layer=3)))
     graphdef, state = nnx.split(model)
     jaxpr = jax.make_jaxpr(lambda state, x: nnx.grad(loss)(nnx.merge(graphdef, state), x))(state, x)
     switches = [eqn for eqn in equations(opened(jaxpr)) if len(eqn.params.get("branches", ())) == 3]
@@ -126,18 +129,20 @@ def test_each_device_multiplies_for_its_own_blocks_alone():
 
 
 def test_the_table_is_read_off_the_sweep_itself():
-    rows = {schedule: attach("residual", jaxfa.dfa(), schedule).coverage().rows for schedule in ("stored", "stream")}
-    assert [row.arrives for row in rows["stream"]] == [row.arrives for row in rows["stored"]]
-    assert rows["stream"][1].arrives == "direct, output of blocks/0, then exact inside blocks/0"
+    stored, stream = (attach("residual", jaxfa.dfa(), schedule).coverage().rows for schedule in SCHEDULES)
+    assert [row.arrives for row in stream] == [row.arrives for row in stored]
+    assert stream[1].arrives == "direct, output of blocks/0, then exact inside blocks/0"
 
 
 def test_weights_that_an_error_would_pass_unnoticed_are_refused():
     make, _, x = MODELS["residual"]
     with pytest.raises(ValueError, match="sends the error on to 'stem/bias', 'stem/kernel' through its own weights"):
-        jaxfa.nn.attach(make(nnx.Rngs(0)), jaxfa.dfa(), rngs=nnx.Rngs(1), example=x, at="blocks/*", schedule="stream")
+        jaxfa.nn.attach(
+            make(nnx.Rngs(0)), jaxfa.dfa(), rngs=nnx.Rngs(1), example=x, at="blocks/*", schedule=jaxfa.stacks.stream
+        )
 
 
-@pytest.mark.parametrize("schedule", ["stored", "stream"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -163,7 +168,7 @@ def test_memory_does_not_grow_with_depth(make, options, schedule):
         feedback = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(aligned, jaxfa.nn.Feedback)))
         return compiled.memory_analysis().temp_size_in_bytes - feedback
 
-    assert (temporary(8) < 1.3 * temporary(2)) == (schedule == "stream")
+    assert (temporary(8) < 1.3 * temporary(2)) == (schedule is jaxfa.stacks.stream)
 
 
 class Odd(nnx.Module):
@@ -197,15 +202,15 @@ class Noisy(Odd):
 
 
 def odd(schedule, way="plainly"):
-    mesh = jaxfa.stacks.mesh(layer=2) if schedule == "dispatch" else None
-    options = {"rngs": nnx.Rngs(1), "example": inputs(9, 6), "at": "blocks/*", "schedule": schedule, "mesh": mesh}
+    options = {"rngs": nnx.Rngs(1), "example": inputs(9, 6), "at": "blocks/*", "schedule": schedule}
     return jaxfa.nn.attach(Odd(nnx.Rngs(0), way), jaxfa.dfa(), **options)
 
 
-every_order = pytest.mark.parametrize("schedule", ["stream", "dispatch"])
+DISPATCHED = jaxfa.stacks.dispatch(jaxfa.stacks.mesh(layer=2))
+every_order = pytest.mark.parametrize("schedule", [jaxfa.stacks.stream, DISPATCHED], ids=repr)
 
 
-@pytest.mark.parametrize("schedule", ["stream", pytest.param("dispatch", marks=pytest.mark.long)])
+@pytest.mark.parametrize("schedule", [jaxfa.stacks.stream, pytest.param(DISPATCHED, marks=pytest.mark.long)], ids=repr)
 def test_batches_side_by_side_learn_from_their_own_errors(schedule):
     def learned(model):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -224,14 +229,17 @@ def test_batches_side_by_side_learn_from_their_own_errors(schedule):
 @every_order
 def test_a_block_that_is_left_out_learns_nothing(schedule):
     learned = nnx.jit(nnx.grad(lambda model: (model(inputs(9, 6), skips=True) ** 2).sum()))
-    got, want = (learned(odd(one)) for one in (schedule, "stored"))
+    got, want = (learned(odd(one)) for one in (schedule, jaxfa.stacks.stored))
     chex.assert_trees_all_close(nnx.to_pure_dict(got), nnx.to_pure_dict(want), rtol=1e-4, atol=1e-5)
     assert not got["model"]["blocks"][1]["layers"][0]["kernel"][...].any()
 
 
 @every_order
 def test_state_in_any_type_of_variable(schedule):
-    got, want = (jaxfa.nn.errors(odd(one), lambda model: loss(model, inputs(9, 6))) for one in (schedule, "stored"))
+    got, want = (
+        jaxfa.nn.layer_errors(odd(one), lambda model: loss(model, inputs(9, 6)))
+        for one in (schedule, jaxfa.stacks.stored)
+    )
     chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-6)
     assert all(error.any() for error in got.values())
 
@@ -258,7 +266,7 @@ def test_blocks_inside_transformations_are_refused(schedule):
 
 def test_training_takes_the_same_steps():
     trained = []
-    for schedule in ("stored", "stream"):
+    for schedule in SCHEDULES:
         rule = jaxfa.dkp(learning_rate=1e-2)
         model = attach("residual", rule, schedule)
         optimizer = nnx.Optimizer(model, jaxfa.optimizer(optax.sgd(0.1), rule), wrt=TRAINED)
@@ -272,10 +280,6 @@ def test_training_takes_the_same_steps():
     chex.assert_trees_all_close(*trained, rtol=1e-3, atol=1e-5)
 
 
-ONE, TWO = (jaxfa.stacks.mesh(layer=size) for size in (1, 2))
-DATA = Mesh(np.array(jax.devices("cpu")[:2]), ("data",))
-
-
 @pytest.mark.parametrize(
     ("make", "rule", "options", "message"),
     [
@@ -284,15 +288,27 @@ DATA = Mesh(np.array(jax.devices("cpu")[:2]), ("data",))
         (Residual, jaxfa.dfa(), {"at": ("stem", "blocks/*", "blocks/1/up")}, "'blocks/1/up' is inside 'blocks/1'"),
         (Residual, jaxfa.fa(), {}, "is for direct rules whose error is the logits'"),
         (Residual, jaxfa.dldfa(2, source="blocks/1"), {"at": BLOCKS}, "is for direct rules whose error is the logits'"),
-        (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": "streamed"}, "'stream' or 'dispatch', got 'streamed'"),
-        (Residual, jaxfa.dfa(), {"at": BLOCKS, "mesh": ONE}, "mesh= is for schedule='dispatch', got 'stream'"),
-        (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": "dispatch"}, "needs mesh= with an axis 'layer', got none"),
-        (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": "dispatch", "mesh": DATA}, "an axis 'layer', got {'data'"),
-        (Residual, jaxfa.dfa(), {"at": "stem", "schedule": "dispatch", "mesh": TWO}, "2 devices need as many tapped"),
+        (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": "stream"}, "a value and no string; got 'stream'"),
+        (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": jaxfa.stacks.parallel}, "got jaxfa.stacks.parallel"),
+        (Residual, jaxfa.dfa(), {"at": "stem", "schedule": DISPATCHED}, "2 devices need as many tapped"),
     ],
 )
 def test_what_can_not_be_streamed_is_told_so(make, rule, options, message):
     with pytest.raises(ValueError, match=message):
         jaxfa.nn.attach(
-            make(nnx.Rngs(0)), rule, rngs=nnx.Rngs(1), example=inputs(9, 6), **{"schedule": "stream"} | options
+            make(nnx.Rngs(0)),
+            rule,
+            rngs=nnx.Rngs(1),
+            example=inputs(9, 6),
+            **{"schedule": jaxfa.stacks.stream} | options,
         )
+
+
+@pytest.mark.parametrize(
+    "mesh", [None, 2, Mesh(np.array(jax.devices("cpu")[:2]), ("data",))], ids=["none", "2", "data"]
+)
+def test_a_dispatch_needs_a_mesh_with_an_axis_for_the_layers(mesh):
+    with pytest.raises(
+        ValueError, match=r"needs a mesh with an axis 'layer', got (None|2|\{'data': 2\}): jaxfa.stacks.mesh"
+    ):
+        jaxfa.stacks.dispatch(mesh)

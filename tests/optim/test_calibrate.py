@@ -11,6 +11,7 @@ from jax import lax
 
 import jaxfa
 import jaxfa.nn
+from jaxfa.base import Alike
 from tests.methods import METHODS, batch, create, loss, refine, signals
 from tests.networks import MLP, TRAINED, attach, inputs
 from tests.networks import loss as nnx_loss
@@ -36,7 +37,7 @@ def test_it_is_a_step_of_backpropagation_that_leaves_the_feedback_alone(method, 
     adam = optax.adamw(1e-2)
     plain = jaxfa.optimizer(adam, method.rule)
     params, feedback = create(method.rule, KEY)
-    decay = 1e-3 if callable(method.rule.transform) else 0.0  # the default of Kolen-Pollack and LDFA
+    decay = 1e-3 if isinstance(method.rule.transform, Alike) else 0.0  # the default of Kolen-Pollack and LDFA
     tx = jaxfa.calibrate(plain, every=1)
     state = tx.init((params, feedback))
 

@@ -1,6 +1,7 @@
 """One optimizer for parameters and feedback, which never touches what is fixed."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def test_a_feedback_is_found_anywhere_in_any_tree():
 
 
 def test_the_rules_own_transformation_moves_its_feedback():
-    rule = jaxfa.fa()._replace(transform=optax.sgd(0.5))
+    rule = replace(jaxfa.fa(), transform=optax.sgd(0.5))
     both = pair(rule)
     ours = jaxfa.optimizer(optax.sgd(1.0), rule)
     updates, _ = ours.update(jax.tree.map(jnp.ones_like, both), ours.init(both), both)
@@ -179,7 +180,7 @@ def test_a_batch_of_nan_leaves_all_as_it_is_inside_apply_if_finite(rule):
 
 def test_a_transformation_that_does_nothing_is_one_like_any_other():
     assert jaxfa.fa().transform is None
-    rule = jaxfa.Rule(jaxfa.fa().init, transform=optax.set_to_zero())
+    rule = jaxfa.LayerRule(jaxfa.fa().init, transform=optax.set_to_zero())
     both = pair(rule)
     tx = jaxfa.optimizer(optax.sgd(1.0), rule)
     updates, _ = tx.update(both, tx.init(both), both)

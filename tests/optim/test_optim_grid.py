@@ -31,9 +31,9 @@ RULES = {
     "dldfa": jaxfa.dldfa(2, weight_decay=DECAY, learning_rate=RATE),
     "dldfa_q": jaxfa.dldfa(2, learn_p=False, weight_decay=DECAY),
     "ssa": jaxfa.ssa(parallel=False, beta=0.0),
-    "ssa_transported": jaxfa.ssa(parallel=False, beta=0.05, pull_weights=False, pull_feedback=True, retraction=None),
+    "ssa_transported": jaxfa.ssa(parallel=False, beta=0.05, pull_weights=False, pull_feedback=True, retract=False),
 }
-JOINT = [name for name, rule in RULES.items() if callable(rule.transform)]
+JOINT = [name for name, rule in RULES.items() if not isinstance(rule.transform, optax.GradientTransformation | None)]
 LEARNS_ITSELF = "brsf", "dkp", "ldfa", "ldfa_p", "dldfa"
 
 
@@ -159,7 +159,9 @@ def trees(rule, inside, wrapper):
 
 
 FIELDS = {"kolen_pollack": "b", "ldfa": "q", "ldfa_q": "q", "dldfa": "q", "dldfa_q": "q", "ssa_transported": "b"}
-ON_STIEFEL = [optax.masked(jaxfa.factored.stiefel(*args), jaxfa.factored.orthonormal_factors) for args in ((None,), ())]
+ON_STIEFEL = [
+    optax.masked(jaxfa.factored.stiefel(retract=way), jaxfa.factored.orthonormal_factors) for way in (False, True)
+]
 
 
 def has(node):

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import jaxfa
+from jaxfa.optim.optimizer import of_pair
 from tests.methods import batch, create, train
 
 KEY = jax.random.key(11)
@@ -62,7 +63,7 @@ def beside(rule, for_feedback):
     """The rule, but that its feedback learns by another transformation of the pair."""
 
     def transform(tx):
-        ours, others = rule.transform(tx), for_feedback(tx)
+        ours, others = of_pair(tx, rule), for_feedback(tx)
 
         def update(updates, states, both):
             (steps, _), mine = ours.update(updates, states[0], both)
@@ -71,15 +72,15 @@ def beside(rule, for_feedback):
 
         return optax.GradientTransformation(lambda both: (ours.init(both), others.init(both)), update)
 
-    return rule._replace(transform=transform)
+    return replace(rule, transform=transform)
 
 
 def other_decay(rule):
-    return beside(rule, jaxfa.ldfa(2, learn_p=False, weight_decay=0.03).transform)
+    return beside(rule, lambda tx: of_pair(tx, jaxfa.ldfa(2, learn_p=False, weight_decay=0.03)))
 
 
 def wrong_sign(rule):
-    return beside(rule, lambda tx: rule.transform(optax.chain(tx, optax.scale(-1))))
+    return beside(rule, lambda tx: of_pair(optax.chain(tx, optax.scale(-1)), rule))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_under_adam_the_law_holds_where_p_only_picks_units(x64):
         return replace(made, p=jnp.eye(w.shape[-1])[:, ::-2][:, :2] - 0.1)
 
     tx = optax.adamw(1e-2, weight_decay=0.3)
-    assert max(missed(rule._replace(init=picking), tx, decay=0.023)) < 1e-12
+    assert max(missed(replace(rule, init=picking), tx, decay=0.023)) < 1e-12
 
 
 @pytest.mark.parametrize(

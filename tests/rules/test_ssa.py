@@ -10,12 +10,12 @@ import optax
 import pytest
 
 import jaxfa
-from jaxfa.factored import svd
+from jaxfa.factored import rank
 from jaxfa.factored.svd import Factors
 from tests.methods import batch, create, forward, loss, signals, train
 
 KEY = jax.random.PRNGKey(0)
-drift = jax.jit(svd.drift)
+drift = jax.jit(rank.drift)
 
 
 def with_feedback_of(params, feedback):
@@ -76,7 +76,7 @@ def plain_step(rule, rate=0.1):
 
 def test_local_losses_add_their_exact_gradients(x64):
     alpha, beta, gamma = 0.7, 0.2, 0.3
-    options = {"alpha": alpha, "beta": beta, "gamma": gamma, "project": False, "retraction": None}
+    options = {"alpha": alpha, "beta": beta, "gamma": gamma, "project": False, "retract": False}
     rule = jaxfa.ssa(parallel=False, **options)
     params, feedback = create(rule, KEY)
     params = jax.tree.map(lambda leaf: 1.1 * leaf, params)
@@ -98,7 +98,7 @@ def test_local_losses_add_their_exact_gradients(x64):
 
 
 def test_steps_stay_on_the_manifold_or_along_it(x64):
-    for options, largest in (({}, 1e-13), ({"retraction": None}, 1e-2), ({"retraction": None, "project": False}, 1.0)):
+    for options, largest in (({}, 1e-13), ({"retract": False}, 1e-2), ({"retract": False, "project": False}, 1.0)):
         updates, (params, _), _ = plain_step(jaxfa.ssa(parallel=False, beta=0.1, **options))
         after = optax.apply_updates(params, updates[0])
         drifts = max(float(drift(p["w"])) for p in after)
@@ -117,7 +117,7 @@ def run(rule, steps, tx=None):
 def test_the_orthogonality_loss_holds_what_only_steps_along_the_manifold_let_go(x64):
     drifts = []
     for gamma in (0.0, 0.1):
-        rule = jaxfa.ssa(parallel=False, beta=0.0, gamma=gamma, retraction=None)
+        rule = jaxfa.ssa(parallel=False, beta=0.0, gamma=gamma, retract=False)
         params, _ = run(rule, 60, optax.sgd(0.5))
         drifts.append(max(float(drift(p["w"])) for p in params))
     assert drifts[1] < 0.3 * drifts[0]
@@ -187,8 +187,6 @@ def test_wrong_use_is_told():
             jaxfa.ssa(scale=scale)
     with pytest.raises(ValueError, match="whole number from 1"):
         jaxfa.ssa(rank=-3)
-    with pytest.raises(TypeError, match=r"such as jaxfa.factored.retractions.polar, or None; got 'qr'"):
-        jaxfa.ssa(retraction="qr")
     with pytest.raises(ValueError, match="needs factored weights"):
         jaxfa.ssa(parallel=False).init(KEY, w.dense())
     with pytest.raises(ValueError, match="inputs of factored layers alone"):
@@ -238,7 +236,7 @@ def test_no_orthogonality_costs_nothing():
     w = jaxfa.factored.factorise(jnp.eye(64))
     costs = []
     for gamma in (0.0, 0.1):
-        rule = jaxfa.ssa(parallel=False, beta=0.0, gamma=gamma, project=False, retraction=None)
+        rule = jaxfa.ssa(parallel=False, beta=0.0, gamma=gamma, project=False, retract=False)
         tx = jaxfa.optimizer(optax.sgd(0.1), rule)
         both = w, rule.init(KEY, w)
         costs.append(jaxfa.diagnostics.flops(tx.update, both, tx.init(both), both))

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxfa
-from jaxfa.stacks import parallel
+from jaxfa import stacks
 from tests.blocks import DIRECT, attention, conv, dense, draw
 
 LAYERS, EXAMPLES, OUTPUTS = 8, 16, 3
@@ -24,7 +24,7 @@ HALVES = slice(0, EXAMPLES // 2), slice(EXAMPLES // 2, None)
 CORNERS = [(1, 1), (8, 1), (1, 8), (4, 2)]
 every_mesh = pytest.mark.parametrize(("data", "layer"), MESHES)
 every_rule = pytest.mark.parametrize("name", DIRECT)
-every_schedule = pytest.mark.parametrize("schedule", ["parallel", "stream"])
+every_schedule = pytest.mark.parametrize("schedule", [stacks.parallel, stacks.stream], ids=repr)
 
 
 # name: (block, stacked parameters, inputs, the axes of the logits that are not of the classes)
@@ -69,7 +69,9 @@ def learned(block, *args, **options):
     """Loss and gradients, from the pipeline if it is told where, else from the stack on one device."""
 
     def run(*stack):
-        return parallel.pipeline(*stack, **options) if options else jaxfa.direct_stack(*stack, schedule="stored")
+        return (
+            stacks.pipeline(*stack, **options) if options else jaxfa.direct_stack(*stack, schedule=jaxfa.stacks.stored)
+        )
 
     return jax.jit(jax.value_and_grad(lambda *args: loss(run, block, *args), (0, 1)))(*args)
 
@@ -91,9 +93,11 @@ def on_one_device(rule, name, dtype):
     return learned(block, *args)
 
 
-def check(rule, data, layer, *, name="dense", microbatches=2, schedule="parallel", dtype=jnp.float64, **tolerance):
+def check(
+    rule, data, layer, *, name="dense", microbatches=2, schedule=jaxfa.stacks.parallel, dtype=jnp.float64, **tolerance
+):
     block, *args = create(rule, name, dtype)
-    mesh = parallel.mesh(data=data, layer=layer)
+    mesh = stacks.mesh(data=data, layer=layer)
     got = learned(block, *placed(mesh, *args), mesh=mesh, microbatches=microbatches, schedule=schedule)
     chex.assert_trees_all_close(got, on_one_device(rule, name, dtype), **(tolerance or {"rtol": 1e-12, "atol": 1e-12}))
     return got
@@ -106,7 +110,7 @@ def test_every_rule_learns_what_it_learns_on_one_device(name, x64):
 
 @pytest.mark.parametrize(("data", "layer"), CORNERS)
 def test_on_every_mesh_batch_statistics_are_those_of_the_whole_batch(data, layer, x64):
-    _, (grads, signals) = check(DLDFA, data, layer, schedule="stream")
+    _, (grads, signals) = check(DLDFA, data, layer, schedule=jaxfa.stacks.stream)
     assert float(jnp.abs(signals.p).min()) > 0
     assert layer == 1 or grads["stack"]["w"].sharding.spec[0] == "layer"
 
@@ -135,10 +139,10 @@ def test_in_single_precision_the_update_is_the_same_to_rounding(schedule):
 
 def test_a_transformer_whose_blocks_use_an_axis_of_their_own(x64):
     block, *args = create(jaxfa.dkp(), "attention")
-    mesh = parallel.mesh(data=2, layer=2, model=2)
+    mesh = stacks.mesh(data=2, layer=2, model=2)
     (params, *rest), expected = placed(mesh, *args), learned(block, *args)
     params["stack"] = jax.device_put(params["stack"], NamedSharding(mesh, P("layer", None, "model")))
-    got = learned(block, params, *rest, mesh=mesh, microbatches=4, schedule="stream")
+    got = learned(block, params, *rest, mesh=mesh, microbatches=4, schedule=jaxfa.stacks.stream)
     chex.assert_trees_all_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -154,11 +158,11 @@ def test_without_feedback_it_is_backpropagation(x64):
 def test_the_stages_learn_from_one_broadcast_of_the_error(x64):
     # Gradients never travel: beside the forward pass's messages there is one gathering of e, and nothing else.
     block, *args = create(jaxfa.dfa())
-    mesh = parallel.mesh(layer=4)
+    mesh = stacks.mesh(layer=4)
 
     def step(stack, rest, feedback, data):
         def run(*stack):
-            return parallel.pipeline(*stack, mesh=mesh, microbatches=2, schedule="stream")
+            return stacks.pipeline(*stack, mesh=mesh, microbatches=2, schedule=jaxfa.stacks.stream)
 
         return jax.grad(lambda stack: loss(run, block, rest | {"stack": stack}, feedback, data))(stack)
 
@@ -175,7 +179,7 @@ def test_the_stages_learn_from_one_broadcast_of_the_error(x64):
 def test_refine_estimates_the_same_jacobian(name, x64):
     rule = DIRECT[name]
     block, params, feedback, (x, _) = create(rule)
-    mesh = parallel.mesh(data=2, layer=4)
+    mesh = stacks.mesh(data=2, layer=4)
 
     def refined(params, feedback, x, run):
         def forward(taps):
@@ -185,9 +189,9 @@ def test_refine_estimates_the_same_jacobian(name, x64):
 
     def piped(stack, x, taps):
         wire = jaxfa.error_wire(x)
-        return parallel.pipeline(block, stack, x, wire, None, mesh=mesh, microbatches=2, schedule="stream", taps=taps)[
-            0
-        ]
+        return stacks.pipeline(
+            block, stack, x, wire, None, mesh=mesh, microbatches=2, schedule=jaxfa.stacks.stream, taps=taps
+        )[0]
 
     def single(stack, x, taps):
         return lax.scan(lambda h, p: (block(p[0], h) + p[1], None), x, (stack, taps))[0]
@@ -203,7 +207,7 @@ def test_steps_with_a_sharded_optimizer_are_the_single_devices(x64):
     rule = DLDFA
     tx = jaxfa.optimizer(optax.adam(1e-2), rule)
     block, *both, data = create(rule)
-    mesh = parallel.mesh(data=2, layer=4)
+    mesh = stacks.mesh(data=2, layer=4)
 
     def trained(both, data, **options):
         traces = []
@@ -221,7 +225,7 @@ def test_steps_with_a_sharded_optimizer_are_the_single_devices(x64):
         return both, state
 
     *on_mesh, shards = placed(mesh, *both, data)
-    got = trained(tuple(on_mesh), shards, mesh=mesh, microbatches=2, schedule="parallel")
+    got = trained(tuple(on_mesh), shards, mesh=mesh, microbatches=2, schedule=jaxfa.stacks.parallel)
     chex.assert_trees_all_close(got, trained(tuple(both), data), rtol=1e-10, atol=1e-12)
     stacked = [leaf for leaf in jax.tree.leaves(got) if leaf.ndim > 1 and len(leaf) == LAYERS]
     assert len(stacked) > 8
@@ -235,28 +239,33 @@ def test_steps_with_a_sharded_optimizer_are_the_single_devices(x64):
         (8, 12, {"microbatches": 2}, r"12 examples .* 2 x 4 devices \(data x layer\): choose a multiple of 8"),
         (8, 24, {"microbatches": 8}, r"24 examples on 2 .* into 8 microbatches: choose 1, 2, 3, 4, 6 or 12"),
         (8, 16, {"microbatches": 0}, r"into 0 microbatches: choose 1, 2, 4 or 8"),
-        (8, 16, {"microbatches": 2, "schedule": "stored"}, r"one of \['parallel', 'stream'\], got 'stored'"),
+        (
+            8,
+            16,
+            {"microbatches": 2, "schedule": stacks.stored},
+            r"stacks.parallel or jaxfa.stacks.stream, .* got jaxfa.stacks.stored",
+        ),
         (8, 16, {"microbatches": 2, "taps": np.zeros(8)}, r"feedback=None with taps"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_with_what_can(layers, examples, options, message):
     h, w = jnp.zeros((examples, 3)), jnp.zeros((layers, 3, 3))
     feedback = jaxfa.DirectMatrix(jnp.zeros((layers, 3, 2)))
-    mesh = parallel.mesh(data=2, layer=4)
+    mesh = stacks.mesh(data=2, layer=4)
     with pytest.raises(ValueError, match=message):
-        parallel.pipeline(
+        stacks.pipeline(
             lambda w, h: h @ w,
             w,
             h,
             jnp.zeros((examples, 2)),
             feedback,
-            **({"mesh": mesh, "schedule": "stream"} | options),
+            **({"mesh": mesh, "schedule": stacks.stream} | options),
         )
 
 
 def test_a_mesh_needs_its_devices_and_a_layer_axis():
     with pytest.raises(ValueError, match=r"needs 32 devices, and JAX sees 8"):
-        parallel.mesh(data=4, layer=8)
+        stacks.mesh(data=4, layer=8)
     h, auto = jnp.zeros((4, 3)), jax.sharding.AxisType.Auto
     for axis, kind, message in [
         ("data", auto, r"axis 'layer', got \{'data': 2\}"),
@@ -264,4 +273,4 @@ def test_a_mesh_needs_its_devices_and_a_layer_axis():
     ]:
         mesh = jax.make_mesh((2,), (axis,), (kind,))
         with pytest.raises(ValueError, match=message):
-            parallel.pipeline(dense, {}, h, h, None, mesh=mesh, microbatches=1, schedule="stream")
+            stacks.pipeline(dense, {}, h, h, None, mesh=mesh, microbatches=1, schedule=jaxfa.stacks.stream)

@@ -15,14 +15,14 @@ import jaxfa
 from tests.blocks import DIRECT, attention, conv, dense, draw
 
 LAYERS, EXAMPLES, OUTPUTS = 4, 6, 3
-SCHEDULES = ("stored", "parallel", "stream")
+SCHEDULES = {"stored": jaxfa.stacks.stored, "parallel": jaxfa.stacks.parallel, "stream": jaxfa.stacks.stream}
 
 
 def long(*values):
     return pytest.param(*values, marks=pytest.mark.long)
 
 
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 
 
 # name: (block, stacked parameters, the input of the first)
@@ -85,7 +85,7 @@ def gradients(loss, *args):
 def test_every_schedule_learns_as_the_loop_does(rule, x64):
     block, *args = create(rule)
     want = gradients(looped(block), *args)
-    for schedule in SCHEDULES:
+    for schedule in SCHEDULES.values():
         got = gradients(objective(block, schedule), *args)
         chex.assert_trees_all_close(got, want, rtol=1e-12, atol=1e-15)
 
@@ -96,14 +96,14 @@ def test_every_schedule_learns_as_the_loop_does(rule, x64):
 def test_any_block_in_a_loop_or_in_straight_code(name, unroll, x64):
     block, *args = create(jaxfa.dkp(distribution=initializers.glorot_normal()), name)
     want = gradients(looped(block), *args)
-    for schedule in SCHEDULES:
+    for schedule in SCHEDULES.values():
         got = gradients(objective(block, schedule, unroll), *args)
         chex.assert_trees_all_close(got, want, rtol=1e-12, atol=1e-15)
 
 
 def test_without_feedback_it_is_the_plain_network(x64):
     block, params, feedback, h = create(jaxfa.dfa())
-    stack, plain = objective(block, "stream"), looped(block)
+    stack, plain = objective(block, jaxfa.stacks.stream), looped(block)
 
     def derivatives(f, params, h):
         gradient = jax.grad(lambda params, h: f(params, None, h), argnums=(0, 1))(params, h)
@@ -115,7 +115,7 @@ def test_without_feedback_it_is_the_plain_network(x64):
     assert jaxfa.diagnostics.angle(jax.jit(jax.grad(stack))(params, feedback, h)["w"], want[0][0]["w"]) > 30
 
 
-@pytest.mark.parametrize("schedule", ["stream", "parallel"])
+@pytest.mark.parametrize("schedule", [jaxfa.stacks.stream, jaxfa.stacks.parallel], ids=repr)
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_only_the_stream_keeps_no_activations(name, schedule):
     # Temporary memory of the compiled gradient, of 4 blocks and of 32 alike.
@@ -127,7 +127,7 @@ def test_only_the_stream_keeps_no_activations(name, schedule):
         compiled = jax.jit(jax.grad(objective(block, schedule))).lower(*deep, h).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert (temporary(8) < 1.3 * temporary(1)) == (schedule == "stream")
+    assert (temporary(8) < 1.3 * temporary(1)) == (schedule is jaxfa.stacks.stream)
 
 
 def test_a_refine_phase_reaches_every_block(x64):
@@ -137,7 +137,7 @@ def test_a_refine_phase_reaches_every_block(x64):
     def forward(taps):
         tapped = (params, taps[0])
         out, wire = jaxfa.direct_stack(
-            lambda p, h: block(p[0], h) + p[1], tapped, h, wire_for(h), None, schedule="stream"
+            lambda p, h: block(p[0], h) + p[1], tapped, h, wire_for(h), None, schedule=jaxfa.stacks.stream
         )
         return out @ draw(9, OUTPUTS, 5).T + wire
 
@@ -162,7 +162,7 @@ OPTIMIZERS = {
 def fused(block, optimizer, unroll=None):
     @jax.jit
     def step(both, state, h):
-        out, wire = jaxfa.direct_stack(block, both[0], h, wire_for(h), None, schedule="stream")
+        out, wire = jaxfa.direct_stack(block, both[0], h, wire_for(h), None, schedule=jaxfa.stacks.stream)
         e = jax.grad(lambda wire: head(out, wire))(wire)
         return jaxfa.update_stack(block, both, h, e, optimizer=optimizer, state=state, unroll=unroll)
 
@@ -176,7 +176,7 @@ def test_the_fused_update_is_the_unfused_one(name, x64):
     optimizer = jaxfa.optimizer(OPTIMIZERS[name], rule)
     step, gradient = (
         fused(block, optimizer, unroll=name == "adam"),
-        jax.jit(jax.grad(objective(block, "stored"), argnums=(0, 1, 2))),
+        jax.jit(jax.grad(objective(block, jaxfa.stacks.stored), argnums=(0, 1, 2))),
     )
     got, state = tuple(both), jax.vmap(optimizer.init)(tuple(both))
     want, whole = tuple(both), optimizer.init(tuple(both))
@@ -228,7 +228,7 @@ def test_a_global_norm_sees_one_block_at_a_time(x64):
     block, *both, h = create(rule)
     both, optimizer = tuple(both), optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
     got, *_ = fused(block, optimizer)(both, jax.vmap(optimizer.init)(both), h)
-    signals = jax.jit(jax.grad(objective(block, "stored"), argnums=(0, 1)))(*both, h)
+    signals = jax.jit(jax.grad(objective(block, jaxfa.stacks.stored), argnums=(0, 1)))(*both, h)
 
     @jax.jit
     def updates(signals):
@@ -269,12 +269,12 @@ def test_batches_side_by_side_learn_from_their_own_errors(schedule, x64):
 def test_what_a_block_closes_over_is_constant(schedule):
     block, params, feedback, h = create(jaxfa.dfa(), dtype=jnp.float32)
     run = jax.jit(jax.grad(lambda scale: objective(lambda p, h: block(p, scale * h), schedule)(params, feedback, h)))
-    if schedule == "parallel":
+    if schedule is jaxfa.stacks.parallel:
         with pytest.raises(jax.errors.UnexpectedTracerError):
             run(1.5)
     else:
         # Stored, a block's own derivative in it is what autodiff finds; never more than that.
-        assert (run(1.5) == 0) == (schedule == "stream")
+        assert (run(1.5) == 0) == (schedule is jaxfa.stacks.stream)
 
 
 def test_no_examples_and_numbers_that_are_none():
@@ -282,7 +282,7 @@ def test_no_examples_and_numbers_that_are_none():
     block, params, feedback, h = create(jaxfa.dfa(), dtype=jnp.float32)
 
     def run(params, h):
-        return jaxfa.direct_stack(block, params, h, wire_for(h), feedback, schedule="stream", unroll=True)
+        return jaxfa.direct_stack(block, params, h, wire_for(h), feedback, schedule=jaxfa.stacks.stream, unroll=True)
 
     gradient = jax.jit(jax.grad(lambda params: sum(part.sum() for part in run(params, h[:0]))))(params)
     assert not gradient["w"].any()
@@ -321,20 +321,20 @@ def test_a_sharded_batch(schedule, x64):
 def test_wrong_use_is_told_so():
     block, params, feedback, h = create(jaxfa.dfa(), dtype=jnp.float32)
     wire = wire_for(h)
-    with pytest.raises(ValueError, match=r"\['parallel', 'stored', 'stream'\], got 'fast'"):
+    with pytest.raises(ValueError, match=r"jaxfa.stacks.stream, a value and no string; got 'fast'"):
         jaxfa.direct_stack(block, params, h, wire, feedback, schedule="fast")
     with pytest.raises(ValueError, match=r"expected float32\[6, 5\]"):
-        jaxfa.direct_stack(lambda p, h: block(p, h)[:, :2], params, h, wire, feedback, schedule="stream")
+        jaxfa.direct_stack(lambda p, h: block(p, h)[:, :2], params, h, wire, feedback, schedule=jaxfa.stacks.stream)
     with pytest.raises(ValueError, match="one leading axis for its blocks"):
-        jaxfa.direct_stack(block, params | {"b": jnp.zeros((2, 5))}, h, wire, feedback, schedule="stream")
+        jaxfa.direct_stack(block, params | {"b": jnp.zeros((2, 5))}, h, wire, feedback, schedule=jaxfa.stacks.stream)
     with pytest.raises(ValueError, match="4 blocks need as many feedbacks, got 2"):
-        jaxfa.direct_stack(block, params, h, wire, at(slice(2), feedback), schedule="stream")
+        jaxfa.direct_stack(block, params, h, wire, at(slice(2), feedback), schedule=jaxfa.stacks.stream)
     with pytest.raises(TypeError, match="DirectFeedback, got FixedFeedback"):
-        jaxfa.direct_stack(block, params, h, wire, jaxfa.FixedFeedback(params["w"]), schedule="stream")
+        jaxfa.direct_stack(block, params, h, wire, jaxfa.FixedFeedback(params["w"]), schedule=jaxfa.stacks.stream)
     with pytest.raises(TypeError, match="h is one array, got tuple"):
-        jaxfa.direct_stack(block, params, (h, h), wire, feedback, schedule="stream")
+        jaxfa.direct_stack(block, params, (h, h), wire, feedback, schedule=jaxfa.stacks.stream)
     with pytest.raises(ValueError, match="one leading axis for its blocks"):
-        jaxfa.direct_stack(block, at(slice(0), params), h, wire, feedback, schedule="stream")
+        jaxfa.direct_stack(block, at(slice(0), params), h, wire, feedback, schedule=jaxfa.stacks.stream)
     optimizer = optax.adam(1e-3)
     shared = create(jaxfa.dfa(shared=True), dtype=jnp.float32)[2]
     with pytest.raises(ValueError, match="got one shared by all"):

@@ -32,7 +32,7 @@ class Column(NamedTuple):
 
     rule: jaxfa.Rule
     at: bool = False
-    schedule: str = "stored"
+    schedule: jaxfa.stacks.Schedule = jaxfa.stacks.stored
 
 
 COLUMNS = {
@@ -44,7 +44,7 @@ COLUMNS = {
     "dfa()": Column(jaxfa.dfa()),
     "dfa(at=)": Column(jaxfa.dfa(), at=True),
     "grape(at=)": Column(jaxfa.grape(), at=True),
-    "streamed dfa(at=)": Column(jaxfa.dfa(), at=True, schedule="stream"),
+    "streamed dfa(at=)": Column(jaxfa.dfa(), at=True, schedule=jaxfa.stacks.stream),
 }
 
 

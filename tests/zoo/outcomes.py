@@ -11,7 +11,7 @@ DATA = pathlib.Path(__file__).with_name("outcomes.json")
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# What works with what
 
-Small models in the architectures and idioms that people use ([`tests/zoo`](../tests/zoo)), none of which knows jaxfa,
+Small models in the architectures and idioms that people use (`tests/zoo`), none of which knows jaxfa,
 each with rules of every kind. "yes" means: the forward pass is the plain model's, bit for bit (to rounding with
 `ssa`, whose layers are factors, and where blocks stream, since the compiler fuses other operations there), what it
 writes into its state, too; every parameter that backpropagation teaches learns; the gradients are those of the same

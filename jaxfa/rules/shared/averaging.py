@@ -1,14 +1,9 @@
-"""How much a new estimate weighs in the running mean of all: a constant, or what a Kalman filter gives it."""
-
-from collections.abc import Callable
+"""How much a new estimate of the Jacobian weighs in the running mean of all, by a Kalman filter."""
 
 import jax
 import jax.numpy as jnp
 
-from jaxfa.rules.shared.estimate import Estimate
-
-# (running mean, its precision, an estimate) -> the estimate's weight in the new mean, the new mean's precision.
-Gain = Callable[[jax.Array, jax.Array, Estimate], tuple[jax.Array | float, jax.Array]]
+from jaxfa.rules.shared.jacobian import Estimate, Gain
 
 
 def kalman(drift: float = 0.1) -> Gain:
@@ -51,8 +46,3 @@ def kalman(drift: float = 0.1) -> Gain:
         return 1 / (1 + prior * noise), jnp.where(noise > 0, prior + 1 / noise, 0)
 
     return gain
-
-
-def constant(weight: float) -> Gain:
-    """The same weight for every estimate."""
-    return lambda mean, precision, estimate: (weight, precision)

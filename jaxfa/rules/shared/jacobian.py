@@ -4,18 +4,40 @@ import math
 from collections.abc import Callable
 from dataclasses import field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import DirectFeedback, Initializer, Rule, is_feedback, register
-from jaxfa.rules.shared.averaging import Gain, constant
-from jaxfa.rules.shared.estimate import Estimate, jacobian_estimates
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass, is_feedback, refuse_shards
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
 
+# How much the square of an example's amplitude differs from its mean, 1.
+_DEPTH = 0.5
 
-@register
+
+class Estimate(NamedTuple):
+    """One batch's estimate of one layer's Jacobian and how good it is, measured from the spread of its examples.
+
+    Attributes:
+      jacobian: the estimate, as the feedback's ``b``.
+      variance: an unbiased estimate of ``E |J^ - J|^2``, one number for each layer of a stack; None for one example.
+      part: what of the outputs' mean square movement came from this layer, ``s_l^2 <|J_l|^2>``, without bias; None
+        for a layer whose scale is fixed.
+      whole: the outputs' mean square movement, from all layers; for each layer of a stack the same.
+    """
+
+    jacobian: jax.Array
+    variance: jax.Array | None
+    part: jax.Array | None
+    whole: jax.Array
+
+
+# (running mean, its precision, an estimate) -> the estimate's weight in the new mean, the new mean's precision.
+Gain = Callable[[jax.Array, jax.Array, Estimate], tuple[jax.Array | float, jax.Array]]
+
+
+@feedback_dataclass
 class JacobianFeedback(DirectFeedback):
     """A matrix from the outputs to one layer that learns to be the transposed Jacobian ``d logits / d h``.
 
@@ -25,7 +47,7 @@ class JacobianFeedback(DirectFeedback):
       mean: the running mean of the Jacobian's estimates, as ``b``; None if none is kept.
       own: the layer's own axes, such as ``(H, W, n)``.
       outputs: how many axes the outputs have.
-      precision: of the running mean, one over its variance; zero if nothing is known yet or nobody asks.
+      precision: one over the running mean's variance; zero if nothing is known yet or nobody asks.
       log_scale: the logarithm of the perturbation's scale; None is a scale of 1.
     """
 
@@ -43,12 +65,12 @@ class JacobianFeedback(DirectFeedback):
 
     @property
     def repeats(self) -> int:
-        """How many positions share one matrix."""
+        """The number of positions that share one matrix."""
         return math.prod(self.own) // math.prod(self.tile)
 
     @property
     def scale(self) -> jax.Array:
-        """Of the perturbation, for each layer of a stack."""
+        """The perturbation's scale, for each layer of a stack."""
         return jnp.ones(self.stack, self.b.dtype) if self.log_scale is None else jnp.exp(self.log_scale)
 
     @property
@@ -76,7 +98,7 @@ def jacobian_rule(
     perturbation: Initializer,
     separate: bool,
     scaling: float,
-) -> Rule:
+) -> DirectRule:
     """A rule whose feedback ``turn``s to each new estimate, or running mean, of the Jacobian."""
     _check(averaging, tile, separate, scaling)
     estimate = partial(jacobian_estimates, perturbation=perturbation, separate=separate)
@@ -98,8 +120,10 @@ def jacobian_rule(
             return jax.vmap(learn)(feedback, estimate)
         if feedback.mean is None or feedback.precision is None:
             return replace(feedback, b=turn(feedback, estimate.jacobian))
-        gain = averaging if callable(averaging) else constant(1 - averaging)
-        weight, precision = gain(feedback.mean, feedback.precision, estimate)
+        if callable(averaging):
+            weight, precision = averaging(feedback.mean, feedback.precision, estimate)
+        else:
+            weight, precision = 1 - averaging, feedback.precision
         mean = (1 - weight) * feedback.mean + weight * estimate.jacobian
         return replace(feedback, b=turn(feedback, mean), mean=mean, precision=precision)
 
@@ -110,7 +134,7 @@ def jacobian_rule(
         return jax.tree.unflatten(structure, rescale(nodes, found, scaling) if scaling else nodes)
 
     refine.__qualname__ = turn.__qualname__  # a message about it names the rule
-    return Rule(init, refine)
+    return DirectRule(init, refine)
 
 
 def _check(averaging: float | Gain, tile: int | None, separate: bool, scaling: float) -> None:
@@ -142,3 +166,84 @@ def rescale(nodes: list[Any], found: list[Estimate], rate: float) -> list[Any]:
         replace(node, log_scale=node.log_scale - rate * (share - side / whole * total))
         for node, share, side in zip(nodes, shares, sides, strict=True)
     ]
+
+
+def jacobian_estimates(
+    forward: Callable[..., jax.Array], nodes: list[Any], key: jax.Array, *, perturbation: Initializer, separate: bool
+) -> list[Estimate]:
+    """Unbiased estimates of the Jacobian of the logits in every tapped activation."""
+    refuse_shards(
+        "the Jacobian's estimate is a mean over the whole batch, so that each device would come to a feedback of its "
+        "own. Call refine outside, on arrays that are sharded under jit."
+    )
+    # One number for each layer of a stack: whatever the activations' shapes are, it can be added to them.
+    logits = jax.eval_shape(forward, [jnp.zeros(node.stack) for node in nodes])
+    if 0 in logits.shape:
+        raise ValueError(f"An estimate needs one example or more, got logits {logits.shape}: leave empty batches out.")
+    batches = [logits.shape[: logits.ndim - node.outputs] for node in nodes]
+    keys = jax.random.split(key, len(nodes))
+    drawn = [_draw(*one, perturbation) for one in zip(keys, batches, nodes, strict=True)]
+    tiles = [p for p, _ in drawn]
+    tangents = [
+        _along(node.scale, node.spread(p, len(node.stack) + len(batch)))
+        for p, batch, node in zip(tiles, batches, nodes, strict=True)
+    ]
+    zeros = [jnp.zeros_like(tangent) for tangent in tangents]
+    if separate:
+        alone = (
+            [t if i == j else z for j, (t, z) in enumerate(zip(tangents, zeros, strict=True))]
+            for i in range(len(nodes))
+        )
+        answers = [jax.jvp(forward, (zeros,), (some,))[1] for some in alone]
+    else:
+        answers = [jax.jvp(forward, (zeros,), (tangents,))[1]] * len(nodes)
+    return [_correlate(*one, y, node) for one, y, node in zip(drawn, answers, nodes, strict=True)]
+
+
+def _draw(
+    key: jax.Array, batch: tuple[int, ...], node: Any, perturbation: Initializer
+) -> tuple[jax.Array, jax.Array | None]:
+    """A perturbation of variance 1 and, of a layer whose scale is learned, by what its examples' powers differ from it.
+
+    What the outputs' movement has to do with those powers is the layer's part in it: the one number that a shared
+    derivative hides. They add ``_DEPTH^2`` times its own part to a layer's variance, nothing to that of others.
+    """
+    p = perturbation(key, (*node.stack, *batch, *node.tile), node.b.dtype)
+    if node.log_scale is None:
+        return p, None
+    powers = _DEPTH * random_signs(jax.random.fold_in(key, 1), (*node.stack, *batch), p.dtype)
+    return _along(jnp.sqrt(1 + powers), p), powers
+
+
+def _correlate(p: jax.Array, powers: jax.Array | None, y: jax.Array, node: Any) -> Estimate:
+    """What one derivative ``y`` along the perturbations ``scale p`` tells of one node's layers."""
+    stack, batch = len(node.stack), y.ndim - node.outputs
+    examples, y = math.prod(y.shape[:batch]), y.astype(p.dtype)
+    over = (list(range(stack, stack + batch)), list(range(batch)))
+    found = jnp.tensordot(p, y, over) / examples
+    unit = 1 / (node.scale * node.repeats)
+    moved = _power(y, batch)
+    squares = jnp.tensordot(_power(p, stack + batch), moved, over) / examples
+    return Estimate(
+        jacobian=_along(unit, found),
+        variance=jnp.square(unit) * (squares - _power(found, stack)) / (examples - 1) if examples > 1 else None,
+        part=None if powers is None else jnp.tensordot(powers, moved, over) / (examples * _DEPTH**2),
+        whole=jnp.full(node.stack, jnp.mean(moved)),
+    )
+
+
+def _along(factors: jax.Array, array: jax.Array) -> jax.Array:
+    """An array with its leading axes multiplied by factors."""
+    return factors.reshape(*factors.shape, *[1] * (array.ndim - factors.ndim)) * array
+
+
+def _power(array: jax.Array, leading: int) -> jax.Array:
+    return jnp.sum(jnp.square(array), tuple(range(leading, array.ndim)))
+
+
+def random_signs(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Independent draws of -1 and 1: white noise from one bit each, a twelfth of the time of normal draws on a CPU."""
+    count = math.prod(shape)
+    words = jax.random.bits(key, (-(-count // 32), 1), jnp.uint32)
+    bits = words >> jnp.arange(32, dtype=jnp.uint32)[None] & 1
+    return (1 - 2 * bits.astype(dtype)).ravel()[:count].reshape(shape)

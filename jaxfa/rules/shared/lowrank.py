@@ -9,12 +9,41 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfa.base import Operation, is_feedback
-from jaxfa.optim.alike import Shape, alike
-from jaxfa.paths import matches
-from jaxfa.shards import refuse_shards
+from jaxfa.base import (
+    Alike,
+    LayerFeedback,
+    Operation,
+    feedback_dataclass,
+    is_feedback,
+    matches,
+    refuse_shards,
+    transpose,
+)
 
 Rank = int | float | Mapping[str, int | float]
+
+
+@feedback_dataclass
+class LowRank(LayerFeedback):
+    """A fixed matrix of rank ``r`` in the place of the weights, kept and used as its two factors.
+
+    Attributes:
+      p: from the error, ``(m, r)``.
+      q: to the input, as ``w`` with ``r`` outputs: ``(n, r)``, for a convolution HWIr.
+    """
+
+    p: jax.Array
+    q: jax.Array
+
+    def matrix(self, w: jax.Array) -> jax.Array:
+        """The product that no backward pass forms; to compare it with the weights."""
+        return jnp.tensordot(self.q, self.p.astype(w.dtype), (-1, -1))
+
+    def transport(self, op: Operation, x: jax.Array, w: jax.Array, delta: jax.Array) -> jax.Array:
+        check_outputs_last(op, x, w, self.q, delta)
+        thin = jnp.tensordot(delta, self.p.astype(delta.dtype), 1)
+        # A convolution's p is a 1x1 projection of the channels, and q keeps the window, the stride and the padding.
+        return transpose(lambda x: op(x, self.q.astype(w.dtype)), x, thin)
 
 
 def check_rank(rank: Rank) -> None:
@@ -142,18 +171,14 @@ def check_outputs_last(op: Operation, x: jax.Array, w: jax.Array, q: jax.Array, 
 
 
 def factors_learn(
-    learn_p: bool, learn_q: bool, learning_rate: float, weight_decay: float, shape: Shape | None = None
-) -> Any:
-    """The transformation of both factors: plain steps of Oja's rule for ``p``; ``q`` learns as the weights do.
-
-    These are of the ``shape`` that it tells of a feedback; None where there are none.
-    """
+    learn_p: bool, learn_q: bool, learning_rate: float, weight_decay: float, shape: Any = None
+) -> Alike | optax.GradientTransformation | None:
+    """How both factors learn: ``p`` by plain steps of Oja's rule, ``q`` as the weights of that shape do."""
     if not 0.0 <= weight_decay < 1.0:
         raise ValueError(f"weight_decay must be in [0, 1), got {weight_decay}.")
-    if not learn_q:
-        return _projections_learn(learning_rate) if learn_p else None
-    rate = learning_rate if learn_p else 0.0
-    return lambda tx: alike(tx, weight_decay, "q", shape, rate)
+    if learn_q:
+        return Alike("q", weight_decay, shape, learning_rate if learn_p else 0.0)
+    return _projections_learn(learning_rate) if learn_p else None
 
 
 def _projections_learn(learning_rate: float) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""What direct rules share: matrices from the outputs to the units of one layer, and noise to measure them by."""
+"""What direct rules share: matrices from the outputs to the units of one layer."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from jaxfa.base import Initializer
 
 
 def shared_axes(h: Any, logits: Any) -> int:
-    """How many leading axes an activation shares with the logits: the batch, and the tokens of a sequence.
+    """The number of leading axes that an activation shares with the logits: the batch, and a sequence's tokens.
 
     Raises:
       ValueError: if batched logits share no axis with ``h``.
@@ -53,11 +53,3 @@ def project(b: jax.Array, h: Any, e: jax.Array) -> jax.Array:
             f"{h.shape}. Make it with rule.init(key, h, logits) from one batch of that layer."
         )
     return jnp.tensordot(e, b.astype(e.dtype), axes=(tuple(range(k, e.ndim)), tuple(range(b.ndim - own, b.ndim))))
-
-
-def random_signs(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Independent draws of -1 and 1: white noise from one bit each, a twelfth of the time of normal draws on a CPU."""
-    count = math.prod(shape)
-    words = jax.random.bits(key, (-(-count // 32), 1), jnp.uint32)
-    bits = words >> jnp.arange(32, dtype=jnp.uint32)[None] & 1
-    return (1 - 2 * bits.astype(dtype)).ravel()[:count].reshape(shape)

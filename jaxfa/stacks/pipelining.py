@@ -4,7 +4,12 @@ The forward pass is a pipeline as in Huang et al., "GPipe: Efficient Training of
 Parallelism", 2019, https://arxiv.org/abs/1811.06965. The backward pass is none: the output error goes to every device
 once, each device updates its own layers from it, and no gradient travels between stages (Nokland, "Direct Feedback
 Alignment Provides Learning in Deep Neural Networks", 2016, https://arxiv.org/abs/1609.01596). The mesh's other axes,
-such as ``data``, are the compiler's: what a rule takes from a batch, it takes from the whole one.
+such as ``data``, are the compiler's: what a rule takes from a batch, it takes from the whole one. Only what a block
+itself makes of its batch, such as batch normalisation's statistics and dropout's masks, it makes of each microbatch.
+
+Under ``jit``, put ``params``, ``feedback`` and their optimizer's state on the mesh by their leading axis,
+``jax.sharding.NamedSharding(mesh, P("layer"))``, and the batch by ``P("data")``. The output is spread over both axes,
+so that what follows, such as the head and the loss, is computed in ``data x layer`` parts.
 """
 
 import math
@@ -16,10 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxfa.base import LAYER
 from jaxfa.ops import listen
-from jaxfa.shards import LAYER
 from jaxfa.stacks.blocks import Block, check_feedback, check_stack, is_unrolled
-from jaxfa.stacks.stages import SCHEDULES, Sizes, gathered, run_stage
+from jaxfa.stacks.schedules import Schedule, check_schedule
+from jaxfa.stacks.stages import Sizes, gathered, run_stage
 
 DATA = "data"
 _LAYERS = PartitionSpec(LAYER)
@@ -40,7 +46,7 @@ def mesh(*, data: int = 1, layer: int = 1, **others: int) -> Mesh:
       ValueError: if there are not as many devices.
 
     Example:
-      >>> import jaxfa.stacks.parallel
+      >>> import jaxfa
       >>> dict(jaxfa.stacks.mesh().shape)
       {'data': 1, 'layer': 1}
     """
@@ -64,75 +70,53 @@ def pipeline(
     *,
     mesh: Mesh,
     microbatches: int,
-    schedule: str,
+    schedule: Schedule,
     taps: jax.Array | None = None,
     unroll: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs :func:`jaxfa.direct_stack` on ``S`` devices, or groups of them, each of which owns ``L / S`` of the blocks.
 
-    Forward, ``M`` microbatches stream from stage to stage in ``M + S - 1`` ticks. Backward there are no ticks: all
-    stages learn at once, each on the whole batch, so that the update is the single device's. Only what a block itself
-    makes of its batch, such as batch normalisation's statistics and dropout's masks, it makes of each microbatch. What
-    a stage keeps until the error comes, and does then:
-
-    - ``"parallel"``: what the derivatives of its blocks need, as autodiff keeps it; with ``jax.checkpoint(block)``
-      their inputs alone.
-    - ``"stream"``: the input of its first block, from which a second sweep runs its blocks again, each of which learns
-      and drops its activations at once.
-
-    Under ``jit``, put ``params``, ``feedback`` and their optimizer's state on the mesh by their leading axis,
-    ``jax.sharding.NamedSharding(mesh, P("layer"))``, and the batch by ``P("data")``. The output is spread over both
-    axes, so that what follows, such as the head and the loss, is computed in ``data x layer`` parts.
-
-    With ``feedback=None`` the pipeline is differentiated as it is, in both modes; its gradient goes back stage by
-    stage. Then ``taps`` may be added to what the blocks return, as GrAPE's and FDFA's ``refine`` asks for.
+    Forward, ``M`` microbatches stream from stage to stage in ``M + S - 1`` ticks. Backward, all stages learn at once,
+    each on the whole batch, so that the update is the single device's. With ``feedback=None`` the pipeline is
+    differentiated as it is, in both modes.
 
     Args:
-      block: as for :func:`jaxfa.direct_stack`.
+      block: as for :func:`jaxfa.direct_stack`, as are ``wire`` and ``feedback``.
       params: any tree whose arrays have a leading axis ``L``, a multiple of ``S``.
       h: the input of the first block, ``(N, ..., n)``.
       wire: the error wire, ``(N, ..., C)``.
-      feedback: as for :func:`jaxfa.direct_stack`.
+      feedback: a direct feedback with a leading axis ``L``, one shared by all blocks, or None.
       mesh: a mesh with an axis ``"layer"`` of size ``S``, from :func:`mesh`, or ``jax.make_mesh`` with ``Auto``.
       microbatches: ``M``; ``N`` is a multiple of ``M`` and of ``S``, each times the size of the axis ``"data"``.
-      schedule: see above; with ``feedback=None`` it has no effect.
-      taps: ``(L, N, ..., n)``, or a number for each block, ``(L,)``; with ``feedback=None`` alone.
+      schedule: ``jaxfa.stacks.parallel`` or ``stream``; without effect where ``feedback`` is None.
+      taps: what is added to the blocks' results, ``(L, N, ..., n)`` or ``(L,)``, if ``feedback`` is None: for
+        ``refine``.
       unroll: as for :func:`jaxfa.direct_stack`; the ticks, too, then follow each other in straight code.
 
     Returns:
       ``(h, wire)`` after the last block.
 
     Raises:
-      TypeError: if the feedback is not a :class:`jaxfa.DirectFeedback`.
-      ValueError: if layers or examples cannot be divided so, the message having the sizes that can; if there are taps
-        and a feedback; and as for :func:`jaxfa.direct_stack`.
+      TypeError, ValueError: as :func:`jaxfa.direct_stack`; if layers or examples cannot be divided so, saying what can;
+        if there are taps and a feedback.
 
     Example:
-      >>> import jax, jax.numpy as jnp, jaxfa
+      >>> import jax.numpy as jnp, jaxfa
       >>> x, w, mesh = jnp.ones((8, 4)), 0.1 * jnp.ones((6, 4, 4)), jaxfa.stacks.mesh(layer=1)
-      >>> keys = jax.random.split(jax.random.key(0), 6)
-      >>> feedback = jax.vmap(jaxfa.dfa().init, (0, None, None))(keys, x, jnp.ones((8, 4)))
-      >>> @jax.jit
-      ... def loss(w):
-      ...     h, wire = jaxfa.stacks.pipeline(
-      ...         lambda w, h: jnp.tanh(h @ w), w, x, jaxfa.error_wire(x), feedback,
-      ...         mesh=mesh, microbatches=2, schedule="stream")
-      ...     return ((h + wire) ** 2).sum()
-      >>> jax.grad(loss)(w).shape
-      (6, 4, 4)
+      >>> h, wire = jaxfa.stacks.pipeline(
+      ...     lambda w, h: jnp.tanh(h @ w), w, x, jaxfa.error_wire(x), jaxfa.DirectMatrix(jnp.ones((6, 4, 4))),
+      ...     mesh=mesh, microbatches=2, schedule=jaxfa.stacks.stream)
 
-    Source: see the module's.
+    Source: see the module's docstring.
     """
     if LAYER not in mesh.shape:
         raise ValueError(f"pipeline needs a mesh with an axis {LAYER!r}, got {dict(mesh.shape)}: make one with mesh().")
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(f"pipeline needs a mesh of Auto axes, got {mesh.axis_types}: make one with mesh().")
+    how = check_schedule(schedule, "pipeline", "learn")
     layers = check_stack(block, params, h)
     _check_sizes(mesh, layers, h.shape[0], microbatches)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}.")
     sizes = Sizes(microbatches, mesh.shape.get(DATA, 1), is_unrolled(block, params, h, unroll))
-    run_block, learn = SCHEDULES[schedule]
     on = partial(jax.shard_map, mesh=mesh, axis_names={LAYER})
     # One copy for each stage: XLA (jax 0.10) cannot sum what is replicated over an axis of one device.
     copies = jnp.broadcast_to(h, (mesh.shape[LAYER], *h.shape))
@@ -145,7 +129,7 @@ def pipeline(
 
     def backward(tree: Any, e: jax.Array) -> Any:
         params, _, feedback, kept = tree
-        learn_own = on(partial(learn, block, sizes), in_specs=(_LAYERS, PartitionSpec()), out_specs=_LAYERS)
+        learn_own = on(partial(how.learn, block, sizes), in_specs=(_LAYERS, PartitionSpec()), out_specs=_LAYERS)
         dparams, dh, signals = learn_own((params, feedback, kept), e)
         return dparams, dh[0], signals, None
 
@@ -157,7 +141,7 @@ def pipeline(
         return forward(partial(_shifted, block), params, copies, taps)[0], wire
     if taps is not None:
         raise ValueError("pipeline adds taps to the plain network alone: give feedback=None with taps.")
-    end, kept = forward(partial(run_block, block), *lax.stop_gradient((params, copies)))
+    end, kept = forward(partial(how.run_block, block), *lax.stop_gradient((params, copies)))
     return lax.stop_gradient(end), listen(backward, wire, (params, h, check_feedback(feedback, layers), kept))
 
 
