@@ -114,9 +114,9 @@ def check_death(out, layer, victim):
     assert f"python -m experiments.examples.hosts --out {out}" in message
 
 
-@pytest.mark.slow
+@pytest.mark.long
 # Between the processes go the sums over the batch, or the pipeline's messages; process 0 is the others' coordinator.
-@pytest.mark.parametrize(("layer", "victim"), [(2, 1), pytest.param(4, 0, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("layer", "victim"), [(2, 1), (4, 0)])
 def test_two_processes_learn_what_one_does_and_go_on_after_a_death(layer, victim, tmp_path, x64):
     with running([start(tmp_path / "one", 4, layer)]) as processes:
         alone = finished(processes)
