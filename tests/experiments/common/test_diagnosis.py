@@ -108,7 +108,7 @@ def test_drift_and_update_rank_are_what_the_steps_say():
     [
         pytest.param(jaxfa.fa(), optax.adam(1e-2), False, ["layers/0", "layers/1"], marks=pytest.mark.long),
         (jaxfa.fa(), optax.sgd(0.1), True, ["layers/0", "layers/1"]),
-        (jaxfa.dfa(), optax.sgd(0.1), False, ["layers/1"]),
+        pytest.param(jaxfa.dfa(), optax.sgd(0.1), False, ["layers/1"], marks=pytest.mark.long),
     ],
     ids=["adam", "batch_norm", "dfa"],
 )

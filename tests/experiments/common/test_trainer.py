@@ -56,6 +56,7 @@ def test_calibrating_at_every_step_is_backpropagation(seeds):
     np.testing.assert_array_equal(always.evaluate(state)["calibrations"], [4] * len(seeds))
 
 
+@pytest.mark.long
 def test_never_calibrating_is_the_rule():
     _, rule = trained(task(jaxfa.dfa()), 1)
     _, state = trained(task(jaxfa.dfa(), calibrate=partial(jaxfa.calibrate, every=5)), 1)

@@ -84,6 +84,7 @@ def test_the_receptive_field_of_a_convolution_is_its_kernel():
     assert float(abs(wide).sum()) == pytest.approx(float(abs(fields).sum()), rel=1e-5)
 
 
+@pytest.mark.long
 def test_only_the_error_to_the_retina_is_of_low_rank(tiny):
     config = ldfa_retina.Config(ranks=(2,), **RETINA, batch=64)
     trainer = Trainer(ldfa_retina.task(config, ldfa_retina.grey(tiny, config), 2), [0])
@@ -114,7 +115,7 @@ def network(name, dataset, rule=None, **options):
     return Task(make, rule or jaxfa.backprop(), optax.sgd(0.1), dataset, 128, **options)
 
 
-@pytest.mark.parametrize("learn", [(True, True), (False, False)])
+@pytest.mark.parametrize("learn", [(True, True), pytest.param((False, False), marks=pytest.mark.long)])
 def test_counted_operations_are_those_of_the_theory(tiny, learn):
     products = operations.dense(128, (192, 32, 32, 32, 3))
     assert operations.theory(products, None) == 2 * 128 * (192 * 32 + 2 * 2 * 32 * 32 + 2 * 32 * 3)
