@@ -118,7 +118,7 @@ PRESETS = {
 }
 
 
-def with_norms_of_an_aligned_start(model: jaxfa.nn.Aligned) -> None:
+def with_norms_of_an_aligned_start(model: jaxfa.nn.Attached) -> None:
     """The control of aligned initialisation: its norms, unit by unit, in random directions."""
     random = nnx.clone(model)
     jaxfa.nn.align(model)
@@ -129,7 +129,7 @@ def with_norms_of_an_aligned_start(model: jaxfa.nn.Aligned) -> None:
             made.kernel.set_value(drawn.kernel[...] * jnp.divide(*norms))
 
 
-STARTS: dict[str, tuple[Callable[[], jaxfa.Rule], Callable[[jaxfa.nn.Aligned], None] | None]] = {
+STARTS: dict[str, tuple[Callable[[], jaxfa.Rule], Callable[[jaxfa.nn.Attached], None] | None]] = {
     "backpropagation": (jaxfa.backprop, None),
     "random": (jaxfa.fa, None),
     "aligned": (jaxfa.fa, jaxfa.nn.align),

@@ -143,7 +143,7 @@ def follow(case: Case, *, rate: float, steps: int, seed: int, aligned: bool = Fa
     stacked = jax.tree.map(lambda *values: jnp.stack(values), *history)
     if case.below:
         return _account([(stacked[0], in_hindsight(stacked[0]))])
-    links = jaxfa.nn.links(model)
+    links = jaxfa.nn.consecutive_layers(model)
     found = [(stacked[i], links[f"layers/{i}"].feedback) for i in range(2) if f"layers/{i}" in links]
     return _account(found)
 
@@ -205,13 +205,13 @@ FIRST_LAYERS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-def _model(case: Case, seed: int, example: jax.Array) -> jaxfa.nn.Aligned:
+def _model(case: Case, seed: int, example: jax.Array) -> jaxfa.nn.Attached:
     graph, state = nnx.split(Network(case, rngs=nnx.Rngs(seed)))
     model = nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(example.dtype), state))
     return jaxfa.nn.attach(model, case.rule(), rngs=nnx.Rngs(seed + 1), example=example)
 
 
-def _pairs(model: jaxfa.nn.Aligned) -> list[Pair]:
+def _pairs(model: jaxfa.nn.Attached) -> list[Pair]:
     layers = [*model.model.layers, model.model.head]
     return [Pair(one.kernel[...], above.kernel[...], one.bias[...]) for one, above in pairwise(layers)]
 

@@ -14,7 +14,7 @@ from jaxfa.measure.diagnostics import entropy_rank
 
 
 def diagnose(
-    model: jaxfa.nn.Aligned, start: jaxfa.nn.Aligned, update: jaxfa.nn.Aligned, loss: Callable[[Any], jax.Array]
+    model: jaxfa.nn.Attached, start: jaxfa.nn.Attached, update: jaxfa.nn.Attached, loss: Callable[[Any], jax.Array]
 ) -> dict[str, dict[str, jax.Array]]:
     """Measures every layer of one training at one moment. Under ``vmap`` its decompositions would be batched.
 
@@ -34,12 +34,12 @@ def diagnose(
       - ``imbalance``: by how much the rule's gradient itself breaks the law, ``sum_j |imbalance_j| / sum_j |<w_j,
         dw_j>|``: zero, to rounding, where the network and the rule keep it, whatever the optimizer does.
 
-      The last two for the layers that :func:`jaxfa.nn.links` finds.
+      The last two for the layers that :func:`jaxfa.nn.consecutive_layers` finds.
     """
     gradient = nnx.clone(model)
     nnx.update(gradient, nnx.grad(loss)(nnx.clone(model)))
-    links, first, steps = (jaxfa.nn.links(one) for one in (model, start, gradient))
-    errors = jaxfa.nn.errors(model, loss)
+    links, first, steps = (jaxfa.nn.consecutive_layers(one) for one in (model, start, gradient))
+    errors = jaxfa.nn.layer_errors(model, loss)
     leaves = nnx.to_flat_state(nnx.state(update.model, nnx.Param))
     kernels = {"/".join(map(str, path)): leaf[...] for path, leaf in leaves}
     matrices = {layer: kernels[f"{layer}/kernel"] for layer in errors}
@@ -51,12 +51,12 @@ def diagnose(
     }
 
 
-def _drift(link: jaxfa.nn.Link, first: jaxfa.nn.Link) -> jax.Array:
+def _drift(link: jaxfa.nn.ConsecutiveLayers, first: jaxfa.nn.ConsecutiveLayers) -> jax.Array:
     moved = quantity(link.pair, link.feedback) - quantity(first.pair, first.feedback)
     return jnp.abs(moved).sum() / half_square(first.pair).sum()
 
 
-def _imbalance(link: jaxfa.nn.Link, step: jaxfa.nn.Link) -> jax.Array:
+def _imbalance(link: jaxfa.nn.ConsecutiveLayers, step: jaxfa.nn.ConsecutiveLayers) -> jax.Array:
     own = step.pair._replace(above=jnp.zeros_like(step.pair.above))
     both = (imbalance(link.pair, one, link.feedback) for one in (step.pair, own))
     above, below = (jnp.abs(found).sum() for found in both)

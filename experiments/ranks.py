@@ -70,7 +70,7 @@ class RankTrainer(Trainer):
         def objective(learned: Any) -> tuple[jax.Array, Any]:
             model = nnx.merge(self._graph, *learned, state.rest, copy=True)
             model.train()
-            return loss(model), jaxfa.nn.errors(model, loss)
+            return loss(model), jaxfa.nn.layer_errors(model, loss)
 
         (value, errors), signals = jax.value_and_grad(objective, has_aux=True)(learned)
         updates, _ = self._optimizer().update(signals, state.optimizer, learned)

@@ -52,5 +52,5 @@ class Task(NamedTuple):
     calibrate: Callable[..., optax.GradientTransformationExtraArgs] | None = None
     steps: int | None = None
     between: Callable[[Any, int], Any] | None = None
-    prepare: Callable[[jaxfa.nn.Aligned], None] | None = None
+    prepare: Callable[[jaxfa.nn.Attached], None] | None = None
     diagnostics: bool = False

@@ -154,7 +154,7 @@ class Trainer:
         """How many examples hold so many predictions, one or one per token each; a training batch always fits."""
         return max(self.task.batch, predictions // self._train[1][0].size)
 
-    def _attach(self, key: jax.Array) -> jaxfa.nn.Aligned:
+    def _attach(self, key: jax.Array) -> jaxfa.nn.Attached:
         model = self.task.make(nnx.Rngs(jax.random.fold_in(key, _MODEL)))
         example = jax.eval_shape(lambda raw: self._inputs(raw[: self.task.batch]), self._train[0])
         rngs = nnx.Rngs(jax.random.fold_in(key, _FEEDBACK))
@@ -207,7 +207,7 @@ class Trainer:
         params, feedback = optax.apply_updates(learned, updates)
         return State(params, feedback, rest, optimizer, state.key, state.step + 1), updates, loss
 
-    def _true_gradient(self, model: jaxfa.nn.Aligned, x: jax.Array, labels: jax.Array) -> Any:
+    def _true_gradient(self, model: jaxfa.nn.Attached, x: jax.Array, labels: jax.Array) -> Any:
         graph, params, rest = nnx.split(jaxfa.nn.plain(model), nnx.Param, ...)
 
         def objective(params: Any) -> jax.Array:
@@ -236,7 +236,7 @@ class Trainer:
         return diagnose(model, start, update, lambda model: self.task.loss(model(x), labels))
 
 
-def _split(model: jaxfa.nn.Aligned) -> tuple[Any, Any, Any, Any]:
+def _split(model: jaxfa.nn.Attached) -> tuple[Any, Any, Any, Any]:
     """A model as its graph and three trees of bare arrays: parameters, feedback, and the rest, such as statistics."""
     graph, *trees = nnx.split(model, nnx.Param, jaxfa.nn.Feedback, ...)
     params, feedback, rest = map(nnx.to_pure_dict, trees)

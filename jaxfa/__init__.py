@@ -13,7 +13,7 @@ from jaxfa.base import Layer as Layer
 from jaxfa.base import LayerFeedback as LayerFeedback
 from jaxfa.base import LayerRule as LayerRule
 from jaxfa.base import Rule as Rule
-from jaxfa.base import register as register
+from jaxfa.base import feedback_dataclass as feedback_dataclass
 from jaxfa.layers import conv as conv
 from jaxfa.layers import linear as linear
 from jaxfa.measure import conservation as conservation
@@ -47,8 +47,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DirectFeedback", "DirectMatrix", "DirectRule", "FixedFeedback", "Layer", "LayerFeedback", "LayerRule", "Rule",
     "backprop", "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp",
-    "dldfa", "drtp", "error_wire", "fa", "factored", "fdfa", "frsf", "grape", "kolen_pollack", "ldfa", "linear",
-    "normative_ldfa", "optimizer", "register", "rules", "ssa", "stacks", "update_stack", "usf", "weight_mirror",
+    "dldfa", "drtp", "error_wire", "fa", "factored", "fdfa", "feedback_dataclass", "frsf", "grape", "kolen_pollack",
+    "ldfa", "linear", "normative_ldfa", "optimizer", "rules", "ssa", "stacks", "update_stack", "usf", "weight_mirror",
     "with_feedback",
 ]  # fmt: skip
 

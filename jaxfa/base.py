@@ -14,7 +14,7 @@ symbol     shape                 meaning
 =========  ====================  =====================================================
 
 A rule is a value, a :class:`LayerRule` (errors go back layer by layer) or a :class:`DirectRule` (straight from the
-output). Its feedback is a pytree, by :func:`register`; its class says how an error goes back. ``None`` in its
+output). Its feedback is a pytree, by :func:`feedback_dataclass`; its class says how an error goes back. ``None`` in its
 place means the plain operation with ordinary autodiff.
 """
 
@@ -70,7 +70,7 @@ class LayerFeedback:
 
 
 @typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
-def register(cls: type[T]) -> type[T]:
+def feedback_dataclass(cls: type[T]) -> type[T]:
     """Class decorator: makes a feedback a frozen dataclass and a pytree of its fields.
 
     Args:
@@ -79,7 +79,7 @@ def register(cls: type[T]) -> type[T]:
 
     Example:
       >>> import jax, jaxfa
-      >>> @jaxfa.register
+      >>> @jaxfa.feedback_dataclass
       ... class Scaled(jaxfa.LayerFeedback):
       ...     b: jax.Array
       >>> jax.tree.leaves(Scaled(1.0))
@@ -104,7 +104,7 @@ def register(cls: type[T]) -> type[T]:
     return made
 
 
-@register
+@feedback_dataclass
 class FixedFeedback(LayerFeedback):
     """A matrix ``b`` of ``w``'s shape in the place of the weights, on which the batch has no effect."""
 

@@ -315,14 +315,17 @@ def test_a_linear_network_finds_the_least_solution_from_the_span_of_its_data_alo
 def test_links_are_read_off_the_gradient():
     def readers(name, rule):
         make, x, at = MODELS[name]
-        return {layer: link.reader for layer, link in jaxfa.nn.links(attach(make(nnx.Rngs(0)), rule, x, at)).items()}
+        return {
+            layer: link.reader
+            for layer, link in jaxfa.nn.consecutive_layers(attach(make(nnx.Rngs(0)), rule, x, at)).items()
+        }
 
     assert readers("mlp", jaxfa.fa()) == readers("mlp", jaxfa.backprop()) == {"fc1": "fc2", "fc2": "fc3"}
     assert readers("mlp", jaxfa.dfa()) == {"fc2": "fc3"}
     assert readers("mlp", jaxfa.dkp()) == {}
     assert readers("conv, batch norm, dropout", jaxfa.fa()) == {}  # in groups
     with pytest.raises(ValueError, match=r"give attach\(\) an example="):
-        jaxfa.nn.links(attach(MODELS["mlp"][0](nnx.Rngs(0)), jaxfa.fa(), None))
+        jaxfa.nn.consecutive_layers(attach(MODELS["mlp"][0](nnx.Rngs(0)), jaxfa.fa(), None))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +346,7 @@ def test_any_model_starts_aligned(name):
     make, x, _ = MODELS[name]
     model = attach(make(nnx.Rngs(0)), jaxfa.fa(), x)
     nnx.jit(jaxfa.nn.align)(model)
-    links = jaxfa.nn.links(model)
+    links = jaxfa.nn.consecutive_layers(model)
     for link in links.values():
         assert (alignment_bound(link.pair, link.feedback) > 0).all()
     for path, angle in nnx.jit(jaxfa.nn.weight_angles)(model).items():

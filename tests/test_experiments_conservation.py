@@ -63,7 +63,7 @@ def test_errors_add_up_to_the_gradient_of_the_bias(name, rule):
     @nnx.jit
     def both(model):
         gradient = nnx.grad(lambda model: loss(model, x))(nnx.clone(model))["model"]
-        return jaxfa.nn.errors(model, lambda model: loss(model, x)), nnx.to_pure_dict(gradient)
+        return jaxfa.nn.layer_errors(model, lambda model: loss(model, x)), nnx.to_pure_dict(gradient)
 
     errors, gradient = both(model)
     assert len(errors) == 3

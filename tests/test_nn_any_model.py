@@ -231,7 +231,7 @@ def test_any_method_may_be_trained_by(rule):
 def test_a_gradient_past_the_attached_model_is_refused(rule):
     aligned = attach(Losses(), rule, AT, method="logits")
     np.testing.assert_allclose(jax.jit(aligned.model.loss)(X), Losses().loss(X), rtol=1e-6)
-    with pytest.raises(RuntimeError, match=r"past .*'[abc]'.*: call the Aligned model, attach with method="):
+    with pytest.raises(RuntimeError, match=r"past .*'[abc]'.*: call the attached model, attach with method="):
         nnx.grad(lambda aligned: aligned.model.loss(X))(aligned)
 
 

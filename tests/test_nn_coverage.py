@@ -182,7 +182,7 @@ def test_other_wrong_use_is_refused():
         jaxfa.nn.attach(attach(model, jaxfa.fa(), x), jaxfa.fa(), rngs=nnx.Rngs(1), example=x)
     direct = attach(model, jaxfa.dfa(), x)
     np.testing.assert_array_equal(direct.model(x), model(x))
-    with pytest.raises(RuntimeError, match=r"past the tap at 'fc[23]': call the Aligned model"):
+    with pytest.raises(RuntimeError, match=r"past the tap at 'fc[23]': call the attached model"):
         nnx.grad(lambda direct: direct.model(x).sum())(direct)
     unused = nnx.Sequential(MLP(nnx.Rngs(0)))
     unused.spare = nnx.Linear(3, 3, rngs=nnx.Rngs(0))

@@ -91,20 +91,20 @@ def test_at_full_rank_the_model_is_the_dense_one_and_so_is_what_comes_back(rule,
     expected = make(nnx.Rngs(0))(x)  # batch norm's statistics move with every call
     chex.assert_trees_all_close(aligned(x), expected, atol=1e-5)
     assert not any(isinstance(module, Factored) for _, module in nnx.iter_modules(model))
-    for back in (jaxfa.nn.merge(aligned), jaxfa.nn.export(aligned)):
+    for back in (jaxfa.nn.to_dense(aligned), jaxfa.nn.to_thin(aligned)):
         assert type(back) is make
         assert not any(type(module).__module__.startswith("jaxfa") for _, module in nnx.iter_modules(back))
         chex.assert_trees_all_close(back(x), expected, atol=1e-5)
-    merged = nnx.state(jaxfa.nn.merge(aligned), nnx.Param)
+    merged = nnx.state(jaxfa.nn.to_dense(aligned), nnx.Param)
     chex.assert_trees_all_close(nnx.to_pure_dict(merged), nnx.to_pure_dict(nnx.state(model, nnx.Param)), atol=1e-5)
 
 
 def test_attention_and_einsums_are_factored_and_come_back(x64):
     model, x = Attention(nnx.Rngs(0)), inputs(5, 4, 6)
     aligned = attach(model, jaxfa.ssa(parallel=False), x)
-    for other in (aligned, jaxfa.nn.merge(aligned), jaxfa.nn.export(aligned)):
+    for other in (aligned, jaxfa.nn.to_dense(aligned), jaxfa.nn.to_thin(aligned)):
         chex.assert_trees_all_close(other(x), model(x), atol=1e-12)
-    merged = nnx.state(jaxfa.nn.merge(aligned), nnx.Param)
+    merged = nnx.state(jaxfa.nn.to_dense(aligned), nnx.Param)
     chex.assert_trees_all_close(nnx.to_pure_dict(merged), nnx.to_pure_dict(nnx.state(model, nnx.Param)), atol=1e-12)
     rows = {row.layer: (row.shape, row.leaves) for row in aligned.coverage().rows}
     passed = {f"attention/{name}": ((6, 6), "through its feedback") for name in ("query", "key", "value", "out")}
@@ -126,7 +126,7 @@ def test_an_exported_model_is_thin_even_where_singular_values_are_negative():
     for layer in (aligned.model.same, aligned.model.head):
         kernel = layer.kernel.get_value()
         layer.kernel.set_value(type(kernel)(kernel.u, -kernel.s, kernel.v, kernel.shape, kernel.name))
-    thin = jaxfa.nn.export(aligned)
+    thin = jaxfa.nn.to_thin(aligned)
     assert [layer.kernel.shape for layer in thin.same.layers] == [(3, 1, 4, 3), (1, 3, 3, 4)]
     assert thin.same is thin.again
     x = inputs(2, 8, 8, 3)
@@ -228,7 +228,7 @@ def test_training_and_pruning_with_an_nnx_optimizer(rule):
         return value
 
     first = [step(aligned, optimizer) for _ in range(20)]
-    before = jaxfa.nn.merge(aligned)(x)
+    before = jaxfa.nn.to_dense(aligned)(x)
     jaxfa.nn.prune(aligned, optimizer, energy=0.7)
     assert {layer.kernel.get_value().s.size for layer in (aligned.model.fc2, aligned.model.fc1)} < {6, 8, 16, 24}
     assert aligned.model.fc2.kernel.get_value().s.size < 32
@@ -262,7 +262,7 @@ def test_what_has_no_factors_is_refused():
     with pytest.raises(ValueError, match=r"place of \['layers/0', 'layers/1'\].*not in a tuple"):
         jaxfa.nn.factorise(Tuple(nnx.Rngs(0)))
     with pytest.raises(ValueError, match="has no factored layers"):
-        jaxfa.nn.merge(Block(4, nnx.Rngs(0)))
+        jaxfa.nn.to_dense(Block(4, nnx.Rngs(0)))
 
 
 def test_a_layer_keeps_its_dtype_and_takes_any_batch():

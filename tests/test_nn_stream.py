@@ -237,7 +237,8 @@ def test_a_block_that_is_left_out_learns_nothing(schedule):
 @every_order
 def test_state_in_any_type_of_variable(schedule):
     got, want = (
-        jaxfa.nn.errors(odd(one), lambda model: loss(model, inputs(9, 6))) for one in (schedule, jaxfa.stacks.stored)
+        jaxfa.nn.layer_errors(odd(one), lambda model: loss(model, inputs(9, 6)))
+        for one in (schedule, jaxfa.stacks.stored)
     )
     chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-6)
     assert all(error.any() for error in got.values())

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfa.base import is_feedback, register
+from jaxfa.base import feedback_dataclass, is_feedback
 
 
-@register
+@feedback_dataclass
 class Factors:
     """One layer's weights ``w = u diag(s) v^T``, a pytree of the three.
 

@@ -5,26 +5,27 @@ their own derivatives, and every parameter's gradient is the true one for the er
 layer's error is the true one. See :func:`attach`.
 """
 
-from jaxfa.nn.aligned import Aligned as Aligned
-from jaxfa.nn.aligned import alignment as alignment
-from jaxfa.nn.aligned import plain as plain
-from jaxfa.nn.aligned import weight_angles as weight_angles
 from jaxfa.nn.attach import attach as attach
-from jaxfa.nn.conserved import Link as Link
+from jaxfa.nn.attached import Attached as Attached
+from jaxfa.nn.attached import alignment as alignment
+from jaxfa.nn.attached import plain as plain
+from jaxfa.nn.attached import weight_angles as weight_angles
+from jaxfa.nn.conserved import ConsecutiveLayers as ConsecutiveLayers
 from jaxfa.nn.conserved import align as align
+from jaxfa.nn.conserved import consecutive_layers as consecutive_layers
 from jaxfa.nn.conserved import imbalances as imbalances
-from jaxfa.nn.conserved import links as links
-from jaxfa.nn.convert import export as export
 from jaxfa.nn.convert import factorise as factorise
-from jaxfa.nn.convert import merge as merge
 from jaxfa.nn.convert import prune as prune
-from jaxfa.nn.errors import errors as errors
+from jaxfa.nn.convert import to_dense as to_dense
+from jaxfa.nn.convert import to_thin as to_thin
+from jaxfa.nn.layer_errors import layer_errors as layer_errors
 from jaxfa.nn.optimizer import Optimizer as Optimizer
 from jaxfa.nn.table import Coverage as Coverage
 from jaxfa.nn.table import Row as Row
 from jaxfa.nn.variables import Feedback as Feedback
 
 __all__ = [
-    "Aligned", "Coverage", "Feedback", "Link", "Optimizer", "Row", "align", "alignment", "attach", "errors", "export",
-    "factorise", "imbalances", "links", "merge", "plain", "prune", "weight_angles",
+    "Attached", "ConsecutiveLayers", "Coverage", "Feedback", "Optimizer", "Row", "align", "alignment", "attach",
+    "consecutive_layers", "factorise", "imbalances", "layer_errors", "plain", "prune", "to_dense", "to_thin",
+    "weight_angles",
 ]  # fmt: skip

@@ -6,8 +6,8 @@ contractions with a parameter that a model makes by itself: ``x @ w``, einsums a
 LoRA's adapters, experts chosen by an index. Their feedback is the parameter's, whose path they go by; where the
 parameter learns elsewhere, too, as a tied embedding does, Kolen-Pollack's law holds for this part of its steps.
 
-The arrays of ``nnx.state(aligned)`` are all that need be saved, by orbax, numpy or pickle: the same call of attach
-makes the rest, ``nnx.update(aligned, state)`` puts them back. The model itself, which has the rule's functions in it,
+The arrays of ``nnx.state(attached)`` are all that need be saved, by orbax, numpy or pickle: the same call of attach
+makes the rest, ``nnx.update(attached, state)`` puts them back. The model itself, which has the rule's functions in it,
 can be copied by ``copy.deepcopy`` but not pickled.
 """
 
@@ -19,7 +19,7 @@ import jax
 from flax import nnx
 
 from jaxfa.base import DirectRule, Rule, init_at, is_direct, matches
-from jaxfa.nn.aligned import Aligned
+from jaxfa.nn.attached import Attached
 from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.program import Example, method_of
@@ -55,7 +55,7 @@ def attach(
     logits: Callable[[Any], Any] | None = None,
     allow: str | tuple[str, ...] = (),
     schedule: Schedule = stored,
-) -> Aligned:
+) -> Attached:
     """Puts a rule on a model that knows nothing of it.
 
     Layer-wise rules take the place of the backward of every layer with weights, and of the model's own contractions.
@@ -78,7 +78,7 @@ def attach(
         gradients are the same, but for what blocks ``sow``, which has none in these two.
 
     Returns:
-      An :class:`Aligned` with a copy of the model.
+      An :class:`Attached` with a copy of the model.
 
     Raises:
       ValueError: if a contraction with weights would stay backpropagation unnoticed, a glob matches nothing, a direct
@@ -105,10 +105,10 @@ def attach(
     put: Any = _put_direct if is_direct(rule) else partial(_put_layerwise, allow=allow)
     backprop, own = put(model, rule, rngs, globs, call)
     forward = forward_by(schedule, model, rule)
-    aligned = Aligned(model, rule, (*allow, *backprop), own, **call._asdict(), forward=forward)
+    attached = Attached(model, rule, (*allow, *backprop), own, **call._asdict(), forward=forward)
     if call.example is not None:
-        aligned.coverage().refuse()
-    return aligned
+        attached.coverage().refuse()
+    return attached
 
 
 class Call(NamedTuple):
@@ -136,8 +136,8 @@ def _check_method(model: Any, method: str) -> None:
 def _check(model: Any, rule: Any, rngs: Any) -> None:
     if not isinstance(model, nnx.Module) or not isinstance(rule, Rule):
         raise TypeError(f"attach(model, rule) expects an nnx.Module and a jaxfa.Rule, got {model!r} and {rule!r}.")
-    if any(isinstance(part, Aligned | Contraction | Tap) for _, part in modules_of(model)):
-        raise ValueError("This model already has a rule; attach the next one to jaxfa.nn.plain(aligned).")
+    if any(isinstance(part, Attached | Contraction | Tap) for _, part in modules_of(model)):
+        raise ValueError("This model already has a rule; attach the next one to jaxfa.nn.plain(attached).")
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"attach needs rngs=nnx.Rngs(seed), from which the feedback is drawn; got {rngs!r}.")
 

@@ -9,7 +9,7 @@ from jaxfa.base import LayerFeedback, is_direct
 from jaxfa.jaxprs.flows import OUTPUT, Passage
 from jaxfa.measure.conservation import Pair, imbalance, shrink
 from jaxfa.measure.pair import matrix_of
-from jaxfa.nn.aligned import Aligned, plain
+from jaxfa.nn.attached import Attached, plain
 from jaxfa.nn.contraction import Site, contractions_of, sites_of
 from jaxfa.nn.learning import quiet
 from jaxfa.nn.program import Example
@@ -19,7 +19,7 @@ from jaxfa.nn.views import Whole
 from jaxfa.rules.dfa import DirectMatrix
 
 
-class Link(NamedTuple):
+class ConsecutiveLayers(NamedTuple):
     """A layer and the one that reads it.
 
     Attributes:
@@ -33,7 +33,7 @@ class Link(NamedTuple):
     feedback: Any
 
 
-def links(aligned: Aligned, *args: Any) -> dict[str, Link]:
+def consecutive_layers(attached: Attached, *args: Any) -> dict[str, ConsecutiveLayers]:
     """The pairs of layers between which :mod:`jaxfa.conservation` may say that something is conserved.
 
     Read off the traced gradient: a layer's reader is the one whose weights pass its error on. Left out are layers with
@@ -42,11 +42,11 @@ def links(aligned: Aligned, *args: Any) -> dict[str, Link]:
     activation or a norm, is not seen.
 
     Args:
-      aligned: what :func:`jaxfa.nn.attach` returned.
+      attached: what :func:`jaxfa.nn.attach` returned.
       *args: one batch of inputs, or its shapes; by default the example that :func:`jaxfa.nn.attach` was given.
 
     Returns:
-      ``{"path/of/layer": Link}``, in the order of the forward pass.
+      ``{"path/of/layer": ConsecutiveLayers}``, in the order of the forward pass.
 
     Raises:
       ValueError: if there are no inputs to trace by.
@@ -55,32 +55,32 @@ def links(aligned: Aligned, *args: Any) -> dict[str, Link]:
       >>> import jax.numpy as jnp, jaxfa.nn
       >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
-      >>> aligned = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(2), example=jnp.ones((5, 4)))
-      >>> {layer: link.reader for layer, link in jaxfa.nn.links(aligned).items()}
+      >>> attached = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(2), example=jnp.ones((5, 4)))
+      >>> {layer: link.reader for layer, link in jaxfa.nn.consecutive_layers(attached).items()}
       {'layers/0': 'layers/2'}
 
     Source: as :func:`jaxfa.conservation.quantity`.
     """
-    example = aligned.example_of("links", args, {})
-    sites = {path: found for path, found in sites_of(plain(aligned)).items() if _is_simple(*found)}
-    known = _direct_feedback(aligned, example) if is_direct(aligned.rule) else _layer_feedback(aligned)
+    example = attached.example_of("consecutive_layers", args, {})
+    sites = {path: found for path, found in sites_of(plain(attached)).items() if _is_simple(*found)}
+    known = _direct_feedback(attached, example) if is_direct(attached.rule) else _layer_feedback(attached)
     found = {}
-    for layer, reader in _readers(plain(aligned), aligned.method, example).items():
+    for layer, reader in _readers(plain(attached), attached.method, example).items():
         if layer in sites and reader in sites and reader in known:
             pair, feedback = _pair(sites[layer][0], sites[reader][0]), known[reader]
             fits = pair.above.shape[-2] % pair.w.shape[-1] == 0
             if fits and (not isinstance(feedback, jax.Array) or feedback.size == pair.above.size):
-                found[layer] = Link(reader, pair, feedback)
+                found[layer] = ConsecutiveLayers(reader, pair, feedback)
     return found
 
 
-def imbalances(aligned: Aligned, loss: Any, *args: Any) -> dict[str, jax.Array]:
+def imbalances(attached: Attached, loss: Any, *args: Any) -> dict[str, jax.Array]:
     """A model's breach of the law of :mod:`jaxfa.conservation` by its pseudo-gradient; zero where the law holds.
 
     Args:
-      aligned: what :func:`jaxfa.nn.attach` returned; its state is not changed.
+      attached: what :func:`jaxfa.nn.attach` returned; its state is not changed.
       loss: ``model -> scalar``.
-      *args: as for :func:`links`.
+      *args: as for :func:`consecutive_layers`.
 
     Returns:
       ``{"path/of/layer": (m,)}``: :func:`jaxfa.conservation.imbalance` of every unit of every pair.
@@ -89,22 +89,23 @@ def imbalances(aligned: Aligned, loss: Any, *args: Any) -> dict[str, jax.Array]:
       >>> import jax.numpy as jnp, jaxfa.nn
       >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
-      >>> aligned = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(2), example=jnp.ones((5, 4)))
-      >>> found = jaxfa.nn.imbalances(aligned, lambda model: (model(jnp.ones((5, 4))) ** 2).mean())
+      >>> attached = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(2), example=jnp.ones((5, 4)))
+      >>> found = jaxfa.nn.imbalances(attached, lambda model: (model(jnp.ones((5, 4))) ** 2).mean())
       >>> bool(abs(found["layers/0"]).max() < 1e-6)
       True
 
     Source: as :func:`jaxfa.conservation.quantity`.
     """
-    gradient = nnx.clone(aligned)
-    nnx.update(gradient, nnx.grad(loss)(quiet(aligned)))
-    steps = links(gradient, *args)
+    gradient = nnx.clone(attached)
+    nnx.update(gradient, nnx.grad(loss)(quiet(attached)))
+    steps = consecutive_layers(gradient, *args)
     return {
-        layer: imbalance(link.pair, steps[layer].pair, link.feedback) for layer, link in links(aligned, *args).items()
+        layer: imbalance(link.pair, steps[layer].pair, link.feedback)
+        for layer, link in consecutive_layers(attached, *args).items()
     }
 
 
-def align(aligned: Aligned, *args: Any, ratio: float = 0.5) -> None:
+def align(attached: Attached, *args: Any, ratio: float = 0.5) -> None:
     """Aligned initialisation, in place: every layer's weights become its feedback's matrix, scaled.
 
     ``w_l = b_l`` for every layer with a feedback; then, from the last layer to the first,
@@ -112,8 +113,8 @@ def align(aligned: Aligned, *args: Any, ratio: float = 0.5) -> None:
     stay aligned for as long as the law holds. Where it does not hold this still is where both start alike.
 
     Args:
-      aligned: what :func:`jaxfa.nn.attach` returned with a layer-wise rule.
-      *args: as for :func:`links`.
+      attached: what :func:`jaxfa.nn.attach` returned with a layer-wise rule.
+      *args: as for :func:`consecutive_layers`.
       ratio: how much of the alignment training may take away, between 0 and 1.
 
     Raises:
@@ -123,24 +124,24 @@ def align(aligned: Aligned, *args: Any, ratio: float = 0.5) -> None:
       >>> import jax.numpy as jnp, jaxfa.nn
       >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
-      >>> aligned = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(2), example=jnp.ones((5, 4)))
-      >>> jaxfa.nn.align(aligned)
-      >>> {path: float(angle) for path, angle in jaxfa.nn.weight_angles(aligned).items()}
+      >>> attached = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(2), example=jnp.ones((5, 4)))
+      >>> jaxfa.nn.align(attached)
+      >>> {path: float(angle) for path, angle in jaxfa.nn.weight_angles(attached).items()}
       {'layers/2': 0.0}
 
     Source: as :func:`jaxfa.conservation.quantity`.
     """
-    contractions = contractions_of(aligned.model)
+    contractions = contractions_of(attached.model)
     if not contractions:
         raise ValueError("Aligned initialisation needs a layer-wise rule, whose feedback has the weights' shape.")
-    sites = sites_of(plain(aligned))
+    sites = sites_of(plain(attached))
     for path, contraction in contractions.items():
         module, site = sites[path]
         kernel = module.kernel.get_value()
         b = matrix_of(contraction.feedback.get_value(), site.matrices(kernel)).astype(kernel.dtype)
         # The view only moves axes, so that its transpose is its inverse.
         module.kernel.set_value(jax.linear_transpose(site.matrices, kernel)(b)[0])
-    for layer, link in reversed(links(aligned, *args).items()):
+    for layer, link in reversed(consecutive_layers(attached, *args).items()):
         module, _ = sites[layer]
         above = sites[link.reader][0].kernel.get_value()  # which may have been scaled by now
         pair = shrink(link.pair._replace(above=above), link.feedback, ratio)
@@ -172,19 +173,19 @@ def _pair(module: Any, reader: Any) -> Pair:
     return Pair(module.kernel.get_value(), reader.kernel.get_value(), bias)
 
 
-def _layer_feedback(aligned: Aligned) -> dict[str, Any]:
+def _layer_feedback(attached: Attached) -> dict[str, Any]:
     """What the error returns through from each layer; None, where it has no feedback, is backpropagation."""
-    parts = contractions_of(aligned.model)
-    feedback = {path: parts[path].feedback.get_value() if path in parts else None for path in sites_of(plain(aligned))}
+    parts = contractions_of(attached.model)
+    feedback = {path: parts[path].feedback.get_value() if path in parts else None for path in sites_of(plain(attached))}
     return {path: one for path, one in feedback.items() if one is None or type(one).matrix is not LayerFeedback.matrix}
 
 
-def _direct_feedback(aligned: Aligned, example: Example) -> dict[str, jax.Array]:
+def _direct_feedback(attached: Attached, example: Example) -> dict[str, jax.Array]:
     """The matrix of the last layer, by its path: where the error is delivered to its very input, as a layer would."""
-    ways = traced(aligned, example).arrivals
-    taps = {Passage("direct", tap.scope("")): tap.feedback for tap in taps_of(aligned.model).values()}
+    ways = traced(attached, example).arrivals
+    taps = {Passage("direct", tap.scope("")): tap.feedback for tap in taps_of(attached.model).values()}
     found: dict[str, jax.Array] = {}
-    for layer, reader in _readers(plain(aligned), aligned.method, example).items():
+    for layer, reader in _readers(plain(attached), attached.method, example).items():
         way = [taps.get(step) for step in ways[f"{layer}/kernel"]]
         if ways[f"{reader}/kernel"] == {OUTPUT} and len(way) == 1 and way[0] is not None:
             feedback = way[0].get_value()

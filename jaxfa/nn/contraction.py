@@ -109,7 +109,7 @@ class Contraction(nnx.Module):
         self.site = nnx.static(site)
         self.path = path
         self.feedback = Feedback(feedback)
-        self.is_audited = False  # in a run of the Aligned model
+        self.is_audited = False  # in a run of the attached model
         self.recorder: Recorder | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:

@@ -12,7 +12,7 @@ from jaxfa.base import matches, transpose
 from jaxfa.factored.rank import prune as prune_tree
 from jaxfa.factored.svd import Factors
 from jaxfa.factored.svd import factorise as factorise_weights
-from jaxfa.nn.aligned import Aligned, plain
+from jaxfa.nn.attached import Attached, plain
 from jaxfa.nn.factored import Factored, factorise_chosen, swap
 from jaxfa.nn.variables import Feedback, modules_of
 from jaxfa.nn.views import Matrices
@@ -54,7 +54,7 @@ def factorise(model: nnx.Module, rank: float | None = None, *, at: str | tuple[s
     return factorise_chosen(nnx.clone(model), weights, lambda path: not globs or matches(path, globs, under=True))
 
 
-def merge(model: Any) -> Any:
+def to_dense(model: Any) -> Any:
     """The dense model: every factored layer becomes the one that it replaced, with the product as its weights.
 
     Args:
@@ -67,18 +67,18 @@ def merge(model: Any) -> Any:
       >>> import jax.numpy as jnp, jaxfa.nn
       >>> from flax import nnx
       >>> model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jnp.ones((2, 4))
-      >>> aligned = jaxfa.nn.attach(model, jaxfa.ssa(), rngs=nnx.Rngs(1), example=x)
-      >>> bool(jnp.allclose(jaxfa.nn.merge(aligned).kernel[...], model.kernel[...], atol=1e-6))
+      >>> attached = jaxfa.nn.attach(model, jaxfa.ssa(), rngs=nnx.Rngs(1), example=x)
+      >>> bool(jnp.allclose(jaxfa.nn.to_dense(attached).kernel[...], model.kernel[...], atol=1e-6))
       True
     """
     return _converted(model, _dense)
 
 
-def export(model: Any) -> Any:
+def to_thin(model: Any) -> Any:
     """A plain model for inference: every factored layer becomes two thin ones, ``u sqrt(s)`` and ``sqrt(s) v^T``.
 
     Args:
-      model: as for :func:`merge`; it stays as it is.
+      model: as for :func:`to_dense`; it stays as it is.
 
     Returns:
       A model of the user's own class in which each factored layer is an ``nnx.Sequential`` of two of its own kind.
@@ -87,8 +87,8 @@ def export(model: Any) -> Any:
       >>> import jax.numpy as jnp, jaxfa.nn
       >>> from flax import nnx
       >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-      >>> aligned = jaxfa.nn.attach(model, jaxfa.ssa(rank=2), rngs=nnx.Rngs(1), example=jnp.ones((2, 4)))
-      >>> [layer.kernel.shape for layer in jaxfa.nn.export(aligned).layers]
+      >>> attached = jaxfa.nn.attach(model, jaxfa.ssa(rank=2), rngs=nnx.Rngs(1), example=jnp.ones((2, 4)))
+      >>> [layer.kernel.shape for layer in jaxfa.nn.to_thin(attached).layers]
       [(4, 2), (2, 3)]
 
     Source: Yang et al., "Learning Low-rank Deep Neural Networks via Singular Vector Orthogonality Regularization and
@@ -98,7 +98,7 @@ def export(model: Any) -> Any:
 
 
 def _converted(model: Any, convert: Callable[[Factored], Any]) -> Any:
-    model = nnx.clone(plain(model) if isinstance(model, Aligned) else model)
+    model = nnx.clone(plain(model) if isinstance(model, Attached) else model)
     made = {id(layer): convert(layer) for _, layer in modules_of(model) if isinstance(layer, Factored)}
     if not made:
         raise ValueError("This model has no factored layers: attach jaxfa.ssa(...) first.")
@@ -161,7 +161,7 @@ def _einsums(view: Matrices, first: jax.Array, second: jax.Array, dense: Any) ->
 
 
 def prune(
-    aligned: Aligned,
+    attached: Attached,
     optimizer: nnx.Optimizer | None = None,
     *,
     energy: float = 0.95,
@@ -171,7 +171,7 @@ def prune(
     """Drops singular values of an attached model, its feedback and optimizer, in place: :func:`jaxfa.factored.prune`.
 
     Args:
-      aligned: what :func:`jaxfa.nn.attach` returned, with factored layers.
+      attached: what :func:`jaxfa.nn.attach` returned, with factored layers.
       optimizer: the one that trains it.
       energy: how much of the squared singular values to keep, in (0, 1].
       multiple: ranks are rounded up to whole multiples of it.
@@ -181,14 +181,14 @@ def prune(
       >>> import jax.numpy as jnp, jaxfa.nn
       >>> from flax import nnx
       >>> model, x = nnx.Linear(64, 64, rngs=nnx.Rngs(0)), jnp.ones((2, 64))
-      >>> aligned = jaxfa.nn.attach(model, jaxfa.ssa(), rngs=nnx.Rngs(1), example=x)
-      >>> jaxfa.nn.prune(aligned, energy=0.9)
-      >>> aligned.model.kernel.get_value().s.shape
+      >>> attached = jaxfa.nn.attach(model, jaxfa.ssa(), rngs=nnx.Rngs(1), example=x)
+      >>> jaxfa.nn.prune(attached, energy=0.9)
+      >>> attached.model.kernel.get_value().s.shape
       (40,)
 
     Source: as :func:`jaxfa.factored.prune`.
     """
-    trees: Any = (nnx.state(aligned, nnx.Param), nnx.state(aligned, Feedback))
+    trees: Any = (nnx.state(attached, nnx.Param), nnx.state(attached, Feedback))
     trees = (*trees, None if optimizer is None else optimizer.opt_state)
     boxes = jax.tree.leaves(trees, is_leaf=_is_box)
     bare = jax.tree.map(lambda box: box.get_value() if _is_box(box) else box, trees, is_leaf=_is_box)

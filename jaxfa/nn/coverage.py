@@ -18,34 +18,34 @@ from jaxfa.nn.trace import trace, traced
 from jaxfa.nn.variables import Feedback, value_of
 
 
-def cover(aligned: Any, example: Example) -> Coverage:
+def cover(attached: Any, example: Example) -> Coverage:
     """The table of an attached model for these inputs."""
-    result = traced(aligned, example)
-    table = _Cover(aligned, result, example)
+    result = traced(attached, example)
+    table = _Cover(attached, result, example)
     if table.violations():  # then it is worth a closer look
-        table = _Cover(aligned, traced(aligned, example, local=True), example)
+        table = _Cover(attached, traced(attached, example, local=True), example)
     if not table.hides():
         return table.table(None)
-    model = plain_of(aligned.model) if is_direct(aligned.rule) else aligned.model
-    return table.table(survey(model, method_of(aligned.method), example))
+    model = plain_of(attached.model) if is_direct(attached.rule) else attached.model
+    return table.table(survey(model, method_of(attached.method), example))
 
 
 class _Cover:
     """Turns an audit into rows."""
 
-    def __init__(self, aligned: Any, result: Audit, example: Example) -> None:
-        self.aligned, self.result, self.allow, self.example = aligned, result, aligned.allow, example
-        self.own, self.left = own_of(aligned), {site.name for site in aligned.left}
-        taps = taps_of(aligned.model).values()
+    def __init__(self, attached: Any, result: Audit, example: Example) -> None:
+        self.attached, self.result, self.allow, self.example = attached, result, attached.allow, example
+        self.own, self.left = own_of(attached), {site.name for site in attached.left}
+        taps = taps_of(attached.model).values()
         self.blocks = [tap.path for tap in taps if not tap.at_input]
         self.inputs = [tap.path for tap in taps if tap.at_input]
         self.delivering = [tap.path for tap in taps if tap.feedback is not None]
         self.taps = {tap.scope(leaf): tap.path for tap in taps for leaf in tap.leaves}
         self.places = {tap.scope(leaf): _place(tap, leaf) for tap in taps for leaf in tap.leaves}
-        held = held_feedback(aligned)
+        held = held_feedback(attached)
         self.feedback = {path: ", ".join(map(describe, parts)) for path, parts in held.items()}
-        self.learns = {path: how_it_learns(aligned.rule, parts[0]) for path, parts in held.items()}
-        flat = nnx.to_flat_state(nnx.state(aligned.model, nnx.Not(Feedback)))
+        self.learns = {path: how_it_learns(attached.rule, parts[0]) for path, parts in held.items()}
+        flat = nnx.to_flat_state(nnx.state(attached.model, nnx.Not(Feedback)))
         self.shapes = {"/".join(map(str, path)): shape_of(value_of(leaf)) for path, leaf in flat}
         self.params = {"/".join(map(str, path)) for path, leaf in flat if isinstance(leaf, nnx.Param)}
         self.first = {name for use in result.uses if use.first for name in use.weights}
@@ -195,10 +195,10 @@ class _Cover:
         idle = [name for name in self.names if name in self.params and not self.result.arrivals[name]]
         idle = [name for name in idle if not self.allows(name)]
         if silent:
-            seen = record_taps(self.aligned.model, self.aligned.method, self.example)
+            seen = record_taps(self.attached.model, self.attached.method, self.example)
             silent = [path for path in silent if path in seen and not matches(path, self.allow, under=True)]
         if idle:
-            true = trace(plain_of(self.aligned.model), self.aligned.method, self.example).arrivals
+            true = trace(plain_of(self.attached.model), self.attached.method, self.example).arrivals
             idle = [name for name in idle if true.get(name)]
         return [SILENT.format(path) for path in silent] + [IDLE.format(layer_name(name)) for name in idle]
 

@@ -25,11 +25,11 @@ IDLE = (
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
-def held_feedback(aligned: Any) -> dict[str, list[Any]]:
+def held_feedback(attached: Any) -> dict[str, list[Any]]:
     """The feedback of each layer or tap; several where a parameter is contracted in several ways."""
-    parts = [module for _, module in modules_of(aligned.model) if isinstance(module, Contraction | Tap)]
+    parts = [module for _, module in modules_of(attached.model) if isinstance(module, Contraction | Tap)]
     found: dict[str, list[Any]] = {}
-    for part in (*parts, *own_of(aligned)):
+    for part in (*parts, *own_of(attached)):
         if part.feedback is not None:
             found.setdefault(layer_name(part.path), []).append(part.feedback.get_value())
     return found

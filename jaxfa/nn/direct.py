@@ -13,9 +13,9 @@ from jaxfa.nn.tap import Channel, taps_of
 from jaxfa.ops import varying_axes
 
 
-def call_direct(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a model with a direct rule, which may be differentiated."""
-    program = Program(aligned.model, method_of(aligned.method), args, kwargs)
+    program = Program(attached.model, method_of(attached.method), args, kwargs)
     channels: list[Channel] = []
 
     def run(states: Any, ref: Any) -> Any:
@@ -31,9 +31,9 @@ def call_direct(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return found
 
     def error_of(outputs: Any) -> jax.Array:
-        if aligned.rule.source is not None:
-            return _zeros(channels[-1].source, aligned.rule.source)  # the source will write it
-        return error_in(program.returned(outputs[0]), aligned.logits)
+        if attached.rule.source is not None:
+            return _zeros(channels[-1].source, attached.rule.source)  # the source will write it
+        return error_in(program.returned(outputs[0]), attached.logits)
 
     try:
         return program.finish(*with_error(run, error_of, tuple(program.states)))

@@ -25,7 +25,7 @@ from jaxfa.ops import vary_alike
 from jaxfa.stacks import schedules
 
 
-class Dispatch(Walk):
+class Dispatched(Walk):
     """A forward pass that keeps what every block computes with.
 
     Attributes:
@@ -53,14 +53,14 @@ def check_dispatches(model: nnx.Module, rule: Rule, schedule: schedules.Dispatch
         raise ValueError(f"{devices} devices need as many tapped blocks, got {blocks}: take a smaller axis.")
 
 
-def call_dispatched(mesh: Mesh, aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_dispatched(mesh: Mesh, attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a tapped model; its blocks' gradients are formed on different devices, and summed over them."""
-    program = Program(aligned.model, method_of(aligned.method), args, kwargs)
+    program = Program(attached.model, method_of(attached.method), args, kwargs)
     blocks: dict[str, tuple[Program, Tap]] = {}
 
     def keep(state: Any) -> Any:
         def run(state: Any) -> Any:
-            walk = Dispatch()
+            walk = Dispatched()
             found = program.run(state, prepare=walked(walk))
             blocks.update(walk.blocks)
             # What a block computes with comes from the state, or from what is before the block: as an output it takes
@@ -75,7 +75,7 @@ def call_dispatched(mesh: Mesh, aligned: Any, args: tuple[Any, ...], kwargs: dic
 
     def backward(kept: Any, cotangents: Any) -> Any:
         pullback, states = kept
-        e = error_in(program.returned(cotangents[0]), aligned.logits)
+        e = error_in(program.returned(cotangents[0]), attached.logits)
         return pullback((cotangents, _learn(mesh, blocks, states, e)))[0]
 
     return program.finish(*relearned(keep, backward, program.states[0]))

@@ -31,9 +31,9 @@ def note_refined(rule: Rule) -> None:
     _SEEN.add(rule.refine)
 
 
-def quiet(aligned: Any) -> Any:
+def quiet(attached: Any) -> Any:
     """A copy that says nothing when it is differentiated: what is measured is no step."""
-    copy = nnx.clone(aligned)
+    copy = nnx.clone(attached)
     copy.reminds = False
     return copy
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import Layer, LayerFeedback, register, transpose
+from jaxfa.base import Layer, LayerFeedback, feedback_dataclass, transpose
 from jaxfa.jaxprs.contractions import Contraction
 from jaxfa.jaxprs.weights import over_stack, shape_of
 from jaxfa.nn.views import Bound, Call, Groups, Matrices, Whole, of_einsum, roles
@@ -94,7 +94,7 @@ def _conv_view(found: Contraction) -> Whole | Groups | None:
     return Groups(groups) if order == tuple(range(len(w))) and x[1] == y[1] == last else None
 
 
-@register
+@feedback_dataclass
 class Viewed(LayerFeedback):
     """The feedback of matrices in the place of weights that hold them in another way.
 

@@ -162,16 +162,16 @@ def relearned(keep: Callable[[Any], Any], backward: Callable[[Any, Any], Any], t
 relearned.defvjp(lambda keep, backward, tree: keep(tree), lambda keep, backward, *rest: (backward(*rest),))
 
 
-def call_streamed(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_streamed(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a tapped model, keeping its inputs alone; its gradient is formed by a second forward sweep."""
-    program = Program(aligned.model, method_of(aligned.method), args, kwargs)
+    program = Program(attached.model, method_of(attached.method), args, kwargs)
 
     def keep(state: Any) -> Any:
         return program.run(state, prepare=walked(Walk(state))), state
 
     def backward(state: Any, cotangents: Any) -> Any:
         def surrogate(floats: list[Any]) -> jax.Array:
-            sweep = Sweep(error_in(program.returned(cotangents[0]), aligned.logits))
+            sweep = Sweep(error_in(program.returned(cotangents[0]), attached.logits))
             outputs = program.run(rebuild(floats), prepare=walked(sweep))
             return _product(cotangents, outputs) + sweep.learned
 

@@ -136,9 +136,9 @@ def by_parameter(own: Any) -> dict[str, nnx.List]:
     return {path: nnx.List(several) for path, several in found.items()}
 
 
-def own_of(aligned: Any) -> list[OwnContraction]:
+def own_of(attached: Any) -> list[OwnContraction]:
     """An attached model's own contractions with feedback."""
-    return [one for several in aligned.own.values() for one in several]
+    return [one for several in attached.own.values() for one in several]
 
 
 def by_path(own: Any) -> dict[str, OwnContraction]:

@@ -90,21 +90,21 @@ def weights_above(model: nnx.Module, method: str, tapped: Any, source: str, exam
     return [step.name for step in found.arrivals[source] if step.kind == "weights"]
 
 
-def traced(aligned: Any, example: Example, *, local: bool = False) -> Audit:
+def traced(attached: Any, example: Example, *, local: bool = False) -> Audit:
     """The audit of an attached model.
 
     Args:
-      aligned: the model.
+      attached: the model.
       example: a call of it.
       local: whether to take products of parameters alone, such as a spectral norm, for a part of the weights.
     """
     # Layer-wise rules are in the model itself; a direct one, and a model's own contractions, need its root.
-    if is_direct(aligned.rule):
-        of = partial(error_in, logits=aligned.logits)
-        return _audit(_traced(aligned, "__call__", example, skip=1, of=of), local)
-    if aligned.own:
-        return _audit(_traced(aligned, "__call__", example, skip=1), local)
-    return trace(aligned.model, aligned.method, example, local=local)
+    if is_direct(attached.rule):
+        of = partial(error_in, logits=attached.logits)
+        return _audit(_traced(attached, "__call__", example, skip=1, of=of), local)
+    if attached.own:
+        return _audit(_traced(attached, "__call__", example, skip=1), local)
+    return trace(attached.model, attached.method, example, local=local)
 
 
 def _segments(path: Any) -> list[str]:

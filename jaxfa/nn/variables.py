@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 
 REFUSAL = (
-    "The gradient of the model inside jaxfa.nn.attach's was asked for, past {}: call the Aligned model, attach with "
-    "method= for another method than __call__, or take jaxfa.nn.plain(aligned) for true gradients."
+    "The gradient of the model inside jaxfa.nn.attach's was asked for, past {}: call the attached model, attach with "
+    "method= for another method than __call__, or take jaxfa.nn.plain(attached) for true gradients."
 )
 
 

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import jax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, DirectRule, Initializer, register
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
 
 
-@register
+@feedback_dataclass
 class DirectMatrix(DirectFeedback):
     """A fixed matrix from the outputs to one layer.
 
@@ -29,7 +29,7 @@ class DirectMatrix(DirectFeedback):
         return project(self.b, h, e)
 
 
-@register
+@feedback_dataclass
 class SharedMatrix(DirectFeedback):
     """One matrix for all layers; a layer of ``n`` units takes its first ``n`` rows, divided by ``sqrt(n)``.
 

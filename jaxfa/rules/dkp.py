@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, DirectRule, Initializer, register
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
 
 
-@register
+@feedback_dataclass
 class DirectKolenPollackFeedback(DirectFeedback):
     """A matrix from the outputs to one layer whose signal is ``h_l^T e``.
 

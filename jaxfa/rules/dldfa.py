@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, DirectRule, Initializer, register
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
 from jaxfa.rules.shared.lowrank import Rank, check_rank, factors_learn, globs_of, oja, orthonormal, rank_at
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
 
 
-@register
+@feedback_dataclass
 class LowRankDirect(DirectFeedback):
     """A matrix of rank ``r`` from the output, or from a later layer, to one layer, kept and used as its factors.
 

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, DirectRule, Initializer, refuse_shards, register
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass, refuse_shards
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
 
 
-@register
+@feedback_dataclass
 class TargetProjection(DirectFeedback):
     """A fixed matrix from the classes to one layer, driven by the target instead of the error.
 

@@ -8,10 +8,10 @@ https://arxiv.org/abs/1904.05391
 import jax
 from jax.nn import initializers
 
-from jaxfa.base import Alike, Initializer, LayerFeedback, LayerRule, register
+from jaxfa.base import Alike, Initializer, LayerFeedback, LayerRule, feedback_dataclass
 
 
-@register
+@feedback_dataclass
 class KolenPollackFeedback(LayerFeedback):
     """A matrix in the place of the weights whose learning signal is the weights' own gradient.
 

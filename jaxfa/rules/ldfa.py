@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from jaxfa.base import Initializer, LayerRule, register
+from jaxfa.base import Initializer, LayerRule, feedback_dataclass
 from jaxfa.rules.shared.lowrank import (
     LowRank,
     Rank,
@@ -40,7 +40,7 @@ from jaxfa.rules.shared.lowrank import (
 )
 
 
-@register
+@feedback_dataclass
 class LearnedLowRank(LowRank):
     """The same with factors that learn from what passes: ``p`` by Oja's rule, ``q`` by Hebb's.
 

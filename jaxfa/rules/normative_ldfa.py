@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import Layer, LayerRule, is_layer, register
+from jaxfa.base import Layer, LayerRule, feedback_dataclass, is_layer
 from jaxfa.rules.shared.lowrank import LowRank, Rank, check_rank, globs_of, rank_at
 
 
-@register
+@feedback_dataclass
 class TransportedLowRank(LowRank):
     """The same with factors that ``refine`` fits to the weights themselves: weight transport, under its own name."""
 

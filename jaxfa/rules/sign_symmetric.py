@@ -16,12 +16,12 @@ import optax
 from jax import lax
 from jax.nn import initializers
 
-from jaxfa.base import Initializer, LayerFeedback, LayerRule, register
+from jaxfa.base import Initializer, LayerFeedback, LayerRule, feedback_dataclass
 
 _SHIFTS = (0, 8, 16, 24)
 
 
-@register
+@feedback_dataclass
 class SignFeedback(LayerFeedback):
     """``b = magnitude sign(w)``.
 
@@ -35,7 +35,7 @@ class SignFeedback(LayerFeedback):
         return self.magnitude.astype(w.dtype) * jnp.sign(w)
 
 
-@register
+@feedback_dataclass
 class RedrawnSignFeedback(LayerFeedback):
     """``b = |M_t| sign(w)`` with ``M_t`` drawn anew at every step ``t`` from a counter, never stored.
 

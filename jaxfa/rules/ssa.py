@@ -26,14 +26,24 @@ import numpy as np
 import optax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, DirectRule, Layer, LayerFeedback, LayerRule, Operation, Rule, register, transpose
+from jaxfa.base import (
+    DirectFeedback,
+    DirectRule,
+    Layer,
+    LayerFeedback,
+    LayerRule,
+    Operation,
+    Rule,
+    feedback_dataclass,
+    transpose,
+)
 from jaxfa.factored.local_losses import learn_aligned, orthogonal
 from jaxfa.factored.manifold import orthonormal, stiefel
 from jaxfa.factored.svd import Factors, factorise, is_factors, orthonormal_factors, rank_of
 from jaxfa.rules.shared.projection import direct_matrix, project
 
 
-@register
+@feedback_dataclass
 class FactoredFeedback(LayerFeedback):
     """Factors in the place of the weights' factors, for an error from the layer above: ``dx = ((d b_v) * b_s) b_u^T``.
 
@@ -48,14 +58,14 @@ class FactoredFeedback(LayerFeedback):
         return self.b
 
 
-@register
+@feedback_dataclass
 class TransportedFactors(FactoredFeedback):
     """The same, pulled towards the weights' factors: weight transport, under its own name."""
 
     learns: ClassVar[str] = "from the weights"
 
 
-@register
+@feedback_dataclass
 class LiftedFeedback(DirectFeedback):
     """The output error, lifted to a layer's outputs by a fixed matrix, then through the layer's feedback factors.
 
@@ -78,7 +88,7 @@ class LiftedFeedback(DirectFeedback):
         return transpose(lambda x: self.op(x, b), h, delta.astype(y.dtype))
 
 
-@register
+@feedback_dataclass
 class TransportedLift(LiftedFeedback):
     """The same with factors pulled towards the weights' own: weight transport, under its own name."""
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import DirectFeedback, DirectRule, Initializer, is_feedback, refuse_shards, register
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass, is_feedback, refuse_shards
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
 
 # How much the square of an example's amplitude differs from its mean, 1.
@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
 Gain = Callable[[jax.Array, jax.Array, Estimate], tuple[jax.Array | float, jax.Array]]
 
 
-@register
+@feedback_dataclass
 class JacobianFeedback(DirectFeedback):
     """A matrix from the outputs to one layer that learns to be the transposed Jacobian ``d logits / d h``.
 

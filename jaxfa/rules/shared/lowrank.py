@@ -9,12 +9,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfa.base import Alike, LayerFeedback, Operation, is_feedback, matches, refuse_shards, register, transpose
+from jaxfa.base import (
+    Alike,
+    LayerFeedback,
+    Operation,
+    feedback_dataclass,
+    is_feedback,
+    matches,
+    refuse_shards,
+    transpose,
+)
 
 Rank = int | float | Mapping[str, int | float]
 
 
-@register
+@feedback_dataclass
 class LowRank(LayerFeedback):
     """A fixed matrix of rank ``r`` in the place of the weights, kept and used as its two factors.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxfa.nn.aligned import Aligned, plain
+from jaxfa.nn.attached import Attached, plain
 from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.learning import quiet
 from jaxfa.nn.variables import Recorder
@@ -33,11 +33,11 @@ class Shifted(nnx.Module):
         return y if self.shift is None else y + self.shift[...]
 
 
-def errors(aligned: Aligned, loss: Any) -> dict[str, jax.Array]:
+def layer_errors(attached: Attached, loss: Any) -> dict[str, jax.Array]:
     """The error that the rule brings to the output of every dense layer and convolution, before its activation.
 
     Args:
-      aligned: what :func:`jaxfa.nn.attach` returned; its state is not changed.
+      attached: what :func:`jaxfa.nn.attach` returned; its state is not changed.
       loss: ``model -> scalar``.
 
     Returns:
@@ -47,13 +47,13 @@ def errors(aligned: Aligned, loss: Any) -> dict[str, jax.Array]:
     Example:
       >>> import jax.numpy as jnp, jaxfa.nn
       >>> from flax import nnx
-      >>> aligned = jaxfa.nn.attach(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jaxfa.fa(), rngs=nnx.Rngs(1))
-      >>> jaxfa.nn.errors(aligned, lambda model: model(jnp.ones((2, 4))).sum())[""].tolist()
+      >>> attached = jaxfa.nn.attach(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jaxfa.fa(), rngs=nnx.Rngs(1))
+      >>> jaxfa.nn.layer_errors(attached, lambda model: model(jnp.ones((2, 4))).sum())[""].tolist()
       [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
 
     Source: as each rule.
     """
-    recorder, probe, shifted = Recorder(), plain(aligned), quiet(aligned)
+    recorder, probe, shifted = Recorder(), plain(attached), quiet(attached)
     for part in _shift(probe).values():
         part.recorder = recorder
     # Of a copy inside: the pass may update statistics, which nobody asked for.

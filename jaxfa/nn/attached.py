@@ -24,7 +24,7 @@ from jaxfa.nn.variables import Recorder
 from jaxfa.ops import backward_alone
 
 
-class Aligned(nnx.Module):
+class Attached(nnx.Module):
     """A model that learns by a rule; :func:`jaxfa.nn.attach` makes it.
 
     Attributes:
@@ -117,34 +117,34 @@ class Aligned(nnx.Module):
         note_refined(self.rule)
 
 
-def plain(aligned: Aligned) -> Any:
+def plain(attached: Attached) -> Any:
     """The same network with true gradients and forward mode, for measuring and calibrating.
 
     An attached model has a backward pass alone: ``jax.jvp`` of it is refused, inside of a ``jit`` in JAX's own words,
     "can't apply forward-mode autodiff (jvp) to a custom_vjp function".
 
     Args:
-      aligned: what :func:`jaxfa.nn.attach` returned.
+      attached: what :func:`jaxfa.nn.attach` returned.
 
     Returns:
-      A model of the user's own class that shares ``aligned``'s variables: a step on the one is a step on the other.
+      A model of the user's own class that shares ``attached``'s variables: a step on the one is a step on the other.
 
     Example:
       >>> import jax.numpy as jnp, jaxfa.nn
       >>> from flax import nnx
-      >>> aligned = jaxfa.nn.attach(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jaxfa.fa(), rngs=nnx.Rngs(1))
-      >>> jaxfa.nn.plain(aligned).kernel is aligned.model.kernel
+      >>> attached = jaxfa.nn.attach(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jaxfa.fa(), rngs=nnx.Rngs(1))
+      >>> jaxfa.nn.plain(attached).kernel is attached.model.kernel
       True
     """
-    return plain_of(aligned.model)
+    return plain_of(attached.model)
 
 
-def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
+def alignment(attached: Attached, loss: Any) -> dict[str, Alignment]:
     """How well the rule's pseudo-gradient is aligned with the true gradient, for every parameter.
 
     Args:
-      aligned: what :func:`jaxfa.nn.attach` returned; its state is not changed.
-      loss: ``model -> scalar``, called with a copy of ``aligned`` and of its plain twin.
+      attached: what :func:`jaxfa.nn.attach` returned; its state is not changed.
+      loss: ``model -> scalar``, called with a copy of ``attached`` and of its plain twin.
 
     Returns:
       ``{"path/of/kernel": Alignment(angle in degrees, norm_ratio)}``; for a stack of layers, arrays of them. An angle
@@ -153,15 +153,15 @@ def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
     Example:
       >>> import jax.numpy as jnp, jaxfa.nn
       >>> from flax import nnx
-      >>> aligned = jaxfa.nn.attach(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jaxfa.fa(), rngs=nnx.Rngs(1))
-      >>> float(jaxfa.nn.alignment(aligned, lambda model: model(jnp.ones((5, 4))).sum())["kernel"].angle)
+      >>> attached = jaxfa.nn.attach(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jaxfa.fa(), rngs=nnx.Rngs(1))
+      >>> float(jaxfa.nn.alignment(attached, lambda model: model(jnp.ones((5, 4))).sum())["kernel"].angle)
       0.0
 
     Source: as :func:`jaxfa.diagnostics.angle`.
     """
-    pseudo = nnx.to_flat_state(nnx.grad(loss)(quiet(aligned))["model"])
-    true = nnx.to_flat_state(nnx.grad(loss)(nnx.clone(plain(aligned))))
-    sites = sites_of(plain(aligned)).items()
+    pseudo = nnx.to_flat_state(nnx.grad(loss)(quiet(attached))["model"])
+    true = nnx.to_flat_state(nnx.grad(loss)(nnx.clone(plain(attached))))
+    sites = sites_of(plain(attached)).items()
     stacks = {path: site.stack(module.kernel.get_value()) for path, (module, site) in sites}
     found = {}
     for (path, ours), (_, theirs) in zip(pseudo, true, strict=True):
@@ -172,11 +172,11 @@ def alignment(aligned: Aligned, loss: Any) -> dict[str, Alignment]:
     return found
 
 
-def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
+def weight_angles(attached: Attached) -> dict[str, jax.Array]:
     """The angle between each layer's weights and the matrix through which its errors return.
 
     Args:
-      aligned: what :func:`jaxfa.nn.attach` returned with a layer-wise rule.
+      attached: what :func:`jaxfa.nn.attach` returned with a layer-wise rule.
 
     Returns:
       ``{"path/of/layer": degrees}``, for a stack of layers an array of them; empty for direct rules, whose matrices
@@ -186,21 +186,21 @@ def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
       >>> import jax.numpy as jnp, jaxfa.nn
       >>> from flax import nnx
       >>> model = nnx.Linear(4, 3, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
-      >>> aligned = jaxfa.nn.attach(model, jaxfa.usf(), rngs=nnx.Rngs(1))
-      >>> {path: round(float(angle), 3) for path, angle in jaxfa.nn.weight_angles(aligned).items()}
+      >>> attached = jaxfa.nn.attach(model, jaxfa.usf(), rngs=nnx.Rngs(1))
+      >>> {path: round(float(angle), 3) for path, angle in jaxfa.nn.weight_angles(attached).items()}
       {'': 0.0}
 
     Source: as :func:`jaxfa.diagnostics.angle`.
     """
-    sites = sites_of(plain(aligned))
+    sites = sites_of(plain(attached))
     found = {}
-    for path, contraction in contractions_of(aligned.model).items():
+    for path, contraction in contractions_of(attached.model).items():
         kernel, site = sites[path][0].kernel.get_value(), contraction.site
         measure = weight_angle
         for _ in site.layers(kernel):
             measure = jax.vmap(measure)
         found[path] = measure(site.matrices(kernel), contraction.feedback.get_value())
-    for path, one, contracted in _own(aligned, aligned.example):
+    for path, one, contracted in _own(attached, attached.example):
         w, measure = weights_of(contracted, one.site), weight_angle
         for _ in range(len(one.site.levels) + one.site.view.batch):
             measure = jax.vmap(measure)
@@ -208,12 +208,12 @@ def weight_angles(aligned: Aligned) -> dict[str, jax.Array]:
     return found
 
 
-def _own(aligned: Aligned, example: Any) -> list[tuple[str, Any, Any]]:
+def _own(attached: Attached, example: Any) -> list[tuple[str, Any, Any]]:
     """A model's own contractions with feedback that a call makes: path, feedback, and what is there."""
-    if not aligned.own:
+    if not attached.own:
         return []
-    sites = survey(aligned.model, method_of(aligned.method), example).sites
-    return [(path, one, sites[one.site]) for path, one in by_path(own_of(aligned)).items() if one.site in sites]
+    sites = survey(attached.model, method_of(attached.method), example).sites
+    return [(path, one, sites[one.site]) for path, one in by_path(own_of(attached)).items() if one.site in sites]
 
 
 def _as_array(value: Any) -> jax.Array:
@@ -221,23 +221,23 @@ def _as_array(value: Any) -> jax.Array:
     return value if jax.tree_util.all_leaves([value]) else ravel_pytree(value)[0]
 
 
-def _layers(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _layers(attached: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a layer-wise ``refine`` looks at: every contraction with its operation, input shape and weights."""
-    recorder, probe = Recorder(), nnx.clone(aligned.model, variables=False)
+    recorder, probe = Recorder(), nnx.clone(attached.model, variables=False)
     for contraction in contractions_of(probe).values():
         contraction.recorder = recorder
-    Program(probe, method_of(aligned.method), args, kwargs).abstractly(lambda out: None)
-    kernels = {path: module.kernel.get_value() for path, (module, _) in sites_of(plain(aligned)).items()}
-    seen = {path: one for path, one in contractions_of(aligned.model).items() if path in recorder.seen}
+    Program(probe, method_of(attached.method), args, kwargs).abstractly(lambda out: None)
+    kernels = {path: module.kernel.get_value() for path, (module, _) in sites_of(plain(attached)).items()}
+    seen = {path: one for path, one in contractions_of(attached.model).items() if path in recorder.seen}
     layers = {path: layer_of(one, kernels[path], recorder.seen[path]) for path, one in seen.items()}
     return layers | {
-        path: own_layer_of(found, one.site) for path, one, found in _own(aligned, Example.of(args, kwargs))
+        path: own_layer_of(found, one.site) for path, one, found in _own(attached, Example.of(args, kwargs))
     }
 
 
-def _shifted_forward(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _shifted_forward(attached: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a direct ``refine`` looks at: ``taps -> logits`` of the plain network with ``taps[path]`` added to ``h``."""
-    program = Program(aligned.model, method_of(aligned.method), args, kwargs)
+    program = Program(attached.model, method_of(attached.method), args, kwargs)
 
     def forward(shifts: dict[str, Any]) -> jax.Array:
         def prepare(model: Any) -> None:
@@ -246,6 +246,6 @@ def _shifted_forward(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, 
                     tap.shift = nnx.Variable(shifts[tap.follows or path])
 
         outputs, _ = program.run(*program.states, prepare=prepare)
-        return error_in(program.returned(outputs), aligned.logits)
+        return error_in(program.returned(outputs), attached.logits)
 
     return forward
