@@ -20,7 +20,7 @@ import numpy as np
 from jaxfa.base import feedback_dataclass, is_feedback
 
 
-@feedback_dataclass
+@feedback_dataclass  # they stand beside feedback in trees, and within it
 class Factors:
     """One layer's weights ``w = u diag(s) v^T``, a pytree of the three.
 
