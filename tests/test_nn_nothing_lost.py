@@ -83,3 +83,27 @@ def test_a_layer_that_is_made_in_the_call_is_refused_until_it_is_there(how):
     model(X)
     rows = jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(1), example=X).coverage().rows
     assert [row.layer for row in rows] == ["a", "b", "c", "last"]
+
+
+class Optional(Base):
+    """A layer that not every call comes to."""
+
+    def __call__(self, x, *, skip=False):
+        h = nnx.relu(self.a(x))
+        return self.c(h if skip else nnx.relu(self.b(h)))
+
+
+@pytest.mark.parametrize("at", [None, "?"])
+def test_the_gradient_of_a_call_that_comes_to_other_layers_than_the_example_is_refused(at):
+    options = {"rngs": nnx.Rngs(1), "example": X, "at": at}
+
+    def gradient(model, **how):
+        return nnx.grad(lambda model: (model(X, **how) ** 2).sum())(model)
+
+    short = jaxfa.nn.attach(Optional(), jaxfa.dfa(), **options, example_kwargs={"skip": True})
+    np.testing.assert_allclose(jax.jit(short.__call__)(X), Optional()(X), rtol=1e-6)
+    assert gradient(short, skip=True)["model"]["a"]["kernel"][...].any()
+    with pytest.raises(RuntimeError, match="This call comes to 'b', which the example of attach\\(\\) does not"):
+        gradient(short)
+    true, plain = (gradient(model)["b"]["kernel"][...] for model in (Optional(), jaxfa.nn.plain(short)))
+    np.testing.assert_array_equal(plain, true)

@@ -12,7 +12,6 @@ can be copied by ``copy.deepcopy`` but not pickled.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -105,8 +104,8 @@ def attach(
     if rule.weights is not None:
         _refuse_unmatched("at", globs, list(sites_of(model)), under=True)
         model = factorise_chosen(model, rule.weights, _chooser(globs))
-    put: Any = _put_direct if is_direct(rule) else partial(_put_layerwise, allow=allow)
-    backprop, own, seen, error = put(model, rule, rngs, globs, call)
+    put: Any = _put_direct if is_direct(rule) else _put_layerwise
+    backprop, own, seen, error = put(model, rule, rngs, globs, call, allow=allow)
     forward = forward_by(schedule, model, rule)
     attached = Attached(model, rule, (*allow, *backprop), own, **call._asdict(), forward=forward)
     if call.example is not None:
@@ -191,7 +190,7 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call, 
     return [*backprop, *exact], (own, others), (lambda: found) if looked else None, None
 
 
-def _put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call) -> tuple[Any, ...]:
+def _put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call, *, allow: Any) -> tuple[Any, ...]:
     """Taps a model for a direct rule; returns the layers that it leaves to backpropagation, and what else was seen."""
     if call.example is None:
         raise ValueError(
@@ -218,7 +217,7 @@ def _put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Cal
         place_tap(modules[path], path, at_input=at_input)
     recorder, error, mark, look = measure_taps(model, method, example, call.logits)
     seen, above = recorder.seen, []
-    drop_unused(model, seen, None if at_input else at)
+    drop_unused(model, seen, None if at_input else at, allow)
     if at_input:
         follow(model, recorder.sources)
     if rule.source in seen:

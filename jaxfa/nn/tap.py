@@ -128,10 +128,28 @@ def place_tap(module: Any, path: str, *, at_input: bool) -> None:
 
 
 def remove_tap(module: Any) -> None:
-    """Undoes :func:`place_tap`, where it was done."""
+    """Undoes :func:`place_tap` or :func:`refuse_calls`, where it was done."""
     if hasattr(module, "feedback_tap"):
         del module.feedback_tap
         release(module)
+    elif hasattr(module, "unseen_path"):
+        del module.unseen_path
+        release(module)
+
+
+def refuse_calls(module: Any, path: str) -> None:
+    """Lets a module that the example's call does not come to refuse the gradient of a call that does."""
+    module.unseen_path = path
+    intercept(module, _unseen)
+
+
+def _unseen(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> Any:
+    h = own_call(self, *args, **kwargs)
+    reason = (
+        f"This call comes to {self.unseen_path!r}, which the example of attach() does not, so that it would learn by "
+        f"backpropagation: give attach() an example of this call, or allow={self.unseen_path!r}."
+    )
+    return at_leaves(h, dict.fromkeys(named_floats(h), partial(undifferentiated, reason))) if is_transformed() else h
 
 
 def _tapped_input(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> Any:

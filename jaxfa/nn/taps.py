@@ -16,7 +16,7 @@ from jaxfa.nn.factored import Factored
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Example, Program, method_of
 from jaxfa.nn.survey import look_through, program_of
-from jaxfa.nn.tap import remove_tap, taps_of
+from jaxfa.nn.tap import refuse_calls, remove_tap, taps_of
 from jaxfa.nn.variables import Feedback, Recorder, init_stack, modules_of, structs
 
 
@@ -97,8 +97,11 @@ def follow(model: nnx.Module, sources: dict[str, list[Any]]) -> None:
         taps[path].leaves = ("",)
 
 
-def drop_unused(model: nnx.Module, seen: Any, globs: Any) -> None:
-    """Takes the taps away that the forward pass does not come to; refuses a glob that names no other."""
+def drop_unused(model: nnx.Module, seen: Any, globs: Any, allow: Any) -> None:
+    """Takes the taps away that the forward pass does not come to; refuses a glob that names no other.
+
+    The gradient of a call that comes there will be refused.
+    """
     unused = [path for path in taps_of(model) if path not in seen]
     for glob in globs or ():
         if any(matches(path, (glob,)) for path in unused) and not any(matches(path, (glob,)) for path in seen):
@@ -106,6 +109,8 @@ def drop_unused(model: nnx.Module, seen: Any, globs: Any) -> None:
     for path, module in list(modules_of(model)):
         if path in unused:
             remove_tap(module)
+            if not matches(path, allow, under=True):
+                refuse_calls(module, path)
 
 
 def record_taps(model: nnx.Module, method: str, example: Example) -> dict[str, dict[str, Any]]:
