@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxfa.base import DirectFeedback
-from jaxfa.ops import check_family, deliver, vary_alike, varying_axes
+from jaxfa.ops import ACTIVATION, check_family, deliver, vary_alike, varying_axes
 
 Run = Callable[[Any, Any], Any]  # (tree, ref) -> outputs
 
@@ -45,6 +46,44 @@ def _receive_backward(residuals: Any, _: jax.Array) -> Any:
 
 
 _receive.defvjp(_receive_forward, _receive_backward)
+
+
+def receive_for_all(p: jax.Array, feedback: DirectFeedback, ref: Any) -> jax.Array:
+    """As :func:`receive`, for one activation that all examples have in common: it learns the sum of their errors.
+
+    An example's error is delivered to ``p`` without its leading axes of size 1, in which it may have been broadcast.
+    """
+    check_family(feedback, DirectFeedback, "direct", "jaxfa.linear(x, w, feedback)")
+    p, feedback = vary_alike((p, feedback), ref)
+    return _receive_for_all(checkpoint_name(p, ACTIVATION), feedback, ref)
+
+
+def for_each(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
+    """The shape of an activation that ``n`` examples have in common, as if each had its own."""
+    leading = next((axis for axis, size in enumerate(shape) if size != 1), len(shape))
+    return (n, *shape[leading:])
+
+
+@jax.custom_vjp
+def _receive_for_all(p: jax.Array, feedback: Any, ref: Any) -> jax.Array:
+    del feedback, ref
+    return p
+
+
+def _receive_for_all_forward(p: jax.Array, feedback: Any, ref: Any) -> tuple[jax.Array, Any]:
+    return p, (p, feedback, ref)
+
+
+def _receive_for_all_backward(residuals: Any, _: jax.Array) -> Any:
+    p, feedback, ref = residuals
+    e = ref[...]
+    shape = for_each(p.shape, e.shape[0])
+    h = jnp.broadcast_to(p.reshape(shape[1:]), shape)
+    delta, signal = deliver((h, feedback), e)
+    return delta.sum(0).reshape(p.shape), signal, None
+
+
+_receive_for_all.defvjp(_receive_for_all_forward, _receive_for_all_backward)
 
 
 @jax.custom_vjp

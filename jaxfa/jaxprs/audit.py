@@ -31,11 +31,13 @@ class Audit(NamedTuple):
       arrivals: for each parameter, every passage on an error's ways from the output to that parameter's gradient.
         A delivery starts a new way. The output alone: the error came exactly, through no weights.
       passages: every passage in the program.
+      ways: for each parameter the same as ``arrivals``, for each of its uses by itself.
     """
 
     uses: list[Use]
     arrivals: dict[str, frozenset[Passage]]
     passages: frozenset[Passage]
+    ways: dict[str, frozenset[frozenset[Passage]]]
 
 
 def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: tuple[Any, Any]) -> Audit:
@@ -68,8 +70,10 @@ def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names:
         return vjp(errors), outputs  # with the outputs, lest the forward pass be taken for dead
 
     walker, ends = _walked(program, params, rest, data, names)
-    arrivals = dict(zip(jax.tree.leaves(names[0]), (end.way for end in ends), strict=False))
-    return Audit(list(walker.uses.values()), arrivals, frozenset(walker.passages))
+    ends = dict(zip(jax.tree.leaves(names[0]), ends, strict=False))
+    arrivals = {name: end.way for name, end in ends.items()}
+    ways = {name: end.summands for name, end in ends.items()}
+    return Audit(list(walker.uses.values()), arrivals, frozenset(walker.passages), ways)
 
 
 def uses(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: tuple[Any, Any]) -> list[Use]:

@@ -21,7 +21,7 @@ from jaxfa.nn.own import layer_of as own_layer_of
 from jaxfa.nn.program import Example, Program, is_transformed, method_of
 from jaxfa.nn.survey import OwnContraction, by_parameter, by_path, own_of, program_of, run_with_feedback, survey
 from jaxfa.nn.table import Coverage
-from jaxfa.nn.tap import plain_of, taps_of
+from jaxfa.nn.tap import plain_of, tap_parameters, taps_of
 from jaxfa.nn.variables import Recorder
 
 
@@ -50,6 +50,7 @@ class Aligned(nnx.Module):
         self.method: str = options.get("method", "__call__")
         self.logits = nnx.static(options.get("logits"))
         self.forward = nnx.static(options.get("forward"))
+        self.note: str = options.get("note", "")
         self.reminds = True
         # By the path of the parameter, so that an optimizer sees whose weights a feedback stands for.
         self.own, self.left = nnx.Dict(by_parameter(own[0])), nnx.static(own[1])
@@ -245,6 +246,7 @@ def _shifted_forward(aligned: Aligned, args: tuple[Any, ...], kwargs: dict[str, 
             for path, tap in taps_of(model).items():
                 if (tap.follows or path) in shifts:
                     tap.shift = nnx.Variable(shifts[tap.follows or path])
+            tap_parameters(model)
 
         outputs, _ = program.run(*program.states, prepare=prepare)
         return error_in(program.returned(outputs), aligned.logits)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
@@ -14,22 +14,11 @@ from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.dispatch import call_dispatched, check_dispatches
 from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.program import Example, method_of
+from jaxfa.nn.put import Call, put_direct, refuse_unmatched
 from jaxfa.nn.stream import call_streamed, check_streams
 from jaxfa.nn.survey import Survey, put_own, survey
-from jaxfa.nn.tap import Tap, place_tap
-from jaxfa.nn.taps import (
-    check_source,
-    drop_unused,
-    end_at,
-    fill_taps,
-    follow,
-    measure_taps,
-    only_leaf,
-    tappable,
-    that_are_read,
-    true_size,
-)
-from jaxfa.nn.trace import uses_of, weights_above
+from jaxfa.nn.tap import Tap
+from jaxfa.nn.trace import uses_of
 from jaxfa.nn.variables import init_stack, modules_of
 from jaxfa.paths import matches
 
@@ -107,28 +96,24 @@ def attach(
     _check(model, rule, rngs)
     globs, allow = _globs(at), _globs(allow) or ()
     weights = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
-    _refuse_unmatched("allow", allow, weights, under=True)
+    refuse_unmatched("allow", allow, weights, under=True)
     _check_method(model, method)
-    call = Call(method, logits, _example(example, example_kwargs))
+    call = Call(method, logits, _example(example, example_kwargs), allow)
     model = _copy(model)
     if rule.weights is not None:
-        _refuse_unmatched("at", globs, list(sites_of(model)), under=True)
+        refuse_unmatched("at", globs, list(sites_of(model)), under=True)
         model = factorise_chosen(model, rule.weights, _chooser(globs))
-    put = _put_direct if is_direct(rule) else partial(_put_layerwise, allow=allow)
-    backprop, own = put(model, rule, rngs, globs, call)
+    if is_direct(rule):
+        backprop, note = put_direct(model, rule, rngs, globs, call)
+        own: Any = ((), ())
+    else:
+        (backprop, own), note = _put_layerwise(model, rule, rngs, globs, call), ""
     forward = _forward(model, rule, schedule, mesh)
-    aligned = Aligned(model, rule, (*allow, *backprop), own, **call._asdict(), forward=forward)
+    options = call._asdict() | {"allow": (*allow, *backprop), "forward": forward, "note": note}
+    aligned = Aligned(model, rule, own=own, **options)
     if call.example is not None:
         aligned.coverage().refuse()
     return aligned
-
-
-class Call(NamedTuple):
-    """How a model is called: its method, which of its outputs are logits, and what with."""
-
-    method: str
-    logits: Callable[[Any], Any] | None
-    example: Example | None
 
 
 def _example(example: Any, kwargs: dict[str, Any] | None) -> Example | None:
@@ -180,7 +165,7 @@ def _chooser(globs: Any) -> Callable[[str], bool]:
     return lambda path: globs is None or matches(path, globs, under=True)
 
 
-def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call, *, allow: Any) -> tuple[list[str], Any]:
+def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> tuple[list[str], Any]:
     """Puts a layer-wise rule on a model; returns the layers that the rule itself leaves to backpropagation."""
     sites = sites_of(model)
     used = {} if call.example is None else uses_of(model, call.method, call.example)
@@ -203,55 +188,9 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call, 
         found = survey(model, method_of(call.method), call.example)
     names = dict.fromkeys(site.name for site in found.sites)
     paths = [*sites, *names]
-    _refuse_unmatched("at", at, paths, under=True)
-    _refuse_unmatched("the rule's globs", rule.globs, paths, under=True)
-    free = [name for name in names if _chooser(at)(name) and not matches(name, allow, under=True)]
+    refuse_unmatched("at", at, paths, under=True)
+    refuse_unmatched("the rule's globs", rule.globs, paths, under=True)
+    free = [name for name in names if _chooser(at)(name) and not matches(name, call.allow, under=True)]
     own, exact = put_own(rule, rngs, {site: one for site, one in found.sites.items() if site.name in free})
     left = found.sites.keys() - {one.site for one in own}
     return [*backprop, *exact], (own, tuple(site for site in found.sites if site in left))
-
-
-def _put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> tuple[list[str], Any]:
-    """Taps a model for a direct rule; returns the layers that it leaves to backpropagation."""
-    if call.example is None:
-        raise ValueError(
-            "A direct rule needs example=, one batch of inputs: its feedback leads from outputs to layers."
-        )
-    modules, method, example = dict(modules_of(model)), call.method, call.example
-    # A rule on factored layers taps their inputs; at= has chosen layers then, not where to tap.
-    at_input = at is None or rule.weights is not None
-    if at_input:
-        used = uses_of(model, method, example)
-        sites = [path for path in sites_of(model) if path not in used or not used[path].first]
-        learns = [path for path in sites if rule.weights is None or isinstance(modules[path], Factored)]
-        tapped = list(filter(_chooser(at), learns))
-    else:
-        _refuse_unmatched("at", at, list(modules), under=False)
-        tapped = [path for path in modules if path and matches(path, at)]
-    if rule.source is not None and rule.source not in tapped:
-        if at is None or rule.source not in modules:
-            paths = sorted(filter(None, modules if at else tapped))
-            raise ValueError(f"A source is the path of one module; {rule.source!r} is none of those here, {paths}.")
-        tapped.append(rule.source)
-    _refuse_unmatched("the rule's globs", rule.globs, tapped, under=True)
-    for path in tapped:
-        place_tap(modules[path], path, at_input=at_input)
-    recorder, error, mark = measure_taps(model, method, example, call.logits)
-    seen, above = recorder.seen, []
-    drop_unused(model, seen, None if at_input else at)
-    if at_input:
-        follow(model, recorder.sources)
-    if rule.source in seen:
-        check_source(model, rule.source, list(seen))
-        error = only_leaf(seen[rule.source], rule.source)
-        above = weights_above(model, method, true_size(error, mark), rule.source, example)
-        end_at(model, rule.source, list(seen))
-    found, error = tappable(model, seen, error, mark)
-    fill_taps(model, rule, rngs, that_are_read(model, call, found), error)
-    return above, ((), ())
-
-
-def _refuse_unmatched(name: str, globs: Any, paths: list[str], *, under: bool) -> None:
-    unmatched = [glob for glob in globs or () if not any(matches(path, (glob,), under=under) for path in paths)]
-    if unmatched:
-        raise ValueError(f"{name}={unmatched} matches nothing; the paths here are {sorted(filter(None, paths))}.")

@@ -9,7 +9,7 @@ from jax import lax
 from jaxfa.delivery import with_error
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
-from jaxfa.nn.tap import Channel, taps_of
+from jaxfa.nn.tap import Channel, tap_parameters, taps_of
 from jaxfa.ops import varying_axes
 
 
@@ -25,6 +25,7 @@ def call_direct(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         def prepare(model: Any) -> None:
             for tap in taps_of(model).values():
                 tap.channel = channel
+            tap_parameters(model)
 
         found = program.run(*states, prepare=prepare)
         channel.ref = None  # an inner jit's cache may keep the channel

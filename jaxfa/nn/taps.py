@@ -8,20 +8,22 @@ from flax import nnx
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxfa.base import Layer, Rule, init_at
+from jaxfa.delivery import for_each
 from jaxfa.jaxprs.versions import opened
 from jaxfa.nn.contraction import find_site
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Example, Program, method_of
-from jaxfa.nn.tap import remove_tap, taps_of
+from jaxfa.nn.tap import holders_of, remove_taps, tap_parameters, taps_of
 from jaxfa.nn.variables import Feedback, Recorder, init_stack, modules_of, structs
 from jaxfa.paths import matches
 
 
 def stacks_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """For every tap the shape of the stack that it is in, ``()`` for a single module."""
-    tapped = [module for _, module in modules_of(model) if hasattr(module, "feedback_tap")]
-    return {module.feedback_tap.path: _stack_of(module) for module in tapped}
+    return {
+        tap.path: () if tap.place.kind == "parameter" else _stack_of(module) for module, _, tap in holders_of(model)
+    }
 
 
 def _stack_of(module: Any) -> tuple[int, ...]:
@@ -43,18 +45,18 @@ def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, seen: dict[str, dic
       error: the output error's shape.
     """
     stacks = stacks_of(model)
-    owners = {module.feedback_tap.path: module for _, module in modules_of(model) if hasattr(module, "feedback_tap")}
-    keys = {path: rngs.feedback() for path in sorted(owners) if owners[path].feedback_tap.is_receiver}
+    owners, taps = {tap.path: module for module, _, tap in holders_of(model)}, taps_of(model)
+    keys = {path: rngs.feedback() for path, tap in taps.items() if tap.is_receiver}
     shared = None
     for path in sorted(keys, key=lambda path: -max(one.size for one in seen[path].values())):
         # A shared feedback is made for the largest.
-        tap, stack = owners[path].feedback_tap, stacks[path]
+        tap, stack = taps[path], stacks[path]
         tap.leaves = tuple(seen[path])
         if shared is None:
             split = jax.random.split(keys[path], len(tap.leaves)) if len(tap.leaves) > 1 else [keys[path]]
             value: Any = {}
             for (name, h), key in zip(seen[path].items(), split, strict=True):
-                init = init_at(rule, path=path, layer=_layer(owners[path], h))
+                init = init_at(rule, path=tap.place.path, layer=_layer(owners[path], h))
                 value[name] = init_stack(lambda key, init=init, h=h: init(key, h, error), key, stack)
             first = next(iter(value.values()))
             if first is None:
@@ -73,25 +75,36 @@ def _layer(module: Any, h: Any) -> Layer | None:
     return Layer(module.operation, h, module.kernel.get_value()) if isinstance(module, Factored) else None
 
 
-def follow(model: nnx.Module, sources: dict[str, list[Any]]) -> None:
-    """Lets one tap alone deliver the error where several are at the input of layers that read one activation."""
+def follow(model: nnx.Module, recorder: Recorder) -> None:
+    """Lets one tap alone deliver the error where several are at one activation: at inputs of what reads it.
+
+    Where it is a tapped output, that tap does it, and those at inputs go.
+    """
     leaders: dict[Any, str] = {}
     taps = taps_of(model)
-    for path, given in sources.items():
-        leader = leaders.setdefault(tuple(map(id, given)), path)
-        taps[path].follows = leader if leader != path else None
-        taps[path].leaves = ("",)
+    inputs = [path for path, tap in taps.items() if tap.place.kind == "input"]
+    outputs = {tuple(map(id, recorder.sources[path])) for path in taps if path not in inputs}
+    for path, given in list(recorder.sources.items()):
+        if path in inputs:
+            source = tuple(map(id, given))
+            leader = leaders.setdefault(source, path)
+            taps[path].follows = leader if leader != path else None
+            taps[path].leaves = ("",)
+            if source in outputs:
+                del recorder.seen[path]
+    remove_taps(model, lambda tap: tap.path not in recorder.seen)
 
 
 def drop_unused(model: nnx.Module, seen: Any, globs: Any) -> None:
     """Takes the taps away that the forward pass does not come to; refuses a glob that names no other."""
-    unused = [path for path in taps_of(model) if path not in seen]
+    names = {path: str(tap.place) for path, tap in taps_of(model).items()}
+    unused = [path for path in names if path not in seen]
     for glob in globs or ():
-        if any(matches(path, (glob,)) for path in unused) and not any(matches(path, (glob,)) for path in seen):
+        if any(matches(names[path], (glob,)) for path in unused) and not any(
+            matches(names[path], (glob,)) for path in seen
+        ):
             raise ValueError(f"The forward pass never called the tapped modules {unused}; name modules that it calls.")
-    for path, module in list(modules_of(model)):
-        if path in unused:
-            remove_tap(module)
+    remove_taps(model, lambda tap: tap.path in unused)
 
 
 def record_taps(model: nnx.Module, method: str, example: Example) -> dict[str, dict[str, Any]]:
@@ -131,6 +144,7 @@ def _recorded(model: nnx.Module, method: str, example: Example, of: Any) -> tupl
     def prepare(copy: Any) -> None:
         for tap in taps_of(copy).values():
             tap.recorder = recorder
+        tap_parameters(copy)
 
     found = Program(model, method_of(method), *example.arguments()).abstractly(of, prepare)
     return recorder, found
@@ -147,9 +161,7 @@ def check_source(model: nnx.Module, source: str, order: list[str]) -> None:
 def end_at(model: nnx.Module, source: str, order: list[str]) -> None:
     """Lets the error be taken at the source; what comes after it needs no tap."""
     above = order[order.index(source) + 1 :]
-    for _, module in list(modules_of(model)):
-        if hasattr(module, "feedback_tap") and module.feedback_tap.path in above:
-            remove_tap(module)
+    remove_taps(model, lambda tap: tap.path in above)
     tap = taps_of(model)[source]
     tap.is_source, tap.follows, tap.leaves = True, None, ("",)
 
@@ -169,7 +181,11 @@ def tappable(model: nnx.Module, seen: dict[str, Any], error: Any, mark: int) -> 
     """
     taps = taps_of(model)
     found = {}
-    for path in taps:
+    for path, tap in taps.items():
+        if tap.place.kind == "parameter":
+            shape = for_each(seen[path][""].shape, true_size(error, mark).shape[0])
+            found[path] = {"": jax.ShapeDtypeStruct(shape, seen[path][""].dtype)}
+            continue
         leaves = {name: h for name, h in seen[path].items() if h.shape[:1] == error.shape[:1]}
         if not leaves:
             given, wanted = [true_size(h, mark).shape for h in seen[path].values()], true_size(error, mark).shape
@@ -199,6 +215,7 @@ def that_are_read(model: nnx.Module, call: Any, found: dict[str, dict[str, jax.S
         def prepare(copy: Any) -> None:
             for path, tap in taps_of(copy).items():
                 tap.shift = nnx.Variable(shifts[path]) if path in shifts else None
+            tap_parameters(copy)
 
         return error_in(program.returned(program.run(*states, prepare=prepare)[0]), call.logits)
 

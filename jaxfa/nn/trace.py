@@ -59,7 +59,7 @@ def _traced(
         if _segments(path)[1] == "own" and skip:
             return _segments(path)[2]
         *owner, holder, _ = _segments(path)[1 + skip :]
-        return "" if holder == "feedback_tap" else "/".join([*owner, "kernel"])
+        return "" if holder.startswith("feedback_tap") else "/".join([*owner, "kernel"])
 
     # State is named, too: weights that are frozen in a variable of another type carry errors all the same.
     names_of = jax.tree_util.tree_map_with_path
