@@ -52,6 +52,7 @@ class Aligned(nnx.Module):
         self.forward = nnx.static(options.get("forward"))
         self.note: str = options.get("note", "")
         self.reminds = True
+        self.is_local = False  # whether a direct rule's audit tells products of parameters from layers
         # By the path of the parameter, so that an optimizer sees whose weights a feedback stands for.
         self.own, self.left = nnx.Dict(by_parameter(own[0])), nnx.static(own[1])
 

@@ -14,10 +14,10 @@ from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.dispatch import call_dispatched, check_dispatches
 from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.program import Example, method_of
-from jaxfa.nn.put import Call, put_direct, refuse_unmatched
+from jaxfa.nn.put import Call, advise, put_direct, refuse_unmatched
 from jaxfa.nn.stream import call_streamed, check_streams
 from jaxfa.nn.survey import Survey, put_own, survey
-from jaxfa.nn.tap import Tap
+from jaxfa.nn.tap import Tap, plain_of
 from jaxfa.nn.trace import uses_of
 from jaxfa.nn.variables import init_stack, modules_of
 from jaxfa.paths import matches
@@ -112,7 +112,8 @@ def attach(
     options = call._asdict() | {"allow": (*allow, *backprop), "forward": forward, "note": note}
     aligned = Aligned(model, rule, own=own, **options)
     if call.example is not None:
-        aligned.coverage().refuse()
+        table = aligned.coverage()
+        table.refuse(advise(plain_of(model), rule, call) if table.violations else "")
     return aligned
 
 

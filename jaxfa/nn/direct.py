@@ -1,21 +1,29 @@
 """How a tapped model runs: as a function of its state, whose taps read the output error in their backward pass."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 
 from jaxfa.delivery import with_error
+from jaxfa.jaxprs.follow import with_local_products
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.tap import Channel, tap_parameters, taps_of
 from jaxfa.ops import varying_axes
 
+# A model's own parameters, its other state, and its arguments.
+_FILTERS = tuple(
+    lambda path, value, kind=kind: path[0] == 0 and isinstance(value, kind) for kind in (nnx.Param, object)
+)
+
 
 def call_direct(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a model with a direct rule, which may be differentiated."""
-    program = Program(aligned.model, method_of(aligned.method), args, kwargs)
+    program = Program(aligned.model, method_of(aligned.method), args, kwargs, *_FILTERS)
     channels: list[Channel] = []
 
     def run(states: Any, ref: Any) -> Any:
@@ -27,7 +35,8 @@ def call_direct(aligned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 tap.channel = channel
             tap_parameters(model)
 
-        found = program.run(*states, prepare=prepare)
+        call = partial(program.run, prepare=prepare)
+        found = (with_local_products(call) if aligned.is_local else call)(*states)
         channel.ref = None  # an inner jit's cache may keep the channel
         return found
 

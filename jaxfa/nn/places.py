@@ -39,6 +39,18 @@ class Forward(NamedTuple):
         first, *others = self.shapes.get(place, [{}])
         return all(other == first for other in others) and any(shape[:1] == (self.batch,) for shape in first.values())
 
+    def why_not(self, weights: list[str]) -> str:
+        """Why no error can be delivered below these weights."""
+        for weight in weights:
+            for path in self.modules:
+                shapes = [shape for one in self.shapes[f"input of {path}"] for shape in one.values()]
+                if path and _inside(weight, path) and shapes and not self.holds_examples(f"input of {path}"):
+                    return (
+                        f"what {path!r} reads, of shape {shapes[0]}, has no axis of the logits' {self.batch} examples "
+                        f"first"
+                    )
+        return "what is below it is no module's input"
+
     def children(self, path: str) -> list[str]:
         """The modules that were called of those inside a module, but for those inside them."""
         inside = [other for other in self.modules if other and other != path and _inside(other, path)]

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from jaxfa.base import Rule
+from jaxfa.base import Rule, is_direct
 from jaxfa.jaxprs.flows import Use
-from jaxfa.nn.choose import choose
+from jaxfa.nn.choose import choose, name_all
 from jaxfa.nn.contraction import sites_of
+from jaxfa.nn.describe import layer_name
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.places import look
 from jaxfa.nn.program import Example
@@ -69,6 +70,22 @@ def put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> t
     found, error = tappable(model, seen, error, mark)
     fill_taps(model, rule, rngs, that_are_read(model, call, found), error)
     return above, note
+
+
+def advise(model: Any, rule: Rule, call: Call) -> str:
+    """Where a direct rule could tap a model instead, or why it could nowhere."""
+    if not is_direct(rule) or rule.weights is not None or rule.source is not None or call.example is None:
+        return ""
+    forward = look(model, call.method, call.example, call.logits)
+    choice = choose(model, forward, call.allow)
+    if not choice.faults:
+        at = name_all(choice.places, [path for path, _ in modules_of(model)])
+        return f"at={tuple(at)} would do."
+    fault = choice.faults[0]
+    name, weights = layer_name(min(fault.names)), ", ".join(sorted({repr(layer_name(one)) for one in fault.passed}))
+    passes = f"passes {weights}" if weights else "comes on several ways"
+    reason = "no module between returns floats" if not weights else forward.why_not(sorted(fault.passed))
+    return f"No at= would do: the error of {name!r} {passes}, and {reason}."
 
 
 def _layers(model: Any, rule: Rule, at: Any, used: dict[str, Use]) -> tuple[Place, ...]:

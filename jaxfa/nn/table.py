@@ -36,11 +36,11 @@ class Coverage(NamedTuple):
     violations: tuple[str, ...]
     note: str = ""
 
-    def refuse(self) -> None:
-        """Raises a ``ValueError`` if there are violations."""
+    def refuse(self, advice: str = "") -> None:
+        """Raises a ``ValueError`` if there are violations; the advice is what to do about all of them."""
         if self.violations:
             head = "This model would not learn by the rule alone."
-            raise ValueError("\n".join([head, *self.violations, "", str(self)]))
+            raise ValueError("\n".join([head, *self.violations, *filter(None, [advice]), "", str(self)]))
 
     def __str__(self) -> str:
         """The table as text."""

@@ -143,7 +143,8 @@ def _adding(shift: jax.Array) -> Callable[[jax.Array], jax.Array]:
 
 def _adding_all(shift: jax.Array) -> Callable[[jax.Array], jax.Array]:
     # One value is there for all examples. Their shifts are independent, so that each finds its own in the sum.
-    return lambda leaf: leaf + shift.sum(0).reshape(leaf.shape).astype(leaf.dtype)
+    total = shift.sum(0) if shift.ndim else shift
+    return lambda leaf: leaf + (total.reshape(leaf.shape) if shift.ndim else total).astype(leaf.dtype)
 
 
 def _struct(leaf: jax.Array) -> jax.ShapeDtypeStruct:

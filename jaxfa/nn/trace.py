@@ -30,10 +30,10 @@ def uses_of(model: nnx.Module, method: str, example: Example) -> dict[str, Use]:
 
 def trace(model: nnx.Module, method: str, example: Example, *, local: bool = False) -> Audit:
     """Audits the gradient of all outputs of a model; ``local``: see :func:`traced`."""
-    return _audit(_traced(model, method, example), local)
+    return _audit(_traced(model, method, example), local=local)
 
 
-def _audit(found: tuple[Any, ...], local: bool) -> Audit:
+def _audit(found: tuple[Any, ...], *, local: bool) -> Audit:
     forward, *rest = found
     return audit(with_local_products(forward) if local else forward, *rest)
 
@@ -100,10 +100,11 @@ def traced(aligned: Any, example: Example, *, local: bool = False) -> Audit:
     """
     # Layer-wise rules are in the model itself; a direct one, and a model's own contractions, need its root.
     if is_direct(aligned.rule):
-        of = partial(error_in, logits=aligned.logits)
-        return _audit(_traced(aligned, "__call__", example, skip=1, of=of), local)
+        of, copy = partial(error_in, logits=aligned.logits), nnx.clone(aligned)
+        copy.is_local = local
+        return _audit(_traced(copy, "__call__", example, skip=1, of=of), local=False)
     if aligned.own:
-        return _audit(_traced(aligned, "__call__", example, skip=1), local)
+        return _audit(_traced(aligned, "__call__", example, skip=1), local=local)
     return trace(aligned.model, aligned.method, example, local=local)
 
 
