@@ -15,10 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxfa.base import DirectFeedback
-from jaxfa.ops import ACTIVATION, check_family, deliver, vary_alike, varying_axes
+from jaxfa.ops import check_family, deliver, vary_alike, varying_axes
 
 Run = Callable[[Any, Any], Any]  # (tree, ref) -> outputs
 
@@ -55,7 +54,7 @@ def receive_for_all(p: jax.Array, feedback: DirectFeedback, ref: Any) -> jax.Arr
     """
     check_family(feedback, DirectFeedback, "direct", "jaxfa.linear(x, w, feedback)")
     p, feedback = vary_alike((p, feedback), ref)
-    return _receive_for_all(checkpoint_name(p, ACTIVATION), feedback, ref)
+    return _receive_for_all(p, feedback, ref)
 
 
 def for_each(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
@@ -76,11 +75,15 @@ def _receive_for_all_forward(p: jax.Array, feedback: Any, ref: Any) -> tuple[jax
 
 def _receive_for_all_backward(residuals: Any, _: jax.Array) -> Any:
     p, feedback, ref = residuals
-    e = ref[...]
+    return *deliver_for_all((p, feedback), ref[...]), None
+
+
+def deliver_for_all(tree: tuple[jax.Array, DirectFeedback], e: jax.Array) -> Any:
+    """What an activation that all examples have in common and its feedback learn from the output error."""
+    p, feedback = tree
     shape = for_each(p.shape, e.shape[0])
-    h = jnp.broadcast_to(p.reshape(shape[1:]), shape)
-    delta, signal = deliver((h, feedback), e)
-    return delta.sum(0).reshape(p.shape), signal, None
+    delta, signal = deliver((jnp.broadcast_to(p.reshape(shape[1:]), shape), feedback), e)
+    return delta.sum(0).reshape(p.shape), signal
 
 
 _receive_for_all.defvjp(_receive_for_all_forward, _receive_for_all_backward)

@@ -44,9 +44,9 @@ def attach(
     the contractions with a parameter that a model makes by itself: ``x @ w``, einsums and convolutions of its own,
     tied heads, LoRA's adapters, experts chosen by an index. Their feedback is the parameter's, whose path they go by;
     where the parameter learns elsewhere, too, as a tied embedding does, Kolen-Pollack's law holds for this part of its
-    steps. Direct rules deliver the output error
-    to the outputs of the modules named by ``at``, inside which the backward is exact; without ``at``, to the input of
-    every such layer but the first.
+    steps. Direct rules deliver the output error to the places named by ``at``: outputs of modules, inside which the
+    backward is exact, inputs, parameters. Without ``at``, to the input of every such layer but the first, or, where
+    shortcuts pass these by, to the outputs of blocks; the table's last line says which.
 
     The arrays of ``nnx.state(aligned)`` are all that need be saved, by orbax, numpy or pickle: the same call of attach
     makes the rest, ``nnx.update(aligned, state)`` puts them back. The model itself, which has the rule's functions in
@@ -56,8 +56,9 @@ def attach(
       model: any NNX model; it stays as it is.
       rule: a :class:`jaxfa.Rule`.
       rngs: the feedback is drawn from ``rngs.feedback()``.
-      at: globs of module paths, matched segment by segment (``"blocks/*"``): where direct rules tap; for layer-wise
-        rules and for ``jaxfa.ssa``, the modules in which the layers get the rule.
+      at: globs of module paths, matched segment by segment (``"blocks/*"``): where direct rules tap, also
+        ``"input of blocks/0"`` or the path of a parameter; for layer-wise rules and for ``jaxfa.ssa``, the modules in
+        which the layers get the rule.
       example: one batch of inputs, an array or a tuple of the model's positional arguments (or their shapes): arrays,
         trees of them, flags, modules such as a cache. With it the gradient is traced and every contraction accounted
         for now; without it, whenever the model is traced. Direct rules need it.

@@ -52,7 +52,8 @@ class Choice(NamedTuple):
 def choose(model: nnx.Module, forward: Forward, allow: tuple[str, ...]) -> Choice:
     """Chooses taps for a model."""
     chooser = _Chooser(forward, allow)
-    layers = [f"input of {path}" for path in forward.modules if path in sites_of(model)]
+    sites = sites_of(model)
+    layers = [f"input of {path}" for path in forward.modules if path in sites]
     faults = chooser.faults(chooser.cuts(layers))
     if not faults:
         return Choice(_placed(chooser.in_use(layers)), "tapped: the input of every layer but the first", [])
@@ -146,7 +147,7 @@ class _Chooser:
 
     def opened(self, taps: list[str], units: list[str]) -> list[str]:
         """The taps, with those between the members of modules that are chains, without a shortcut."""
-        contracted = self.cuts([]).contracted
+        contracted = self.cuts(taps).contracted
         while True:
             members = {
                 unit: [one for one in self.forward.children(unit) if any(_inside(name, one) for name in contracted)]

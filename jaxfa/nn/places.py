@@ -51,6 +51,12 @@ class Forward(NamedTuple):
                     )
         return "what is below it is no module's input"
 
+    def sizes(self) -> tuple[tuple[int, ...], set[int]]:
+        """The shape of the logits, and all sizes that axes have at the places."""
+        shapes = [shape for calls in self.shapes.values() for one in calls for shape in one.values()]
+        logits = self.jaxpr.out_avals[0].shape
+        return logits, {size for shape in (logits, *shapes) for size in shape}
+
     def children(self, path: str) -> list[str]:
         """The modules that were called of those inside a module, but for those inside them."""
         inside = [other for other in self.modules if other and other != path and _inside(other, path)]

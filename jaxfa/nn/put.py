@@ -46,19 +46,21 @@ def put_direct(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> t
         raise ValueError(
             "A direct rule needs example=, one batch of inputs: its feedback leads from outputs to layers."
         )
-    method, example, note = call.method, call.example, ""
+    method, example, note, known = call.method, call.example, "", None
     if rule.weights is not None or (at is None and rule.source is not None):
         places = _layers(model, rule, at, uses_of(model, method, example))
     elif at is None:
-        choice = choose(model, look(model, method, example, call.logits), call.allow)
-        places, note = choice.places, choice.note
+        forward = look(model, method, example, call.logits)
+        choice = choose(model, forward, call.allow)
+        places, note, known = choice.places, choice.note, forward.sizes()
     else:
         places = _named(model, at)
     places += _source(model, rule, at, places)
     refuse_unmatched("the rule's globs", rule.globs, [place.path for place in places], under=True)
+    modules = dict(modules_of(model))
     for place in sorted(places, key=lambda place: place.kind == "input"):
-        place_tap(model, place)
-    recorder, error, mark = measure_taps(model, method, example, call.logits)
+        place_tap(modules, place)
+    recorder, error, mark = measure_taps(model, method, example, call.logits, known)
     seen, above = recorder.seen, []
     drop_unused(model, seen, None if rule.weights is not None else at)
     follow(model, recorder)

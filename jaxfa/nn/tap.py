@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxfa.delivery import receive, receive_for_all, send, undifferentiated
 from jaxfa.nn.contraction import restore
 from jaxfa.nn.leaves import at_leaves, named_floats
 from jaxfa.nn.program import is_transformed
 from jaxfa.nn.variables import REFUSAL, Recorder, intercept, modules_of, release
+from jaxfa.ops import ACTIVATION
 
 
 class Channel:
@@ -103,7 +105,7 @@ class Tap(nnx.Module):
         if self.recorder is not None:
             self.recorder.record(self.path, {name: _struct(leaf) for name, leaf in named_floats(h).items()}, h)
             return h
-        return at_leaves(h, self._functions())
+        return at_leaves(h, self._functions() if self.walk is None else self.walk.entering(self))
 
     def _functions(self) -> dict[str, Callable[[jax.Array], jax.Array]]:
         """What is done at the leaves; each is the identity but for its derivative, or for a shift."""
@@ -151,9 +153,8 @@ def _struct(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def place_tap(model: nnx.Module, place: Place) -> None:
-    """Taps a module's output or its input, or a parameter."""
-    modules = dict(modules_of(model))
+def place_tap(modules: dict[str, Any], place: Place) -> None:
+    """Taps the output or the input of one of a model's modules, or a parameter."""
     owner, _, name = place.path.rpartition("/")
     module = modules[owner if place.kind == "parameter" else place.path]
     if isinstance(module, nnx.bridge.ToNNX):
@@ -198,7 +199,8 @@ def tap_parameters(model: nnx.Module) -> None:
     for module, name, tap in holders_of(model):
         if tap.place.kind == "parameter":
             parameter = getattr(module, name.removeprefix(f"{_TAP}_"))
-            parameter.set_value(tap(parameter.get_value()))
+            # Named, lest an audit take it for weights.
+            parameter.set_value(tap(checkpoint_name(parameter.get_value(), ACTIVATION)))
 
 
 def first_input(own_call: Callable[..., Any], args: Any, kwargs: Any, function: Callable[[Any], Any]) -> Any:

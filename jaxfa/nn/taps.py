@@ -112,30 +112,49 @@ def record_taps(model: nnx.Module, method: str, example: Example) -> dict[str, d
     return _recorded(model, method, example, lambda out: None)[0].seen
 
 
-def measure_taps(model: nnx.Module, method: str, example: Example, logits: Any) -> tuple[Recorder, Any, int]:
+def measure_taps(
+    model: nnx.Module, method: str, example: Example, logits: Any, known: tuple[tuple[int, ...], set[int]] | None = None
+) -> tuple[Recorder, Any, int]:
     """What :func:`record_taps` records, the error's shape, and how many times larger than true the batch is in them.
 
     The batch axis is known by making the batch larger by a factor that no size has; where the model runs with no other
     batch than it has, an axis of the batch's size is taken for it, and that factor is 0.
+
+    Args:
+      model: with taps in it.
+      method: the model's method that is called.
+      example: the arguments.
+      logits: which of the outputs are the logits.
+      known: the logits' shape and all sizes of axes, if they are known; they cost a pass.
     """
 
     def of(out: Any) -> Any:
         return error_in(out, logits)
 
-    recorder, error = _recorded(model, method, example, of)
-    shapes = [error.shape, *(leaf.shape for leaves in recorder.seen.values() for leaf in leaves.values())]
+    def measured() -> tuple[Recorder, Any]:
+        return _recorded(model, method, example, of)
+
+    plain = None
+    if known is None:
+        plain = measured()
+        known = _sizes(*plain)
+    shape, sizes = known
     # Small, since a model may loop over an axis.
-    sizes = {size for shape in shapes for size in shape if size}
-    mark = next(factor for factor in itertools.count(2) if all(size % factor for size in sizes))
+    mark = next(factor for factor in itertools.count(2) if all(size % factor for size in sizes if size))
     for axis in (0, 1):
         larger = example.marked(axis, mark)
         try:
-            found, marked = _recorded(model, method, larger, of) if larger else (recorder, error)
+            found, marked = _recorded(model, method, larger, of) if larger else plain or measured()
         except Exception:
             continue
-        if marked.shape[0] == error.shape[0] * mark:
+        if marked.shape[0] == shape[0] * mark:
             return found, marked, mark
-    return recorder, error, 0
+    return *(plain or measured()), 0
+
+
+def _sizes(recorder: Recorder, error: Any) -> tuple[tuple[int, ...], set[int]]:
+    shapes = [error.shape, *(leaf.shape for leaves in recorder.seen.values() for leaf in leaves.values())]
+    return error.shape, {size for shape in shapes for size in shape}
 
 
 def _recorded(model: nnx.Module, method: str, example: Example, of: Any) -> tuple[Recorder, Any]:
