@@ -70,6 +70,7 @@ class Cuts:
       starts: for every use the places its error comes from, or the output, with the weights that it passes from there.
       contracted: the names of what is contracted with an activation.
       products: the equations that contract.
+      lookups: the equations that look something up.
       chosen: the names of what data looks up, or scales.
       origins: by place, the values seen there.
     """
@@ -79,6 +80,7 @@ class Cuts:
         self.starts: dict[Use, dict[str, frozenset[str]]] = {}
         self.contracted: set[str] = set()
         self.products: set[Any] = set()
+        self.lookups: set[Any] = set()
         self.chosen: set[str] = set()
         self.origins: dict[str, Any] = {}
         self.leaders: dict[Any, str] = {}
@@ -167,6 +169,8 @@ class Cuts:
         weights = [value for value in values if value.is_weight]
         if name in ("gather", "mul", "div"):
             self.chosen |= NONE.union(*(value.names for value in weights))
+        if name == "gather":
+            self.lookups.add(at)
         if name not in CONTRACTIONS or not weights or len(weights) == len(values):
             return self.mixed(values, at)
         if is_pointwise(eqn, values):

@@ -114,7 +114,7 @@ def attach(
     aligned = Aligned(model, rule, own=own, **options)
     if call.example is not None:
         table = aligned.coverage()
-        table.refuse(advise(plain_of(model), rule, call) if table.violations else "")
+        table.refuse(advise(plain_of(model), rule, call) if table.violations and forward is None else "")
     return aligned
 
 

@@ -96,11 +96,13 @@ class _Chooser:
         """What would not learn by direct feedback."""
         blocks = [tap.removeprefix("output of ") for tap in cuts.taps if tap.startswith("output of ")]
         owners = {_owner(name) for name in cuts.contracted}
-        found = []
+        found: list[Fault] = []
+        several: dict[Any, tuple[frozenset[str], set[str]]] = {}
         for use, starts in cuts.starts.items():
             names = frozenset(name for name in use.names if not matches(name, self.allow, under=True))
-            if names and len(starts) > 1:
-                found.append(Fault(names, frozenset()))
+            # A layer that is used again learns from one tap, in a loop as in a scan; a table from one for each use.
+            for one in [use] if use.at in cuts.lookups else names:
+                several.setdefault(one, (names, set()))[1].update(starts)
             for name in names:
                 if set(starts) == {OUTPUT} and _owner(name) not in owners:
                     continue  # above all taps and of no contraction, as a norm's
@@ -109,7 +111,7 @@ class _Chooser:
                 }
                 if passed:
                     found.append(Fault(frozenset([name]), frozenset(passed)))
-        return found
+        return found + [Fault(names, frozenset()) for names, starts in several.values() if names and len(starts) > 1]
 
     def is_free(self, name: str, weight: str, blocks: list[str]) -> bool:
         """Whether a parameter's error may go backward through these weights."""
