@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxfa.base import DirectFeedback
 from jaxfa.ops import check_family, deliver, vary_alike, zeros_of
@@ -43,6 +44,48 @@ def _receive_backward(residuals: Any, _: jax.Array) -> Any:
 
 
 _receive.defvjp(_receive_forward, _receive_backward)
+
+
+def receive_for_all(p: jax.Array, feedback: DirectFeedback, ref: Any) -> jax.Array:
+    """As :func:`receive`, for one activation that all examples have in common: it learns the sum of their errors.
+
+    An example's error is delivered to ``p`` without its leading axes of size 1, in which it may have been broadcast.
+    """
+    check_family(feedback, DirectFeedback, "direct", "jaxfa.linear(x, w, feedback)")
+    p, feedback = vary_alike((p, feedback), ref)
+    return _receive_for_all(p, feedback, ref)
+
+
+def for_each(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
+    """The shape of an activation that ``n`` examples have in common, as if each had its own."""
+    leading = next((axis for axis, size in enumerate(shape) if size != 1), len(shape))
+    return (n, *shape[leading:])
+
+
+@jax.custom_vjp
+def _receive_for_all(p: jax.Array, feedback: Any, ref: Any) -> jax.Array:
+    del feedback, ref
+    return p
+
+
+def _receive_for_all_forward(p: jax.Array, feedback: Any, ref: Any) -> tuple[jax.Array, Any]:
+    return p, (p, feedback, ref)
+
+
+def _receive_for_all_backward(residuals: Any, _: jax.Array) -> Any:
+    p, feedback, ref = residuals
+    return *deliver_for_all((p, feedback), ref[...]), None
+
+
+def deliver_for_all(tree: tuple[jax.Array, DirectFeedback], e: jax.Array) -> Any:
+    """What an activation that all examples have in common and its feedback learn from the output error."""
+    p, feedback = tree
+    shape = for_each(p.shape, e.shape[0])
+    delta, signal = deliver((jnp.broadcast_to(p.reshape(shape[1:]), shape), feedback), e)
+    return delta.sum(0).reshape(p.shape), signal
+
+
+_receive_for_all.defvjp(_receive_for_all_forward, _receive_for_all_backward)
 
 
 @jax.custom_vjp

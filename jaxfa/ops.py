@@ -17,6 +17,7 @@ LOCAL = "jaxfa.local"
 TRANSPORT = "jaxfa.transport"
 DIRECT = "jaxfa.direct"
 CHOICE = "jaxfa.choice"  # what chooses or masks the weights, which are weights still
+ACTIVATION = "jaxfa.activation"  # the name of a parameter that is taken for an activation
 INNER = "jaxfa.inner"  # a factored layer's second contraction: with the first it is one use of its weights
 
 

@@ -44,12 +44,14 @@ class Audit(NamedTuple):
         A delivery starts a new way. The output alone: the error came exactly, through no weights.
       passages: every passage in the program.
       beside: the arrivals of errors that set out from what is beside the output; of parameters that none reaches, none.
+      ways: for each parameter the same as ``arrivals``, for each of its uses by itself.
     """
 
     uses: list[Use]
     arrivals: dict[str, frozenset[Passage]]
     passages: frozenset[Passage]
     beside: dict[str, frozenset[Passage]]
+    ways: dict[str, frozenset[frozenset[Passage]]]
 
 
 def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: tuple[Any, Any]) -> Audit:
@@ -87,10 +89,12 @@ def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names:
         return vjp([error, none[1]]), vjp([none[0], beside]) if beside else (), outputs
 
     walker, ends = _walked(program, params, rest, data, names)
-    keys, ways = jax.tree.leaves(names[0]), [end.way for end in ends]
-    beside = dict(zip(keys, ways[len(keys) :], strict=False)) if kinds[0] else {}
-    passages = frozenset(walker.passages)
-    return Audit(list(walker.uses.values()), dict(zip(keys, ways, strict=False)), passages, beside)
+    keys = jax.tree.leaves(names[0])
+    own, others = dict(zip(keys, ends, strict=False)), ends[len(keys) :] if kinds[0] else []
+    arrivals = {name: end.way for name, end in own.items()}
+    ways = {name: end.summands for name, end in own.items()}
+    beside = {name: end.way for name, end in zip(keys, others, strict=False)}
+    return Audit(list(walker.uses.values()), arrivals, frozenset(walker.passages), beside, ways)
 
 
 def uses(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: tuple[Any, Any]) -> list[Use]:

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from jaxfa.jaxprs.versions import bodies, scan_parts, while_parts
-from jaxfa.ops import CHOICE, DIRECT, FORWARD, INNER, LOCAL, TRANSPORT
+from jaxfa.ops import ACTIVATION, CHOICE, DIRECT, FORWARD, INNER, LOCAL, TRANSPORT
 
-_CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 # Where an operand only says which entries are meant, the result is data no more than the others are.
 # (Not of a gather: what is looked up in a table is an embedding, an activation.)
-_CHOICES = {"dynamic_slice": slice(0, 1), "select_n": slice(1, None)}
+CHOICES = {"dynamic_slice": slice(0, 1), "select_n": slice(1, None)}
 _TAP = re.compile(r"tap\[(.*?)\]")
+# What hands a sum of errors on as it is.
+_SAME = ("reshape", "transpose", "squeeze", "convert_element_type", "copy")
 ERROR = "jaxfa.error"  # the scope in which an output becomes its error
 NONE: frozenset[Any] = frozenset()
 
@@ -55,16 +57,23 @@ class Flow(NamedTuple):
       data: whether it depends on data.
       is_error: whether it depends on an error.
       way: what that error passed.
+      ways: of a sum of errors what each of them passed.
     """
 
     names: frozenset[str] = NONE
     data: bool = False
     is_error: bool = False
     way: frozenset[Passage] = NONE
+    ways: frozenset[frozenset[Passage]] = NONE
 
     @property
     def is_weight(self) -> bool:
         return bool(self.names) and not self.data and not self.is_error
+
+    @property
+    def summands(self) -> frozenset[frozenset[Passage]]:
+        """What each of the errors passed that are summed here."""
+        return self.ways or (frozenset([self.way]) if self.is_error else NONE)
 
 
 class Ref:
@@ -100,6 +109,7 @@ class Walker:
             "while": self.loop,
             "cond": self.branches,
             "optimization_barrier": self.barrier,
+            "name": self.named,
             "new_ref": self.new_ref,
             **dict.fromkeys(("get", "swap", "addupdate"), self.used_ref),
         }
@@ -121,6 +131,10 @@ class Walker:
         error = Flow(data=True, is_error=True, way=frozenset([OUTPUT]))
         return [error] * len(flows) if ERROR in scope else flows
 
+    def named(self, eqn: JaxprEqn, flows: list[Flow], scope: str) -> list[Flow]:
+        del scope
+        return [flow._replace(data=flow.data or eqn.params["name"] == ACTIVATION) for flow in flows]
+
     def new_ref(self, eqn: JaxprEqn, flows: list[Flow], scope: str) -> list[Any]:
         del eqn, scope
         return [Ref(flows[0])]
@@ -133,15 +147,16 @@ class Walker:
         return [before] * len(eqn.outvars)
 
     def primitive(self, eqn: JaxprEqn, flows: list[Flow], scope: str) -> Flow:
-        out = _join(flows)._replace(
-            data=any(flow.data for flow in flows[_CHOICES.get(eqn.primitive.name, slice(None))])
-        )
+        name = eqn.primitive.name
+        out = _join(flows)._replace(data=any(flow.data for flow in flows[CHOICES.get(name, slice(None))]))
+        if name not in ("add_any", *_SAME):
+            out = out._replace(ways=NONE)
         if CHOICE in scope and not out.is_error:
             return out._replace(data=False)  # weights that data chose, where a rule takes them for weights
         if DIRECT in scope and out.is_error:
             tap = _TAP.findall(scope)
             return self.passed(out, "direct", frozenset(tap[-1:]) or frozenset(["?"]), way=NONE)
-        if eqn.primitive.name not in _CONTRACTIONS or _is_pointwise(eqn, flows):
+        if name not in CONTRACTIONS or is_pointwise(eqn, flows):
             return out
         if INNER in scope or (out.is_error and LOCAL in scope):
             return out  # a weight gradient, even where the input was a parameter; or inside a layer of two factors
@@ -166,7 +181,7 @@ class Walker:
     def passed(self, out: Flow, kind: str, names: frozenset[str], way: frozenset[Passage]) -> Flow:
         passages = frozenset(Passage(kind, name) for name in names)
         self.passages |= passages
-        return out._replace(way=way | passages)
+        return out._replace(way=way | passages, ways=NONE)
 
     def scan(self, eqn: JaxprEqn, flows: list[Flow], scope: str) -> list[Flow]:
         body, consts, carries = scan_parts(eqn)
@@ -193,7 +208,7 @@ def _is_float(var: Any) -> bool:
     return jnp.issubdtype(getattr(var.aval, "dtype", jnp.float32), jnp.inexact)
 
 
-def _is_pointwise(eqn: JaxprEqn, flows: list[Flow]) -> bool:
+def is_pointwise(eqn: JaxprEqn, flows: Sequence[Any]) -> bool:
     """Whether a product takes weights entry by entry, as a norm's scale: all their axes are batch axes."""
     if eqn.primitive.name != "dot_general":
         return False
@@ -208,4 +223,5 @@ def _join(flows: Sequence[Flow]) -> Flow:
         any(flow.data for flow in flows),
         any(flow.is_error for flow in flows),
         NONE.union(*(flow.way for flow in flows)),
+        NONE.union(*(flow.summands for flow in flows)),
     )

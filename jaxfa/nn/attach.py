@@ -12,35 +12,23 @@ can be copied by ``copy.deepcopy`` but not pickled.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
 
-from jaxfa.base import DirectRule, Rule, init_at, is_direct, matches, path_name
+from jaxfa.base import Rule, init_at, is_direct, matches, path_name
 from jaxfa.nn.attached import Attached
 from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import cover
 from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.learning import quiet
 from jaxfa.nn.program import Example, method_of
+from jaxfa.nn.put import Call, Placed, advise, put_direct, refuse_unmatched
 from jaxfa.nn.schedules import forward_by
 from jaxfa.nn.survey import Survey, put_own, survey
-from jaxfa.nn.tap import Tap, place_tap
-from jaxfa.nn.taps import (
-    check_calls,
-    check_source,
-    drop_unused,
-    end_at,
-    fill_taps,
-    follow,
-    measure_taps,
-    only_leaf,
-    tappable,
-    that_are_read,
-    true_size,
-)
-from jaxfa.nn.trace import uses_of, weights_above
+from jaxfa.nn.tap import Tap, plain_of
+from jaxfa.nn.trace import uses_of
 from jaxfa.nn.variables import init_stack, modules_of
 from jaxfa.stacks.schedules import Schedule, stored
 
@@ -61,14 +49,16 @@ def attach(
     """Puts a rule on a model that knows nothing of it.
 
     Layer-wise rules take the place of the backward of every layer with weights, and of the model's own contractions.
-    Direct rules deliver the output error to the outputs of the modules named by ``at``, inside which the backward is
-    exact; without ``at``, to the input of every such layer but the first.
+    Direct rules deliver the output error to the places named by ``at``: outputs of modules, inside which the backward
+    is exact, inputs, parameters. Without ``at``, to the input of every layer but the first, or, where shortcuts pass
+    these by, to the outputs of blocks; the table's last line says which.
 
     Args:
       model: any NNX model; it stays as it is.
       rule: a :class:`jaxfa.LayerRule` or :class:`jaxfa.DirectRule`, such as ``jaxfa.fa()``.
       rngs: the feedback is drawn from ``rngs.feedback()``.
-      at: globs of module paths (``"blocks/*"``): where direct rules tap; else, the modules whose layers get the rule.
+      at: globs of module paths (``"blocks/*"``): where direct rules tap, also ``"input of blocks/0"`` or the path of a
+        parameter; for other rules, and for ``jaxfa.ssa``, the modules whose layers get the rule.
       example: one batch of inputs, an array or a tuple of the model's positional arguments, or their shapes. With it
         every contraction is accounted for now; without it, whenever the model is traced. Direct rules need it.
       example_kwargs: keyword arguments, likewise.
@@ -97,28 +87,21 @@ def attach(
     _check(model, rule, rngs)
     globs, allow = _globs(at), _globs(allow) or ()
     weights = [path_name(path) for path, _ in nnx.to_flat_state(nnx.state(model))]
-    _refuse_unmatched("allow", allow, weights, under=True)
+    refuse_unmatched("allow", allow, weights, under=True)
     _check_method(model, method)
-    call = Call(method, logits, _example(example, example_kwargs))
+    call = Call(method, logits, _example(example, example_kwargs), allow)
     model = _copy(model)
     if rule.weights is not None:
-        _refuse_unmatched("at", globs, list(sites_of(model)), under=True)
+        refuse_unmatched("at", globs, list(sites_of(model)), under=True)
         model = factorise_chosen(model, rule.weights, _chooser(globs))
-    put: Any = _put_direct if is_direct(rule) else _put_layerwise
-    backprop, own, seen, error = put(model, rule, rngs, globs, call, allow=allow)
-    forward = forward_by(schedule, model, rule)
-    attached = Attached(model, rule, (*allow, *backprop), own, **call._asdict(), forward=forward)
+    put: Any = put_direct if is_direct(rule) else _put_layerwise
+    found = put(model, rule, rngs, globs, call)
+    options = call._asdict() | {"allow": (*allow, *found.backprop), "note": found.note}
+    attached = Attached(model, rule, own=found.own, forward=forward_by(schedule, model, rule), **options)
     if call.example is not None:
-        cover(quiet(attached, error), call.example, seen).refuse()
+        table = cover(quiet(attached, found.error), call.example, found.seen)
+        table.refuse(advise(plain_of(model), rule, call) if table.violations and schedule is stored else "")
     return attached
-
-
-class Call(NamedTuple):
-    """How a model is called: its method, which of its outputs are logits, and what with."""
-
-    method: str
-    logits: Callable[[Any], Any] | None
-    example: Example | None
 
 
 def _example(example: Any, kwargs: dict[str, Any] | None) -> Example | None:
@@ -157,11 +140,8 @@ def _chooser(globs: Any) -> Callable[[str], bool]:
     return lambda path: globs is None or matches(path, globs, under=True)
 
 
-def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call, *, allow: Any) -> tuple[Any, ...]:
-    """Puts a layer-wise rule on a model; returns the layers that the rule itself leaves to backpropagation.
-
-    And the feedback of its own contractions, and what was seen of its forward pass; of a direct rule the error's shape.
-    """
+def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> Placed:
+    """Puts a layer-wise rule on a model."""
     sites = sites_of(model)
     used = {} if call.example is None else uses_of(model, call.method, call.example)
     first = {path for path, use in used.items() if use.first}
@@ -181,57 +161,10 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call, 
     found = survey(model, method_of(call.method), looked) if looked else Survey({}, set(), set(), {})
     names = dict.fromkeys(site.name for site in found.sites)
     paths = [*sites, *names]
-    _refuse_unmatched("at", at, paths, under=True)
-    _refuse_unmatched("the rule's globs", rule.globs, paths, under=True)
-    free = [name for name in names if _chooser(at)(name) and not matches(name, allow, under=True)]
+    refuse_unmatched("at", at, paths, under=True)
+    refuse_unmatched("the rule's globs", rule.globs, paths, under=True)
+    free = [name for name in names if _chooser(at)(name) and not matches(name, call.allow, under=True)]
     own, exact = put_own(rule, rngs, {site: one for site, one in found.sites.items() if site.name in free})
     left = found.sites.keys() - {one.site for one in own}
     others = tuple(site for site in found.sites if site in left)
-    return [*backprop, *exact], (own, others), (lambda: found) if looked else None, None
-
-
-def _put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call, *, allow: Any) -> tuple[Any, ...]:
-    """Taps a model for a direct rule; returns the layers that it leaves to backpropagation, and what else was seen."""
-    if call.example is None:
-        raise ValueError(
-            "A direct rule needs example=, one batch of inputs: its feedback leads from outputs to layers."
-        )
-    modules, method, example = dict(modules_of(model)), call.method, call.example
-    # A rule on factored layers taps their inputs; at= has chosen layers then, not where to tap.
-    at_input = at is None or rule.weights is not None
-    if at_input:
-        used = uses_of(model, method, example)
-        sites = [path for path in sites_of(model) if path not in used or not used[path].first]
-        learns = [path for path in sites if rule.weights is None or isinstance(modules[path], Factored)]
-        tapped = list(filter(_chooser(at), learns))
-    else:
-        _refuse_unmatched("at", at, list(modules), under=False)
-        tapped = [path for path in modules if path and matches(path, at)]
-    if rule.source is not None and rule.source not in tapped:
-        if at is None or rule.source not in modules:
-            paths = sorted(filter(None, modules if at else tapped))
-            raise ValueError(f"A source is the path of one module; {rule.source!r} is none of those here, {paths}.")
-        tapped.append(rule.source)
-    _refuse_unmatched("the rule's globs", rule.globs, tapped, under=True)
-    for path in tapped:
-        place_tap(modules[path], path, at_input=at_input)
-    recorder, error, mark, look = measure_taps(model, method, example, call.logits)
-    seen, above = recorder.seen, []
-    drop_unused(model, seen, None if at_input else at, allow)
-    if at_input:
-        follow(model, recorder.sources)
-    if rule.source in seen:
-        check_source(model, rule.source, list(seen))
-        error = only_leaf(seen[rule.source], rule.source)
-        above = weights_above(model, method, true_size(error, mark), rule.source, example)
-        end_at(model, rule.source, list(seen))
-    found, error = tappable(model, seen, error, mark)
-    fill_taps(model, rule, rngs, that_are_read(model, call, found), error)
-    check_calls(model, recorder.calls)
-    return above, ((), ()), look, error
-
-
-def _refuse_unmatched(name: str, globs: Any, paths: list[str], *, under: bool) -> None:
-    unmatched = [glob for glob in globs or () if not any(matches(path, (glob,), under=under) for path in paths)]
-    if unmatched:
-        raise ValueError(f"{name}={unmatched} matches nothing; the paths here are {sorted(filter(None, paths))}.")
+    return Placed([*backprop, *exact], (own, others), seen=(lambda: found) if looked else None)

@@ -19,7 +19,7 @@ from jaxfa.nn.own import layer_of as own_layer_of
 from jaxfa.nn.program import Example, Program, is_transformed, method_of
 from jaxfa.nn.survey import OwnContraction, by_parameter, by_path, own_of, program_of, run_with_feedback, survey
 from jaxfa.nn.table import Coverage
-from jaxfa.nn.tap import plain_of, taps_of
+from jaxfa.nn.tap import plain_of, tap_parameters, taps_of
 from jaxfa.nn.variables import Recorder
 from jaxfa.ops import backward_alone
 
@@ -49,8 +49,10 @@ class Attached(nnx.Module):
         self.method: str = options.get("method", "__call__")
         self.logits = nnx.static(options.get("logits"))
         self.forward = nnx.static(options.get("forward"))
+        self.note: str = options.get("note", "")
         self.reminds = True
         self.error = nnx.static(None)  # the error's type, where it is known before a call
+        self.is_local = False  # whether a direct rule's audit tells products of parameters from layers
         # By the path of the parameter, so that an optimizer sees whose weights a feedback stands for.
         self.own, self.left = nnx.Dict(by_parameter(own[0])), nnx.static(own[1])
 
@@ -245,6 +247,7 @@ def _shifted_forward(attached: Attached, args: tuple[Any, ...], kwargs: dict[str
             for path, tap in taps_of(model).items():
                 if (tap.follows or path) in shifts:
                     tap.shift = nnx.Variable(shifts[tap.follows or path])
+            tap_parameters(model)
 
         outputs, _ = program.run(*program.states, prepare=prepare)
         return error_in(program.returned(outputs), attached.logits)

@@ -7,13 +7,13 @@ from flax import nnx
 
 from jaxfa.base import is_direct, matches, path_name
 from jaxfa.jaxprs.audit import Audit
-from jaxfa.jaxprs.flows import OUTPUT
+from jaxfa.jaxprs.flows import OUTPUT, Passage
 from jaxfa.nn.describe import IDLE, LOST, SILENT, describe, held_feedback, layer_name, shape_of
 from jaxfa.nn.learning import how_it_learns
 from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.survey import Survey, own_of, survey
 from jaxfa.nn.table import Coverage, Row
-from jaxfa.nn.tap import Tap, plain_of, taps_of
+from jaxfa.nn.tap import plain_of, taps_of
 from jaxfa.nn.taps import record_taps
 from jaxfa.nn.trace import terms_beside, trace, traced
 from jaxfa.nn.variables import Feedback, value_of
@@ -42,7 +42,7 @@ class _Cover:
         self.inputs = [tap.path for tap in taps if tap.at_input]
         self.delivering = [tap.path for tap in taps if tap.feedback is not None]
         self.taps = {tap.scope(leaf): tap.path for tap in taps for leaf in tap.leaves}
-        self.places = {tap.scope(leaf): _place(tap, leaf) for tap in taps for leaf in tap.leaves}
+        self.places = {tap.scope(leaf): tap.place.describe(leaf) for tap in taps for leaf in tap.leaves}
         held = held_feedback(attached)
         self.feedback = {path: ", ".join(map(describe, parts)) for path, parts in held.items()}
         self.learns = {path: how_it_learns(attached.rule, parts[0]) for path, parts in held.items()}
@@ -100,7 +100,7 @@ class _Cover:
         rows += [
             Row(layer_name(name), self.shapes[name], self.arrives(name), rest[name], "", "") for name in sorted(others)
         ]
-        return Coverage(tuple(rows), tuple(violations))
+        return Coverage(tuple(rows), tuple(violations), self.attached.note)
 
     def lost(self, seen: Survey | None, rest: Any) -> list[str]:
         """The weights that an error passes on its way down without anybody's seeing it in the gradient."""
@@ -126,7 +126,9 @@ class _Cover:
 
     def starts(self, name: str) -> list[str]:
         """Where a parameter's error sets out: from the output, or from taps."""
-        way = self.result.arrivals.get(name, frozenset())
+        return self.starts_of(self.result.arrivals.get(name, frozenset()))
+
+    def starts_of(self, way: frozenset[Passage]) -> list[str]:
         taps = (f"direct, {self.places.get(step.name, 'by the model itself')}" for step in way if step.kind == "direct")
         return (["the output"] if OUTPUT in way else []) + sorted(taps)
 
@@ -195,7 +197,7 @@ class _Cover:
         return bool(self.taps) and self.starts(name) == ["the output"] and _owner(name) not in contracting
 
     def impure(self, name: str) -> str:
-        starts = self.starts(name)
+        starts = max(map(self.starts_of, self.result.ways[name]), key=len, default=[])
         if len(starts) < 2 or self.allows(name):
             return ""
         return (
@@ -217,10 +219,6 @@ class _Cover:
             true = trace(plain_of(self.attached.model), self.attached.method, self.example).arrivals
             idle = [name for name in idle if true.get(name)]
         return [SILENT.format(path) for path in silent] + [IDLE.format(layer_name(name)) for name in idle]
-
-
-def _place(tap: Tap, leaf: str) -> str:
-    return f"{'input' if tap.at_input else 'output'} {leaf + ' ' if leaf else ''}of {tap.path}"
 
 
 def _owner(name: str) -> str:

@@ -1,19 +1,27 @@
 """How a tapped model runs: as a function of its state, whose taps read the output error in their backward pass."""
 
+from functools import partial
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jaxfa.delivery import with_error
+from jaxfa.jaxprs.follow import with_local_products
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
-from jaxfa.nn.tap import Channel, taps_of
+from jaxfa.nn.tap import Channel, tap_parameters, taps_of
 from jaxfa.ops import zeros_of
+
+# A model's own parameters, its other state, and its arguments.
+_FILTERS = tuple(
+    lambda path, value, kind=kind: path[0] == 0 and isinstance(value, kind) for kind in (nnx.Param, object)
+)
 
 
 def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a model with a direct rule, which may be differentiated."""
-    program = Program(attached.model, method_of(attached.method), args, kwargs)
+    program = Program(attached.model, method_of(attached.method), args, kwargs, *_FILTERS)
     channels: list[Channel] = []
 
     def run(states: Any, ref: Any) -> Any:
@@ -23,8 +31,10 @@ def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         def prepare(model: Any) -> None:
             for tap in taps_of(model).values():
                 tap.channel = channel
+            tap_parameters(model)
 
-        found = program.run(*states, prepare=prepare)
+        call = partial(program.run, prepare=prepare)
+        found = (with_local_products(call) if attached.is_local else call)(*states)
         channel.ref = None  # an inner jit's cache may keep the channel
         return found
 

@@ -52,10 +52,10 @@ class Program:
         states = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), states)
         model, args, kwargs = nnx.merge(self.graphdef, *states, copy=True)
         prepare(model)
-        attributes = _Attributes((model, args, kwargs))
+        attributes, before = _Attributes((model, args, kwargs)), arrays_of((model, args, kwargs))
         returned = self.call(model, *args, **kwargs)
         self.result, outputs = nnx.split((returned, attributes.changed()))
-        return outputs, changed_state((model, args, kwargs), states)
+        return outputs, changed_state((model, args, kwargs), before)
 
     def returned(self, outputs: Any) -> Any:
         """What it returned, with these arrays in it."""
@@ -106,9 +106,13 @@ class _Attributes:
         return found
 
 
-def changed_state(node: Any, before: Any) -> Any:
+def arrays_of(node: Any) -> dict[Any, list[Any]]:
+    """The arrays of a node's state by path."""
+    return {path: jax.tree.leaves(leaf) for path, leaf in nnx.to_flat_state(nnx.state(node))}
+
+
+def changed_state(node: Any, old: dict[Any, list[Any]]) -> Any:
     """What of a node's state is not as it was; the rest may be of an outer trace, in which no one may write it."""
-    old = {path: jax.tree.leaves(leaf) for state in before for path, leaf in nnx.to_flat_state(state)}
     known = {id(one) for leaves in old.values() for one in leaves}
 
     def is_new(path: Any, leaf: Any) -> bool:

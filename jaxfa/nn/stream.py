@@ -18,9 +18,10 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxfa.base import DirectRule, Rule
+from jaxfa.delivery import deliver_for_all
 from jaxfa.nn.leaves import at_leaves, error_in, named_floats
 from jaxfa.nn.program import Program, method_of
-from jaxfa.nn.tap import Tap, taps_of
+from jaxfa.nn.tap import Tap, tap_parameters, taps_of
 from jaxfa.nn.taps import stacks_of
 from jaxfa.nn.variables import Feedback, value_of
 from jaxfa.ops import deliver, zeros_of
@@ -41,6 +42,13 @@ class Walk:
 
     def visit(self, tap: Tap, module: Any, own_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What the block at a tap returns, at its tapped leaves as a constant; it changes its state."""
+        self.check(tap)
+        program = Program(module, own_call, args, kwargs)
+        found = _beside(program, tap, lax.stop_gradient(self.learn(program, tap)))
+        return at_leaves(program.finish(*found), dict.fromkeys(tap.leaves, lax.stop_gradient))
+
+    def check(self, tap: Tap) -> None:
+        """Refuses a tap inside a transformation."""
         try:
             self.trace.set_value(())  # Flax refuses in any other trace than the walk's own
         except TraceContextError:
@@ -48,9 +56,11 @@ class Walk:
                 f"The model calls its tapped block {tap.path!r} inside a transformation (remat, jit, scan, cond): take "
                 f"schedule=jaxfa.stacks.stored, or call it as it is, since in other schedules it runs once more anyway."
             ) from None
-        program = Program(module, own_call, args, kwargs)
-        found = _beside(program, tap, lax.stop_gradient(self.learn(program, tap)))
-        return at_leaves(program.finish(*found), dict.fromkeys(tap.leaves, lax.stop_gradient))
+
+    def entering(self, tap: Tap) -> dict[str, Callable[[jax.Array], jax.Array]]:
+        """What is done to what comes from between blocks, at a tap before one: nothing until the error is known."""
+        del tap
+        return {}
 
     def learn(self, program: Program, tap: Tap) -> Any:
         """Runs a block as it is: the output error is not known yet."""
@@ -80,6 +90,20 @@ class Sweep(Walk):
         super().__init__(e)
         self.e = e
         self.learned: list[jax.Array] = []
+
+    def entering(self, tap: Tap) -> dict[str, Callable[[jax.Array], jax.Array]]:
+        if tap.follows:
+            return dict.fromkeys(tap.leaves, lax.stop_gradient)
+        return {name: partial(self.enter, tap, name, one) for name, one in tap.feedbacks().items()}
+
+    def enter(self, tap: Tap, leaf: str, feedback: Any, h: jax.Array) -> jax.Array:
+        """``h`` as a constant; what it was made of learns from the error that is delivered to it."""
+        self.check(tap)
+        pair, e = lax.stop_gradient((h, feedback)), after(self.e, self.known)
+        with jax.named_scope(f"tap[{tap.scope(leaf)}]"):
+            delta, signal = (deliver_for_all if tap.place.kind == "parameter" else deliver)(pair, e)
+        self.learned += [*_products(delta, h), *_products(signal, feedback)]
+        return lax.stop_gradient(h)
 
     def learn(self, program: Program, tap: Tap) -> Any:
         found, gradients, signals = learn(program, self.waiting(program), tap, lambda: after(self.e, self.known))
@@ -162,9 +186,11 @@ def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
             f"schedule={schedule!r} is for direct rules whose error is the logits'; take jaxfa.stacks.stored."
         )
     stacks = stacks_of(model)
-    for path, tap in taps_of(model).items():
+    taps = taps_of(model)
+    for path, tap in taps.items():
         within = [other for other in stacks if path.startswith(f"{other}/")]
-        if tap.at_input or stacks[path] or within:
+        alone = tap.at_input and (schedule == "dispatch" or all(other.at_input for other in taps.values()))
+        if alone or stacks[path] or within:
             where = "in a stack of layers" if stacks[path] else "at a layer's input"
             reason = f"inside {within[0]!r}" if within else where
             raise ValueError(
@@ -248,5 +274,6 @@ def walked(walk: Walk) -> Callable[[Any], None]:
     def prepare(model: Any) -> None:
         for tap in taps_of(model).values():
             tap.walk = walk
+        tap_parameters(model)
 
     return prepare

@@ -30,16 +30,18 @@ class Coverage(NamedTuple):
     Attributes:
       rows: a :class:`Row` for each weight contraction, in the order of the forward pass.
       violations: a sentence for each contraction that would stay backpropagation although nobody allowed it.
+      note: where a direct rule taps that was not told, and why there.
     """
 
     rows: tuple[Row, ...]
     violations: tuple[str, ...]
+    note: str = ""
 
-    def refuse(self) -> None:
-        """Raises a ``ValueError`` if there are violations."""
+    def refuse(self, advice: str = "") -> None:
+        """Raises a ``ValueError`` if there are violations; the advice is what to do about all of them."""
         if self.violations:
             head = "This model would not learn by the rule alone."
-            raise ValueError("\n".join([head, *self.violations, "", str(self)]))
+            raise ValueError("\n".join([head, *self.violations, *filter(None, [advice]), "", str(self)]))
 
     def __str__(self) -> str:
         """The table as text."""
@@ -47,4 +49,5 @@ class Coverage(NamedTuple):
         lines = [head, *((row.layer, str(row.shape), *row[2:]) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = (map(str.ljust, line, widths) for line in lines)
-        return "\n".join("  ".join(line).rstrip() for line in padded)
+        table = "\n".join("  ".join(line).rstrip() for line in padded)
+        return f"{table}\n{self.note}" if self.note else table

@@ -1,19 +1,21 @@
 """Direct rules: a tap on a module's output, or on a layer's input, to which the output error is delivered."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from jaxfa.delivery import receive, send, undifferentiated
+from jaxfa.delivery import receive, receive_for_all, send, undifferentiated
 from jaxfa.nn.contraction import restore
 from jaxfa.nn.leaves import at_leaves, named_floats
 from jaxfa.nn.program import is_transformed
 from jaxfa.nn.variables import REFUSAL, Recorder, intercept, modules_of, release
+from jaxfa.ops import ACTIVATION
 
 
 class Channel:
@@ -31,20 +33,42 @@ class Channel:
         self.last = ""
 
 
+class Place(NamedTuple):
+    """Where a tap is.
+
+    Attributes:
+      kind: the module's ``"output"``, or its ``"input"``, or a ``"parameter"``.
+      path: the path of that.
+    """
+
+    kind: str
+    path: str
+
+    def __str__(self) -> str:
+        """As ``at=`` names it."""
+        return f"input of {self.path}" if self.kind == "input" else self.path
+
+    def describe(self, leaf: str) -> str:
+        """As a table names it."""
+        return " ".join(filter(None, (self.kind, leaf, "of" if self.kind != "parameter" else "", self.path)))
+
+
 class Tap(nnx.Module):
     """What a tapped module carries: its feedback and, in a run that may be differentiated, the error's channel.
 
     In a model that streams it has the walk that runs its module (``stream.py``).
 
     Attributes:
+      path: its own name. A module that is tapped once lends it its path.
+      place: where it is.
       follows: the tap that delivers the error to the same activation, if there is one; none comes from here then.
       leaves: of what the module returns, or is given, the arrays that are tapped; ``("",)`` where it is one array. Then
         the feedback's value is one feedback, else one for each of them, by its name.
     """
 
-    def __init__(self, path: str, *, at_input: bool) -> None:
+    def __init__(self, place: Place, path: str) -> None:
         self.path = path
-        self.at_input = at_input
+        self.place = nnx.static(place)
         self.leaves: tuple[str, ...] = ()
         self.feedback = nnx.data(None)
         self.is_source = False
@@ -53,6 +77,11 @@ class Tap(nnx.Module):
         self.channel: Channel | None = None
         self.recorder: Recorder | None = None
         self.walk: Any = None
+
+    @property
+    def at_input(self) -> bool:
+        """Whether it is below a module, so that what is above it is no block."""
+        return bool(self.place.kind != "output")
 
     @property
     def is_receiver(self) -> bool:
@@ -76,12 +105,13 @@ class Tap(nnx.Module):
         if self.recorder is not None:
             self.recorder.record(self.path, {name: _struct(leaf) for name, leaf in named_floats(h).items()}, h)
             return h
-        return at_leaves(h, self._functions())
+        return at_leaves(h, self._functions() if self.walk is None else self.walk.entering(self))
 
     def _functions(self) -> dict[str, Callable[[jax.Array], jax.Array]]:
         """What is done at the leaves; each is the identity but for its derivative, or for a shift."""
         if self.shift is not None:
-            return {name: _adding(one) for name, one in self.named(self.shift.get_value()).items()}
+            adding = _adding_all if self.place.kind == "parameter" else _adding
+            return {name: adding(one) for name, one in self.named(self.shift.get_value()).items()}
         if self.channel is None:
             refuse = partial(undifferentiated, REFUSAL.format(f"the tap at {self.path!r}"))
             return dict.fromkeys(self.leaves, refuse) if is_transformed() else {}
@@ -102,8 +132,9 @@ class Tap(nnx.Module):
         def run(leaf: jax.Array) -> jax.Array:
             assert self.channel is not None
             self.channel.last = self.path
+            deliver = receive_for_all if self.place.kind == "parameter" else receive
             with jax.named_scope(f"tap[{self.scope(name)}]"):
-                return receive(leaf, feedback, self.channel.ref)
+                return deliver(leaf, feedback, self.channel.ref)
 
         return run
 
@@ -112,29 +143,64 @@ def _adding(shift: jax.Array) -> Callable[[jax.Array], jax.Array]:
     return lambda leaf: leaf + shift.astype(leaf.dtype)
 
 
+def _adding_all(shift: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    # One value is there for all examples. Their shifts are independent, so that each finds its own in the sum.
+    total = shift.sum(0) if shift.ndim else shift
+    return lambda leaf: leaf + (total.reshape(leaf.shape) if shift.ndim else total).astype(leaf.dtype)
+
+
 def _struct(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def place_tap(module: Any, path: str, *, at_input: bool) -> None:
-    """Taps a module's output, or its input."""
+def place_tap(modules: dict[str, Any], place: Place) -> None:
+    """Taps the output or the input of one of a model's modules, or a parameter."""
+    owner, _, name = place.path.rpartition("/")
+    module = modules[owner if place.kind == "parameter" else place.path]
     if isinstance(module, nnx.bridge.ToNNX):
         raise TypeError(
-            f"{path!r} is a Linen module (nnx.bridge.ToNNX), whose attributes are its own: hold it in an nnx.Module "
-            f"that calls it, and name that one in at=."
+            f"{place.path!r} is a Linen module (nnx.bridge.ToNNX), whose attributes are its own: hold it in an "
+            f"nnx.Module that calls it, and name that one in at=."
         )
-    module.feedback_tap = nnx.data(Tap(path, at_input=at_input))
-    intercept(module, _tapped_input if at_input else _tapped_output)
+    own = own_taps(module)
+    is_other = any(tap.path == place.path for tap in own.values())
+    attribute = f"feedback_tap_{name}" if place.kind == "parameter" else "feedback_tap_at_input" if is_other else _TAP
+    setattr(module, attribute, nnx.data(Tap(place, str(place) if is_other else place.path)))
+    if place.kind != "parameter" and not any(tap.place.kind != "parameter" for tap in own.values()):
+        intercept(module, _tapped)
 
 
-def remove_tap(module: Any) -> None:
-    """Undoes :func:`place_tap` or :func:`refuse_calls`, where it was done."""
-    if hasattr(module, "feedback_tap"):
-        del module.feedback_tap
-        release(module)
-    elif hasattr(module, "unseen_path"):
-        del module.unseen_path
-        release(module)
+_TAP = "feedback_tap"
+
+
+def own_taps(module: Any) -> dict[str, Tap]:
+    """The taps that a module carries, by attribute."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, Tap)}
+
+
+def holders_of(model: nnx.Module) -> Iterator[tuple[Any, str, Tap]]:
+    """Every tap of a model, with the module that carries it and the attribute."""
+    for _, module in modules_of(model):
+        for name, tap in own_taps(module).items():
+            yield module, name, tap
+
+
+def remove_taps(model: nnx.Module, which: Callable[[Tap], bool] = lambda tap: True) -> None:
+    """Undoes :func:`place_tap`, where it was done."""
+    for module, name, tap in list(holders_of(model)):
+        if which(tap):
+            delattr(module, name)
+            if all(other.place.kind == "parameter" for other in own_taps(module).values()):
+                release(module)
+
+
+def tap_parameters(model: nnx.Module) -> None:
+    """Puts taps between the parameters that have one and what reads them, in a copy of a model that is to run."""
+    for module, name, tap in holders_of(model):
+        if tap.place.kind == "parameter":
+            parameter = getattr(module, name.removeprefix(f"{_TAP}_"))
+            # Named, lest an audit take it for weights.
+            parameter.set_value(tap(checkpoint_name(parameter.get_value(), ACTIVATION)))
 
 
 def refuse_calls(module: Any, path: str) -> None:
@@ -152,24 +218,31 @@ def _unseen(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> Any:
     return at_leaves(h, dict.fromkeys(named_floats(h), partial(undifferentiated, reason))) if is_transformed() else h
 
 
-def _tapped_input(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> Any:
+def first_input(own_call: Callable[..., Any], args: Any, kwargs: Any, function: Callable[[Any], Any]) -> Any:
+    """Arguments, with a function applied to the first of them."""
     if args:
-        return own_call(self, self.feedback_tap(args[0]), *args[1:], **kwargs)
-    name = next(name for name in inspect.signature(own_call).parameters if name in kwargs)
-    return own_call(self, **kwargs | {name: self.feedback_tap(kwargs[name])})
+        return (function(args[0]), *args[1:]), kwargs
+    name = next((name for name in inspect.signature(own_call).parameters if name in kwargs), None)
+    return args, kwargs if name is None else kwargs | {name: function(kwargs[name])}
 
 
-def _tapped_output(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> Any:
-    tap = self.feedback_tap
-    if tap.walk is not None and tap.feedback is not None:
-        return tap.walk.visit(tap, self, own_call, args, kwargs)
-    return self.feedback_tap(own_call(self, *args, **kwargs))
+def _tapped(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> Any:
+    output = None
+    for tap in own_taps(self).values():
+        if tap.place.kind == "input":
+            args, kwargs = first_input(own_call, args, kwargs, tap)
+        elif tap.place.kind == "output":
+            output = tap
+    if output is None:
+        return own_call(self, *args, **kwargs)
+    if output.walk is not None and output.feedback is not None:
+        return output.walk.visit(output, self, own_call, args, kwargs)
+    return output(own_call(self, *args, **kwargs))
 
 
 def taps_of(model: nnx.Module) -> dict[str, Tap]:
     """The taps of a model by path."""
-    found = [module.feedback_tap for _, module in modules_of(model) if hasattr(module, "feedback_tap")]
-    return {tap.path: tap for tap in sorted(found, key=lambda tap: tap.path)}
+    return {tap.path: tap for _, _, tap in sorted(holders_of(model), key=lambda holder: holder[2].path)}
 
 
 def plain_of(model: nnx.Module) -> Any:
@@ -177,5 +250,8 @@ def plain_of(model: nnx.Module) -> Any:
     model = nnx.clone(model, variables=False)
     for _, module in list(modules_of(model)):
         restore(module)
-        remove_tap(module)
+        if hasattr(module, "unseen_path"):
+            del module.unseen_path
+            release(module)
+    remove_taps(model)
     return model

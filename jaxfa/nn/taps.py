@@ -1,8 +1,6 @@
 """Which modules of a model are tapped, what is seen there, and the feedback that leads to them."""
 
 import itertools
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,20 +8,21 @@ from flax import nnx
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxfa.base import Layer, Rule, init_at, matches
+from jaxfa.delivery import for_each
 from jaxfa.jaxprs.versions import opened
 from jaxfa.nn.contraction import find_site
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Example, Program, method_of
-from jaxfa.nn.survey import look_through, program_of
-from jaxfa.nn.tap import refuse_calls, remove_tap, taps_of
+from jaxfa.nn.tap import holders_of, refuse_calls, remove_taps, tap_parameters, taps_of
 from jaxfa.nn.variables import Feedback, Recorder, init_stack, modules_of, structs
 
 
 def stacks_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """For every tap the shape of the stack that it is in, ``()`` for a single module."""
-    tapped = [module for _, module in modules_of(model) if hasattr(module, "feedback_tap")]
-    return {module.feedback_tap.path: _stack_of(module) for module in tapped}
+    return {
+        tap.path: () if tap.place.kind == "parameter" else _stack_of(module) for module, _, tap in holders_of(model)
+    }
 
 
 def _stack_of(module: Any) -> tuple[int, ...]:
@@ -45,18 +44,18 @@ def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, seen: dict[str, dic
       error: the output error's shape.
     """
     stacks = stacks_of(model)
-    owners = {module.feedback_tap.path: module for _, module in modules_of(model) if hasattr(module, "feedback_tap")}
-    keys = {path: rngs.feedback() for path in sorted(owners) if owners[path].feedback_tap.is_receiver}
+    owners, taps = {tap.path: module for module, _, tap in holders_of(model)}, taps_of(model)
+    keys = {path: rngs.feedback() for path, tap in taps.items() if tap.is_receiver}
     shared = None
     for path in sorted(keys, key=lambda path: -max(one.size for one in seen[path].values())):
         # A shared feedback is made for the largest.
-        tap, stack = owners[path].feedback_tap, stacks[path]
+        tap, stack = taps[path], stacks[path]
         tap.leaves = tuple(seen[path])
         if shared is None:
             split = jax.random.split(keys[path], len(tap.leaves)) if len(tap.leaves) > 1 else [keys[path]]
             value: Any = {}
             for (name, h), key in zip(seen[path].items(), split, strict=True):
-                init = init_at(rule, path=path, layer=_layer(owners[path], h))
+                init = init_at(rule, path=tap.place.path, layer=_layer(owners[path], h))
                 value[name] = init_stack(lambda key, init=init, h=h: init(key, h, error), key, stack)
             first = next(iter(value.values()))
             if first is None:
@@ -87,14 +86,24 @@ def check_calls(model: nnx.Module, calls: dict[str, list[Any]]) -> None:
                 )
 
 
-def follow(model: nnx.Module, sources: dict[str, list[Any]]) -> None:
-    """Lets one tap alone deliver the error where several are at the input of layers that read one activation."""
+def follow(model: nnx.Module, recorder: Recorder) -> None:
+    """Lets one tap alone deliver the error where several are at one activation: at inputs of what reads it.
+
+    Where it is a tapped output, that tap does it, and those at inputs go.
+    """
     leaders: dict[Any, str] = {}
     taps = taps_of(model)
-    for path, given in sources.items():
-        leader = leaders.setdefault(tuple(map(id, given)), path)
-        taps[path].follows = leader if leader != path else None
-        taps[path].leaves = ("",)
+    inputs = [path for path, tap in taps.items() if tap.place.kind == "input"]
+    outputs = {tuple(map(id, recorder.sources[path])) for path in taps if path not in inputs}
+    for path, given in list(recorder.sources.items()):
+        if path in inputs:
+            source = tuple(map(id, given))
+            leader = leaders.setdefault(source, path)
+            taps[path].follows = leader if leader != path else None
+            taps[path].leaves = ("",)
+            if source in outputs:
+                del recorder.seen[path]
+    remove_taps(model, lambda tap: tap.path not in recorder.seen)
 
 
 def drop_unused(model: nnx.Module, seen: Any, globs: Any, allow: Any) -> None:
@@ -102,66 +111,79 @@ def drop_unused(model: nnx.Module, seen: Any, globs: Any, allow: Any) -> None:
 
     The gradient of a call that comes there will be refused.
     """
-    unused = [path for path in taps_of(model) if path not in seen]
+    names = {path: str(tap.place) for path, tap in taps_of(model).items()}
+    unused = [path for path in names if path not in seen]
     for glob in globs or ():
-        if any(matches(path, (glob,)) for path in unused) and not any(matches(path, (glob,)) for path in seen):
+        if any(matches(names[path], (glob,)) for path in unused) and not any(
+            matches(names[path], (glob,)) for path in seen
+        ):
             raise ValueError(f"The forward pass never called the tapped modules {unused}; name modules that it calls.")
-    for path, module in list(modules_of(model)):
-        if path in unused:
-            remove_tap(module)
-            if not matches(path, allow, under=True):
-                refuse_calls(module, path)
+    unseen = {tap.place.path: module for module, _, tap in holders_of(model) if tap.path in unused}
+    remove_taps(model, lambda tap: tap.path in unused)
+    for path, module in unseen.items():
+        if not matches(path, allow, under=True):
+            refuse_calls(module, path)
 
 
 def record_taps(model: nnx.Module, method: str, example: Example) -> dict[str, dict[str, Any]]:
     """The shapes of the activations at every tap, in the order of the forward pass."""
+    return _recorded(model, method, example, lambda out: None)[0].seen
+
+
+def measure_taps(
+    model: nnx.Module, method: str, example: Example, logits: Any, known: tuple[tuple[int, ...], set[int]] | None = None
+) -> tuple[Recorder, Any, int]:
+    """What :func:`record_taps` records, the error's shape, and how many times larger than true the batch is in them.
+
+    The batch axis is known by making the batch larger by a factor that no size has; where the model runs with no other
+    batch than it has, an axis of the batch's size is taken for it, and that factor is 0.
+
+    Args:
+      model: with taps in it.
+      method: the model's method that is called.
+      example: the arguments.
+      logits: which of the outputs are the logits.
+      known: the logits' shape and all sizes of axes, if they are known; they cost a pass.
+    """
+
+    def of(out: Any) -> Any:
+        return error_in(out, logits)
+
+    def measured() -> tuple[Recorder, Any]:
+        return _recorded(model, method, example, of)
+
+    plain = None
+    if known is None:
+        plain = measured()
+        known = _sizes(*plain)
+    shape, sizes = known
+    # Small, since a model may loop over an axis.
+    mark = next(factor for factor in itertools.count(2) if all(size % factor for size in sizes if size))
+    for axis in (0, 1):
+        larger = example.marked(axis, mark)
+        try:
+            found, marked = _recorded(model, method, larger, of) if larger else plain or measured()
+        except Exception:
+            continue
+        if marked.shape[0] == shape[0] * mark:
+            return found, marked, mark
+    return *(plain or measured()), 0
+
+
+def _sizes(recorder: Recorder, error: Any) -> tuple[tuple[int, ...], set[int]]:
+    shapes = [error.shape, *(leaf.shape for leaves in recorder.seen.values() for leaf in leaves.values())]
+    return error.shape, {size for shape in shapes for size in shape}
+
+
+def _recorded(model: nnx.Module, method: str, example: Example, of: Any) -> tuple[Recorder, Any]:
     recorder = Recorder()
-    Program(model, method_of(method), *example.arguments()).abstractly(lambda out: None, _recording(recorder))
-    return recorder.seen
-
-
-def _recording(recorder: Recorder) -> Callable[[Any], None]:
-    """Lets the taps of a model tell a recorder what they see."""
 
     def prepare(copy: Any) -> None:
         for tap in taps_of(copy).values():
             tap.recorder = recorder
+        tap_parameters(copy)
 
-    return prepare
-
-
-def measure_taps(model: nnx.Module, method: str, example: Example, logits: Any) -> tuple[Recorder, Any, int, Any]:
-    """What :func:`record_taps` records, the error's shape, and how many times larger than true the batch is in them.
-
-    The batch axis is known by making the batch larger by a factor that no size has; where the model runs with no other
-    batch than it has, an axis of the batch's size is taken for it, and that factor is 0. Last comes what looks through
-    the forward pass.
-    """
-    recorder, error, look = _recorded(model, method, example, logits)
-    shapes = [error.shape, *(leaf.shape for leaves in recorder.seen.values() for leaf in leaves.values())]
-    # Small, since a model may loop over an axis.
-    sizes = {size for shape in shapes for size in shape if size}
-    mark = next(factor for factor in itertools.count(2) if all(size % factor for size in sizes))
-    for axis in (0, 1):
-        larger = example.marked(axis, mark)
-        try:
-            found, marked, _ = _recorded(model, method, larger, logits) if larger else (recorder, error, look)
-        except Exception:
-            continue
-        if marked.shape[0] == error.shape[0] * mark:
-            return found, marked, mark, look
-    return recorder, error, 0, look
-
-
-def _recorded(model: nnx.Module, method: str, example: Example, logits: Any) -> tuple[Recorder, Any, Any]:
-    recorder, program = Recorder(), program_of(model, method_of(method), *example.arguments())
-
-    def run(*states: Any) -> tuple[Any, Any]:
-        outputs, _ = program.run(*states, prepare=_recording(recorder))
-        return outputs, error_in(program.returned(outputs), logits)
-
-    jaxpr, (_, error) = jax.make_jaxpr(run, return_shape=True)(*structs(program.states))
-    return recorder, error, partial(look_through, program, jaxpr)
+    return recorder, Program(model, method_of(method), *example.arguments()).abstractly(of, prepare)
 
 
 def check_source(model: nnx.Module, source: str, order: list[str]) -> None:
@@ -175,9 +197,7 @@ def check_source(model: nnx.Module, source: str, order: list[str]) -> None:
 def end_at(model: nnx.Module, source: str, order: list[str]) -> None:
     """Lets the error be taken at the source; what comes after it needs no tap."""
     above = order[order.index(source) + 1 :]
-    for _, module in list(modules_of(model)):
-        if hasattr(module, "feedback_tap") and module.feedback_tap.path in above:
-            remove_tap(module)
+    remove_taps(model, lambda tap: tap.path in above)
     tap = taps_of(model)[source]
     tap.is_source, tap.follows, tap.leaves = True, None, ("",)
 
@@ -197,7 +217,11 @@ def tappable(model: nnx.Module, seen: dict[str, Any], error: Any, mark: int) -> 
     """
     taps = taps_of(model)
     found = {}
-    for path in taps:
+    for path, tap in taps.items():
+        if tap.place.kind == "parameter":
+            shape = for_each(seen[path][""].shape, true_size(error, mark).shape[0])
+            found[path] = {"": jax.ShapeDtypeStruct(shape, seen[path][""].dtype)}
+            continue
         leaves = {name: h for name, h in seen[path].items() if h.shape[:1] == error.shape[:1]}
         if not leaves:
             given, wanted = [true_size(h, mark).shape for h in seen[path].values()], true_size(error, mark).shape
@@ -227,6 +251,7 @@ def that_are_read(model: nnx.Module, call: Any, found: dict[str, dict[str, jax.S
         def prepare(copy: Any) -> None:
             for path, tap in taps_of(copy).items():
                 tap.shift = nnx.Variable(shifts[path]) if path in shifts else None
+            tap_parameters(copy)
 
         return error_in(program.returned(program.run(*states, prepare=prepare)[0]), call.logits)
 

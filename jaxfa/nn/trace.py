@@ -11,7 +11,7 @@ from jax.tree_util import DictKey
 
 from jaxfa.base import is_direct, path_name
 from jaxfa.jaxprs.audit import Audit, Outputs, audit, uses
-from jaxfa.jaxprs.flows import Passage, Use
+from jaxfa.jaxprs.flows import Use
 from jaxfa.jaxprs.follow import with_local_products
 from jaxfa.nn.contraction import audited
 from jaxfa.nn.describe import layer_name
@@ -32,10 +32,10 @@ def uses_of(model: nnx.Module, method: str, example: Example) -> dict[str, Use]:
 
 def trace(model: nnx.Module, method: str, example: Example, *, local: bool = False) -> Audit:
     """Audits the gradient of all outputs of a model; ``local``: see :func:`traced`."""
-    return _audit(_traced(model, method, example), local)
+    return _audit(_traced(model, method, example), local=local)
 
 
-def _audit(found: tuple[Any, ...], local: bool) -> Audit:
+def _audit(found: tuple[Any, ...], *, local: bool) -> Audit:
     forward, *rest = found
     return audit(with_local_products(forward) if local else forward, *rest)
 
@@ -63,7 +63,7 @@ def _traced(
         if _segments(path)[1] == "own" and skip:
             return _segments(path)[2]
         *owner, holder, _ = _segments(path)[1 + skip :]
-        return "" if holder == "feedback_tap" else "/".join([*owner, "kernel"])
+        return "" if holder.startswith("feedback_tap") else "/".join([*owner, "kernel"])
 
     # State is named, too: weights that are frozen in a variable of another type carry errors all the same.
     names_of = jax.tree_util.tree_map_with_path
@@ -115,25 +115,12 @@ def traced(attached: Any, example: Example, *, local: bool = False) -> Audit:
     """
     # Layer-wise rules are in the model itself; a direct one, and a model's own contractions, need its root.
     if is_direct(attached.rule):
-        of = partial(_sorted, attached.logits)
-        result = _audit(_traced(attached, "__call__", example, skip=1, of=of), local=False)
-        return _without_local_products(result, attached, example) if local else result
+        of, copy = partial(_sorted, attached.logits), nnx.clone(attached)
+        copy.is_local = local
+        return _audit(_traced(copy, "__call__", example, skip=1, of=of), local=False)
     if attached.own:
-        return _audit(_traced(attached, "__call__", example, skip=1), local)
+        return _audit(_traced(attached, "__call__", example, skip=1), local=local)
     return trace(attached.model, attached.method, example, local=local)
-
-
-def _without_local_products(result: Audit, attached: Any, example: Example) -> Audit:
-    """An audit without what is a product of parameters in the plain model, into whose forward pass one can look."""
-    model = plain_of(attached.model)
-    seen, left = (trace(model, attached.method, example, local=local).arrivals for local in (False, True))
-    arrivals, beside = (
-        {name: way - (seen[name] - left[name]) for name, way in ways.items()}
-        for ways in (result.arrivals, result.beside)
-    )
-    passed = frozenset[Passage]().union(*arrivals.values(), *beside.values())
-    passages = frozenset(step for step in result.passages if step.kind != "weights" or step in passed)
-    return result._replace(arrivals=arrivals, passages=passages, beside=beside)
 
 
 def _sorted(logits: Any, returned: Any) -> Outputs:

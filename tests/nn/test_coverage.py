@@ -60,7 +60,7 @@ def test_recurrent_cells_are_covered(cell):
 def test_weights_that_would_stay_backprop_are_refused_by_name():
     x = inputs(9, 6)
     with pytest.raises(ValueError, match=r"'w' .*allow='w'"):
-        attach(RawWeights(nnx.Rngs(0)), jaxfa.dfa(), x)
+        attach(RawWeights(nnx.Rngs(0)), jaxfa.dfa(), x, "input of fc2")
     with pytest.raises(ValueError, match=r"'w' .*at= leaves it out.*allow='w'"):
         jaxfa.nn.attach(RawWeights(nnx.Rngs(0)), jaxfa.fa(), rngs=nnx.Rngs(1), example=x, at="fc2")
     rows = attach(RawWeights(nnx.Rngs(0)), jaxfa.fa(), x, allow="w").coverage().rows
@@ -138,7 +138,8 @@ def test_a_layer_that_ignores_its_dot_general_has_feedback_where_it_contracts():
 @pytest.mark.parametrize(
     ("make", "at", "complaint"),
     [
-        (Residual, None, r"ways at once .*Name whole blocks"),  # a shortcut passes every tap by
+        # A shortcut passes every tap by.
+        (Residual, ("input of blocks/*/up", "input of head"), r"ways at once .*Name whole blocks"),
         (Residual, "blocks/*", r"'blocks/0/up' sends the error on to 'stem/bias', 'stem/kernel'"),
         (Transformer, ("embed", "block/attention"), r"'block/attention/key' sends the error on to 'block/norm/bias'"),
         (MLP, "fc1", r"'fc3' sends the error on to 'fc2/bias', 'fc2/kernel'"),

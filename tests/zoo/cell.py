@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import pathlib
+import re
 import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -109,7 +110,9 @@ def refusal(error: BaseException) -> str | None:
     if not isinstance(error, TypeError | ValueError) or not where.is_relative_to(LIBRARY):
         return None
     lines = str(error).splitlines()
-    return " ".join(next((line for line in lines if line.startswith("- ")), lines[0]).removeprefix("- ").split())
+    reason = next((line for line in lines if line.startswith("- ")), lines[0]).removeprefix("- ")
+    advice = [line for line in lines if re.match(r"(No )?at=.* would do", line)]
+    return " ".join(" ".join([reason, *advice]).split())
 
 
 def loss_of(row: Model, model: Any, method: str) -> Any:

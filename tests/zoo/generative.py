@@ -222,5 +222,11 @@ MODELS = (
     Model("RealNVP", RealNVP, vectors, ("layers/*",), logits=lambda out: out[0]),
     Model("discriminator with spectral norm", Discriminator, lambda: (inputs(4, 8, 8, 3),), ("conv1", "conv2")),
     Model("PixelCNN, masked convolutions", PixelCNN, lambda: (inputs(4, 5, 5, 1),), ("conv1", "conv2")),
-    Model("StyleGAN, modulated convolution", Generator, lambda: (inputs(4, 3),), ("style",), allow=("base",)),
+    Model(
+        "StyleGAN, modulated convolution",
+        Generator,
+        lambda: (inputs(4, 3),),
+        ("style", "base", "input of head"),
+        allow=("base",),
+    ),
 )

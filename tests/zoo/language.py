@@ -211,9 +211,9 @@ def first(outputs):
 
 
 MODELS = (
-    Model("GPT, tied head", GPT, words, ("embed", "blocks/*", "norm"), method="logits"),
-    Model("GPT that returns its cache", GPT, words, ("embed", "blocks/*", "norm"), logits=first),
+    Model("GPT, tied head", GPT, words, ("input of blocks/0", "blocks/*"), method="logits"),
+    Model("GPT that returns its cache", GPT, words, ("input of blocks/0", "blocks/*"), logits=first),
     Model("decoder with a cache module", Decoder, lambda: (*words(), Cache(3, 5, 8)), ("embed", "q", "k", "v", "out")),
-    Model("Llama, own products, RoPE", Llama, words, ("layers/*", "norm")),
-    Model("Gemma, own einsums", Gemma, words, ("blocks/*", "norm"), logits=first),
+    Model("Llama, own products, RoPE", Llama, words, ("input of layers/0", "layers/*")),
+    Model("Gemma, own einsums", Gemma, words, ("input of blocks/0", "blocks/*"), logits=first),
 )

@@ -205,7 +205,7 @@ MODELS = (
     Model("message passing, a batch of graphs", MessagePassing, graphs, ("enter", "message", "update")),
     Model("KAN", KAN, vectors, ("layers/0", "layers/1")),
     Model("actor-critic", ActorCritic, vectors, ("trunk/layers/0", "trunk/layers/2")),
-    Model("DETR", DETR, lambda: (inputs(4, 8, 8, 3),), ("backbone", "encoder", "decoder", "mlp")),
+    Model("DETR", DETR, lambda: (inputs(4, 8, 8, 3),), ("backbone", "encoder", "queries", "decoder", "mlp")),
     Model("two towers", Towers, lambda: (inputs(4, 6), tokens(4, 3)), ("image/layers/0", "words", "text/layers/0")),
     Model("autoencoder without __call__", Autoencoder, vectors, ("fc1", "code", "fc2"), method="reconstruct"),
     Model(

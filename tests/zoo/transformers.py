@@ -174,6 +174,8 @@ MODELS = (
     Model("mixture of experts, one-hot", lambda rngs: Mixture(rngs, OneHotExperts), lines, ("embed", "blocks/*")),
     Model("mixture of experts, gathered", lambda rngs: Mixture(rngs, GatheredExperts), lines, ("embed", "blocks/*")),
     Model("BERT", Encoder, padded, ("norm", "blocks/*"), kwargs=lambda: {"deterministic": False}),
-    Model("encoder and decoder", Translator, pair, ("embed", "encoder/*", "decoder/*")),
+    Model(
+        "encoder and decoder", Translator, pair, ("input of encoder/0", "input of decoder/0", "encoder/*", "decoder/*")
+    ),
     Model("LoRA", Adapted, lines, ("embed", "norm", "up", "down")),
 )

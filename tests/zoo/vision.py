@@ -208,7 +208,7 @@ def images():
 LAYERS = ("down1", "down2", "middle", "rise2", "up2", "rise1", "up1")
 MODELS = (
     Model("ResNet, keyword-only train", ResNet, images, ("stem", "blocks/*"), kwargs=lambda: {"train": True}),
-    Model("ViT", ViT, images, ("patches", "blocks/*", "norm")),
+    Model("ViT", ViT, images, ("patches", "token", "positions", "blocks/*")),
     Model("ConvNeXt", ConvNeXt, images, ("stem_norm", "stage1/layers/*", "reduce", "stage2/layers/*", "norm")),
     Model("EfficientNet", EfficientNet, images, ("stem", "blocks/layers/*")),
     Model("DenseNet", DenseNet, images, ("stem", "norms/*", "layers/*")),
