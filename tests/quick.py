@@ -27,9 +27,10 @@ ROWS = {
     ),
     "test_the_arrays_of_the_state_are_the_whole_of_it": (*KINDS, "dldfa", "ssa_transported", "brsf, scanned", "tiles"),
     "test_wrappers_outside_hold_the_pair": (
-        "backprop-apply*", "fa-MultiSteps", "kolen_pollack-MultiSteps", "kolen_pollack-inject*", "dkp-apply*",
-        "ldfa-inject*", "dldfa-MultiSteps", "ssa-MultiSteps",
+        "backprop-apply*", "kolen_pollack-MultiSteps", "dkp-apply*", "ldfa-inject*", "dldfa-MultiSteps",
     ),
+    "test_labels_of_the_model_before_attaching_are_those_of_the_model_after": ("fa", "kolen_pollack", "dkp"),
+    "test_a_line_search_searches_along_the_parameters": ("fa-*",),
     "test_refine_changes_every_feedback_and_nothing_else": ("grape-mlp", "grape-scanned", "fdfa-conv*", "fdfa-rec*"),
     "test_training_and_pruning_with_an_nnx_optimizer": ("sequential",),
     "test_at_full_rank_the_model_is_the_dense_one_and_so_is_what_comes_back": ("convolutions-seq*",),
