@@ -28,7 +28,7 @@ class Attributes(Base):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.penalty = 0, 0.0
+        self.calls = 0
 
     def __call__(self, x):
         self.calls += 1
