@@ -17,7 +17,7 @@ from jaxfa.jaxprs.flows import CHOICES, CONTRACTIONS, NONE, is_pointwise
 from jaxfa.jaxprs.versions import bodies, opened, scan_parts, while_parts
 
 OUTPUT = "the output"
-_PLACE = "jaxfa.place: "
+_PLACE = "place: "
 _WITHOUT_DERIVATIVE = ("stop_gradient", "sign", "floor", "ceil", "round")
 
 

@@ -49,18 +49,17 @@ def attach(
     """Puts a rule on a model that knows nothing of it.
 
     Layer-wise rules take the place of the backward of every layer with weights, and of the model's own contractions.
-    Direct rules deliver the output error to the places named by ``at``: outputs of modules, inside which the backward
-    is exact, inputs, parameters. Without ``at``, to the input of every layer but the first, or, where shortcuts pass
-    these by, to the outputs of blocks; the table's last line says which.
+    Direct rules deliver the output error to the places named by ``at``; without it, to the input of every layer but the
+    first or, where shortcuts pass these by, to the outputs of blocks.
 
     Args:
       model: any NNX model; it stays as it is.
       rule: a :class:`jaxfa.LayerRule` or :class:`jaxfa.DirectRule`, such as ``jaxfa.fa()``.
       rngs: the feedback is drawn from ``rngs.feedback()``.
-      at: globs of module paths (``"blocks/*"``): where direct rules tap, also ``"input of blocks/0"`` or the path of a
-        parameter; for other rules, and for ``jaxfa.ssa``, the modules whose layers get the rule.
-      example: one batch of inputs, an array or a tuple of the model's positional arguments, or their shapes. With it
-        every contraction is accounted for now; without it, whenever the model is traced. Direct rules need it.
+      at: globs of modules (``"blocks/*"``), for direct rules also ``"input of blocks/0"`` or a parameter: where they
+        tap; for other rules, and for ``jaxfa.ssa``, the modules whose layers get the rule.
+      example: one batch of inputs, an array or a tuple of positional arguments, or their shapes. With it contractions
+        are accounted for now, else whenever the model is traced. Direct rules need it.
       example_kwargs: keyword arguments, likewise.
       method: the model's method that these are for and that is called by the result.
       logits: for direct rules, a function that picks from several outputs those whose error is delivered, such as
@@ -73,8 +72,7 @@ def attach(
       An :class:`Attached` with a copy of the model.
 
     Raises:
-      ValueError: if a contraction with weights would stay backpropagation unnoticed, a glob matches nothing, a direct
-        rule has no example, or a model can't be streamed.
+      ValueError: if a contraction would stay backpropagation, or a glob, example or schedule does not fit the model.
       TypeError: if the model or rule is of another type.
 
     Example:

@@ -23,6 +23,7 @@ from jaxfa.nn.taps import (
     follow,
     measure_taps,
     only_leaf,
+    refuse_unseen,
     tappable,
     that_are_read,
     true_size,
@@ -64,21 +65,23 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
         raise ValueError(
             "A direct rule needs example=, one batch of inputs: its feedback leads from outputs to layers."
         )
-    method, example, note, known = call.method, call.example, "", None
+    method, example, note, forward = call.method, call.example, "", None
     if rule.weights is not None or (at is None and rule.source is not None):
         places = _layers(model, rule, at, uses_of(model, method, example))
     elif at is None:
         forward = look(model, method, example, call.logits)
         choice = choose(model, forward, call.allow)
-        places, note, known = choice.places, choice.note, forward.sizes()
+        places, note = choice.places, choice.note
     else:
         places = _named(model, at)
     places += _source(model, rule, at, places)
     refuse_unmatched("the rule's globs", rule.globs, [place.path for place in places], under=True)
     modules = dict(modules_of(model))
+    if forward is not None:
+        refuse_unseen({path: modules[path] for path in sites_of(model) if path not in forward.modules}, call.allow)
     for place in sorted(places, key=lambda place: place.kind == "input"):
         place_tap(modules, place)
-    recorder, error, mark = measure_taps(model, method, example, call.logits, known)
+    recorder, error, mark = measure_taps(model, method, example, call.logits, forward and forward.sizes())
     seen, above = recorder.seen, []
     drop_unused(model, seen, None if rule.weights is not None else at, call.allow)
     follow(model, recorder)

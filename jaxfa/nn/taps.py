@@ -120,7 +120,12 @@ def drop_unused(model: nnx.Module, seen: Any, globs: Any, allow: Any) -> None:
             raise ValueError(f"The forward pass never called the tapped modules {unused}; name modules that it calls.")
     unseen = {tap.place.path: module for module, _, tap in holders_of(model) if tap.path in unused}
     remove_taps(model, lambda tap: tap.path in unused)
-    for path, module in unseen.items():
+    refuse_unseen(unseen, allow)
+
+
+def refuse_unseen(modules: dict[str, Any], allow: Any) -> None:
+    """Lets modules that the example's call does not come to refuse the gradient of a call that does."""
+    for path, module in modules.items():
         if not matches(path, allow, under=True):
             refuse_calls(module, path)
 

@@ -48,7 +48,7 @@ class Lazy(Base):
 HOW = {
     "fa": (jaxfa.fa(), {}),
     "dfa": (jaxfa.dfa(), {}),
-    "stream": (jaxfa.dfa(), {"at": "b", "allow": "b", "schedule": "stream"}),
+    "stream": (jaxfa.dfa(), {"at": "b", "allow": "b", "schedule": jaxfa.stacks.stream}),
 }
 every_way = pytest.mark.parametrize("how", HOW)
 
