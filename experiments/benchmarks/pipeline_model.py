@@ -35,7 +35,7 @@ METHODS = {
 
 
 class Cost(NamedTuple):
-    """Of one training step.
+    """The cost of one training step.
 
     Attributes:
       ticks: in which messages are sent: forward, and backward.

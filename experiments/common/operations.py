@@ -29,7 +29,7 @@ class Count(NamedTuple):
 
     @property
     def step(self) -> float:
-        """Of all three."""
+        """The operations of all three."""
         return sum(self)
 
 

@@ -1,11 +1,10 @@
 """The compiled functions of a training: all seeds at once, the data set on the device, augmentation inside the step.
 
 Every random choice is a function of a seed's key and the step's number, so that a resumed run draws what the killed one
-would have drawn, and either shape of the loop draws the same. Their results are the same to the bit, but for
-convolutions on a CPU, which XLA computes in another way inside a loop.
+would have drawn, and either shape of the loop draws the same, to the bit but for convolutions inside loops on a CPU.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -107,7 +106,7 @@ class Trainer:
         """
         if self.scans:
             return self._scan(state, order, self.data, count)
-        losses = []
+        losses: list[jax.Array] = []
         for _ in range(count):
             state, loss = self._step(state, order, self.data)
             losses.append(loss)
@@ -121,12 +120,10 @@ class Trainer:
           ``(seeds,)``; how many ``calibrations`` there were, if any are made; the ``rank`` of every factored layer, if
           there is one; and the diagnostics, if asked for.
         """
-        images, labels = self._test
-        rows = self._rows(_CHUNK)
+        (images, labels), rows = self._test, self._rows(_CHUNK)
         chunks = [slice(i, i + rows) for i in range(0, len(labels), rows)]
         correct, loss = zip(*(self._score(state, images[chunk], labels[chunk]) for chunk in chunks), strict=True)
-        rows = self._rows(_PROBE)
-        probe = (self.data[0][:rows], self.data[1][:rows])
+        probe = tuple(array[: self._rows(_PROBE)] for array in self.data)
         correct, loss, alignment = jax.device_get((sum(correct), sum(loss), self._align(state, probe)))
         # After the transfer, which sorts dictionaries: layers stand in the order of the forward pass.
         layers = [row.layer for row in self.coverage.rows if f"{row.layer}/kernel" in alignment]
@@ -144,11 +141,13 @@ class Trainer:
 
     def _ranks(self, state: State) -> dict[str, Any]:
         ranks = jaxfa.factored.ranks(state.params)
-        layers = [row.layer for row in self.coverage.rows if row.layer in ranks]
-        return {"rank": {layer: np.full(len(self.seeds), ranks[layer]) for layer in layers}} if layers else {}
+        found = {
+            row.layer: np.full(len(self.seeds), ranks[row.layer]) for row in self.coverage.rows if row.layer in ranks
+        }
+        return {"rank": found} if found else {}
 
     def _diagnostics(self, state: State) -> dict[str, Any]:
-        # Seed by seed: jaxlib 0.10.2's batched decompositions can hang on CPUs.
+        # Seed by seed, as in init.
         seeds = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(len(self.seeds))]
         each = jax.device_get([self._diagnose(seed, self.data) for seed in seeds])
         found = jax.tree.map(lambda *values: np.stack(values), *each)
@@ -162,8 +161,7 @@ class Trainer:
     def _attach(self, key: jax.Array) -> jaxfa.nn.Attached:
         model = self.task.make(nnx.Rngs(jax.random.fold_in(key, _MODEL)))
         example = jax.eval_shape(lambda raw: self.inputs(raw[: self.task.batch]), self.data[0])
-        rngs = nnx.Rngs(jax.random.fold_in(key, _FEEDBACK))
-        task = self.task
+        rngs, task = nnx.Rngs(jax.random.fold_in(key, _FEEDBACK)), self.task
         aligned = jaxfa.nn.attach(model, task.rule, rngs=rngs, at=task.at, allow=task.allow, example=example)
         if task.prepare is not None:
             task.prepare(aligned)
@@ -179,9 +177,8 @@ class Trainer:
         return nnx.merge(self._graph, state.params, state.feedback, state.rest, copy=copy)
 
     def _init(self, key: jax.Array) -> tuple[Any, State]:
-        graph, params, feedback, rest = _split(self._attach(key))
-        optimizer = self.optimizer().init((params, feedback))
-        return graph, State(params, feedback, rest, optimizer, key, jnp.zeros((), jnp.int32))
+        graph, *learned, rest = _split(self._attach(key))
+        return graph, State(*learned, rest, self.optimizer().init(tuple(learned)), key, jnp.zeros((), jnp.int32))
 
     def _order(self, state: State) -> jax.Array:
         """This epoch's order of the training examples, ``(steps, batch)``; the odd remainder waits for another."""
@@ -214,8 +211,8 @@ class Trainer:
         (loss, rest), signals = jax.value_and_grad(objective, has_aux=True)(learned)
         extra = {"true_gradient": partial(self._true_gradient, model, x, labels)} if self.task.calibrate else {}
         updates, optimizer = self.optimizer().update(signals, state.optimizer, learned, **extra)
-        params, feedback = optax.apply_updates(learned, updates)
-        return State(params, feedback, rest, optimizer, state.key, state.step + 1), updates, loss
+        state = State(*optax.apply_updates(learned, updates), rest, optimizer, state.key, state.step + 1)
+        return state, updates, loss
 
     def _true_gradient(self, model: jaxfa.nn.Attached, x: jax.Array, labels: jax.Array) -> Any:
         graph, params, rest = nnx.split(jaxfa.nn.plain(model), nnx.Param, ...)
@@ -240,7 +237,7 @@ class Trainer:
     def _diagnosis(self, state: State, train: Any) -> dict[str, Any]:
         x, labels = self.inputs(train[0][:_DIAGNOSED]), train[1][:_DIAGNOSED]
         first, updates = self._init(state.key)[1], self._learn(state, x, labels)[1]
-        trees = [(state.params, state.feedback), (first.params, first.feedback), updates]
+        trees = [state[:2], first[:2], updates]
         model, start, update = (nnx.merge(self._graph, *tree, state.rest, copy=True) for tree in trees)
         model.train()
         return diagnose(model, start, update, lambda model: self.task.loss(model(x), labels))
@@ -253,5 +250,5 @@ def _split(model: jaxfa.nn.Attached) -> tuple[Any, Any, Any, Any]:
     return graph, params, feedback, rest
 
 
-def _scan(step: Callable[..., Any], state: State, order: jax.Array, train: Any, count: int) -> tuple[State, jax.Array]:
+def _scan(step: Any, state: State, order: jax.Array, train: Any, count: int) -> tuple[State, jax.Array]:
     return lax.scan(lambda state, _: step(state, order, train), state, length=count)
