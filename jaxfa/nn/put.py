@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from jaxfa.base import DirectRule, DirectRule, matches
+from jaxfa.base import DirectRule, Rule, matches
 from jaxfa.jaxprs.flows import Use
 from jaxfa.nn.choose import choose, name_all
 from jaxfa.nn.contraction import sites_of
@@ -96,7 +96,7 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
     return Placed(above, note=note, error=error)
 
 
-def advise(model: Any, rule: DirectRule, call: Call) -> str:
+def advise(model: Any, rule: Rule, call: Call) -> str:
     """Where a direct rule could tap a model instead, or why it could nowhere."""
     if not isinstance(rule, DirectRule) or rule.weights is not None or rule.source is not None or call.example is None:
         return ""
