@@ -177,8 +177,9 @@ class Trainer:
         return nnx.merge(self._graph, state.params, state.feedback, state.rest, copy=copy)
 
     def _init(self, key: jax.Array) -> tuple[Any, State]:
-        graph, *learned, rest = _split(self._attach(key))
-        return graph, State(*learned, rest, self.optimizer().init(tuple(learned)), key, jnp.zeros((), jnp.int32))
+        graph, params, feedback, rest = _split(self._attach(key))
+        optimizer = self.optimizer().init((params, feedback))
+        return graph, State(params, feedback, rest, optimizer, key, jnp.zeros((), jnp.int32))
 
     def _order(self, state: State) -> jax.Array:
         """This epoch's order of the training examples, ``(steps, batch)``; the odd remainder waits for another."""
@@ -211,8 +212,8 @@ class Trainer:
         (loss, rest), signals = jax.value_and_grad(objective, has_aux=True)(learned)
         extra = {"true_gradient": partial(self._true_gradient, model, x, labels)} if self.task.calibrate else {}
         updates, optimizer = self.optimizer().update(signals, state.optimizer, learned, **extra)
-        state = State(*optax.apply_updates(learned, updates), rest, optimizer, state.key, state.step + 1)
-        return state, updates, loss
+        params, feedback = optax.apply_updates(learned, updates)
+        return State(params, feedback, rest, optimizer, state.key, state.step + 1), updates, loss
 
     def _true_gradient(self, model: jaxfa.nn.Aligned, x: jax.Array, labels: jax.Array) -> Any:
         graph, params, rest = nnx.split(jaxfa.nn.plain(model), nnx.Param, ...)
