@@ -111,7 +111,7 @@ def pages(experiments: Iterable[Experiment]) -> dict[Path, str]:
     for paper, members in papers.items():
         sections = [_section(experiment, made) for experiment in members]
         made[FOLDER / paper / "README.md"] = "\n".join([_title(paper), *sections])
-    columns = {heading: records.read_json(FOLDER / path) for heading, path in COLUMNS.items()}
+    columns = {one: records.read_json(FOLDER / path) for one, path in COLUMNS.items() if (FOLDER / path).exists()}
     made[ROOT / "README.md"] = readme.fill((ROOT / "README.md").read_text(), columns)
     return made
 
