@@ -138,12 +138,12 @@ def run(config: Config) -> dict[str, Any]:
     for name, (rule, at) in RULES.items():
         adapted = with_adapters(model, config.rank, nnx.Rngs(config.seed + 1))
         example, rngs = tests["play"][0][: config.batch], nnx.Rngs(config.seed + 2)
-        aligned = jaxfa.nn.attach(adapted, rule, rngs=rngs, at=at, example=example)
+        attached = jaxfa.nn.attach(adapted, rule, rngs=rngs, at=at, example=example)
         tx = jaxfa.optimizer(optax.adam(config.adapter_rate), rule)
         start = time.perf_counter()
-        losses = train(aligned, nnx.Optimizer(aligned, tx, wrt=ADAPTERS), encyclopedia, config.steps, config)
+        losses = train(attached, nnx.Optimizer(attached, tx, wrt=ADAPTERS), encyclopedia, config.steps, config)
         seconds = round(time.perf_counter() - start, 1)
-        found[name] = row(aligned) | {"loss": round(losses[-1], 3), "seconds": seconds}
+        found[name] = row(attached) | {"loss": round(losses[-1], 3), "seconds": seconds}
     return found
 
 
@@ -155,7 +155,8 @@ def main(args: list[str]) -> None:
     for name, row in found.items():
         print(f"{name:<24}{row['play']:>12.2f}{row['encyclopedia']:>14.2f}{row.get('seconds', ''):>9}")
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("data", "out")}
-    records.write_json(config.out, {"config": options, "run": records.environment(), "arms": found})
+    machine = records.environment() | {"command": f"python -m experiments.examples.lora {args[0]}"}
+    records.write_json(config.out, {"config": options, "run": machine, "arms": found})
 
 
 if __name__ == "__main__":
