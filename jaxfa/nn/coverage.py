@@ -10,11 +10,11 @@ from jaxfa.jaxprs.audit import Audit
 from jaxfa.jaxprs.flows import OUTPUT, Passage
 from jaxfa.nn.describe import IDLE, LOST, SILENT, describe, held_feedback, layer_name, shape_of
 from jaxfa.nn.learning import how_it_learns
+from jaxfa.nn.measured import record_taps
 from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.survey import Survey, own_of, survey
 from jaxfa.nn.table import Coverage, Row
 from jaxfa.nn.tap import plain_of, taps_of
-from jaxfa.nn.taps import record_taps
 from jaxfa.nn.trace import terms_beside, trace, traced
 from jaxfa.nn.variables import Feedback, value_of
 

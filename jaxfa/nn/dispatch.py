@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxfa.base import LAYER, Rule, refuse_shards
+from jaxfa.nn.cotangents import filled, is_zero, relearned, split_floats
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
-from jaxfa.nn.stream import Walk, check_streams, filled, is_zero, learn, relearned, split_floats, walked
+from jaxfa.nn.stream import Walk, check_streams, learn, walked
 from jaxfa.nn.tap import Tap, taps_of
 from jaxfa.ops import vary_alike
 from jaxfa.stacks import schedules

@@ -11,6 +11,7 @@ from jaxfa.nn.choose import choose, name_all
 from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.describe import layer_name
 from jaxfa.nn.factored import Factored
+from jaxfa.nn.measured import measure_taps, tappable, that_are_read, true_size
 from jaxfa.nn.places import look
 from jaxfa.nn.program import Example
 from jaxfa.nn.tap import Place, place_tap
@@ -21,12 +22,8 @@ from jaxfa.nn.taps import (
     end_at,
     fill_taps,
     follow,
-    measure_taps,
     only_leaf,
     refuse_unseen,
-    tappable,
-    that_are_read,
-    true_size,
 )
 from jaxfa.nn.trace import uses_of, weights_above
 from jaxfa.nn.variables import modules_of

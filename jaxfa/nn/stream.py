@@ -10,23 +10,20 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.errors import TraceContextError
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from jaxfa.base import DirectRule, Rule
 from jaxfa.delivery import deliver_for_all
+from jaxfa.nn.cotangents import filled, floats_of, is_float, is_zero, products, relearned, split_floats
 from jaxfa.nn.leaves import at_leaves, error_in, named_floats
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.tap import Tap, tap_parameters, taps_of
 from jaxfa.nn.taps import stacks_of
-from jaxfa.nn.variables import Feedback, value_of
 from jaxfa.ops import deliver, zeros_of
 from jaxfa.stacks.blocks import after
-from jaxfa.stacks.schedules import Schedule
+from jaxfa.stacks.schedules import Dispatch, Schedule
 
 
 class Walk:
@@ -72,7 +69,7 @@ class Walk:
     def waiting(self, program: Program) -> Any:
         """What a block computes with, as constants; all but its floats after what is known."""
         flat = nnx.to_flat_state(program.states[0])
-        others = {path: leaf for path, leaf in flat if not (path[0] == 0 and _is_float(leaf))}
+        others = {path: leaf for path, leaf in flat if not (path[0] == 0 and is_float(leaf))}
         others = after(others, self.known)
         return lax.stop_gradient(nnx.from_flat_state([(path, others.get(path, leaf)) for path, leaf in flat]))
 
@@ -102,13 +99,13 @@ class Sweep(Walk):
         pair, e = lax.stop_gradient((h, feedback)), after(self.e, self.known)
         with jax.named_scope(f"tap[{tap.scope(leaf)}]"):
             delta, signal = (deliver_for_all if tap.place.kind == "parameter" else deliver)(pair, e)
-        self.learned += [*_products(delta, h), *_products(signal, feedback)]
+        self.learned += [*products(delta, h), *products(signal, feedback)]
         return lax.stop_gradient(h)
 
     def learn(self, program: Program, tap: Tap) -> Any:
         found, gradients, signals = learn(program, self.waiting(program), tap, lambda: after(self.e, self.known))
-        self.learned += _products(gradients, split_floats(program.states[0])[0])
-        self.learned += _products(signals, tap.feedbacks())
+        self.learned += products(gradients, split_floats(program.states[0])[0])
+        self.learned += products(signals, tap.feedbacks())
         # Not the error at its input, which nothing may need.
         self.known = {name: one for name, one in gradients.items() if name.startswith("0/")}, signals
         return found
@@ -144,39 +141,11 @@ def _beside(program: Program, tap: Tap, found: Any) -> Any:
 
         if all(map(is_zero, jax.tree.leaves(cotangents))):
             return None, None
-        floats, rebuild, cotangent = _floats_of(state)
+        floats, rebuild, cotangent = floats_of(state)
         _, pullback = jax.vjp(forward, floats)
         return cotangent(pullback(filled(cotangents))[0]), None
 
     return relearned(lambda both: (both[1], both[0]), backward, (program.states[0], found))
-
-
-def split_floats(state: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
-    """The floats of a state by their paths, but for feedback, and the function that puts others in their places."""
-    flat = nnx.to_flat_state(state)
-    names = {path: "/".join(map(str, path)) for path, _ in flat}
-    floats = {names[path]: value_of(leaf) for path, leaf in flat if _is_float(leaf) and not isinstance(leaf, Feedback)}
-
-    def put(leaf: Any, value: Any) -> Any:
-        return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
-
-    def rebuild(values: dict[str, Any]) -> Any:
-        return nnx.from_flat_state(
-            [(path, put(leaf, values[names[path]]) if names[path] in values else leaf) for path, leaf in flat]
-        )
-
-    return floats, rebuild
-
-
-def _is_float(leaf: Any) -> bool:
-    return all(jnp.issubdtype(one.dtype, jnp.inexact) for one in jax.tree.leaves(leaf))
-
-
-def _products(fixed: Any, values: Any) -> list[jax.Array]:
-    """The inner products of two trees' leaves; what is no number, or known to be zero, is left out."""
-    pairs = zip(jax.tree.leaves(fixed), jax.tree.leaves(values), strict=True)
-    numbers = [(one, other) for one, other in pairs if not is_zero(one) and _is_float(other)]
-    return [jnp.vdot(lax.stop_gradient(one), other) for one, other in numbers]
 
 
 def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
@@ -189,7 +158,7 @@ def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
     taps = taps_of(model)
     for path, tap in taps.items():
         within = [other for other in stacks if path.startswith(f"{other}/")]
-        alone = tap.at_input and (schedule == "dispatch" or all(other.at_input for other in taps.values()))
+        alone = tap.at_input and (isinstance(schedule, Dispatch) or all(other.at_input for other in taps.values()))
         if alone or stacks[path] or within:
             where = "in a stack of layers" if stacks[path] else "at a layer's input"
             reason = f"inside {within[0]!r}" if within else where
@@ -198,39 +167,6 @@ def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
                 f"separate modules with at= (SSA, whose at= chooses layers to factor, always taps their inputs: take "
                 f"schedule=jaxfa.stacks.stored); for stacked blocks there is jaxfa.direct_stack."
             )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def relearned(keep: Callable[[Any], Any], backward: Callable[[Any, Any], Any], tree: Any) -> Any:
-    """The outputs of ``keep(tree) -> (outputs, kept)``; what the tree learns is ``backward(kept, cotangents)``.
-
-    Cotangents of outputs that no loss reads are symbols: see :func:`filled`.
-    """
-    del backward
-    return keep(tree)[0]
-
-
-relearned.defvjp(
-    lambda keep, backward, tree: keep(jax.tree.map(lambda leaf: leaf.value, tree)),
-    lambda keep, backward, *rest: (backward(*rest),),
-    symbolic_zeros=True,
-)
-
-
-def is_zero(cotangent: Any) -> bool:
-    """Whether a cotangent is known to be zero while its program is traced."""
-    return isinstance(cotangent, SymbolicZero) or cotangent.dtype == jax.dtypes.float0
-
-
-def filled(cotangents: Any) -> Any:
-    """Cotangents as arrays."""
-
-    def fill(one: Any) -> Any:
-        if not is_zero(one):
-            return one
-        return np.zeros(one.shape, one.dtype) if one.dtype == jax.dtypes.float0 else zeros_of(one.aval)
-
-    return jax.tree.map(fill, cotangents)
 
 
 def call_streamed(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -244,28 +180,14 @@ def call_streamed(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         def surrogate(floats: list[Any]) -> list[jax.Array]:
             sweep = Sweep(error_in(program.returned(filled(cotangents[0])), attached.logits))
             outputs = program.run(rebuild(floats), prepare=walked(sweep))
-            return [*_products(cotangents, outputs), *sweep.learned]
+            return [*products(cotangents, outputs), *sweep.learned]
 
-        floats, rebuild, cotangent = _floats_of(state)
+        floats, rebuild, cotangent = floats_of(state)
         # Not of their sum: in a shard_map some of them are sums over the devices, and each counts once.
         numbers, pullback = jax.vjp(surrogate, floats)
         return cotangent(pullback([zeros_of(jax.typeof(one)) + 1 for one in numbers])[0])
 
     return program.finish(*relearned(keep, backward, program.states[0]))
-
-
-def _floats_of(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any], Callable[[list[Any]], Any]]:
-    """The floats of a tree; the functions that put others in their places, and that make a cotangent of them."""
-    leaves, structure = jax.tree.flatten(tree)
-
-    def put(values: list[Any], other: Callable[[Any], Any]) -> Any:
-        given = iter(values)
-        return jax.tree.unflatten(structure, [next(given) if _is_float(one) else other(one) for one in leaves])
-
-    def cotangent(values: list[Any]) -> Any:
-        return put(values, lambda one: np.zeros(one.shape, jax.dtypes.float0))
-
-    return [leaf for leaf in leaves if _is_float(leaf)], lambda values: put(values, lambda one: one), cotangent
 
 
 def walked(walk: Walk) -> Callable[[Any], None]:

@@ -387,6 +387,12 @@ def test_training_takes_the_same_steps():
         (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": "stream"}, "a value and no string; got 'stream'"),
         (Residual, jaxfa.dfa(), {"at": BLOCKS, "schedule": jaxfa.stacks.parallel}, "got jaxfa.stacks.parallel"),
         (Residual, jaxfa.dfa(), {"at": "stem", "schedule": DISPATCHED}, "2 devices need as many tapped"),
+        (
+            Residual,
+            jaxfa.dfa(),
+            {"at": ("input of blocks/0", "blocks/*"), "schedule": DISPATCHED},
+            "the tap 'input of blocks/0' is at a layer's input",
+        ),
     ],
 )
 def test_what_can_not_be_streamed_is_told_so(make, rule, options, message):
