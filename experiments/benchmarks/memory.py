@@ -12,7 +12,6 @@ gradient of all parameters; the fused one also updates them. The stack: ``h + re
 backpropagation has least to keep. The time is the median of interleaved rounds.
 """
 
-import dataclasses
 import time
 from functools import partial
 from typing import Any
@@ -20,44 +19,11 @@ from typing import Any
 import jax
 
 from experiments.benchmarks import memory_figure, memory_steps
+from experiments.benchmarks.memory_steps import Config
 from experiments.common import records, timing
-from experiments.common.experiment import Experiment, Histories, Options, Page, Study
+from experiments.common.experiment import Experiment, Histories, Page, Study
 
 Measurement = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Options):
-    """The networks, and where the results go."""
-
-    depths: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
-    """Numbers of blocks at which the stack is measured."""
-    timed: int = 64
-    """The depth at which the stack's steps are timed, one of --depths."""
-    width: int = 128
-    """How many units a block of the stack has."""
-    batch: int = 8192
-    """How many examples a step of the stack has."""
-    repeats: tuple[int, ...] = (1, 3, 5)
-    """Numbers of blocks in each of a ResNet's three stages; 3 is ResNet-20."""
-    timed_repeats: int = 3
-    """The ResNet whose steps are timed, one of --repeats."""
-    images: int = 128
-    """How many images a step of the ResNet has."""
-    pixels: int = 32
-    """The width and height of the ResNet's images."""
-    rounds: int = 9
-    """How many rounds of timing there are."""
-    seed: int = 0
-    """The seed of all that is random."""
-
-    def __post_init__(self) -> None:
-        for name, one, all_ in (
-            ("timed", self.timed, self.depths),
-            ("timed_repeats", self.timed_repeats, self.repeats),
-        ):
-            if one not in all_:
-                raise ValueError(f"{name} must be one of {all_}, got {one}.")
 
 
 def study(config: Config, histories: Histories) -> Study:

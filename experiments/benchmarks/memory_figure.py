@@ -1,16 +1,21 @@
 """The figure and the table of ``memory``."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.benchmarks.memory_steps import FUSED, PARALLEL, REFERENCE, REMATERIALISED, STORED, STREAMED
+from experiments.benchmarks.memory_steps import (
+    FUSED,
+    PARALLEL,
+    REFERENCE,
+    REMATERIALISED,
+    STORED,
+    STREAMED,
+    Config,
+)
 from experiments.common import plots
 from experiments.common.experiment import Study, Table
-
-if TYPE_CHECKING:
-    from experiments.benchmarks.memory import Config
 
 COLORS = {
     REFERENCE: plots.INK,
@@ -22,11 +27,11 @@ COLORS = {
 }
 
 
-def study(config: "Config", found: dict[str, list[dict[str, Any]]]) -> Study:
+def study(config: Config, found: dict[str, list[dict[str, Any]]]) -> Study:
     """Draws memory against depth and the time of a step, and makes the tables.
 
     Args:
-      config: a :class:`experiments.benchmarks.memory.Config`.
+      config: a ``Config``.
       found: the measurements of ``stack`` and ``resnet``.
     """
     timed = {name: [one for one in rows if "ratio" in one] for name, rows in found.items()}

@@ -1,7 +1,8 @@
 """The steps that ``memory`` compares: one network each, learned in several ways."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,9 @@ from jax import lax
 
 import jaxfa
 import jaxfa.nn
+from experiments.common.experiment import Options
 from experiments.models.networks import ResNet
 from jaxfa.optim.optimizer import optimizer
-
-if TYPE_CHECKING:
-    from experiments.benchmarks.memory import Config
 
 REFERENCE, REMATERIALISED = "backpropagation", "backpropagation, rematerialised"
 STORED, PARALLEL, STREAMED, FUSED = "DFA, stored", "DFA, parallel", "DFA, streamed", "DFA, streamed, updated at once"
@@ -23,11 +22,45 @@ CLASSES = 10
 Steps = dict[str, tuple[Any, tuple[Any, ...]]]
 
 
-def stack(config: "Config", depth: int) -> Steps:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """The networks, and where the results go."""
+
+    depths: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
+    """Numbers of blocks at which the stack is measured."""
+    timed: int = 64
+    """The depth at which the stack's steps are timed, one of --depths."""
+    width: int = 128
+    """How many units a block of the stack has."""
+    batch: int = 8192
+    """How many examples a step of the stack has."""
+    repeats: tuple[int, ...] = (1, 3, 5)
+    """Numbers of blocks in each of a ResNet's three stages; 3 is ResNet-20."""
+    timed_repeats: int = 3
+    """The ResNet whose steps are timed, one of --repeats."""
+    images: int = 128
+    """How many images a step of the ResNet has."""
+    pixels: int = 32
+    """The width and height of the ResNet's images."""
+    rounds: int = 9
+    """How many rounds of timing there are."""
+    seed: int = 0
+    """The seed of all that is random."""
+
+    def __post_init__(self) -> None:
+        for name, one, all_ in (
+            ("timed", self.timed, self.depths),
+            ("timed_repeats", self.timed_repeats, self.repeats),
+        ):
+            if one not in all_:
+                raise ValueError(f"{name} must be one of {all_}, got {one}.")
+
+
+def stack(config: Config, depth: int) -> Steps:
     """For each method a jitted step and its arguments: residual blocks under one linear head.
 
     Args:
-      config: a :class:`experiments.benchmarks.memory.Config`.
+      config: a :class:`Config`.
       depth: how many blocks.
     """
     keys = jax.random.split(jax.random.key(config.seed), 4)
@@ -84,11 +117,11 @@ def _fused(rule: jaxfa.Rule, both: Any, head: jax.Array, x: jax.Array, y: jax.Ar
     return jax.jit(step), (both, jax.vmap(tx.init)(both), head, x, y)
 
 
-def resnet(config: "Config", repeats: int) -> Steps:
+def resnet(config: Config, repeats: int) -> Steps:
     """For each method a jitted gradient and its arguments: a ResNet with blocks of three shapes, tapped block by block.
 
     Args:
-      config: a :class:`experiments.benchmarks.memory.Config`.
+      config: a :class:`Config`.
       repeats: the blocks of each stage.
     """
     shape = (config.pixels, config.pixels, 3)
