@@ -61,7 +61,7 @@ STUDIES = {
     | {"trainings": ("fa",), "widths": (4, 4), "steps": 1, "window": 2, "sketch": 64, "probe": 8},
     "ssa_cost": TRAINED | {"fractions": (0.125,), "energy": 0.7, "multiple": 2},
 }
-QUICK = ("compare", "grape_resnet20", "ldfa_linear")
+QUICK = ("compare", "ldfa_linear")
 
 
 def small(shape, classes, *_, rngs=None, **__):
