@@ -15,10 +15,10 @@ OWN = (*OWN_BY_MATRICES, "masked by a choice", "experts by index", "one of a sta
 
 ROWS = {
     # models
-    "test_a_model_learns_by_the_first_rules": ("MLP, batch norm, dropout", "VAE, own KL variable", "LoRA",),
+    "test_a_model_learns_by_the_first_rules": ("MLP, batch norm, dropout", "VAE, own KL variable",),
     "test_a_model_learns_by_the_other_rules": (),
     "test_every_model_trains_by_every_kind_of_rule_through_nnx": (
-        "kolen_pollack-transformer", "brsf-scanned, rematerialised", "dkp-recurrent", "kolen_pollack-mlp",
+        "brsf-scanned, rematerialised", "dkp-recurrent", "kolen_pollack-mlp",
     ),
     "test_the_arrays_of_the_state_are_the_whole_of_it": (
         *KINDS, "dldfa", "ssa_transported", "brsf, scanned", "tiles",
@@ -39,15 +39,15 @@ ROWS = {
         "conv transpose, transposed kernel",
     ),
     "test_a_thin_feedback_sends_back_what_its_product_does": (*LAYERS, "one output", "scan over a stack"),
-    "test_low_rank_feedback_follows_the_weights_of_every_layer": ("linear", "conv 2-D", "conv transpose, strided",),
-    "test_low_rank_feedback_follows_the_weights": ("matmul", "einsum of heads", "gate", "remat", "cond",),
+    "test_low_rank_feedback_follows_the_weights_of_every_layer": ("conv 2-D", "conv transpose, strided",),
+    "test_low_rank_feedback_follows_the_weights": ("matmul", "gate", "remat", "cond",),
     "test_kolen_pollack_brings_weights_and_feedback_together": (
         "cond", "einsum of heads", "experts by index", "gate", "weights on the left",
     ),
     # stacks
     "test_every_schedule_learns_what_the_stored_gradient_is": ("dldfa",),
     "test_state_in_any_type_of_variable": (),
-    "test_memory_does_not_grow_with_depth": ("vgg-*stream",),
+    "test_memory_does_not_grow_with_depth": (),
     "test_training_takes_the_same_steps": (),
     "test_batches_side_by_side_learn_from_their_own_errors": (),
     "test_keys_in_the_parameters_and_seeds_side_by_side": ("*stream",),
@@ -80,28 +80,28 @@ ROWS = {
     "test_shard_map_without_type_checks_averages_local_gradients": ("dkp", "brsf", "backprop", "dfa_shared", "drtp",),
     "test_between_calibrations_it_is_the_rule_and_they_come_on_time": ("kolen_pollack", "ldfa",),
     "test_it_is_a_step_of_backpropagation_that_leaves_the_feedback_alone": ("kolen_pollack", "dkp",),
-    "test_an_optimizer_of_its_own_steps_while_the_rules_stands_still": ("dfa", "grape",),
+    "test_an_optimizer_of_its_own_steps_while_the_rules_stands_still": ("grape",),
     "test_kolen_pollacks_difference_falls_at_every_step_whatever_goes_by_names": (
         "mask*", "labels by name", "global norm", "noise", "lion",
     ),
     "test_kolen_pollack_draws_weights_and_feedback_together_at_the_rate_of_the_decay": ("sgd", "adamw"),
     "test_the_mirror_estimates_the_weights_without_bias": ("dense", "conv_grouped"),
     "test_the_mirrored_feedback_tends_to_the_weights_if_decay_matches": ("None-*",),
-    "test_the_angle_to_backpropagation_falls_from_ninety_degrees": ("dfa",),
+    "test_the_angle_to_backpropagation_falls_from_ninety_degrees": (),
     "test_it_starts_as_feedback_alignment_through_p": ("dense", "heads",),
     "test_an_orthonormal_square_p_with_its_q_is_backpropagation": ("dense", "heads", "conv2d_strided"),
     "test_layer_wise_it_is_the_papers_equations": ("dense", "tokens", "conv1d_valid"),
     "test_direct_it_is_the_papers_equations": ("dense", "image", "token_heads"),
     "test_direct_at_full_rank_it_is_direct_feedback_alignment": ("dense", "tokens", "vector_to_sequence"),
-    "test_a_step_is_the_gradient_of_the_cosines_with_that_estimate": ("conv-1",),
+    "test_a_step_is_the_gradient_of_the_cosines_with_that_estimate": (),
     "test_on_a_fixed_network_it_finds_the_jacobian": ("dense-rule0", "dense-rule1", "conv-rule2"),
     "test_one_pass_is_unbiased_for_every_layer_and_its_error_falls_as_the_root_of_the_samples": ("dense",),
     "test_a_layers_part_is_of_each_examples_own_jacobian": ("conv",),
-    "test_the_noise_is_measured_without_bias": ("normal",),
+    "test_the_noise_is_measured_without_bias": (),
     # factors
     "test_a_factored_convolution_is_the_dense_one": ("one dim*", "stride 2, odd", "explicit*", "1 x 1", "three dim*"),
     "test_the_factors_gradients_are_those_of_their_product": ("True-*", "False-shape0"),
-    "test_optimizer_and_feedback_follow_the_surviving_columns": ("True",),
+    "test_optimizer_and_feedback_follow_the_surviving_columns": (),
     "test_a_dtypes_own_rounding_is_no_drift": (),
     "test_seeds_side_by_side_keep_one_rank": (),
     "test_drifted_layers_are_decomposed_anew_where_they_lose_columns": (),
@@ -131,7 +131,7 @@ ROWS = {
         "apply_if_finite-alike-*", "schedule_free-*", "lookahead-*", "line search-dense-*", "masks by *",
     ),
     "test_what_a_block_writes_or_returns_beside_its_output_has_its_gradient": (
-        "*stream-an output", "*stream-a statistic", "*dispatch*-a penalty",
+        "*stream-an output", "*dispatch*-a penalty",
     ),
     "test_every_option_is_read_by_an_arm_of_the_run_or_listed_as_unread": (
         "grape*", "ldfa_rank*", "ldfa_v*", "ldfa_cost0", "ssa_a*", "ssa_cifar10_0", "rank*", "ldfa_retina",
@@ -147,7 +147,7 @@ ROWS = {
         "MLP", "gated", "residual", "transformer",
     ),
     "test_after_100_strong_steps_every_weight_has_moved_and_fixed_feedback_has_not": (
-        "backprop", "dfa", "frsf", "ssa", "weight_mirror",
+        "backprop", "dfa", "frsf", "weight_mirror",
     ),
     "test_flaxs_layers_that_contract_by_themselves": ("LoRA", "weight norm", "masked*",),
     "test_a_model_may_run_its_blocks_in_any_way": (
@@ -168,13 +168,11 @@ ROWS = {
     "test_a_tile_estimates_the_mean_over_its_repeats_with_less_variance": (),
     "test_in_a_stack_every_layer_finds_its_own_jacobian": (),
     "test_training_moves_what_learns_by_its_own_rate_and_nothing_else": (
-        "True-True-dldfa", "*False-ldfa", "*False-dldfa", "False-True-*",
+        "*False-ldfa", "*False-dldfa", "False-True-*",
     ),
     "test_drift_and_update_rank_are_what_the_steps_say": (),
     "test_without_its_reference_a_comparison_is_told_all_the_same": (),
-    "test_the_first_gradient_of_a_rule_that_was_never_refined_warns_once": (
-        "fdfa", "weight_mirror", "normative_ldfa",
-    ),
+    "test_the_first_gradient_of_a_rule_that_was_never_refined_warns_once": ("weight_mirror", "normative_ldfa",),
     "test_alignment_brings_the_sequential_pseudo_gradient_nearer_to_the_true_one": (),
     "test_every_model_takes_both_families": ("fa-*", "dfa-convnet", "dfa-lenet",),
     "test_the_variance_is_that_of_theory": ("*-random_signs--1",),
@@ -186,11 +184,22 @@ ROWS = {
     "test_the_variance_of_scaled_perturbations_is_that_of_theory_and_least_at_the_best_scales": (),
     "test_pruning_a_drifted_layer_changes_neither_the_step_nor_averages": (),
     "test_data_parallel_gradients_and_signals_are_the_single_device_ones": ("True-*",),
+    "test_imbalance_tells_what_the_network_breaks_from_what_the_optimizer_does": (),
+    "test_the_control_of_an_aligned_start_has_its_norms_and_no_alignment": (),
+    "test_no_scales_nearby_are_better": (),
+    "test_adapters_add_nothing_at_first": (),
+    "test_weight_decay_never_touches_the_lift": (),
+    "test_a_sketch_keeps_the_effective_rank": (),
+    "test_a_fixed_feedback_gets_stuck_below_the_teachers_rank_and_only_there": (),
+    "test_a_restored_model_goes_on_bit_for_bit_and_is_not_traced_again": (),
+    "test_ranks_of_extreme_matrices": (),
+    "test_states_of_other_shapes_than_the_parameters_are_refused": ("lbfgs",),
+    "test_of_a_block_that_returns_a_tree_what_is_read_is_tapped": ("*stored",),
     # laws of conservation
     "test_any_model_starts_aligned": ("conv*", "transformer"),
     "test_drift_is_half_of_the_squared_steps_for_every_neuron": (
         "relu", "schedule", "tanh", "momentum", "weight_decay",
     ),
     "test_it_holds_for_every_channel_of_convolutions_pooled_and_flattened": ("relu", "momentum"),
-    "test_it_holds_in_a_model_that_knows_nothing_of_it": ("fa",),
+    "test_it_holds_in_a_model_that_knows_nothing_of_it": (),
 }  # fmt: skip
