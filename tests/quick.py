@@ -23,7 +23,7 @@ ROWS = {
     "test_the_arrays_of_the_state_are_the_whole_of_it": (
         *KINDS, "dldfa", "ssa_transported", "brsf, scanned", "tiles",
     ),
-    "test_wrappers_outside_hold_the_pair": ("backprop-apply*", "kolen_pollack-MultiSteps", "ldfa-inject*",),
+    "test_wrappers_outside_hold_the_pair": ("backprop-apply*", "kolen_pollack-MultiSteps",),
     "test_labels_of_the_model_before_attaching_are_those_of_the_model_after": ("fa", "kolen_pollack", "dkp"),
     "test_a_line_search_searches_along_the_parameters": ("fa-sgd", "fa-mask*",),
     "test_refine_changes_every_feedback_and_nothing_else": ("grape-mlp", "fdfa-rec*", "fdfa-conv*",),
@@ -59,14 +59,14 @@ ROWS = {
     "test_the_fused_update_keeps_no_activations": ("dense",),
     "test_the_fused_update_is_the_unfused_one": ("adam",),
     "test_half_precision": ("*stream",),
-    "test_every_rule_learns_what_it_learns_on_one_device": ("dfa_shared", "dkp"),
+    "test_every_rule_learns_what_it_learns_on_one_device": ("dkp",),
     "test_on_every_mesh_batch_statistics_are_those_of_the_whole_batch": ("4-2",),
     "test_in_single_precision_the_update_is_the_same_to_rounding": ("*stream",),
     "test_convolutions_in_straight_code": ("*stream",),
     "test_refine_estimates_the_same_jacobian": ("grape",),
     # rules
     "test_a_checkpointed_run_continues_bit_for_bit_and_is_traced_once": (
-        "backprop", "brsf", "kolen_pollack", "dkp", "ldfa", "grape",
+        "backprop", "brsf", "kolen_pollack", "dkp", "ldfa",
     ),
     "test_steps_with_a_sharded_optimizer_are_the_single_devices": (),
     "test_alignment_may_pull_the_feedback_instead_which_is_weight_transport_by_name": (),
@@ -96,7 +96,7 @@ ROWS = {
     "test_a_step_is_the_gradient_of_the_cosines_with_that_estimate": (),
     "test_on_a_fixed_network_it_finds_the_jacobian": ("dense-rule0", "dense-rule1", "conv-rule2"),
     "test_one_pass_is_unbiased_for_every_layer_and_its_error_falls_as_the_root_of_the_samples": ("dense",),
-    "test_a_layers_part_is_of_each_examples_own_jacobian": ("conv",),
+    "test_a_layers_part_is_of_each_examples_own_jacobian": (),
     "test_the_noise_is_measured_without_bias": (),
     # factors
     "test_a_factored_convolution_is_the_dense_one": ("one dim*", "stride 2, odd", "explicit*", "1 x 1", "three dim*"),
@@ -149,7 +149,7 @@ ROWS = {
     "test_after_100_strong_steps_every_weight_has_moved_and_fixed_feedback_has_not": (
         "backprop", "dfa", "frsf", "weight_mirror",
     ),
-    "test_flaxs_layers_that_contract_by_themselves": ("LoRA", "weight norm", "masked*",),
+    "test_flaxs_layers_that_contract_by_themselves": ("weight norm", "masked*",),
     "test_a_model_may_run_its_blocks_in_any_way": (
         "lax.cond*", "split, scan*", "nnx.jit", "nnx.scan, broadcast", "nnx.remat", "split, jax*", "lax.map*",
         "loop", "nnx.clone", "jax.vmap*",
@@ -195,8 +195,17 @@ ROWS = {
     "test_ranks_of_extreme_matrices": (),
     "test_states_of_other_shapes_than_the_parameters_are_refused": ("lbfgs",),
     "test_of_a_block_that_returns_a_tree_what_is_read_is_tapped": ("*stored",),
+    "test_nothing_that_a_forward_pass_writes_is_lost": ("jit-*",),
+    "test_a_block_that_is_left_out_learns_nothing": ("*stream",),
+    "test_the_last_layer_is_exact_and_the_others_are_not": ("parallel",),
+    "test_the_compiler_shards_a_jitted_gradient": ("kp", "dfa",),
+    "test_in_bfloat16_p_stays_wide_and_the_error_is_near": ("rule1",),
+    "test_the_jacobian_at_an_activation_is_that_of_all_that_read_it": (),
+    "test_arms_stand_beside_the_published_numbers_and_their_rules_fit": (
+        "ldfa_rank_mlp*", "ldfa_vgg*", "ldfa_subsets*",
+    ),
     # laws of conservation
-    "test_any_model_starts_aligned": ("conv*", "transformer"),
+    "test_any_model_starts_aligned": ("conv*",),
     "test_drift_is_half_of_the_squared_steps_for_every_neuron": (
         "relu", "schedule", "tanh", "momentum", "weight_decay",
     ),
