@@ -23,27 +23,7 @@ Run = Callable[[Any, Any], Any]  # (tree, ref) -> outputs
 
 def receive(h: jax.Array, feedback: DirectFeedback, ref: Any) -> jax.Array:
     """``h``; its backward ignores the layers above and delivers the error that the ref holds by then."""
-    check_family(feedback, DirectFeedback, "direct", "jaxfa.linear(x, w, feedback)")
-    h, feedback = vary_alike((h, feedback), ref)
-    return _receive(h, feedback, ref)
-
-
-@jax.custom_vjp
-def _receive(h: jax.Array, feedback: Any, ref: Any) -> jax.Array:
-    del feedback, ref
-    return h
-
-
-def _receive_forward(h: jax.Array, feedback: Any, ref: Any) -> tuple[jax.Array, Any]:
-    return h, (h, feedback, ref)
-
-
-def _receive_backward(residuals: Any, _: jax.Array) -> Any:
-    h, feedback, ref = residuals
-    return *deliver((h, feedback), ref[...]), None
-
-
-_receive.defvjp(_receive_forward, _receive_backward)
+    return _received(deliver, h, feedback, ref)
 
 
 def receive_for_all(p: jax.Array, feedback: DirectFeedback, ref: Any) -> jax.Array:
@@ -51,9 +31,32 @@ def receive_for_all(p: jax.Array, feedback: DirectFeedback, ref: Any) -> jax.Arr
 
     An example's error is delivered to ``p`` without its leading axes of size 1, in which it may have been broadcast.
     """
+    return _received(deliver_for_all, p, feedback, ref)
+
+
+def _received(how: Callable[..., Any], h: jax.Array, feedback: DirectFeedback, ref: Any) -> jax.Array:
     check_family(feedback, DirectFeedback, "direct", "jaxfa.linear(x, w, feedback)")
-    p, feedback = vary_alike((p, feedback), ref)
-    return _receive_for_all(p, feedback, ref)
+    h, feedback = vary_alike((h, feedback), ref)
+    return _receive(how, h, feedback, ref)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _receive(how: Callable[..., Any], h: jax.Array, feedback: Any, ref: Any) -> jax.Array:
+    del how, feedback, ref
+    return h
+
+
+def _receive_forward(how: Callable[..., Any], h: jax.Array, feedback: Any, ref: Any) -> tuple[jax.Array, Any]:
+    del how
+    return h, (h, feedback, ref)
+
+
+def _receive_backward(how: Callable[..., Any], residuals: Any, _: jax.Array) -> Any:
+    h, feedback, ref = residuals
+    return *how((h, feedback), ref[...]), None
+
+
+_receive.defvjp(_receive_forward, _receive_backward)
 
 
 def for_each(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
@@ -62,30 +65,12 @@ def for_each(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
     return (n, *shape[leading:])
 
 
-@jax.custom_vjp
-def _receive_for_all(p: jax.Array, feedback: Any, ref: Any) -> jax.Array:
-    del feedback, ref
-    return p
-
-
-def _receive_for_all_forward(p: jax.Array, feedback: Any, ref: Any) -> tuple[jax.Array, Any]:
-    return p, (p, feedback, ref)
-
-
-def _receive_for_all_backward(residuals: Any, _: jax.Array) -> Any:
-    p, feedback, ref = residuals
-    return *deliver_for_all((p, feedback), ref[...]), None
-
-
 def deliver_for_all(tree: tuple[jax.Array, DirectFeedback], e: jax.Array) -> Any:
     """What an activation that all examples have in common and its feedback learn from the output error."""
     p, feedback = tree
     shape = for_each(p.shape, e.shape[0])
     delta, signal = deliver((jnp.broadcast_to(p.reshape(shape[1:]), shape), feedback), e)
     return delta.sum(0).reshape(p.shape), signal
-
-
-_receive_for_all.defvjp(_receive_for_all_forward, _receive_for_all_backward)
 
 
 @jax.custom_vjp

@@ -15,27 +15,13 @@ import jaxfa
 import jaxfa.nn
 from experiments.__main__ import EXPERIMENTS
 from experiments.common import sweep
-from experiments.common.data import Dataset
 from experiments.common.experiment import Training
-from experiments.common.task import Task
 from experiments.common.train import train
 from experiments.common.trainer import Trainer
 from experiments.models.networks import MLP
 from jaxfa.measure.conservation import half_square
+from tests.experiments.tasks import task
 from tests.networks import MODELS, attach, loss
-
-
-def mock(classes=4):
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (80, 4, 4, 1), dtype=np.uint8), rng.integers(0, classes, 80).astype(np.int32)
-    return Dataset(images[:64], labels[:64], images[64:], labels[64:], classes)
-
-
-def task(rule=None, tx=None, **options):
-    def make(rngs):
-        return MLP((4, 4, 1), 4, (6, 5), rngs=rngs)
-
-    return Task(make, rule or jaxfa.fa(), tx or optax.sgd(0.1), mock(), 16, **options)
 
 
 @pytest.mark.parametrize("rule", [jaxfa.fa(), jaxfa.dfa(), jaxfa.backprop()], ids=["fa", "dfa", "backprop"])
