@@ -16,9 +16,9 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments.__main__ import EXPERIMENTS, main
+from experiments.__main__ import EXPERIMENTS, main, run_all
 from experiments.benchmarks import memory, memory_figure, pipeline_report, pipeline_worker
-from experiments.common import data, operations, plots, records, sweep, text, timing
+from experiments.common import data, operations, plots, records, results, sweep, text, timing
 from experiments.common.train import DivergenceError
 from experiments.common.trainer import Trainer
 from experiments.conservation import figure as conservation_figure
@@ -237,8 +237,8 @@ def test_presets_are_configurations_that_fit(name):
     [
         ([], "No command given; choose one of list, run, report, results"),
         (["walk"], "Unknown command 'walk'; choose one of list, run, report, results"),
-        (["run"], "No experiment given; choose one of compare"),
-        (["run", "contrast"], "Unknown experiment 'contrast'; choose one of compare"),
+        (["run"], "No experiment given; choose all, or one of compare"),
+        (["run", "contrast"], "Unknown experiment 'contrast'; choose all, or one of compare"),
         (["run", "compare", "--model", "lenet"], "lenet needs images of at least 12 x 12"),
         (["run", "compare", "--batch", "2000"], "batch of 2000 is more than the 400"),
         (["run", "compare", "--dataset", "mnist", "--data", "/nowhere"], "No cached data set at /nowhere/mnist.npz"),
@@ -297,3 +297,27 @@ def test_list_names_every_experiment(capsys):
     assert main(["list"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in EXPERIMENTS)
+
+
+def test_all_are_run_one_after_the_other_and_the_next_time_those_that_were_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "write", lambda folder, experiments, name: f"{folder.name}.json")
+    seen = []
+
+    def run(name, preset):
+        seen.append(name)
+        folder = EXPERIMENTS[name].preset(preset).out
+        folder.mkdir(parents=True, exist_ok=True)
+        if name == "memory" and seen.count(name) == 1:
+            return 137  # killed
+        (folder / "report.html").touch()
+        records.write_json(folder / "cut.json", ["fa was cut."] if seen.count(name) == 1 and name == "compare" else [])
+        return 0
+
+    with pytest.raises(FloatingPointError, match=r"compare \(exit status 0\), memory \(exit status 137\)"):
+        run_all([], run)
+    run_all([], run)
+    assert seen == [*EXPERIMENTS, "compare", "memory"]
+    assert "compare-cpu.json" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="No experiment has the preset 'gpu'"):
+        run_all(["--preset", "gpu"], run)
