@@ -36,6 +36,7 @@ _FILES = (
     "ldfa.vit",
     "benchmarks.memory",
     "benchmarks.pipeline",
+    "benchmarks.steps",
     "rank_collapse.rank_collapse",
     "ssa.ablation",
     "ssa.alignment",

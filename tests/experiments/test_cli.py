@@ -17,7 +17,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from experiments.__main__ import EXPERIMENTS, main, run_all
-from experiments.benchmarks import memory, memory_figure, pipeline_report, pipeline_worker
+from experiments.benchmarks import memory, memory_figure, pipeline_report, pipeline_worker, steps
 from experiments.common import data, operations, plots, records, results, sweep, text, timing
 from experiments.common.train import DivergenceError
 from experiments.common.trainer import Trainer
@@ -149,6 +149,8 @@ def untrained(monkeypatch):
     count = operations.Count(1.0, 2.0, 0.5)
     monkeypatch.setattr(operations, "count", lambda task: look(Trees(), task) or count)
     monkeypatch.setattr(memory, "_measure", lambda *_: [])
+    monkeypatch.setattr(steps, "measure", lambda *_: {})
+    monkeypatch.setattr(steps, "report", lambda *_: None)
     for module in (memory_figure, pipeline_report, cost_report, rank_report):
         monkeypatch.setattr(module, "study", lambda *_: None)
     monkeypatch.setattr(pipeline_worker, "count", lambda task: [])
@@ -198,6 +200,7 @@ CASES = {
     "ldfa_vit": [SMALL | {"rules": (rule,), "ranks": (3,), "batch": 16} for rule in ("hebbian", "normative")],
     "memory": [{"depths": (2,), "timed": 2, "repeats": (1,), "timed_repeats": 1, "batch": 4, "images": 2}],
     "pipeline": [{"rounds": 0}],
+    "steps": [{"networks": ("mlp",), "deep": (), "starts": 1, "rounds": 2}],
     "rank_collapse": [SMALL | {"trainings": (arm,), "batch": 16} for arm in ("fa", "bp-norm-rank-1", "fa-norm-sized")],
     "ssa_ablation": [SMALL | {"batch": 16}],
     "ssa_cifar10": [SMALL | {"batch": 16, "networks": (name,)} for name in ("smallconv", "vgg13")],
@@ -281,6 +284,7 @@ def test_wrong_use_is_told_what_to_do(args, message, tmp_path, monkeypatch, caps
         (["conservation", "--steps", "0"], ["steps must be at least 1, got 0"]),
         (["memory", "--timed", "3"], ["timed must be one of (4, 8, 16, 32, 64, 128, 256), got 3"]),
         (["pipeline", "--stages", "3"], ["must divide the 64 layers, got (3,)"]),
+        (["steps", "--networks", "vgg"], ["Unknown network 'vgg'; choose from mlp, lenet"]),
     ],
 )
 def test_unknown_choices_are_refused_with_the_valid_ones(args, messages, monkeypatch, capsys):
