@@ -7,6 +7,9 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.tree_util import DictKey
+
+from jaxfa.base import path_name
 
 REFUSAL = (
     "The gradient of the model inside jaxfa.nn.attach's was asked for, past {}: call the attached model, attach with "
@@ -83,7 +86,7 @@ def written_whole(modules: Iterable[Any]) -> Iterator[None]:
     whole program for the reason: half of the time that it takes to trace a ResNet.
     """
     held = [value for module in modules for value in vars(module).values() if isinstance(value, nnx.Variable)]
-    state = {id(one): (one, type(one)) for one in held if not isinstance(one, nnx.Param | Feedback)}
+    state: dict[int, Any] = {id(one): (one, type(one)) for one in held if not isinstance(one, nnx.Param | Feedback)}
     for one, cls in state.values():
         object.__setattr__(one, "__class__", _written_whole(cls))
     yield
@@ -107,6 +110,11 @@ def _written_whole(cls: Any) -> Any:
 def structs(tree: Any) -> Any:
     """The shapes and dtypes of a tree's arrays; what is no array, such as a flag, stays."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if _is_array(leaf) else leaf, tree)
+
+
+def leaf_name(path: Any) -> str:
+    """The path of an array in a model, from that of a leaf in a program's state."""
+    return path_name(key.key for key in path[1:] if isinstance(key, DictKey))
 
 
 def value_of(leaf: Any) -> Any:
