@@ -37,6 +37,13 @@ def tappable(model: nnx.Module, seen: dict[str, Any], error: Any, factor: int) -
                 f"Tap a module before the batch axis is merged with others, or moved."
             )
         found[path] = {name: true_size(h, factor) for name, h in leaves.items()}
+        ambiguous = [h.shape for h in leaves.values() if not factor and error.shape[0] in h.shape[1:]]
+        if ambiguous:
+            raise ValueError(
+                f"The model runs with no other batch than the example's, and the tap {path!r} sees {ambiguous[0]}, "
+                f"where several axes have the batch's size, {error.shape[0]}: which of them counts examples is not "
+                f"known. Give attach() an example whose batch has a size of its own, or name other places with at=."
+            )
     return found, true_size(error, factor)
 
 
