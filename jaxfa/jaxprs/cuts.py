@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from jaxfa.jaxprs.flows import CHOICES, CONTRACTIONS, NONE, is_pointwise
-from jaxfa.jaxprs.versions import bodies, opened, scan_parts, while_parts
+from jaxfa.jaxprs.versions import bodies, equations, opened, scan_parts, while_parts
 
 OUTPUT = "the output"
 _PLACE = "place: "
@@ -56,6 +56,12 @@ class Value(NamedTuple):
 def mark(h: jax.Array, place: str) -> jax.Array:
     """``h``, at a place that may be tapped."""
     return checkpoint_name(h, _PLACE + place)
+
+
+def marked(jaxpr: Jaxpr) -> set[str]:
+    """The marked places in a program."""
+    names = {str(eqn.params["name"]) for eqn in equations(jaxpr) if eqn.primitive.name == "name"}
+    return {name.removeprefix(_PLACE) for name in names if name.startswith(_PLACE)}
 
 
 class Cuts:

@@ -82,6 +82,7 @@ class _Chooser:
     def __init__(self, forward: Forward, allow: tuple[str, ...]) -> None:
         self.forward, self.allow = forward, allow
         self.known: dict[Any, Cuts] = {}
+        self.names = forward.names()
 
     def cuts(self, taps: Iterable[str], watched: Iterable[str] = ()) -> Cuts:
         """What becomes of the uses of parameters with these taps."""
@@ -89,7 +90,7 @@ class _Chooser:
         key = frozenset(taps), frozenset(watched)
         if key not in self.known:
             cuts = Cuts(taps, self.forward.learns, watched)
-            self.known[key] = cuts.run(self.forward.jaxpr, self.forward.names)
+            self.known[key] = cuts.run(self.forward.to_logits, self.names)
         return self.known[key]
 
     def faults(self, cuts: Cuts) -> list[Fault]:

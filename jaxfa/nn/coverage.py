@@ -10,7 +10,7 @@ from jaxfa.jaxprs.audit import Audit
 from jaxfa.jaxprs.flows import OUTPUT, Passage
 from jaxfa.nn.describe import IDLE, LOST, SILENT, describe, held_feedback, layer_name, shape_of
 from jaxfa.nn.learning import how_it_learns
-from jaxfa.nn.measured import record_taps
+from jaxfa.nn.places import places_of
 from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.survey import Survey, own_of, survey
 from jaxfa.nn.table import Coverage, Row
@@ -43,6 +43,7 @@ class _Cover:
         self.delivering = [tap.path for tap in taps if tap.feedback is not None]
         self.taps = {tap.scope(leaf): tap.path for tap in taps for leaf in tap.leaves}
         self.places = {tap.scope(leaf): tap.place.describe(leaf) for tap in taps for leaf in tap.leaves}
+        self.ends = {tap.path: tap.place.describe("") for tap in taps}
         held = held_feedback(attached)
         self.feedback = {path: ", ".join(map(describe, parts)) for path, parts in held.items()}
         self.learns = {path: how_it_learns(attached.rule, parts[0]) for path, parts in held.items()}
@@ -213,8 +214,9 @@ class _Cover:
         idle = [name for name in self.names if name in self.params and not self.result.arrivals[name]]
         idle = [name for name in idle if not self.allows(name) and not self.result.beside.get(name)]
         if silent:
-            seen = record_taps(self.attached.model, self.attached.method, self.example)
-            silent = [path for path in silent if path in seen and not matches(path, self.allow, under=True)]
+            seen = places_of(plain_of(self.attached.model), self.attached.method, self.example).seen
+            silent = [path for path in silent if self.ends[path] in seen or self.ends[path].startswith("parameter ")]
+            silent = [path for path in silent if not matches(path, self.allow, under=True)]
         if idle:
             true = trace(plain_of(self.attached.model), self.attached.method, self.example).arrivals
             idle = [name for name in idle if true.get(name)]

@@ -1,128 +1,196 @@
-"""The places of a model that may be tapped, as one abstract forward pass comes to them."""
+"""The places of a model that may be tapped, as abstract forward passes come to them."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.tree_util import DictKey
+from jax.interpreters.partial_eval import dce_jaxpr
 
-from jaxfa.jaxprs.cuts import mark
+from jaxfa.jaxprs.cuts import mark, marked
+from jaxfa.jaxprs.versions import opened
 from jaxfa.nn.leaves import at_leaves, error_in, named_floats
 from jaxfa.nn.program import Example, Program, method_of
-from jaxfa.nn.tap import first_input
-from jaxfa.nn.variables import intercept, modules_of, structs
+from jaxfa.nn.survey import Survey, look_through, program_of
+from jaxfa.nn.tap import first_input, holders_of, parameter_of
+from jaxfa.nn.variables import Recorder, intercept, leaf_name, modules_of, structs
 
 
 class Forward(NamedTuple):
-    """A traced forward pass, with its places.
+    """A forward pass, traced once for all that is asked of it, with its places.
 
     Attributes:
-      jaxpr: from the model's arrays and its arguments to the logits.
-      names: the model's arrays by path; None for what is data.
+      program: the call.
+      jaxpr: from the model's arrays and its arguments to the logits, and to all else that it returns and changes.
+      to_logits: what of that the logits depend on.
       learns: the parameters.
-      shapes: at every place, the shapes in the order of its calls.
-      modules: the paths of the modules that were called, in that order.
-      batch: how many examples there are.
+      seen: what was seen at the places, with a batch ``factor`` times as large.
+      error: the logits' shape, likewise.
+      factor: by which the batch axis is known; 0 where the model runs with no other batch than it has.
+      modules: the paths of the modules with parameters that the logits depend on, in the order of their calls.
     """
 
+    program: Program
     jaxpr: Any
-    names: list[str | None]
+    to_logits: Any
     learns: frozenset[str]
-    shapes: dict[str, list[dict[str, tuple[int, ...]]]]
+    seen: Recorder
+    error: Any
+    factor: int
     modules: list[str]
-    batch: int
+
+    def survey(self) -> Survey:
+        """The contractions in it."""
+        return look_through(self.program, self.jaxpr)
+
+    def names(self) -> list[str | None]:
+        """The paths of the program's arrays; None for what is data."""
+        params, rest, data = (jax.tree_util.tree_flatten_with_path(state)[0] for state in self.program.states)
+        return [*[leaf_name(path) for path, _ in (*params, *rest)], *[None] * len(data)]
 
     def holds_examples(self, place: str) -> bool:
         """Whether an error can be delivered there: examples come first, in every call alike."""
-        first, *others = self.shapes.get(place, [{}])
-        return all(other == first for other in others) and any(shape[:1] == (self.batch,) for shape in first.values())
+        first, *others = self.seen.calls.get(place, [{}])
+        return all(other == first for other in others) and any(
+            leaf.shape[:1] == self.error.shape[:1] for leaf in first.values()
+        )
 
     def why_not(self, weights: list[str]) -> str:
         """Why no error can be delivered below these weights."""
         for weight in weights:
             for path in self.modules:
-                shapes = [shape for one in self.shapes[f"input of {path}"] for shape in one.values()]
-                if path and _inside(weight, path) and shapes and not self.holds_examples(f"input of {path}"):
-                    return (
-                        f"what {path!r} reads, of shape {shapes[0]}, has no axis of the logits' {self.batch} examples "
-                        f"first"
-                    )
+                leaves = [leaf for one in self.seen.calls.get(f"input of {path}", ()) for leaf in one.values()]
+                if path and _inside(weight, path) and leaves and not self.holds_examples(f"input of {path}"):
+                    shape, (n, *_) = true_size(leaves[0], self.factor).shape, true_size(self.error, self.factor).shape
+                    return f"what {path!r} reads, of shape {shape}, has no axis of the logits' {n} examples first"
         return "what is below it is no module's input"
-
-    def sizes(self) -> tuple[tuple[int, ...], set[int]]:
-        """The shape of the logits, and all sizes that axes have at the places."""
-        shapes = [shape for calls in self.shapes.values() for one in calls for shape in one.values()]
-        logits = self.jaxpr.out_avals[0].shape
-        return logits, {size for shape in (logits, *shapes) for size in shape}
 
     def children(self, path: str) -> list[str]:
         """The modules that were called of those inside a module, but for those inside them."""
         inside = [other for other in self.modules if other and other != path and _inside(other, path)]
         return [one for one in inside if not any(one != other and _inside(one, other) for other in inside)]
 
+    def at_taps(self, model: nnx.Module) -> Recorder:
+        """What was seen at a model's taps, in the order of the pass; at a parameter, that."""
+        found, taps = Recorder(), {}
+        for module, name, tap in holders_of(model):
+            taps[tap.place.describe("")] = tap.path
+            if tap.place.kind == "parameter":
+                value = parameter_of(module, name).get_value()
+                found.record(tap.path, {"": _struct(value)}, value)
+        for place in filter(taps.__contains__, self.seen.seen):
+            for value, source in zip(self.seen.calls[place], self.seen.sources[place], strict=True):
+                found.record(taps[place], value, source)
+        return found
+
 
 class _Places:
     """What is seen at the places. Hashed by identity, so that a module may hold it as an attribute."""
 
     def __init__(self) -> None:
-        self.shapes: dict[str, list[dict[str, tuple[int, ...]]]] = {}
+        self.start(marking=False)
 
-    def mark(self, place: str, tree: Any) -> Any:
-        """The tree, with its arrays of floats marked."""
+    def start(self, *, marking: bool) -> Recorder:
+        """A new pass, in which the places are marked in the traced program or not."""
+        self.seen, self.marking = Recorder(), marking
+        return self.seen
+
+    def see(self, place: str, learns: bool, tree: Any) -> Any:
+        """The tree, whose arrays of floats are marked where something learns."""
         floats = named_floats(tree)
-        self.shapes.setdefault(place, []).append({name: leaf.shape for name, leaf in floats.items()})
-        return at_leaves(tree, dict.fromkeys(floats, partial(mark, place=place)))
+        self.seen.record(place, {name: _struct(leaf) for name, leaf in floats.items()}, tree)
+        marks: Any = dict.fromkeys(floats, partial(mark, place=place)) if self.marking and learns else {}
+        return at_leaves(tree, marks) if marks else tree
 
 
-class _Marked(NamedTuple):
+class _Watched(NamedTuple):
     path: str
+    learns: bool
     places: _Places
 
 
-def look(model: nnx.Module, method: str, example: Example, logits: Callable[[Any], Any] | None) -> Forward:
-    """Traces a model's forward pass."""
+def _watch(model: nnx.Module) -> tuple[Any, _Places]:
     model, places = nnx.clone(model, variables=False), _Places()
     for path, module in list(modules_of(model)):
-        if callable(module) and not isinstance(module, nnx.bridge.ToNNX) and _learns(module):
-            module.marked = nnx.static(_Marked(path, places))
-            intercept(module, _marked)
-    program = Program(model, method_of(method), *example.arguments(), _own(nnx.Param), _own(object))
+        if callable(module) and isinstance(module, nnx.Module) and not isinstance(module, nnx.bridge.ToNNX):
+            module.watched = nnx.static(_Watched(path, bool(jax.tree.leaves(nnx.state(module, nnx.Param))), places))
+            intercept(module, _watched)
+    return model, places
 
-    def run(*states: Any) -> jax.Array:
-        return error_in(program.returned(program.run(*states)[0]), logits)
+
+def _watched(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> Any:
+    path, learns, places = self.watched
+    args, kwargs = first_input(own_call, args, kwargs, partial(places.see, f"input of {path}", learns))
+    return places.see(f"output of {path}", learns, own_call(self, *args, **kwargs))
+
+
+def places_of(model: nnx.Module, method: str, example: Example) -> Recorder:
+    """The shapes at every place, in the order of the forward pass."""
+    watched, places = _watch(model)
+    Program(watched, method_of(method), *example.arguments()).abstractly(lambda out: None)
+    return places.seen
+
+
+def look(model: nnx.Module, method: str, example: Example, logits: Callable[[Any], Any] | None) -> Forward:
+    """Traces a model's forward pass.
+
+    The batch axis is known by a second pass, abstract, with a batch that is larger by a factor that no size has. Where
+    the model runs with no other batch than it has, an axis of the batch's size is taken for it.
+    """
+    watched, places = _watch(model)
+    program, seen = program_of(watched, method_of(method), *example.arguments()), places.start(marking=True)
+
+    def run(*states: Any) -> Any:
+        found = program.run(*states)
+        return error_in(program.returned(found[0]), logits), found
 
     jaxpr = jax.make_jaxpr(run)(*structs(program.states))
-    params, rest, data = (jax.tree_util.tree_flatten_with_path(state)[0] for state in program.states)
-    names = [_name(path) for path, _ in (*params, *rest)]
-    modules = [place.removeprefix("input of ") for place in places.shapes if place.startswith("input of ")]
+    outputs = opened(jaxpr).outvars
+    to_logits, _ = dce_jaxpr(opened(jaxpr), [i == 0 for i in range(len(outputs))], instantiate=True)
+    marks = marked(to_logits)
+    called = [place.removeprefix("input of ") for place in seen.seen if place.startswith("input of ")]
+    params = [leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(program.states[0])[0]]
+
+    def see(example: Example) -> tuple[Recorder, Any]:
+        own, call = places.start(marking=False), Program(watched, method_of(method), *example.arguments())
+        return own, call.abstractly(lambda out: error_in(out, logits))
+
     return Forward(
+        program,
         jaxpr,
-        [*names, *[None] * len(data)],
-        frozenset(names[: len(params)]),
-        places.shapes,
-        modules,
-        jaxpr.out_avals[0].shape[0],
+        to_logits,
+        frozenset(params),
+        *_measured(see, example, seen, outputs[0].aval.shape),
+        modules=[path for path in called if f"output of {path}" in marks],
     )
 
 
-def _marked(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> Any:
-    path, places = self.marked
-    args, kwargs = first_input(own_call, args, kwargs, partial(places.mark, f"input of {path}"))
-    return places.mark(f"output of {path}", own_call(self, *args, **kwargs))
+def _measured(see: Callable[[Example], Any], example: Example, seen: Recorder, shape: Any) -> tuple[Any, Any, int]:
+    """What is seen with a larger batch, the logits' shape, and how many times larger than true the batch is in them."""
+    shapes = [leaf.shape for calls in seen.calls.values() for one in calls for leaf in one.values()]
+    sizes = {size for one in (shape, *shapes) for size in one if size}
+    # Small, since a model may loop over an axis.
+    factor = next(one for one in itertools.count(2) if all(size % one for size in sizes))
+    for larger in filter(None, (example.marked(axis, factor) for axis in (0, 1))):
+        try:
+            measured, error = see(larger)
+        except Exception:
+            continue
+        if error.shape[0] == shape[0] * factor:
+            return measured, error, factor
+    return *see(example), 0
 
 
-def _learns(module: Any) -> bool:
-    return bool(jax.tree.leaves(nnx.state(module, nnx.Param)))
+def true_size(larger: Any, factor: int) -> jax.ShapeDtypeStruct:
+    """The shape of an array that was measured, in the example's own batch."""
+    sizes = (size // factor if factor and size % factor == 0 else size for size in larger.shape)
+    return jax.ShapeDtypeStruct(tuple(sizes), larger.dtype)
 
 
-def _own(kind: type) -> Any:
-    return lambda path, value: path[0] == 0 and isinstance(value, kind)
-
-
-def _name(path: Any) -> str:
-    return "/".join(str(key.key) for key in path[1:] if isinstance(key, DictKey))
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _inside(path: str, other: str) -> bool:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.extend.core import get_opaque_trace_state
 
 from jaxfa.nn.leaves import is_node
-from jaxfa.nn.variables import Feedback, structs
+from jaxfa.nn.variables import Feedback, structs, written_whole
 
 with jax.ensure_compile_time_eval():
     _OUTSIDE = get_opaque_trace_state()
@@ -53,7 +53,8 @@ class Program:
         model, args, kwargs = nnx.merge(self.graphdef, *states, copy=True)
         prepare(model)
         attributes, before = _Attributes((model, args, kwargs)), arrays_of((model, args, kwargs))
-        returned = self.call(model, *args, **kwargs)
+        with written_whole(module for _, module, _ in attributes.before):
+            returned = self.call(model, *args, **kwargs)
         self.result, outputs = nnx.split((returned, attributes.changed()))
         return outputs, changed_state((model, args, kwargs), before)
 

@@ -11,8 +11,8 @@ from jaxfa.nn.choose import choose, name_all
 from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.describe import layer_name
 from jaxfa.nn.factored import Factored
-from jaxfa.nn.measured import measure_taps, tappable, that_are_read, true_size
-from jaxfa.nn.places import look
+from jaxfa.nn.measured import tappable, that_are_read
+from jaxfa.nn.places import Forward, look, true_size
 from jaxfa.nn.program import Example
 from jaxfa.nn.tap import Place, place_tap
 from jaxfa.nn.taps import (
@@ -62,11 +62,11 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
         raise ValueError(
             "A direct rule needs example=, one batch of inputs: its feedback leads from outputs to layers."
         )
-    method, example, note, forward = call.method, call.example, "", None
+    method, example, note = call.method, call.example, ""
+    forward = look(model, method, example, call.logits)
     if rule.weights is not None or (at is None and rule.source is not None):
         places = _layers(model, rule, at, uses_of(model, method, example))
     elif at is None:
-        forward = look(model, method, example, call.logits)
         choice = choose(model, forward, call.allow)
         places, note = choice.places, choice.note
     else:
@@ -74,23 +74,38 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
     places += _source(model, rule, at, places)
     refuse_unmatched("the rule's globs", rule.globs, [place.path for place in places], under=True)
     modules = dict(modules_of(model))
-    if forward is not None:
-        refuse_unseen({path: modules[path] for path in sites_of(model) if path not in forward.modules}, call.allow)
+    refuse_unseen(_unseen(modules, forward, places), call.allow)
     for place in sorted(places, key=lambda place: place.kind == "input"):
         place_tap(modules, place)
-    recorder, error, mark = measure_taps(model, method, example, call.logits, forward and forward.sizes())
+    recorder, error, factor = forward.at_taps(model), forward.error, forward.factor
     seen, above = recorder.seen, []
     drop_unused(model, seen, None if rule.weights is not None else at, call.allow)
     follow(model, recorder)
     if rule.source in seen:
         check_source(model, rule.source, list(seen))
         error = only_leaf(seen[rule.source], rule.source)
-        above = weights_above(model, method, true_size(error, mark), rule.source, example)
+        above = weights_above(model, method, true_size(error, factor), rule.source, example)
         end_at(model, rule.source, list(seen))
-    found, error = tappable(model, seen, error, mark)
+    found, error = tappable(model, seen, error, factor)
     fill_taps(model, rule, rngs, that_are_read(model, call, found), error)
     check_calls(model, recorder.calls)
-    return Placed(above, note=note, error=error)
+    return Placed(above, note=note, seen=forward.survey, error=error)
+
+
+def _unseen(modules: dict[str, Any], forward: Forward, places: tuple[Place, ...]) -> dict[str, Any]:
+    """The modules with parameters of their own that the example's call does not come to, outside of tapped blocks."""
+    tapped = {place.path for place in places}
+    blocks = [place.path for place in places if place.kind == "output"]
+    return {
+        path: module
+        for path, module in modules.items()
+        if path
+        and path not in tapped
+        and callable(module)
+        and any(isinstance(value, nnx.Param) for value in vars(module).values())
+        and f"output of {path}" not in forward.seen.seen
+        and not any(path.startswith(f"{block}/") for block in blocks)
+    }
 
 
 def advise(model: Any, rule: Rule, call: Call) -> str:

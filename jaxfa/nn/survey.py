@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.tree_util import DictKey
 
 from jaxfa.base import LayerFeedback, Rule, init_at, keep
 from jaxfa.jaxprs.contractions import Contraction
@@ -15,7 +14,7 @@ from jaxfa.jaxprs.weights import Value, base
 from jaxfa.nn.contraction import audited
 from jaxfa.nn.own import OwnSite, contract, site_of, weights_of
 from jaxfa.nn.program import Example, Program
-from jaxfa.nn.variables import Feedback, init_stack, structs
+from jaxfa.nn.variables import Feedback, init_stack, leaf_name, structs
 
 
 class OwnContraction(nnx.Module):
@@ -106,7 +105,7 @@ def _values(states: Any, *, live: bool) -> list[Value]:
     params, state, data = states
     values = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        name, make = "/".join(str(key.key) for key in path[1:] if isinstance(key, DictKey)), partial(_same, leaf)
+        name, make = leaf_name(path), partial(_same, leaf)
         values.append(Value(leaf, make, learns=True, weight=base(name, name, leaf, make, make)))
     values += [Value(leaf, partial(_same, leaf)) for leaf in jax.tree.leaves(state)]
     values += [Value(leaf, data=True) for leaf in jax.tree.leaves(data)]

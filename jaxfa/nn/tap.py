@@ -14,7 +14,7 @@ from jaxfa.delivery import receive, receive_for_all, send, undifferentiated
 from jaxfa.nn.contraction import restore
 from jaxfa.nn.leaves import at_leaves, named_floats
 from jaxfa.nn.program import is_transformed
-from jaxfa.nn.variables import REFUSAL, Recorder, intercept, modules_of, release
+from jaxfa.nn.variables import REFUSAL, intercept, modules_of, release
 from jaxfa.ops import ACTIVATION
 
 
@@ -75,7 +75,6 @@ class Tap(nnx.Module):
         self.follows: str | None = None
         self.shift = nnx.data(None)
         self.channel: Channel | None = None
-        self.recorder: Recorder | None = None
         self.walk: Any = None
 
     @property
@@ -102,9 +101,6 @@ class Tap(nnx.Module):
 
     def __call__(self, h: Any) -> Any:
         """Passes ``h`` on unchanged; its error will come from the output."""
-        if self.recorder is not None:
-            self.recorder.record(self.path, {name: _struct(leaf) for name, leaf in named_floats(h).items()}, h)
-            return h
         return at_leaves(h, self._functions() if self.walk is None else self.walk.entering(self))
 
     def _functions(self) -> dict[str, Callable[[jax.Array], jax.Array]]:
@@ -149,10 +145,6 @@ def _adding_all(shift: jax.Array) -> Callable[[jax.Array], jax.Array]:
     return lambda leaf: leaf + (total.reshape(leaf.shape) if shift.ndim else total).astype(leaf.dtype)
 
 
-def _struct(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
 def place_tap(modules: dict[str, Any], place: Place) -> None:
     """Taps the output or the input of one of a model's modules, or a parameter."""
     owner, _, name = place.path.rpartition("/")
@@ -194,11 +186,16 @@ def remove_taps(model: nnx.Module, which: Callable[[Tap], bool] = lambda tap: Tr
                 release(module)
 
 
+def parameter_of(module: Any, name: str) -> Any:
+    """The parameter that a tap, of this name, is at."""
+    return getattr(module, name.removeprefix(f"{_TAP}_"))
+
+
 def tap_parameters(model: nnx.Module) -> None:
     """Puts taps between the parameters that have one and what reads them, in a copy of a model that is to run."""
     for module, name, tap in holders_of(model):
         if tap.place.kind == "parameter":
-            parameter = getattr(module, name.removeprefix(f"{_TAP}_"))
+            parameter = parameter_of(module, name)
             # Named, lest an audit take it for weights.
             parameter.set_value(tap(checkpoint_name(parameter.get_value(), ACTIVATION)))
 

@@ -1,11 +1,15 @@
 """What both families need of Flax: the variable that holds feedback, and ways to reach into a model."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.tree_util import DictKey
+
+from jaxfa.base import path_name
 
 REFUSAL = (
     "The gradient of the model inside jaxfa.nn.attach's was asked for, past {}: call the attached model, attach with "
@@ -74,9 +78,43 @@ def _intercepted(cls: type, call: Callable[..., Any]) -> type:
     return type(cls)(cls.__name__, (cls,), body)
 
 
+@contextlib.contextmanager
+def written_whole(modules: Iterable[Any]) -> Iterator[None]:
+    """Lets variables of our own copy of a model be written quickly while it is traced.
+
+    Flax compares the shardings of ``variable[...] = value`` first. A traced value has none, and JAX then searches the
+    whole program for the reason: half of the time that it takes to trace a ResNet.
+    """
+    held = [value for module in modules for value in vars(module).values() if isinstance(value, nnx.Variable)]
+    state: dict[int, Any] = {id(one): (one, type(one)) for one in held if not isinstance(one, nnx.Param | Feedback)}
+    for one, cls in state.values():
+        object.__setattr__(one, "__class__", _written_whole(cls))
+    yield
+    for one, cls in state.values():
+        object.__setattr__(one, "__class__", cls)
+
+
+@functools.cache
+def _written_whole(cls: Any) -> Any:
+    def set_item(self: Any, index: Any, value: Any) -> None:
+        old = self.get_raw_value()
+        is_whole = index is Ellipsis and isinstance(value, jax.core.Tracer) and isinstance(old, jax.Array)
+        if is_whole and (value.shape, value.dtype) == (old.shape, old.dtype):
+            self.set_value(value)
+        else:
+            cls.__setitem__(self, index, value)
+
+    return type(cls)(cls.__name__, (cls,), {"__module__": cls.__module__, "__setitem__": set_item})
+
+
 def structs(tree: Any) -> Any:
     """The shapes and dtypes of a tree's arrays; what is no array, such as a flag, stays."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if _is_array(leaf) else leaf, tree)
+
+
+def leaf_name(path: Any) -> str:
+    """The path of an array in a model, from that of a leaf in a program's state."""
+    return path_name(key.key for key in path[1:] if isinstance(key, DictKey))
 
 
 def value_of(leaf: Any) -> Any:

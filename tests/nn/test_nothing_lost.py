@@ -93,7 +93,7 @@ class Optional(Base):
         return self.c(h if skip else nnx.relu(self.b(h)))
 
 
-@pytest.mark.parametrize("at", [None, "?"])
+@pytest.mark.parametrize("at", [None, "?", "a", "input of c"])
 def test_the_gradient_of_a_call_that_comes_to_other_layers_than_the_example_is_refused(at):
     options = {"rngs": nnx.Rngs(1), "example": X, "at": at}
 
@@ -107,3 +107,19 @@ def test_the_gradient_of_a_call_that_comes_to_other_layers_than_the_example_is_r
         gradient(short)
     true, plain = (gradient(model)["b"]["kernel"][...] for model in (Optional(), jaxfa.nn.plain(short)))
     np.testing.assert_array_equal(plain, true)
+
+
+def test_what_the_example_did_not_reach_inside_a_tapped_block_learns_with_it():
+    class Outer(nnx.Module):
+        def __init__(self):
+            self.block, self.head = Optional(), nnx.Linear(3, 3, rngs=nnx.Rngs(1))
+
+        def __call__(self, x, *, skip=False):
+            return self.head(self.block(x, skip=skip))
+
+    short, long = (
+        jaxfa.nn.attach(Outer(), jaxfa.dfa(), rngs=nnx.Rngs(1), at="block", example=X, example_kwargs={"skip": skip})
+        for skip in (True, False)
+    )
+    ours, theirs = (nnx.grad(lambda model: (model(X) ** 2).sum())(model)["model"] for model in (short, long))
+    np.testing.assert_array_equal(ours["block"]["b"]["kernel"][...], theirs["block"]["b"]["kernel"][...])

@@ -11,6 +11,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
+from jaxfa.nn.tap import taps_of
 from tests.networks import MLP, Residual, attach, inputs
 
 EVERY = "tapped: the input of every layer but the first"
@@ -208,3 +209,40 @@ def test_a_refusal_says_why_nothing_would_do():
     said = r"No at= would do: the error of 'a.*' passes 'b', and what 'b' reads, of shape \(36, 6\), has no axis"
     with pytest.raises(ValueError, match=said):
         attach(Merged(nnx.Rngs(0)), jaxfa.dfa(), inputs(9, 4, 6))
+
+
+class Beside(MLP):
+    """A branch is computed that the logits do not depend on."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.other, self.last = (nnx.Linear(6, 6, rngs=rngs) for _ in range(2))
+
+    def __call__(self, x):
+        return super().__call__(x), self.last(nnx.relu(self.other(x)))
+
+
+def test_what_the_logits_do_not_depend_on_is_not_tapped():
+    aligned = attach(Beside(nnx.Rngs(0)), jaxfa.dfa(), inputs(9, 6), logits=lambda out: out[0], allow=("other", "last"))
+    assert {tap.place.path for tap in taps_of(aligned.model).values()} == {"fc2", "fc3"}
+
+
+class Steps(nnx.Module):
+    """Steps come first, examples second; and the model runs with no other batch than six."""
+
+    def __init__(self, rngs, axis):
+        self.a, self.b, self.c = (nnx.Linear(6, 6, rngs=rngs) for _ in range(3))
+        self.axis = axis
+
+    def __call__(self, x):
+        assert x.shape[self.axis] == 6
+        h = nnx.relu(self.b(nnx.relu(self.a(x.swapaxes(0, 1)))))
+        return self.c(h.mean(0))
+
+
+@pytest.mark.parametrize("at", [None, ("a", "b")])
+def test_an_axis_that_may_not_be_the_batch_is_not_taken_for_it(at):
+    with pytest.raises(ValueError, match=r"the tap '.*' sees \(6, 6, 6\), where several axes .* at="):
+        attach(Steps(nnx.Rngs(0), 0), jaxfa.dfa(), inputs(6, 6, 6), at)
+    with pytest.raises(ValueError, match=r"has no axis of the logits' 6 examples first|batch axis first"):
+        attach(Steps(nnx.Rngs(0), 1), jaxfa.dfa(), inputs(6, 6, 6), at)
