@@ -14,6 +14,7 @@ import optax
 
 import jaxfa
 from jaxfa.base import init_at, is_direct, is_feedback
+from jaxfa.rules.forward_gradient import ForwardGradientFeedback, bind
 
 SIZES = (7, 6, 5, 3)
 
@@ -27,6 +28,7 @@ class Method(NamedTuple):
       fixed: whether training leaves its feedback as it is, bit for bit.
       exact: whether its gradients are backpropagation's.
       batch: whether its signal is a statistic of the batch, which single examples have not.
+      draws: whether it draws for each example of a batch, so that examples apart share their draws.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Method(NamedTuple):
     fixed: bool
     exact: bool = False
     batch: bool = False
+    draws: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -56,6 +59,7 @@ METHODS = (
     Method("normative_ldfa", jaxfa.normative_ldfa(2), fixed=False),
     Method("grape", jaxfa.grape(averaging=jaxfa.rules.kalman()), fixed=False),
     Method("fdfa", jaxfa.fdfa(), fixed=False),
+    Method("forward_gradient", jaxfa.forward_gradient(), fixed=False, draws=True),
     Method("ssa", jaxfa.ssa(), fixed=True),
     Method("ssa_sequential", jaxfa.ssa(parallel=False, gamma=1e-3), fixed=True),
     Method("ssa_transported", jaxfa.ssa(parallel=False, pull_feedback=True), fixed=False),
@@ -95,6 +99,8 @@ def forward(params: Any, feedback: Any, x: jax.Array, activation: Any = jnp.tanh
     """The logits; ``feedback=None`` is the plain network, to whose hidden activations ``taps`` are added."""
     nodes = jax.tree.leaves(feedback, is_leaf=is_feedback)
     hidden = len(params) - 1
+    if nodes and isinstance(nodes[0], ForwardGradientFeedback) and nodes[0].moved is None:
+        feedback = bind(lambda taps: forward(params, None, x, activation, taps), feedback)
     layers, ends = [None] * (hidden + 1), [None] * hidden
     if nodes and isinstance(nodes[0], jaxfa.DirectFeedback):
         ends = [feedback] * hidden if is_feedback(feedback) else feedback

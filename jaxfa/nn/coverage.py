@@ -104,8 +104,8 @@ class _Cover:
 
     def lost(self, seen: Survey | None, rest: Any) -> list[str]:
         """The weights that an error passes on its way down without anybody's seeing it in the gradient."""
-        if seen is None:
-            return []
+        if seen is None or (is_direct(self.attached.rule) and self.attached.rule.parameters):
+            return []  # where every parameter is tapped nothing learns from an error that has passed weights
         own = {one.site for one in self.own}
         chosen = {site.name for site in seen.sites if site not in own and (site.name in rest or not site.thin)}
         shown = {step.name for step in self.result.passages if step.kind == "weights"}

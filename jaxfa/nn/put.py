@@ -63,7 +63,9 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
             "A direct rule needs example=, one batch of inputs: its feedback leads from outputs to layers."
         )
     method, example, note, forward = call.method, call.example, "", None
-    if rule.weights is not None or (at is None and rule.source is not None):
+    if rule.parameters:
+        places = _parameters(model, at, call.allow)
+    elif rule.weights is not None or (at is None and rule.source is not None):
         places = _layers(model, rule, at, uses_of(model, method, example))
     elif at is None:
         forward = look(model, method, example, call.logits)
@@ -121,13 +123,29 @@ def _layers(model: Any, rule: DirectRule, at: Any, used: dict[str, Use]) -> tupl
 def _named(model: Any, at: tuple[str, ...]) -> tuple[Place, ...]:
     """What ``at`` names: modules, the inputs of modules, or parameters."""
     modules = [path for path, _ in modules_of(model)]
-    params = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    params = _params(model)
     places = [Place(kind, path) for kind in ("output", "input") for path in modules if path]
     found = dict.fromkeys(place for place in places if matches(str(place), at))
     unmatched = tuple(glob for glob in at if not any(matches(str(place), (glob,)) for place in found))
     found |= dict.fromkeys(Place("parameter", path) for path in params if matches(path, unmatched))
     refuse_unmatched("at", at, [*modules, *map(str, found)], under=False, known=modules)
     return tuple(found)
+
+
+def _parameters(model: Any, at: Any, allow: tuple[str, ...]) -> tuple[Place, ...]:
+    """Every parameter but those that may backpropagate."""
+    if at is not None:
+        raise ValueError(f"This rule taps every parameter: leave out at={at}, or name with allow= what it leaves out.")
+    for path, (module, site) in sites_of(model).items():
+        if site.stack(module.kernel.get_value()):
+            raise ValueError(
+                f"{path!r} is a stack of layers, whose parameters no tap reaches: call its layers in a loop."
+            )
+    return tuple(Place("parameter", path) for path in _params(model) if not matches(path, allow, under=True))
+
+
+def _params(model: Any) -> list[str]:
+    return ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
 
 
 def _source(model: Any, rule: DirectRule, at: Any, places: tuple[Place, ...]) -> tuple[Place, ...]:
