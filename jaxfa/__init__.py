@@ -36,6 +36,7 @@ from jaxfa.rules.grape import grape as grape
 from jaxfa.rules.kolen_pollack import kolen_pollack as kolen_pollack
 from jaxfa.rules.ldfa import ldfa as ldfa
 from jaxfa.rules.normative_ldfa import normative_ldfa as normative_ldfa
+from jaxfa.rules.pepita import pepita as pepita
 from jaxfa.rules.sign_symmetric import brsf as brsf
 from jaxfa.rules.sign_symmetric import frsf as frsf
 from jaxfa.rules.sign_symmetric import usf as usf
@@ -49,8 +50,8 @@ __all__ = [
     "DirectFeedback", "DirectMatrix", "DirectRule", "FixedFeedback", "Layer", "LayerFeedback", "LayerRule", "Rule",
     "backprop", "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp",
     "dldfa", "drtp", "error_wire", "fa", "factored", "fdfa", "feedback_dataclass", "forward_gradient", "frsf", "grape",
-    "kolen_pollack", "ldfa", "linear", "normative_ldfa", "optimizer", "rules", "ssa", "stacks", "update_stack", "usf",
-    "weight_mirror", "with_feedback",
+    "kolen_pollack", "ldfa", "linear", "normative_ldfa", "optimizer", "pepita", "rules", "ssa", "stacks",
+    "update_stack", "usf", "weight_mirror", "with_feedback",
 ]  # fmt: skip
 
 

@@ -213,12 +213,15 @@ class DirectRule(Rule):
       bind: ``(forward, feedback) -> feedback`` for one batch, in each pass that is differentiated; nothing of it is
         kept. ``forward`` is ``refine``'s. None for most.
       parameters: whether what is tapped is every parameter, not activations.
+      modulate: where a second pass is modulated, from which layers learn: the path of a module, at its output; ``""``
+        is the network's input. None for most.
     """
 
     arguments = ("key", "h", "logits")
     source: str | None = None
     bind: Callable[..., Any] | None = None
     parameters: bool = False
+    modulate: str | None = None
 
 
 def is_direct(rule: Rule) -> bool:
