@@ -40,7 +40,8 @@ class _Cover:
         taps = taps_of(attached.model).values()
         self.blocks = [tap.path for tap in taps if not tap.at_input]
         self.inputs = [tap.path for tap in taps if tap.at_input]
-        self.delivering = [tap.path for tap in taps if tap.feedback is not None]
+        modulated = attached.rule.modulate if is_direct(attached.rule) else None  # no error is delivered there
+        self.delivering = [tap.path for tap in taps if tap.feedback is not None and tap.path != modulated]
         self.taps = {tap.scope(leaf): tap.path for tap in taps for leaf in tap.leaves}
         self.places = {tap.scope(leaf): tap.place.describe(leaf) for tap in taps for leaf in tap.leaves}
         held = held_feedback(attached)

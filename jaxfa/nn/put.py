@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxfa.base import DirectRule, Rule, matches
 from jaxfa.jaxprs.flows import Use
-from jaxfa.nn.choose import choose, name_all
+from jaxfa.nn.choose import choose, hidden_layers, name_all
 from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.describe import layer_name
 from jaxfa.nn.factored import Factored
@@ -63,7 +63,12 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
             "A direct rule needs example=, one batch of inputs: its feedback leads from outputs to layers."
         )
     method, example, note, forward = call.method, call.example, "", None
-    if rule.parameters:
+    if rule.modulate is not None:
+        forward = look(model, method, example, call.logits)
+        hidden = tuple(Place("output", path) for path in hidden_layers(model, forward))
+        places = _modulated(rule.modulate, _named(model, at) if at else hidden, method)
+        note = "" if at else "tapped: the output of every layer but the last"
+    elif rule.parameters:
         places = _parameters(model, at, call.allow)
     elif rule.weights is not None or (at is None and rule.source is not None):
         places = _layers(model, rule, at, uses_of(model, method, example))
@@ -89,6 +94,8 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
         error = only_leaf(seen[rule.source], rule.source)
         above = weights_above(model, method, true_size(error, mark), rule.source, example)
         end_at(model, rule.source, list(seen))
+    if rule.modulate is not None:
+        _check_modulated(rule.modulate, seen)
     found, error = tappable(model, seen, error, mark)
     fill_taps(model, rule, rngs, that_are_read(model, call, found), error)
     check_calls(model, recorder.calls)
@@ -99,6 +106,8 @@ def advise(model: Any, rule: Rule, call: Call) -> str:
     """Where a direct rule could tap a model instead, or why it could nowhere."""
     if not isinstance(rule, DirectRule) or rule.weights is not None or rule.source is not None or call.example is None:
         return ""
+    if rule.modulate is not None:
+        return "A norm learns where at= names it, beside layers, in the place of the layer below it."
     forward = look(model, call.method, call.example, call.logits)
     choice = choose(model, forward, call.allow)
     if not choice.faults:
@@ -146,6 +155,31 @@ def _parameters(model: Any, at: Any, allow: tuple[str, ...]) -> tuple[Place, ...
 
 def _params(model: Any) -> list[str]:
     return ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
+def _modulated(path: str, places: tuple[Place, ...], method: str) -> tuple[Place, ...]:
+    """The places of a rule that modulates an input, or the output of a module."""
+    if path == "" and method != "__call__":
+        raise ValueError(
+            f"Only the input of __call__ is modulated, not {method!r}'s: say modulate= with a module's path."
+        )
+    inputs = [str(place) for place in places if place.kind != "output"]
+    if inputs:
+        raise ValueError(f"Layers learn from what a second pass changes in outputs: at= names modules, not {inputs}.")
+    others = tuple(place for place in places if place.path != path)
+    return (Place("output" if path else "input", path), *others)
+
+
+def _check_modulated(path: str, seen: dict[str, dict[str, Any]]) -> None:
+    """Refuses an input that no error can be added to, and layers that come before it."""
+    if not seen.get(path):
+        raise ValueError(
+            "The error's projection is added to the input, which must be of floats. Of tokens, modulate what embeds "
+            "them: modulate='embed' with the path of that module, and allow='embed', since it does not learn then."
+        )
+    before = list(seen)[: list(seen).index(path)]
+    if before:
+        raise ValueError(f"{before} come before the modulated {path!r}, where both passes are alike: none would learn.")
 
 
 def _source(model: Any, rule: DirectRule, at: Any, places: tuple[Place, ...]) -> tuple[Place, ...]:

@@ -151,7 +151,7 @@ def _beside(program: Program, tap: Tap, found: Any) -> Any:
 
 def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
     """Refuses what no sweep can teach block after block: other rules, and taps inside each other or inside a stack."""
-    if not isinstance(rule, DirectRule) or rule.source is not None:
+    if not isinstance(rule, DirectRule) or rule.source is not None or rule.modulate is not None:
         raise ValueError(
             f"schedule={schedule!r} is for direct rules whose error is the logits'; take jaxfa.stacks.stored."
         )
