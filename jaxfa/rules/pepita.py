@@ -143,7 +143,8 @@ def pepita(
         (place,) = (i for i, node in enumerate(nodes) if isinstance(node, InputModulation))
 
         def run(noise: jax.Array) -> jax.Array:
-            return forward(jax.tree.unflatten(structure, [noise if i == place else 0.0 for i in range(len(nodes))]))
+            zero = jnp.zeros((), noise.dtype)
+            return forward(jax.tree.unflatten(structure, [noise if i == place else zero for i in range(len(nodes))]))
 
         nodes[place] = _mirrored(nodes[place], run, mirror, key)
         return jax.tree.unflatten(structure, nodes)
@@ -220,7 +221,7 @@ _modulated.defvjp(_first_pass, _second_pass)
 
 def _mirrored(feedback: InputModulation, run: Any, rate: Any, key: jax.Array) -> InputModulation:
     refuse_shards("pepita's mirror is a mean over the whole batch. Call refine outside, on arrays sharded under jit.")
-    b, logits = feedback.b, jax.eval_shape(run, 0.0)
+    b, logits = feedback.b, jax.eval_shape(run, jnp.zeros((), feedback.b.dtype))
     batch = logits.shape[: logits.ndim - feedback.outputs]
     noise = jax.random.normal(key, (*batch, *b.shape[: b.ndim - feedback.outputs]), b.dtype)
     moved = jax.jvp(run, (jnp.zeros_like(noise),), (noise,))[1].astype(b.dtype)
