@@ -31,10 +31,12 @@ from jaxfa.rules.dldfa import dldfa as dldfa
 from jaxfa.rules.drtp import drtp as drtp
 from jaxfa.rules.fa import fa as fa
 from jaxfa.rules.fdfa import fdfa as fdfa
+from jaxfa.rules.forward_gradient import forward_gradient as forward_gradient
 from jaxfa.rules.grape import grape as grape
 from jaxfa.rules.kolen_pollack import kolen_pollack as kolen_pollack
 from jaxfa.rules.ldfa import ldfa as ldfa
 from jaxfa.rules.normative_ldfa import normative_ldfa as normative_ldfa
+from jaxfa.rules.pepita import pepita as pepita
 from jaxfa.rules.sign_symmetric import brsf as brsf
 from jaxfa.rules.sign_symmetric import frsf as frsf
 from jaxfa.rules.sign_symmetric import usf as usf
@@ -47,9 +49,9 @@ __version__ = "0.1.0"
 __all__ = [
     "DirectFeedback", "DirectMatrix", "DirectRule", "FixedFeedback", "Layer", "LayerFeedback", "LayerRule", "Rule",
     "backprop", "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp",
-    "dldfa", "drtp", "error_wire", "fa", "factored", "fdfa", "feedback_dataclass", "frsf", "grape", "kolen_pollack",
-    "ldfa", "linear", "normative_ldfa", "optimizer", "rules", "ssa", "stacks", "update_stack", "usf", "weight_mirror",
-    "with_feedback",
+    "dldfa", "drtp", "error_wire", "fa", "factored", "fdfa", "feedback_dataclass", "forward_gradient", "frsf", "grape",
+    "kolen_pollack", "ldfa", "linear", "normative_ldfa", "optimizer", "pepita", "rules", "ssa", "stacks",
+    "update_stack", "usf", "weight_mirror", "with_feedback",
 ]  # fmt: skip
 
 

@@ -210,10 +210,18 @@ class DirectRule(Rule):
     Attributes:
       source: the path of the module where the error is taken, at its input without ``at=``, at its output with it;
         None is the logits.
+      bind: ``(forward, feedback) -> feedback`` for one batch, in each pass that is differentiated; nothing of it is
+        kept. ``forward`` is ``refine``'s. None for most.
+      parameters: whether what is tapped is every parameter, not activations.
+      modulate: where a second pass is modulated, from which layers learn: the path of a module, at its output; ``""``
+        is the network's input. None for most.
     """
 
     arguments = ("key", "h", "logits")
     source: str | None = None
+    bind: Callable[..., Any] | None = None
+    parameters: bool = False
+    modulate: str | None = None
 
 
 def is_direct(rule: Rule) -> bool:

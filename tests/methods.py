@@ -5,6 +5,7 @@ A new method is a new row: ``tests/rules/test_contract.py`` runs every row throu
 
 import functools
 import itertools
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,8 @@ import optax
 
 import jaxfa
 from jaxfa.base import init_at, is_direct, is_feedback
+from jaxfa.rules.forward_gradient import ForwardGradientFeedback, bind
+from jaxfa.rules.pepita import InputModulation
 
 SIZES = (7, 6, 5, 3)
 
@@ -27,6 +30,8 @@ class Method(NamedTuple):
       fixed: whether training leaves its feedback as it is, bit for bit.
       exact: whether its gradients are backpropagation's.
       batch: whether its signal is a statistic of the batch, which single examples have not.
+      draws: whether it draws for each example of a batch, so that examples apart share their draws.
+      second: whether it learns from a second pass, whose activities the last layer meets, too.
     """
 
     name: str
@@ -34,6 +39,8 @@ class Method(NamedTuple):
     fixed: bool
     exact: bool = False
     batch: bool = False
+    draws: bool = False
+    second: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -56,6 +63,9 @@ METHODS = (
     Method("normative_ldfa", jaxfa.normative_ldfa(2), fixed=False),
     Method("grape", jaxfa.grape(averaging=jaxfa.rules.kalman()), fixed=False),
     Method("fdfa", jaxfa.fdfa(), fixed=False),
+    Method("forward_gradient", jaxfa.forward_gradient(), fixed=False, draws=True),
+    Method("pepita", jaxfa.pepita(activation=jnp.tanh, scale=0.5), fixed=True, second=True),
+    Method("pepita_mirrored", jaxfa.pepita(activation=jnp.tanh, scale=0.5, mirror=0.1), fixed=False, second=True),
     Method("ssa", jaxfa.ssa(), fixed=True),
     Method("ssa_sequential", jaxfa.ssa(parallel=False, gamma=1e-3), fixed=True),
     Method("ssa_transported", jaxfa.ssa(parallel=False, pull_feedback=True), fixed=False),
@@ -85,6 +95,8 @@ def create_feedback(rule: jaxfa.Rule, key: jax.Array, params: Any) -> Any:
     if not is_direct(rule):
         return [None, *(rule.init(k, p["w"]) for k, p in zip(keys[1:], params[1:], strict=True))]
     *hidden, logits = [jax.ShapeDtypeStruct((2, *p["b"].shape), p["b"].dtype) for p in params]
+    if rule.modulate is not None:
+        return rule.init(keys[0], jax.ShapeDtypeStruct((2, params[0]["w"].shape[0]), logits.dtype), logits)
     layers = [jaxfa.Layer(jaxfa.linear, h, p["w"]) for h, p in zip(hidden, params[1:], strict=True)]
     feedback = [init_at(rule, layer=one)(k, one.x, logits) for k, one in zip(keys[1:], layers, strict=True)]
     largest = max(range(len(hidden)), key=lambda i: hidden[i].shape)
@@ -95,6 +107,10 @@ def forward(params: Any, feedback: Any, x: jax.Array, activation: Any = jnp.tanh
     """The logits; ``feedback=None`` is the plain network, to whose hidden activations ``taps`` are added."""
     nodes = jax.tree.leaves(feedback, is_leaf=is_feedback)
     hidden = len(params) - 1
+    if nodes and isinstance(nodes[0], InputModulation):
+        return jaxfa.rules.modulated(partial(tapped, activation), params, x, feedback)
+    if nodes and isinstance(nodes[0], ForwardGradientFeedback) and nodes[0].moved is None:
+        feedback = bind(lambda taps: forward(params, None, x, activation, taps), feedback)
     layers, ends = [None] * (hidden + 1), [None] * hidden
     if nodes and isinstance(nodes[0], jaxfa.DirectFeedback):
         ends = [feedback] * hidden if is_feedback(feedback) else feedback
@@ -107,6 +123,13 @@ def forward(params: Any, feedback: Any, x: jax.Array, activation: Any = jnp.tanh
         h = h if taps is None else h + taps[i]
         h, wire = jaxfa.direct(h, wire, end)
     return _affine(h, params[-1], layers[-1]) + wire
+
+
+def tapped(activation: Any, params: Any, x: jax.Array, tap: Any) -> jax.Array:
+    """The logits; what hidden layers give is shown to ``tap`` before the activation."""
+    for p in params[:-1]:
+        x = activation(tap(_affine(x, p, None)))
+    return _affine(x, params[-1], None)
 
 
 def _affine(x: jax.Array, p: Any, feedback: Any) -> jax.Array:
@@ -126,6 +149,8 @@ signals = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=4)
 @functools.partial(jax.jit, static_argnums=0)
 def refine(rule: jaxfa.Rule, params: Any, feedback: Any, x: jax.Array, key: jax.Array) -> Any:
     """The rule's own phase before a step, on the plain network."""
+    if isinstance(feedback, InputModulation):
+        return rule.refine(lambda noise: forward(params, None, x + noise), feedback, key)
     if is_direct(rule):
         return rule.refine(lambda taps: forward(params, None, x, taps=taps), feedback, key)
     inputs = [jax.ShapeDtypeStruct((*x.shape[:-1], p["w"].shape[0]), x.dtype) for p in params[1:]]

@@ -14,6 +14,12 @@ OWN_BY_MATRICES = (
 OWN = (*OWN_BY_MATRICES, "masked by a choice", "experts by index", "one of a stack")
 
 ROWS = {
+    # forward gradients
+    "test_gradients_are_those_of_a_numpy_reference": ("together",),
+    "test_errors_have_no_bias_and_the_variance_of_the_closed_form": ("signs",),
+    "test_the_mean_over_draws_is_the_true_gradient": ("weights",),
+    "test_a_streamed_model_learns_the_same": (),
+    "test_models_train_and_what_a_pass_writes_is_written_once": ("norms",),
     # models
     "test_a_model_learns_by_the_first_rules": ("MLP, batch norm, dropout", "VAE, own KL variable",),
     "test_a_model_learns_by_the_other_rules": (),

@@ -23,6 +23,8 @@ MethodName = Literal[
     "dldfa",
     "grape",
     "fdfa",
+    "forward_gradient",
+    "pepita",
     "ssa",
     "ssa_sequential",
     "ssa_transported",
@@ -74,6 +76,10 @@ METHODS: dict[MethodName, Method] = {
     "dldfa": Method("dLDFA, rank 8", DIRECT, "learned, 8 numbers wide", partial(jaxfa.dldfa, 8)),
     "grape": Method("GrAPE", DIRECT, "learned from forward-mode derivatives", jaxfa.grape),
     "fdfa": Method("FDFA", DIRECT, "the same, magnitudes kept", jaxfa.fdfa),
+    "forward_gradient": Method(
+        "Forward gradient", DIRECT, "a random direction, times the slope along it", jaxfa.forward_gradient
+    ),
+    "pepita": Method("PEPITA", DIRECT, "a second pass, on an input that the error changes", jaxfa.pepita),
     "ssa": Method("SSA, parallel", DIRECT, FACTORED, jaxfa.ssa),
     "drtp": Method("DRTP", DIRECT, "the target, no error at all", jaxfa.drtp),
 }

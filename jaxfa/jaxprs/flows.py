@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from jaxfa.jaxprs.versions import bodies, scan_parts, while_parts
-from jaxfa.ops import ACTIVATION, CHOICE, DIRECT, FORWARD, INNER, LOCAL, TRANSPORT
+from jaxfa.ops import ACTIVATION, CHOICE, DIFFERENCE, DIRECT, FORWARD, INNER, LOCAL, MODULATED, TRANSPORT
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 # Where an operand only says which entries are meant, the result is data no more than the others are.
@@ -153,7 +153,8 @@ class Walker:
             out = out._replace(ways=NONE)
         if CHOICE in scope and not out.is_error:
             return out._replace(data=False)  # weights that data chose, where a rule takes them for weights
-        if DIRECT in scope and out.is_error:
+        out = Flow(data=True) if MODULATED in scope else out._replace(is_error=out.is_error or DIFFERENCE in scope)
+        if (DIRECT in scope and out.is_error) or DIFFERENCE in scope:
             tap = _TAP.findall(scope)
             return self.passed(out, "direct", frozenset(tap[-1:]) or frozenset(["?"]), way=NONE)
         if name not in CONTRACTIONS or is_pointwise(eqn, flows):

@@ -11,15 +11,14 @@ from jaxfa.base import Rule, is_direct, keep
 from jaxfa.measure.diagnostics import Alignment, compare, weight_angle
 from jaxfa.nn.contraction import audited, contractions_of, layer_of, sites_of
 from jaxfa.nn.coverage import cover
-from jaxfa.nn.direct import call_direct
+from jaxfa.nn.direct import call_direct, shifted_forward
 from jaxfa.nn.learning import note_refined, quiet, remind
-from jaxfa.nn.leaves import error_in
 from jaxfa.nn.own import OwnSite, weights_of
 from jaxfa.nn.own import layer_of as own_layer_of
 from jaxfa.nn.program import Example, Program, is_transformed, method_of
 from jaxfa.nn.survey import OwnContraction, by_parameter, by_path, own_of, program_of, run_with_feedback, survey
 from jaxfa.nn.table import Coverage
-from jaxfa.nn.tap import plain_of, tap_parameters, taps_of
+from jaxfa.nn.tap import plain_of, taps_of
 from jaxfa.nn.variables import Recorder
 from jaxfa.ops import backward_alone
 
@@ -111,7 +110,7 @@ class Attached(nnx.Module):
         taps = {path: tap for path, tap in taps_of(self.model).items() if tap.feedback is not None}
         layers = contractions_of(self.model) | by_path(own_of(self))
         parts = taps if is_direct(self.rule) else layers
-        forward = _shifted_forward(self, args, kwargs) if is_direct(self.rule) else _layers(self, args, kwargs)
+        forward = shifted_forward(self, args, kwargs) if is_direct(self.rule) else _layers(self, args, kwargs)
         if isinstance(forward, dict):  # a layer that this forward pass does not use has nothing to mirror
             parts = {path: parts[path] for path in forward}
         feedback = {path: part.feedback.get_value() for path, part in parts.items()}
@@ -236,20 +235,3 @@ def _layers(attached: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return layers | {
         path: own_layer_of(found, one.site) for path, one, found in _own(attached, Example.of(args, kwargs))
     }
-
-
-def _shifted_forward(attached: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a direct ``refine`` looks at: ``taps -> logits`` of the plain network with ``taps[path]`` added to ``h``."""
-    program = Program(attached.model, method_of(attached.method), args, kwargs)
-
-    def forward(shifts: dict[str, Any]) -> jax.Array:
-        def prepare(model: Any) -> None:
-            for path, tap in taps_of(model).items():
-                if (tap.follows or path) in shifts:
-                    tap.shift = nnx.Variable(shifts[tap.follows or path])
-            tap_parameters(model)
-
-        outputs, _ = program.run(*program.states, prepare=prepare)
-        return error_in(program.returned(outputs), attached.logits)
-
-    return forward

@@ -40,7 +40,8 @@ class _Cover:
         taps = taps_of(attached.model).values()
         self.blocks = [tap.path for tap in taps if not tap.at_input]
         self.inputs = [tap.path for tap in taps if tap.at_input]
-        self.delivering = [tap.path for tap in taps if tap.feedback is not None]
+        modulated = attached.rule.modulate if is_direct(attached.rule) else None  # no error is delivered there
+        self.delivering = [tap.path for tap in taps if tap.feedback is not None and tap.path != modulated]
         self.taps = {tap.scope(leaf): tap.path for tap in taps for leaf in tap.leaves}
         self.places = {tap.scope(leaf): tap.place.describe(leaf) for tap in taps for leaf in tap.leaves}
         self.ends = {tap.path: tap.place.describe("") for tap in taps}
@@ -105,8 +106,8 @@ class _Cover:
 
     def lost(self, seen: Survey | None, rest: Any) -> list[str]:
         """The weights that an error passes on its way down without anybody's seeing it in the gradient."""
-        if seen is None:
-            return []
+        if seen is None or (is_direct(self.attached.rule) and self.attached.rule.parameters):
+            return []  # where every parameter is tapped nothing learns from an error that has passed weights
         own = {one.site for one in self.own}
         chosen = {site.name for site in seen.sites if site not in own and (site.name in rest or not site.thin)}
         shown = {step.name for step in self.result.passages if step.kind == "weights"}

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxfa.base import LAYER, Rule, refuse_shards
 from jaxfa.nn.cotangents import filled, is_zero, relearned, split_floats
+from jaxfa.nn.direct import bound
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.stream import Walk, check_streams, learn, walked
@@ -57,7 +58,7 @@ def check_dispatches(model: nnx.Module, rule: Rule, schedule: schedules.Dispatch
 def call_dispatched(mesh: Mesh, attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a tapped model; its blocks' gradients are formed on different devices, and summed over them."""
     refuse_shards("jaxfa.stacks.dispatch is a shard_map of its own; shard the batch by jax.jit, or take stream.")
-    program = Program(attached.model, method_of(attached.method), args, kwargs)
+    program = bound(attached, Program(attached.model, method_of(attached.method), args, kwargs))
     blocks: dict[str, tuple[Program, Tap]] = {}
 
     def run(state: Any) -> Any:

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxfa.base import DirectRule, Rule, matches
 from jaxfa.jaxprs.flows import Use
-from jaxfa.nn.choose import choose, name_all
+from jaxfa.nn.choose import choose, hidden_layers, name_all
 from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.describe import layer_name
 from jaxfa.nn.factored import Factored
@@ -64,7 +64,13 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
         )
     method, example, note = call.method, call.example, ""
     forward = look(model, method, example, call.logits)
-    if rule.weights is not None or (at is None and rule.source is not None):
+    if rule.modulate is not None:
+        hidden = tuple(Place("output", path) for path in hidden_layers(model, forward))
+        places = _modulated(rule.modulate, _named(model, at) if at else hidden, method)
+        note = "" if at else "tapped: the output of every layer but the last"
+    elif rule.parameters:
+        places = _parameters(model, at, call.allow)
+    elif rule.weights is not None or (at is None and rule.source is not None):
         places = _layers(model, rule, at, uses_of(model, method, example))
     elif at is None:
         choice = choose(model, forward, call.allow)
@@ -86,6 +92,8 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
         error = only_leaf(seen[rule.source], rule.source)
         above = weights_above(model, method, true_size(error, factor), rule.source, example)
         end_at(model, rule.source, list(seen))
+    if rule.modulate is not None:
+        _check_modulated(rule.modulate, seen)
     found, error = tappable(model, seen, error, factor)
     fill_taps(model, rule, rngs, that_are_read(model, call, found), error)
     check_calls(model, recorder.calls)
@@ -112,6 +120,8 @@ def advise(model: Any, rule: Rule, call: Call) -> str:
     """Where a direct rule could tap a model instead, or why it could nowhere."""
     if not isinstance(rule, DirectRule) or rule.weights is not None or rule.source is not None or call.example is None:
         return ""
+    if rule.modulate is not None:
+        return "A norm learns where at= names it, beside layers, in the place of the layer below it."
     forward = look(model, call.method, call.example, call.logits)
     choice = choose(model, forward, call.allow)
     if not choice.faults:
@@ -136,13 +146,54 @@ def _layers(model: Any, rule: DirectRule, at: Any, used: dict[str, Use]) -> tupl
 def _named(model: Any, at: tuple[str, ...]) -> tuple[Place, ...]:
     """What ``at`` names: modules, the inputs of modules, or parameters."""
     modules = [path for path, _ in modules_of(model)]
-    params = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    params = _params(model)
     places = [Place(kind, path) for kind in ("output", "input") for path in modules if path]
     found = dict.fromkeys(place for place in places if matches(str(place), at))
     unmatched = tuple(glob for glob in at if not any(matches(str(place), (glob,)) for place in found))
     found |= dict.fromkeys(Place("parameter", path) for path in params if matches(path, unmatched))
     refuse_unmatched("at", at, [*modules, *map(str, found)], under=False, known=modules)
     return tuple(found)
+
+
+def _parameters(model: Any, at: Any, allow: tuple[str, ...]) -> tuple[Place, ...]:
+    """Every parameter but those that may backpropagate."""
+    if at is not None:
+        raise ValueError(f"This rule taps every parameter: leave out at={at}, or name with allow= what it leaves out.")
+    for path, (module, site) in sites_of(model).items():
+        if site.stack(module.kernel.get_value()):
+            raise ValueError(
+                f"{path!r} is a stack of layers, whose parameters no tap reaches: call its layers in a loop."
+            )
+    return tuple(Place("parameter", path) for path in _params(model) if not matches(path, allow, under=True))
+
+
+def _params(model: Any) -> list[str]:
+    return ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
+def _modulated(path: str, places: tuple[Place, ...], method: str) -> tuple[Place, ...]:
+    """The places of a rule that modulates an input, or the output of a module."""
+    if path == "" and method != "__call__":
+        raise ValueError(
+            f"Only the input of __call__ is modulated, not {method!r}'s: say modulate= with a module's path."
+        )
+    inputs = [str(place) for place in places if place.kind != "output"]
+    if inputs:
+        raise ValueError(f"Layers learn from what a second pass changes in outputs: at= names modules, not {inputs}.")
+    others = tuple(place for place in places if place.path != path)
+    return (Place("output" if path else "input", path), *others)
+
+
+def _check_modulated(path: str, seen: dict[str, dict[str, Any]]) -> None:
+    """Refuses an input that no error can be added to, and layers that come before it."""
+    if not seen.get(path):
+        raise ValueError(
+            "The error's projection is added to the input, which must be of floats. Of tokens, modulate what embeds "
+            "them: modulate='embed' with the path of that module, and allow='embed', since it does not learn then."
+        )
+    before = list(seen)[: list(seen).index(path)]
+    if before:
+        raise ValueError(f"{before} come before the modulated {path!r}, where both passes are alike: none would learn.")
 
 
 def _source(model: Any, rule: DirectRule, at: Any, places: tuple[Place, ...]) -> tuple[Place, ...]:

@@ -6,8 +6,9 @@ from typing import Any
 
 from flax import nnx
 
-from jaxfa.base import Rule
+from jaxfa.base import DirectRule, Rule
 from jaxfa.nn.dispatch import call_dispatched, check_dispatches
+from jaxfa.nn.modulate import call_modulated
 from jaxfa.nn.stream import call_streamed, check_streams
 from jaxfa.stacks.schedules import Dispatch, Stored, Stream
 
@@ -27,7 +28,7 @@ def forward_by(schedule: Any, model: nnx.Module, rule: Rule) -> Callable[..., An
 
 @forward_by.register
 def _(schedule: Stored, model: nnx.Module, rule: Rule) -> Callable[..., Any] | None:
-    return None
+    return call_modulated if isinstance(rule, DirectRule) and rule.modulate is not None else None
 
 
 @forward_by.register

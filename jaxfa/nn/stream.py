@@ -17,6 +17,7 @@ from jax import lax
 from jaxfa.base import DirectRule, Rule
 from jaxfa.delivery import deliver_for_all
 from jaxfa.nn.cotangents import filled, floats_of, is_float, is_zero, products, relearned, split_floats
+from jaxfa.nn.direct import bound
 from jaxfa.nn.leaves import at_leaves, error_in, named_floats
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.tap import Tap, tap_parameters, taps_of
@@ -150,7 +151,7 @@ def _beside(program: Program, tap: Tap, found: Any) -> Any:
 
 def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
     """Refuses what no sweep can teach block after block: other rules, and taps inside each other or inside a stack."""
-    if not isinstance(rule, DirectRule) or rule.source is not None:
+    if not isinstance(rule, DirectRule) or rule.source is not None or rule.modulate is not None:
         raise ValueError(
             f"schedule={schedule!r} is for direct rules whose error is the logits'; take jaxfa.stacks.stored."
         )
@@ -171,7 +172,7 @@ def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
 
 def call_streamed(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a tapped model, keeping its inputs alone; its gradient is formed by a second forward sweep."""
-    program = Program(attached.model, method_of(attached.method), args, kwargs)
+    program = bound(attached, Program(attached.model, method_of(attached.method), args, kwargs))
 
     def keep(state: Any) -> Any:
         return program.run(state, prepare=walked(Walk(state))), state

@@ -1,5 +1,6 @@
 """The rules: one method, one file, one paper. What several of them use is in ``shared``."""
 
+from jaxfa.rules.pepita import modulated as modulated
 from jaxfa.rules.shared.averaging import kalman as kalman
 
-__all__ = ["kalman"]
+__all__ = ["kalman", "modulated"]

@@ -8,17 +8,15 @@ the three variants as named by Moskovitz, Litwin-Kumar, Abbott, "Feedback alignm
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jax.nn import initializers
 
 from jaxfa.base import Initializer, LayerFeedback, LayerRule, feedback_dataclass
-
-_SHIFTS = (0, 8, 16, 24)
+from jaxfa.rules.shared.redrawn import Redrawn, first_bytes, redraw
 
 
 @feedback_dataclass
@@ -36,11 +34,8 @@ class SignFeedback(LayerFeedback):
 
 
 @feedback_dataclass
-class RedrawnSignFeedback(LayerFeedback):
+class RedrawnSignFeedback(Redrawn, LayerFeedback):
     """``b = |M_t| sign(w)`` with ``M_t`` drawn anew at every step ``t`` from a counter, never stored.
-
-    ``jax.grad`` refuses integer leaves, so that the seed and the step are kept as their bytes: numbers below 256, exact
-    in every float type to which mixed-precision code may cast a tree, bfloat16 included.
 
     Attributes:
       seed_bytes: the bytes of this layer's seed, ``(4,)``.
@@ -55,28 +50,9 @@ class RedrawnSignFeedback(LayerFeedback):
     bound: float = dataclasses.field(metadata={"static": True})
     quantile: Callable[[jax.Array], jax.Array] = dataclasses.field(metadata={"static": True})
 
-    @property
-    def seed(self) -> jax.Array:
-        """This layer's seed, an integer."""
-        return _number(self.seed_bytes)
-
-    @property
-    def step(self) -> jax.Array:
-        """The number of updates so far, an integer."""
-        return _number(self.step_bytes)
-
     def matrix(self, w: jax.Array) -> jax.Array:
         uniform = _counter_uniform(w.shape, self.seed, self.step)
         return (self.bound * self.quantile(uniform)).astype(w.dtype) * jnp.sign(w)
-
-
-def _bytes(number: jax.Array) -> jax.Array:
-    return jnp.stack([number >> shift & 255 for shift in _SHIFTS], -1).astype(jnp.float32)
-
-
-def _number(its_bytes: jax.Array) -> jax.Array:
-    parts = its_bytes.astype(jnp.uint32)
-    return sum((parts[..., i] << shift for i, shift in enumerate(_SHIFTS)), jnp.zeros((), jnp.uint32))
 
 
 def usf(*, scale: float = 1.0) -> LayerRule:
@@ -152,27 +128,9 @@ def brsf(*, quantile: Callable[[jax.Array], jax.Array] = _uniform, scale: float 
 
     def init(key: jax.Array, w: jax.Array) -> RedrawnSignFeedback:
         bound = scale * math.sqrt(3.0) * _glorot_deviation(w.shape)
-        return RedrawnSignFeedback(
-            _bytes(jax.random.bits(key, (), jnp.uint32)), jnp.zeros(4, jnp.float32), bound, quantile
-        )
+        return RedrawnSignFeedback(*first_bytes(key), bound, quantile)
 
-    return LayerRule(init, transform=optax.GradientTransformation(_count, _advance))
-
-
-def _count(feedback: Any) -> Any:
-    return jax.tree.map(jnp.array, feedback)
-
-
-def _advance(signals: Any, counted: Any, feedback: Any = None) -> tuple[Any, Any]:
-    """The count is the state's own, of which the feedback is told: what else wrappers do to its bytes is undone."""
-
-    def tick(own: RedrawnSignFeedback) -> RedrawnSignFeedback:
-        return dataclasses.replace(own, step_bytes=_bytes(own.step + 1).astype(own.step_bytes.dtype))
-
-    if feedback is None:
-        raise ValueError("brsf's steps are told to its feedback: call update(updates, state, (params, feedback)).")
-    counted = jax.tree.map(tick, counted, is_leaf=lambda node: isinstance(node, RedrawnSignFeedback))
-    return jax.tree.map(lambda new, old: (new - old).astype(old.dtype), counted, feedback), counted
+    return LayerRule(init, transform=redraw)
 
 
 def _glorot_deviation(shape: tuple[int, ...]) -> float:

@@ -24,6 +24,8 @@ LEARNS = {
     "normative_ldfa": "by refine",
     "grape": "by refine",
     "fdfa": "by refine",
+    "forward_gradient": "drawn at every update",
+    "pepita_mirrored": "by refine",
     "ssa_transported": "from the weights",
 }
 PHASES = {
@@ -31,6 +33,7 @@ PHASES = {
     "fdfa": jaxfa.fdfa,
     "weight_mirror": jaxfa.weight_mirror,
     "normative_ldfa": lambda: jaxfa.normative_ldfa(2),
+    "pepita": lambda: jaxfa.pepita(mirror=0.1),
 }
 every_phase = pytest.mark.parametrize(("name", "make"), PHASES.items(), ids=PHASES)
 

@@ -261,7 +261,7 @@ def test_brsf_counts_and_draws_alike_whatever_its_floats_are_cast_to(dtype):
 
 
 def test_refine_leaves_rules_without_a_phase_of_their_own_alone():
-    own = ("weight_mirror", "normative_ldfa", "grape", "fdfa")
+    own = ("weight_mirror", "normative_ldfa", "grape", "fdfa", "pepita_mirrored")
 
     def phase(rule, x):
         params, feedback = create(rule, KEY)

@@ -1,5 +1,7 @@
 """Several devices: gradients of a sharded batch are those of the batch, with parameters and feedback replicated."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,14 @@ from jax.sharding import PartitionSpec as P
 import jaxfa
 from tests.methods import METHODS, batch, create, loss, signals
 
-# A zero feedback would hide every factor; drtp must be told what the loss is divided by, here and there.
+# A zero feedback would hide every factor; drtp and pepita must be told what the loss is divided by, here and there.
 RULES = {method.name: method.rule for method in METHODS}
-RULES |= {"dkp": jaxfa.dkp(distribution=initializers.glorot_normal()), "drtp": jaxfa.drtp(examples=8)}
-LOCAL = RULES | {"drtp": jaxfa.drtp(examples=4)}
-REFUSED = {"ldfa", "dldfa"}  # whose signals are statistics of the batch
+RULES |= {"dkp": jaxfa.dkp(distribution=initializers.glorot_normal())}
+TOLD = {"drtp": jaxfa.drtp, "pepita": partial(jaxfa.pepita, activation=jnp.tanh)}
+LOCAL = RULES | {name: make(examples=4) for name, make in TOLD.items()}
+RULES |= {name: make(examples=8) for name, make in TOLD.items()}
+# Whose signals are statistics of the batch; whose devices would share their draws; whose option another row has.
+REFUSED = {"ldfa", "dldfa", "forward_gradient", "pepita_mirrored"}
 
 
 def every_rule(rules):
@@ -57,7 +62,8 @@ def test_shard_map_with_its_type_checks_sums_over_the_devices_by_itself(rule, me
 def test_shard_map_without_type_checks_averages_local_gradients(rule, mesh, x64):
     both, data = create(rule, jax.random.PRNGKey(0)), batch()
     got = sharded(averaged_outside, mesh, check_vma=False)(*both, *data)
-    expected = signals(*create(RULES["drtp"] if rule is LOCAL["drtp"] else rule, jax.random.PRNGKey(0)), *data)
+    whole = next((RULES[name] for name in TOLD if rule is LOCAL[name]), rule)
+    expected = signals(*create(whole, jax.random.PRNGKey(0)), *data)
     chex.assert_trees_all_close(jax.tree.leaves(got), jax.tree.leaves(expected), atol=1e-14, rtol=1e-12)
 
 
@@ -68,10 +74,10 @@ def test_the_gradient_of_a_sharded_loss_is_the_single_devices(mesh, x64):
     chex.assert_trees_all_close(got, signals(*both, *data), atol=1e-14, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["ldfa", "dldfa", "drtp"])
+@pytest.mark.parametrize("name", ["ldfa", "dldfa", "drtp", "pepita", "forward_gradient"])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_what_a_device_can_not_know_is_refused_unless_it_is_alone(name, check_vma, mesh, x64):
-    rule = jaxfa.drtp() if name == "drtp" else RULES[name]
+    rule = TOLD[name]() if name in TOLD else RULES[name]
     both, data = create(rule, jax.random.PRNGKey(0)), batch()
     with pytest.raises(ValueError, match=r"Inside shard_map over \['data'\]: .* under jit instead"):
         jax.eval_shape(sharded(with_pmean_inside, mesh, check_vma=check_vma), *both, *data)
