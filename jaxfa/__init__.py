@@ -23,6 +23,7 @@ from jaxfa.ops import error_wire as error_wire
 from jaxfa.ops import with_feedback as with_feedback
 from jaxfa.optim.calibration import calibrate as calibrate
 from jaxfa.optim.optimizer import optimizer as optimizer
+from jaxfa.rules.auglocal import auglocal as auglocal
 from jaxfa.rules.backprop import backprop as backprop
 from jaxfa.rules.dfa import DirectMatrix as DirectMatrix
 from jaxfa.rules.dfa import dfa as dfa
@@ -34,7 +35,9 @@ from jaxfa.rules.fdfa import fdfa as fdfa
 from jaxfa.rules.grape import grape as grape
 from jaxfa.rules.kolen_pollack import kolen_pollack as kolen_pollack
 from jaxfa.rules.ldfa import ldfa as ldfa
+from jaxfa.rules.local_classifier import local_classifier as local_classifier
 from jaxfa.rules.normative_ldfa import normative_ldfa as normative_ldfa
+from jaxfa.rules.predsim import predsim as predsim
 from jaxfa.rules.sign_symmetric import brsf as brsf
 from jaxfa.rules.sign_symmetric import frsf as frsf
 from jaxfa.rules.sign_symmetric import usf as usf
@@ -46,10 +49,10 @@ from jaxfa.stacks.updates import update_stack as update_stack
 __version__ = "0.1.0"
 __all__ = [
     "DirectFeedback", "DirectMatrix", "DirectRule", "FixedFeedback", "Layer", "LayerFeedback", "LayerRule", "Rule",
-    "backprop", "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp",
-    "dldfa", "drtp", "error_wire", "fa", "factored", "fdfa", "feedback_dataclass", "frsf", "grape", "kolen_pollack",
-    "ldfa", "linear", "normative_ldfa", "optimizer", "rules", "ssa", "stacks", "update_stack", "usf", "weight_mirror",
-    "with_feedback",
+    "auglocal", "backprop", "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct",
+    "direct_stack", "dkp", "dldfa", "drtp", "error_wire", "fa", "factored", "fdfa", "feedback_dataclass", "frsf",
+    "grape", "kolen_pollack", "ldfa", "linear", "local_classifier", "normative_ldfa", "optimizer", "predsim", "rules",
+    "ssa", "stacks", "update_stack", "usf", "weight_mirror", "with_feedback",
 ]  # fmt: skip
 
 

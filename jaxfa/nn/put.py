@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from jaxfa.base import DirectRule, Rule, matches
+from jaxfa.base import DirectRule, Rule, asks, matches
 from jaxfa.jaxprs.flows import Use
+from jaxfa.nn.above import surroundings
 from jaxfa.nn.choose import choose, name_all
 from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.describe import layer_name
@@ -14,7 +15,7 @@ from jaxfa.nn.factored import Factored
 from jaxfa.nn.measured import measure_taps, tappable, that_are_read, true_size
 from jaxfa.nn.places import look
 from jaxfa.nn.program import Example
-from jaxfa.nn.tap import Place, place_tap
+from jaxfa.nn.tap import Place, place_tap, taps_of
 from jaxfa.nn.taps import (
     check_calls,
     check_source,
@@ -88,7 +89,10 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
         above = weights_above(model, method, true_size(error, mark), rule.source, example)
         end_at(model, rule.source, list(seen))
     found, error = tappable(model, seen, error, mark)
-    fill_taps(model, rule, rngs, that_are_read(model, call, found), error)
+    taps = taps_of(model)
+    order = [taps[path] for path in seen if path in taps]
+    around = surroundings(model, order, method, example) if asks(rule, "above") else {}
+    fill_taps(model, rule, rngs, that_are_read(model, call, found), error, around=around)
     check_calls(model, recorder.calls)
     return Placed(above, note=note, error=error)
 

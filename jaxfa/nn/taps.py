@@ -27,7 +27,9 @@ def _stack_of(module: Any) -> tuple[int, ...]:
     return ()
 
 
-def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, seen: dict[str, dict[str, Any]], error: Any) -> None:
+def fill_taps(
+    model: nnx.Module, rule: Rule, rngs: nnx.Rngs, seen: dict[str, dict[str, Any]], error: Any, *, around: Any
+) -> None:
     """Makes every tap's feedback.
 
     Args:
@@ -36,6 +38,7 @@ def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, seen: dict[str, dic
       rngs: for the feedback.
       seen: the shapes of the activations at every tap, by path and leaf.
       error: the output error's shape.
+      around: what else a rule is told of a tap, by path.
     """
     stacks = stacks_of(model)
     owners, taps = {tap.path: module for module, _, tap in holders_of(model)}, taps_of(model)
@@ -49,7 +52,7 @@ def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, seen: dict[str, dic
             split = jax.random.split(keys[path], len(tap.leaves)) if len(tap.leaves) > 1 else [keys[path]]
             value: Any = {}
             for (name, h), key in zip(seen[path].items(), split, strict=True):
-                init = init_at(rule, path=tap.place.path, layer=_layer(owners[path], h))
+                init = init_at(rule, path=tap.place.path, layer=_layer(owners[path], h), **around.get(path, {}))
                 value[name] = init_stack(lambda key, init=init, h=h: init(key, h, error), key, stack)
             first = next(iter(value.values()))
             if first is None:

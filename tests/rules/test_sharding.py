@@ -16,7 +16,9 @@ from tests.methods import METHODS, batch, create, loss, signals
 # A zero feedback would hide every factor; drtp must be told what the loss is divided by, here and there.
 RULES = {method.name: method.rule for method in METHODS}
 RULES |= {"dkp": jaxfa.dkp(distribution=initializers.glorot_normal()), "drtp": jaxfa.drtp(examples=8)}
-LOCAL = RULES | {"drtp": jaxfa.drtp(examples=4)}
+RULES |= {"local_classifier": jaxfa.local_classifier(examples=8), "auglocal": jaxfa.auglocal(examples=8)}
+RULES |= {"local_classifier_fixed": jaxfa.local_classifier(fixed=True, examples=8)}
+LOCAL = RULES | {"drtp": jaxfa.drtp(examples=4), "local_classifier": jaxfa.local_classifier(examples=4)}
 REFUSED = {"ldfa", "dldfa"}  # whose signals are statistics of the batch
 
 
