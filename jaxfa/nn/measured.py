@@ -73,7 +73,11 @@ def _recorded(model: nnx.Module, method: str, example: Example, of: Any) -> tupl
             tap.recorder = recorder
         tap_parameters(copy)
 
-    return recorder, Program(model, method_of(method), *example.arguments()).abstractly(of, prepare)
+    def end(out: Any) -> Any:
+        recorder.end = of(out)
+        return recorder.end
+
+    return recorder, Program(model, method_of(method), *example.arguments()).abstractly(end, prepare)
 
 
 def tappable(model: nnx.Module, seen: dict[str, Any], error: Any, mark: int) -> tuple[dict[str, dict[str, Any]], Any]:

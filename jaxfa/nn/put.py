@@ -18,6 +18,7 @@ from jaxfa.nn.program import Example
 from jaxfa.nn.tap import Place, place_tap, taps_of
 from jaxfa.nn.taps import (
     check_calls,
+    check_followed,
     check_source,
     drop_unused,
     end_at,
@@ -94,6 +95,7 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
     around = surroundings(model, order, method, example) if asks(rule, "above") else {}
     fill_taps(model, rule, rngs, that_are_read(model, call, found), error, around=around)
     check_calls(model, recorder.calls)
+    check_followed(model, recorder)
     return Placed(above, note=note, error=error)
 
 

@@ -10,6 +10,7 @@ from jaxfa.nn.contraction import find_site
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.tap import holders_of, refuse_calls, remove_taps, taps_of
 from jaxfa.nn.variables import Feedback, Recorder, init_stack, modules_of
+from jaxfa.rules.shared.local import LocalLoss
 
 
 def stacks_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
@@ -81,6 +82,17 @@ def check_calls(model: nnx.Module, calls: dict[str, list[Any]]) -> None:
                     f"The tap {path!r} is called with several shapes (of one example: {', '.join(map(str, shapes))}), "
                     f"and a feedback is for one. Tap what reads its outputs, or give each call a module of its own."
                 )
+
+
+def check_followed(model: nnx.Module, recorder: Recorder) -> None:
+    """Refuses a local loss at the logits: nothing would learn from the loss itself."""
+    for path, tap in taps_of(model).items():
+        is_end = any(h is recorder.end for h in recorder.sources[path])
+        if is_end and any(isinstance(feedback, LocalLoss) for feedback in tap.feedbacks().values()):
+            raise ValueError(
+                f"The tapped module {path!r} returns the logits themselves, and no layer follows that learns from the "
+                f"loss: leave it out of at=, since a local loss is for what comes before the last layer."
+            )
 
 
 def follow(model: nnx.Module, recorder: Recorder) -> None:
