@@ -1,5 +1,7 @@
 """Several devices: gradients of a sharded batch are those of the batch, with parameters and feedback replicated."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,21 @@ from jax.sharding import PartitionSpec as P
 import jaxfa
 from tests.methods import METHODS, batch, create, loss, signals
 
-# A zero feedback would hide every factor; drtp must be told what the loss is divided by, here and there.
+FROM_TARGETS = {name: getattr(jaxfa, name) for name in ("drtp", "local_classifier", "auglocal")}
+FROM_TARGETS |= {"local_classifier_fixed": partial(jaxfa.local_classifier, fixed=True)}
+
+
+def told(examples):
+    """Rules that learn from targets know of the loss what they are told."""
+    return {name: rule(examples=examples) for name, rule in FROM_TARGETS.items()}
+
+
+# A zero feedback would hide every factor; what the loss is divided by must be told, here and there.
 RULES = {method.name: method.rule for method in METHODS}
-RULES |= {"dkp": jaxfa.dkp(distribution=initializers.glorot_normal()), "drtp": jaxfa.drtp(examples=8)}
-RULES |= {"local_classifier": jaxfa.local_classifier(examples=8), "auglocal": jaxfa.auglocal(examples=8)}
-RULES |= {"local_classifier_fixed": jaxfa.local_classifier(fixed=True, examples=8)}
-LOCAL = RULES | {"drtp": jaxfa.drtp(examples=4), "local_classifier": jaxfa.local_classifier(examples=4)}
-REFUSED = {"ldfa", "dldfa"}  # whose signals are statistics of the batch
+RULES |= {"dkp": jaxfa.dkp(distribution=initializers.glorot_normal())}
+LOCAL = RULES | told(4)
+RULES |= told(8)
+REFUSED = {"ldfa", "dldfa", "predsim"}  # whose signals are statistics of the batch
 
 
 def every_rule(rules):
@@ -57,9 +67,10 @@ def test_shard_map_with_its_type_checks_sums_over_the_devices_by_itself(rule, me
 
 @every_rule(LOCAL)
 def test_shard_map_without_type_checks_averages_local_gradients(rule, mesh, x64):
+    name = next(name for name, one in LOCAL.items() if one is rule)
     both, data = create(rule, jax.random.PRNGKey(0)), batch()
     got = sharded(averaged_outside, mesh, check_vma=False)(*both, *data)
-    expected = signals(*create(RULES["drtp"] if rule is LOCAL["drtp"] else rule, jax.random.PRNGKey(0)), *data)
+    expected = signals(*create(RULES[name], jax.random.PRNGKey(0)), *data)
     chex.assert_trees_all_close(jax.tree.leaves(got), jax.tree.leaves(expected), atol=1e-14, rtol=1e-12)
 
 
@@ -70,10 +81,10 @@ def test_the_gradient_of_a_sharded_loss_is_the_single_devices(mesh, x64):
     chex.assert_trees_all_close(got, signals(*both, *data), atol=1e-14, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["ldfa", "dldfa", "drtp"])
+@pytest.mark.parametrize("name", ["ldfa", "dldfa", "drtp", "predsim", "local_classifier"])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_what_a_device_can_not_know_is_refused_unless_it_is_alone(name, check_vma, mesh, x64):
-    rule = jaxfa.drtp() if name == "drtp" else RULES[name]
+    rule = next(method.rule for method in METHODS if method.name == name)
     both, data = create(rule, jax.random.PRNGKey(0)), batch()
     with pytest.raises(ValueError, match=r"Inside shard_map over \['data'\]: .* under jit instead"):
         jax.eval_shape(sharded(with_pmean_inside, mesh, check_vma=check_vma), *both, *data)
