@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxfa.base import Layer
@@ -103,7 +104,10 @@ def _as_layer(module: Any, own_call: Callable[..., Any], args: Any, kwargs: Any)
     if others or list(named_floats(given)) != [""]:
         return None
     module = nnx.clone(module)
-    module.set_attributes(deterministic=True, use_running_average=False, raise_if_not_found=False)
+    # Neither masks, which would be the same at every step, nor statistics of activations that are not these.
+    module.set_attributes(nnx.Dropout, rate=0.0, raise_if_not_found=False)
+    module.set_attributes(nnx.MultiHeadAttention, dropout_rate=0.0, raise_if_not_found=False)
+    module.set_attributes(nnx.BatchNorm, use_running_average=False, raise_if_not_found=False)
     floats = [(path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(module)) if is_float(leaf)]
     params: dict[str, Any] = {}
     state: dict[str, Any] = {}
@@ -118,6 +122,5 @@ def _name(path: Any) -> str:
 
 
 def _put(leaf: Any, value: Any) -> Any:
-    if value is None:
-        return leaf
+    value = jax.tree.map(jnp.asarray, value_of(leaf)) if value is None else value
     return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
