@@ -23,6 +23,7 @@ from jaxfa.ops import error_wire as error_wire
 from jaxfa.ops import with_feedback as with_feedback
 from jaxfa.optim.calibration import calibrate as calibrate
 from jaxfa.optim.optimizer import optimizer as optimizer
+from jaxfa.rules.auglocal import auglocal as auglocal
 from jaxfa.rules.backprop import backprop as backprop
 from jaxfa.rules.dfa import DirectMatrix as DirectMatrix
 from jaxfa.rules.dfa import dfa as dfa
@@ -35,8 +36,10 @@ from jaxfa.rules.forward_gradient import forward_gradient as forward_gradient
 from jaxfa.rules.grape import grape as grape
 from jaxfa.rules.kolen_pollack import kolen_pollack as kolen_pollack
 from jaxfa.rules.ldfa import ldfa as ldfa
+from jaxfa.rules.local_classifier import local_classifier as local_classifier
 from jaxfa.rules.normative_ldfa import normative_ldfa as normative_ldfa
 from jaxfa.rules.pepita import pepita as pepita
+from jaxfa.rules.predsim import predsim as predsim
 from jaxfa.rules.sign_symmetric import brsf as brsf
 from jaxfa.rules.sign_symmetric import frsf as frsf
 from jaxfa.rules.sign_symmetric import usf as usf
@@ -48,10 +51,10 @@ from jaxfa.stacks.updates import update_stack as update_stack
 __version__ = "0.1.0"
 __all__ = [
     "DirectFeedback", "DirectMatrix", "DirectRule", "FixedFeedback", "Layer", "LayerFeedback", "LayerRule", "Rule",
-    "backprop", "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct", "direct_stack", "dkp",
-    "dldfa", "drtp", "error_wire", "fa", "factored", "fdfa", "feedback_dataclass", "forward_gradient", "frsf", "grape",
-    "kolen_pollack", "ldfa", "linear", "normative_ldfa", "optimizer", "pepita", "rules", "ssa", "stacks",
-    "update_stack", "usf", "weight_mirror", "with_feedback",
+    "auglocal", "backprop", "brsf", "calibrate", "conservation", "conv", "dfa", "diagnostics", "direct",
+    "direct_stack", "dkp", "dldfa", "drtp", "error_wire", "fa", "factored", "fdfa", "feedback_dataclass",
+    "forward_gradient", "frsf", "grape", "kolen_pollack", "ldfa", "linear", "local_classifier", "normative_ldfa",
+    "optimizer", "pepita", "predsim", "rules", "ssa", "stacks", "update_stack", "usf", "weight_mirror", "with_feedback",
 ]  # fmt: skip
 
 

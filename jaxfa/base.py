@@ -122,12 +122,16 @@ class DirectFeedback:
     learns: ClassVar[str] = ""
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
-        """The error at ``h``, of its shape; only the shape and dtype of ``h`` may be used."""
+        """The error at ``h``, of its shape; but for local losses only the shape and dtype of ``h`` may be used."""
         raise NotImplementedError(f"{type(self).__name__} must define deliver(h, e).")
 
     def signal(self, h: jax.Array, e: jax.Array) -> Self:
         """What the batch tells the feedback, in the place of its gradient; zeros for a fixed one."""
         return jax.tree.map(jnp.zeros_like, self)
+
+    def learn(self, h: jax.Array, e: jax.Array) -> tuple[jax.Array, Self]:
+        """Both, for rules that compute them together."""
+        return self.deliver(h, e), self.signal(h, e)
 
 
 class Layer(NamedTuple):
@@ -204,7 +208,8 @@ class LayerRule(Rule):
 class DirectRule(Rule):
     """A rule that delivers the output error directly: ``init(key, h, logits)`` makes a :class:`DirectFeedback`.
 
-    With a keyword ``layer``, ``init`` is told the :class:`Layer` that ``h`` enters. Its ``refine`` is given
+    With a keyword ``layer``, ``init`` is told the :class:`Layer` that ``h`` enters; with ``above`` and ``below``, the
+    tapped modules that come later, as :class:`Layer` of one array, and how many come before. Its ``refine`` is given
     ``forward``, the function ``taps -> logits`` of the plain network with ``taps[l]`` added to ``h_l``.
 
     Attributes:
@@ -231,8 +236,12 @@ def is_direct(rule: Rule) -> bool:
 
 def init_at(rule: Rule, **known: Any) -> Callable[..., Any]:
     """The rule's ``init`` with what it asks for, by keyword, of what is known of the layer; most ask for nothing."""
-    asked = inspect.signature(rule.init).parameters
-    return functools.partial(rule.init, **{name: value for name, value in known.items() if name in asked})
+    return functools.partial(rule.init, **{name: value for name, value in known.items() if asks(rule, name)})
+
+
+def asks(rule: Rule, name: str) -> bool:
+    """Whether the rule's ``init`` asks for something by this keyword."""
+    return name in inspect.signature(rule.init).parameters
 
 
 def is_layer(node: Any) -> bool:

@@ -153,8 +153,7 @@ def deliver(tree: tuple[jax.Array, DirectFeedback], e: jax.Array) -> Any:
     """What an activation and its feedback learn from the output error ``e``, shaped as the pair."""
     h, feedback = tree
     with jax.named_scope(DIRECT):
-        dh = feedback.deliver(h, e)
-        signal = feedback.signal(h, e)
+        dh, signal = feedback.learn(h, e)
     return _cotangent(dh, h, feedback), _cotangent(signal, feedback, feedback)
 
 

@@ -8,7 +8,8 @@ from jax import lax
 from jaxfa.base import is_direct
 from tests.methods import METHODS
 
-DIRECT = {m.name: m.rule for m in METHODS if is_direct(m.rule) and not m.name.startswith("ssa")}
+OTHERS = "ssa", "auglocal"  # which are told of layers, or of what is above
+DIRECT = {m.name: m.rule for m in METHODS if is_direct(m.rule) and not m.name.startswith(OTHERS)}
 
 
 def draw(seed, *shape):

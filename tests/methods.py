@@ -70,6 +70,10 @@ METHODS = (
     Method("ssa_sequential", jaxfa.ssa(parallel=False, gamma=1e-3), fixed=True),
     Method("ssa_transported", jaxfa.ssa(parallel=False, pull_feedback=True), fixed=False),
     Method("dldfa", jaxfa.dldfa(8), fixed=False, batch=True),
+    Method("local_classifier", jaxfa.local_classifier(), fixed=False),
+    Method("local_classifier_fixed", jaxfa.local_classifier(fixed=True), fixed=True),
+    Method("predsim", jaxfa.predsim(), fixed=False, batch=True),
+    Method("auglocal", jaxfa.auglocal(), fixed=False),
 )
 
 
@@ -98,9 +102,16 @@ def create_feedback(rule: jaxfa.Rule, key: jax.Array, params: Any) -> Any:
     if rule.modulate is not None:
         return rule.init(keys[0], jax.ShapeDtypeStruct((2, params[0]["w"].shape[0]), logits.dtype), logits)
     layers = [jaxfa.Layer(jaxfa.linear, h, p["w"]) for h, p in zip(hidden, params[1:], strict=True)]
-    feedback = [init_at(rule, layer=one)(k, one.x, logits) for k, one in zip(keys[1:], layers, strict=True)]
+    blocks = [jaxfa.Layer(_block, one.x, (p, {})) for one, p in zip(layers, params[1:], strict=True)]
+    known = [{"layer": one, "above": tuple(blocks[i:-1]), "below": i} for i, one in enumerate(layers)]
+    feedback = [init_at(rule, **own)(k, own["layer"].x, logits) for k, own in zip(keys[1:], known, strict=True)]
     largest = max(range(len(hidden)), key=lambda i: hidden[i].shape)
     return feedback[largest] if feedback[0].shared else feedback
+
+
+def _block(x: jax.Array, w: Any) -> jax.Array:
+    """A hidden layer, as a rule is told of it."""
+    return jnp.tanh(_affine(x, w[0], None))
 
 
 def forward(params: Any, feedback: Any, x: jax.Array, activation: Any = jnp.tanh, taps: Any = None) -> jax.Array:

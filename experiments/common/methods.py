@@ -28,6 +28,9 @@ MethodName = Literal[
     "ssa",
     "ssa_sequential",
     "ssa_transported",
+    "local_classifier",
+    "predsim",
+    "auglocal",
 ]
 
 
@@ -48,11 +51,12 @@ class Method(NamedTuple):
 
     @property
     def direct(self) -> bool:
-        """Whether the rule is of the direct family."""
-        return self.family == DIRECT
+        """Whether the rule taps activations: a :class:`jaxfa.DirectRule`."""
+        return self.family in (DIRECT, LOCAL)
 
 
 EXACT, LAYERWISE, DIRECT = "Exact", "Layer by layer", "Straight from the output"
+LOCAL = "By a loss of its own"
 FACTORED, TRANSPORTED = "factors pulled to fixed random ones", "factors that follow the weights' own"
 METHODS: dict[MethodName, Method] = {
     "bp": Method("Backpropagation", EXACT, "the weights, transposed", jaxfa.backprop),
@@ -82,6 +86,11 @@ METHODS: dict[MethodName, Method] = {
     "pepita": Method("PEPITA", DIRECT, "a second pass, on an input that the error changes", jaxfa.pepita),
     "ssa": Method("SSA, parallel", DIRECT, FACTORED, jaxfa.ssa),
     "drtp": Method("DRTP", DIRECT, "the target, no error at all", jaxfa.drtp),
+    "local_classifier": Method(
+        "Local classifiers", LOCAL, "a linear classifier for each layer", jaxfa.local_classifier
+    ),
+    "predsim": Method("PredSim", LOCAL, "the same, and similarity matching", jaxfa.predsim),
+    "auglocal": Method("AugLocal", LOCAL, "copies of layers above, redrawn", jaxfa.auglocal),
 }
 
 

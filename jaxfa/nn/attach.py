@@ -24,12 +24,13 @@ from jaxfa.nn.coverage import cover
 from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.learning import quiet
 from jaxfa.nn.program import Example, method_of
-from jaxfa.nn.put import Call, Placed, advise, put_direct, refuse_unmatched
+from jaxfa.nn.put import Call, Placed, advise, put_direct
 from jaxfa.nn.schedules import forward_by
 from jaxfa.nn.survey import Survey, put_own, survey
 from jaxfa.nn.tap import Tap, plain_of
 from jaxfa.nn.trace import uses_of
 from jaxfa.nn.variables import init_stack, modules_of
+from jaxfa.nn.wanted import refuse_unmatched
 from jaxfa.stacks.schedules import Schedule, stored
 
 

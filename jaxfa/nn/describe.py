@@ -38,10 +38,11 @@ def held_feedback(attached: Any) -> dict[str, list[Any]]:
 def describe(feedback: Any) -> str:
     """A feedback's class, shapes and size."""
     leaves = jax.tree.leaves(feedback)
-    shapes = "".join(f" {leaf.shape}" for leaf in leaves if leaf.shape)
+    shapes = [f" {leaf.shape}" for leaf in leaves if leaf.shape]
+    shapes = shapes if len(shapes) <= 6 else [f" of {len(shapes)} arrays,"]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     unit, scale = next(unit for unit in _UNITS if size >= unit[1] or unit[1] == 1)
-    return f"{type(feedback).__name__}{shapes} {size / scale:.3g} {unit}"
+    return f"{type(feedback).__name__}{''.join(shapes)} {size / scale:.3g} {unit}"
 
 
 def layer_name(name: str) -> str:

@@ -83,6 +83,7 @@ class Forward(NamedTuple):
         for place in filter(taps.__contains__, self.seen.seen):
             for value, source in zip(self.seen.calls[place], self.seen.sources[place], strict=True):
                 found.record(taps[place], value, source)
+        found.end = self.seen.end
         return found
 
 
@@ -155,7 +156,12 @@ def look(model: nnx.Module, method: str, example: Example, logits: Callable[[Any
 
     def see(example: Example) -> tuple[Recorder, Any]:
         own, call = places.start(marking=False), Program(watched, method_of(method), *example.arguments())
-        return own, call.abstractly(lambda out: error_in(out, logits))
+
+        def end(out: Any) -> Any:
+            own.end = error_in(out, logits)
+            return own.end
+
+        return own, call.abstractly(end)
 
     return Forward(
         program,

@@ -10,6 +10,7 @@ from jaxfa.nn.contraction import find_site
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.tap import holders_of, refuse_calls, remove_taps, taps_of
 from jaxfa.nn.variables import Feedback, Recorder, init_stack, modules_of
+from jaxfa.rules.shared.local import LocalLoss
 
 
 def stacks_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
@@ -27,7 +28,9 @@ def _stack_of(module: Any) -> tuple[int, ...]:
     return ()
 
 
-def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, seen: dict[str, dict[str, Any]], error: Any) -> None:
+def fill_taps(
+    model: nnx.Module, rule: Rule, rngs: nnx.Rngs, seen: dict[str, dict[str, Any]], error: Any, *, around: Any
+) -> None:
     """Makes every tap's feedback.
 
     Args:
@@ -36,6 +39,7 @@ def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, seen: dict[str, dic
       rngs: for the feedback.
       seen: the shapes of the activations at every tap, by path and leaf.
       error: the output error's shape.
+      around: what else a rule is told of a tap, by path.
     """
     stacks = stacks_of(model)
     owners, taps = {tap.path: module for module, _, tap in holders_of(model)}, taps_of(model)
@@ -49,7 +53,7 @@ def fill_taps(model: nnx.Module, rule: Rule, rngs: nnx.Rngs, seen: dict[str, dic
             split = jax.random.split(keys[path], len(tap.leaves)) if len(tap.leaves) > 1 else [keys[path]]
             value: Any = {}
             for (name, h), key in zip(seen[path].items(), split, strict=True):
-                init = init_at(rule, path=tap.place.path, layer=_layer(owners[path], h))
+                init = init_at(rule, path=tap.place.path, layer=_layer(owners[path], h), **around.get(path, {}))
                 value[name] = init_stack(lambda key, init=init, h=h: init(key, h, error), key, stack)
             first = next(iter(value.values()))
             if first is None:
@@ -78,6 +82,17 @@ def check_calls(model: nnx.Module, calls: dict[str, list[Any]]) -> None:
                     f"The tap {path!r} is called with several shapes (of one example: {', '.join(map(str, shapes))}), "
                     f"and a feedback is for one. Tap what reads its outputs, or give each call a module of its own."
                 )
+
+
+def check_followed(model: nnx.Module, recorder: Recorder) -> None:
+    """Refuses a local loss at the logits: nothing would learn from the loss itself."""
+    for path, tap in taps_of(model).items():
+        is_end = any(h is recorder.end for h in recorder.sources[path])
+        if is_end and any(isinstance(feedback, LocalLoss) for feedback in tap.feedbacks().values()):
+            raise ValueError(
+                f"The tapped module {path!r} returns the logits themselves, and no layer follows that learns from the "
+                f"loss: leave it out of at=, since a local loss is for what comes before the last layer."
+            )
 
 
 def follow(model: nnx.Module, recorder: Recorder) -> None:

@@ -62,8 +62,11 @@ def _traced(
     def replaced(path: Any, _: Any) -> str:
         if _segments(path)[1] == "own" and skip:
             return _segments(path)[2]
-        *owner, holder, _ = _segments(path)[1 + skip :]
-        return "" if holder.startswith("feedback_tap") else "/".join([*owner, "kernel"])
+        segments = _segments(path)[1 + skip :]
+        of_tap = any(
+            segment.startswith("feedback_tap") for segment in segments
+        )  # what comes after may be a tree's keys
+        return "" if of_tap else "/".join([*segments[:-2], "kernel"])
 
     # State is named, too: weights that are frozen in a variable of another type carry errors all the same.
     names_of = jax.tree_util.tree_map_with_path

@@ -38,6 +38,7 @@ class Recorder:
         self.seen: dict[str, Any] = {}
         self.calls: dict[str, list[Any]] = {}
         self.sources: dict[str, list[Any]] = {}
+        self.end: Any = None  # where an error is taken
 
     def record(self, path: str, value: Any, source: Any = None) -> None:
         """Keeps what is seen at a path: the first thing as what it is made for, and every call's."""

@@ -4,15 +4,15 @@ Frenkel, Lefebvre, Bol, "Learning Without Feedback: Fixed Random Learning Signal
 Neural Networks", 2021, https://arxiv.org/abs/1909.01311
 """
 
-import math
 from dataclasses import field
 from typing import Any
 
 import jax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass, refuse_shards
-from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
+from jaxfa.rules.shared.projection import direct_matrix, project
+from jaxfa.rules.shared.targets import check_examples, examples_in
 
 
 @feedback_dataclass
@@ -31,14 +31,7 @@ class TargetProjection(DirectFeedback):
         # With a softmax or sigmoid output e = prediction - target is negative exactly where the target is one: the
         # sign of the error is known from the label, which is the paper's argument. (A target fitted to the last bit
         # has e = 0 and teaches nothing.) The signs do not tell by what the loss was divided.
-        examples = self.examples
-        if examples is None:
-            refuse_shards(
-                "drtp reads the targets off the error's signs, which do not tell by what the loss is divided. Say "
-                "drtp(examples=...), how many the loss averages over: those of all devices if it is summed or averaged "
-                "over them, those of one if the gradients are; or shard the arrays under jit instead."
-            )
-            examples = math.prod(e.shape[: shared_axes(h, e)])
+        examples = examples_in(h, e, self.examples, "drtp")
         return project(self.b, h, -(e < 0).astype(e.dtype) / examples)
 
 
@@ -71,8 +64,7 @@ def drtp(*, examples: float | None = None, distribution: Initializer | None = No
 
     Source: Frenkel, Lefebvre, Bol, "Learning Without Feedback", 2021, https://arxiv.org/abs/1909.01311
     """
-    if examples is not None and not examples > 0:
-        raise ValueError(f"drtp needs examples > 0, how many the loss averages over, or None; got {examples}.")
+    check_examples(examples, "drtp")
     draw = distribution or initializers.he_uniform()
 
     def init(key: jax.Array, h: Any, logits: Any) -> TargetProjection:

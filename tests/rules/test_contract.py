@@ -27,7 +27,7 @@ STRONG = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_de
 KINDS = "backprop", "fa", "brsf", "kolen_pollack", "dfa", "ldfa", "grape", "ssa"
 
 
-ALIKE = "usf", "ldfa_fixed", "ssa_sequential"  # each is another row with an option
+ALIKE = "usf", "ldfa_fixed", "ssa_sequential", "local_classifier_fixed", "predsim"  # each is much as another row is
 
 
 def law(words, quick=tuple(row.name for row in METHODS if row.name not in ALIKE)):

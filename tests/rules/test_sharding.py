@@ -15,14 +15,19 @@ from jax.sharding import PartitionSpec as P
 import jaxfa
 from tests.methods import METHODS, batch, create, loss, signals
 
-# A zero feedback would hide every factor; drtp and pepita must be told what the loss is divided by, here and there.
+# What the loss is divided by must be told.
+TOLD = {name: getattr(jaxfa, name) for name in ("drtp", "local_classifier", "auglocal")}
+TOLD |= {
+    "local_classifier_fixed": partial(jaxfa.local_classifier, fixed=True),
+    "pepita": partial(jaxfa.pepita, activation=jnp.tanh),
+}
+# A zero feedback would hide every factor.
 RULES = {method.name: method.rule for method in METHODS}
 RULES |= {"dkp": jaxfa.dkp(distribution=initializers.glorot_normal())}
-TOLD = {"drtp": jaxfa.drtp, "pepita": partial(jaxfa.pepita, activation=jnp.tanh)}
 LOCAL = RULES | {name: make(examples=4) for name, make in TOLD.items()}
 RULES |= {name: make(examples=8) for name, make in TOLD.items()}
 # Whose signals are statistics of the batch; whose devices would share their draws; whose option another row has.
-REFUSED = {"ldfa", "dldfa", "forward_gradient", "pepita_mirrored"}
+REFUSED = {"ldfa", "dldfa", "predsim", "forward_gradient", "pepita_mirrored"}
 
 
 def every_rule(rules):
@@ -60,10 +65,10 @@ def test_shard_map_with_its_type_checks_sums_over_the_devices_by_itself(rule, me
 
 @every_rule(LOCAL)
 def test_shard_map_without_type_checks_averages_local_gradients(rule, mesh, x64):
+    name = next(name for name, one in LOCAL.items() if one is rule)
     both, data = create(rule, jax.random.PRNGKey(0)), batch()
     got = sharded(averaged_outside, mesh, check_vma=False)(*both, *data)
-    whole = next((RULES[name] for name in TOLD if rule is LOCAL[name]), rule)
-    expected = signals(*create(whole, jax.random.PRNGKey(0)), *data)
+    expected = signals(*create(RULES[name], jax.random.PRNGKey(0)), *data)
     chex.assert_trees_all_close(jax.tree.leaves(got), jax.tree.leaves(expected), atol=1e-14, rtol=1e-12)
 
 
@@ -74,10 +79,10 @@ def test_the_gradient_of_a_sharded_loss_is_the_single_devices(mesh, x64):
     chex.assert_trees_all_close(got, signals(*both, *data), atol=1e-14, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["ldfa", "dldfa", "drtp", "pepita", "forward_gradient"])
+@pytest.mark.parametrize("name", ["ldfa", "dldfa", "drtp", "pepita", "forward_gradient", "predsim", "local_classifier"])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_what_a_device_can_not_know_is_refused_unless_it_is_alone(name, check_vma, mesh, x64):
-    rule = TOLD[name]() if name in TOLD else RULES[name]
+    rule = next(method.rule for method in METHODS if method.name == name)
     both, data = create(rule, jax.random.PRNGKey(0)), batch()
     with pytest.raises(ValueError, match=r"Inside shard_map over \['data'\]: .* under jit instead"):
         jax.eval_shape(sharded(with_pmean_inside, mesh, check_vma=check_vma), *both, *data)

@@ -1,0 +1,126 @@
+"""The tapped modules of a model as functions, for rules that make networks of what is above a tap."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxfa.base import Layer
+from jaxfa.nn.contraction import find_site
+from jaxfa.nn.cotangents import is_float
+from jaxfa.nn.leaves import is_node, named_floats
+from jaxfa.nn.program import Example, Program, method_of
+from jaxfa.nn.tap import Tap, plain_of
+from jaxfa.nn.taps import stacks_of
+from jaxfa.nn.variables import Recorder, intercept, modules_of, structs, value_of
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module as a function ``(x, (params, state)) -> y`` of one array. Equal ones are one program.
+
+    Attributes:
+      module: the module, blank.
+      args: what it is called with after ``x``.
+      kwargs: likewise, by name.
+      is_layer: whether it is a layer by itself, whose nonlinearity the model applies.
+    """
+
+    module: Example
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    is_layer: bool
+
+    def __call__(self, x: jax.Array, w: Any) -> jax.Array:
+        """Runs the module; its state stays as it is."""
+        (module,), _ = self.module.arguments()
+        values = w[0] | w[1]
+        flat = nnx.to_flat_state(nnx.state(module))
+        nnx.update(module, nnx.from_flat_state([(p, _put(leaf, values.get(_name(p)))) for p, leaf in flat]))
+        y = module(x, *self.args, **dict(self.kwargs))
+        return nnx.relu(y) if self.is_layer else y
+
+
+def surroundings(model: nnx.Module, order: list[Tap], method: str, example: Example) -> dict[str, dict[str, Any]]:
+    """For every tap the tapped modules above it, as :class:`jaxfa.Layer`, and how many taps are below.
+
+    Args:
+      model: with taps in it.
+      order: the taps, as the forward pass comes to them.
+      method: the model's method that is called.
+      example: the arguments.
+    """
+    order = [tap for tap in order if tap.is_receiver and tap.place.kind != "parameter"]
+    # A tap at an input stands for what made it, and the layer that the last one enters makes the logits.
+    later = {tap.path: order[i:-1] if tap.place.kind == "input" else order[i + 1 :] for i, tap in enumerate(order)}
+    paths = {tap.place.path for taps in later.values() for tap in taps}
+    stacks = {tap.place.path for tap in order if stacks_of(model)[tap.path]}
+    layers = _as_layers(plain_of(model), paths, stacks, method, example)
+    return {
+        tap.path: {"above": tuple(layers[one.place.path] for one in later[tap.path]), "below": below}
+        for below, tap in enumerate(order)
+    }
+
+
+def _as_layers(model: Any, paths: set[str], stacks: set[str], method: str, example: Example) -> dict[str, Layer]:
+    recorder, probe = Recorder(), nnx.clone(model)
+    for path, module in list(modules_of(probe)):
+        if path in paths:
+            module.called = nnx.static((path, recorder))
+            intercept(module, _called)
+    Program(probe, method_of(method), *example.arguments()).abstractly(lambda out: None)
+    modules, found = dict(modules_of(model)), {}
+    for path in paths:
+        layer = None if path in stacks else _as_layer(modules[path], *recorder.seen[path])
+        if layer is None:
+            raise ValueError(
+                f"This rule makes networks of the model's tapped modules, and {path!r} is a stack of layers, or is "
+                f"called with more than one array, or with whole numbers: name others with at=, or take a rule whose "
+                f"heads are its own, such as jaxfa.local_classifier()."
+            )
+        found[path] = layer
+    return found
+
+
+def _called(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> Any:
+    path, recorder = self.called
+    recorder.record(path, (own_call, structs(args), structs(kwargs)))
+    return own_call(self, *args, **kwargs)
+
+
+def _as_layer(module: Any, own_call: Callable[..., Any], args: Any, kwargs: Any) -> Layer | None:
+    """A module as a function of the array that it is called with; None if there are others, or it is none."""
+    if not args:  # then the first is among the keywords
+        name = next((name for name in inspect.signature(own_call).parameters if name in kwargs), None)
+        args, kwargs = (kwargs.get(name),), {other: one for other, one in kwargs.items() if other != name}
+    given, *args = args
+    others = [
+        leaf for leaf in jax.tree.leaves((args, kwargs), is_leaf=is_node) if is_node(leaf) or hasattr(leaf, "shape")
+    ]
+    if others or list(named_floats(given)) != [""]:
+        return None
+    module = nnx.clone(module)
+    # Neither masks, which would be the same at every step, nor statistics of activations that are not these.
+    module.set_attributes(nnx.Dropout, rate=0.0, raise_if_not_found=False)
+    module.set_attributes(nnx.MultiHeadAttention, dropout_rate=0.0, raise_if_not_found=False)
+    module.set_attributes(nnx.BatchNorm, use_running_average=False, raise_if_not_found=False)
+    floats = [(path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(module)) if is_float(leaf)]
+    params: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    for path, leaf in floats:
+        (params if isinstance(leaf, nnx.Param) else state)[_name(path)] = value_of(leaf)
+    block = Block(Example.of((module,), {}), tuple(args), tuple(kwargs.items()), find_site(module) is not None)
+    return Layer(block, given, (params, state))
+
+
+def _name(path: Any) -> str:
+    return ".".join(map(str, path))
+
+
+def _put(leaf: Any, value: Any) -> Any:
+    value = jax.tree.map(jnp.asarray, value_of(leaf)) if value is None else value
+    return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value

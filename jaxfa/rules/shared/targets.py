@@ -1,0 +1,76 @@
+"""What a classification's output error tells of its targets, for rules that learn from these."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxfa.base import refuse_shards
+from jaxfa.rules.shared.projection import shared_axes
+
+
+def examples_in(h: jax.Array, e: jax.Array, examples: float | None, rule: str) -> float:
+    """By what the loss divides its sum: ``examples``, or how many the error has.
+
+    Raises:
+      ValueError: if neither tells, in a ``shard_map``.
+    """
+    if examples is not None:
+        return examples
+    refuse_shards(
+        f"{rule} reads the targets off the error's signs, which do not tell by what the loss is divided. Say "
+        f"{rule}(examples=...), how many the loss averages over: those of all devices if it is summed or averaged "
+        f"over them, those of one if the gradients are; or shard the arrays under jit instead."
+    )
+    return math.prod(e.shape[: shared_axes(h, e)])
+
+
+def check_examples(examples: float | None, rule: str) -> None:
+    """Refuses a number of examples that is none."""
+    if examples is not None and not examples > 0:
+        raise ValueError(f"{rule} needs examples > 0, how many the loss averages over, or None; got {examples}.")
+
+
+def targets(h: jax.Array, e: jax.Array, examples: float) -> jax.Array:
+    """One-hot targets, of ``e``'s shape, of a mean softmax cross-entropy whose error is ``e = (softmax - y) / N``.
+
+    An example's target is where its error is negative. An example without error, fitted to the last bit or of weight 0,
+    has none. An example whose target can't be told has NaN: whoever learns from it sees that nothing was learned.
+
+    Args:
+      h: the activation that learns, which shares the axes of the examples.
+      e: the output error, ``(N, ..., C)``.
+      examples: ``N``, by which the loss divides.
+
+    Raises:
+      ValueError: if the error is of no classes; outside of ``jit``, if a target can't be told, and why.
+    """
+    if e.ndim != shared_axes(h, e) + 1 or e.shape[-1] < 2:
+        raise ValueError(
+            f"A local loss needs logits (N, ..., C) of two classes or more, one target for each example or token of "
+            f"the activation; got an error {e.shape} for an activation {h.shape}. Tap a module before the axis of "
+            f"tokens is merged or averaged, or say with logits= which of the outputs are a classifier's."
+        )
+    # What rounding leaves of a sum that is zero, or of an error that is.
+    slack = math.sqrt(jnp.finfo(e.dtype).eps) / examples
+    e = e.astype(jnp.promote_types(e.dtype, jnp.float32))
+    negative = e < 0
+    count, sizes = negative.sum(-1), jnp.abs(e).sum(-1)
+    hard = ((count == 1) & (jnp.abs(e.sum(-1)) <= slack)) | ((count == 0) & (sizes <= slack))
+    mean = jnp.abs(e).max(-1) <= 1 / examples + slack
+    _say(mean | ~hard, (
+        f"The output error is larger than that of a cross-entropy averaged over {examples:g} examples, to which a "
+        f"local loss is scaled: average the loss over the batch, or say with examples= by what it is divided."
+    ))  # fmt: skip
+    _say(hard, (
+        "The output error does not tell the targets, which a local loss needs: take the mean softmax cross-entropy of "
+        "the logits with hard labels (no smoothing, no mixing, no other loss), or a rule that uses the error itself, "
+        "such as jaxfa.dfa()."
+    ))  # fmt: skip
+    return jnp.where((hard & mean)[..., None], negative.astype(e.dtype), jnp.nan)
+
+
+def _say(holds: jax.Array, reason: str) -> None:
+    """Raises for a reason, where values are there to tell; in a traced program there are none."""
+    if not isinstance(holds, jax.core.Tracer) and not holds.all():
+        raise ValueError(reason)
