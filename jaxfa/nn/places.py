@@ -76,7 +76,7 @@ class Forward(NamedTuple):
         """What was seen at a model's taps, in the order of the pass; at a parameter, that."""
         found, taps = Recorder(), {}
         for module, name, tap in holders_of(model):
-            taps[tap.place.describe("")] = tap.path
+            taps[f"{tap.place.kind} of {tap.place.path}"] = tap.path
             if tap.place.kind == "parameter":
                 value = parameter_of(module, name).get_value()
                 found.record(tap.path, {"": _struct(value)}, value)

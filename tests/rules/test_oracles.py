@@ -25,7 +25,11 @@ NETWORKS = {
         ((8, 8, 2), (3, 3, 2, 4), (3, 3, 4, 3), (48, 6), (6, CLASSES)),
     ),
 }
-ROWS = {method.name: method.rule for method in METHODS}
+# Their references, as independent, are in test_forward_gradient, test_pepita and test_local.
+ELSEWHERE = {
+    "forward_gradient", "pepita", "pepita_mirrored", "local_classifier", "local_classifier_fixed", "predsim", "auglocal",
+}  # fmt: skip
+ROWS = {method.name: method.rule for method in METHODS if method.name not in ELSEWHERE}
 grid = pytest.mark.parametrize("kind", NETWORKS)
 
 
@@ -229,7 +233,7 @@ def test_stacks_of_blocks_are_the_equations(schedule, x64):
 
 
 def test_every_method_has_its_equations():
-    assert set(REFERENCES) == set(ROWS)
+    assert set(REFERENCES) | ELSEWHERE == {method.name for method in METHODS}
 
 
 @pytest.mark.parametrize("wrong", ["another rule", "a transposed window"])
