@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo results test test-all test-oldest lint docs clean
+.PHONY: setup demo bench results test test-all test-oldest lint docs clean
 
 setup: $(VENV)/ready
 
@@ -15,6 +15,10 @@ $(VENV)/ready: pyproject.toml $(PIP_CONSTRAINT)
 
 demo: setup
 	$(RUN) -m experiments run compare
+
+# On cores that nothing else uses. What is measured stays: delete runs/NAME-cpu to measure it again.
+bench: setup
+	for name in steps memory pipeline; do $(RUN) -m experiments run $$name || exit 1; done
 
 results: setup
 	$(RUN) -m experiments results

@@ -1,7 +1,13 @@
-"""The command line: ``python -m experiments list | run NAME [--preset NAME] [options] | report FOLDER | results``."""
+"""The command line: ``python -m experiments list | run NAME [--preset NAME] [options] | report FOLDER | results``.
+
+``run all [--preset NAME]`` runs every experiment that has the preset, one after the other, and keeps the results.
+"""
 
 import argparse
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -30,6 +36,7 @@ _FILES = (
     "ldfa.vit",
     "benchmarks.memory",
     "benchmarks.pipeline",
+    "benchmarks.steps",
     "rank_collapse.rank_collapse",
     "ssa.ablation",
     "ssa.alignment",
@@ -67,9 +74,11 @@ def _dispatch(args: list[str]) -> None:
                 print(f"{name:<18} {experiment.paragraphs()[0]}")
         case ["run", name, *options] if name in EXPERIMENTS:
             _run(EXPERIMENTS[name], options)
+        case ["run", "all", *options]:
+            run_all(options)
         case ["run", *names]:
             given = f"Unknown experiment {names[0]!r}" if names else "No experiment given"
-            raise ValueError(f"{given}; choose one of {', '.join(EXPERIMENTS)}.")
+            raise ValueError(f"{given}; choose all, or one of {', '.join(EXPERIMENTS)}.")
         case ["results"]:
             for path, text in results.pages(EXPERIMENTS.values()).items():
                 records.replace(path, text)
@@ -102,6 +111,47 @@ def _run(experiment: Experiment, options: list[str]) -> None:
         raise FloatingPointError(
             f"Some trainings diverged, and are not in the report's figures: {', '.join(diverged)}."
         )
+
+
+def _apart(name: str, preset: str) -> int:
+    return subprocess.run([*apart.COMMAND, "run", name, "--preset", preset], check=False).returncode
+
+
+def run_all(options: list[str], run: Callable[[str, str], int] = _apart) -> None:
+    """Runs every experiment that has a preset, each in a process of its own; those that are done are left out.
+
+    Args:
+      options: the command line after ``run all``.
+      run: what runs an experiment, by its name and preset, and returns the exit status.
+
+    Raises:
+      ValueError: if no experiment has the preset.
+      FloatingPointError: if an experiment failed or was cut; the same command goes on with it.
+    """
+    parser = argparse.ArgumentParser(prog="python -m experiments run all", allow_abbrev=False)
+    parser.add_argument("--preset", default="cpu", help="the preset to run of every experiment that has it")
+    preset = parser.parse_args(options).preset
+    chosen = [experiment for experiment in EXPERIMENTS.values() if preset in experiment.presets]
+    if not chosen:
+        raise ValueError(f"No experiment has the preset {preset!r}; cpu is every one's.")
+    left = []
+    for experiment in chosen:
+        folder, started = experiment.preset(preset).out, time.monotonic()
+        status = 0 if _is_done(folder) else run(experiment.name, preset)
+        if _is_done(folder):
+            print(
+                f"Results: {results.write(folder, EXPERIMENTS, preset)} ({(time.monotonic() - started) / 60:.0f} min)"
+            )
+        else:
+            left.append(f"{experiment.name} (exit status {status})")
+    if left:
+        raise FloatingPointError(f"Not done: {', '.join(left)}. The same command goes on with them.")
+
+
+def _is_done(folder: Path) -> bool:
+    """Whether a run came to its report, with nothing cut."""
+    cut = folder / "cut.json"
+    return (folder / "report.html").exists() and not (cut.exists() and records.read_json(cut))
 
 
 def _about(experiment: Experiment) -> str:

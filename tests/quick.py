@@ -70,8 +70,10 @@ ROWS = {
     ),
     "test_steps_with_a_sharded_optimizer_are_the_single_devices": (),
     "test_alignment_may_pull_the_feedback_instead_which_is_weight_transport_by_name": (),
-    "test_layer_wise_rules_are_their_closed_form": ("tanh-*", "relu-kolen_pollack"),
-    "test_direct_rules_are_their_closed_form": ("tanh-*", "relu-dfa"),
+    "test_gradients_and_signals_are_the_equations": (
+        "fa-dense", "usf-*", "brsf-conv", "frsf-conv", "kolen_pollack-*", "dfa-*", "dfa_shared-conv", "dkp-*",
+        "drtp-conv", "ldfa-*", "grape-conv", "fdfa-conv", "ssa-conv", "ssa_sequential-conv", "dldfa-conv",
+    ),
     "test_rules_are_the_gradient_of_a_surrogate": ("fa", "kolen_pollack", "dfa", "dkp"),
     "test_direct_feedback_of_every_shape": ("dense", "image", "token_heads", "vector_to_sequence"),
     "test_shard_map_with_its_type_checks_sums_over_the_devices_by_itself": (

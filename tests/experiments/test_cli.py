@@ -16,9 +16,9 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments.__main__ import EXPERIMENTS, main
-from experiments.benchmarks import memory, memory_figure, pipeline_report, pipeline_worker
-from experiments.common import data, operations, plots, records, sweep, text, timing
+from experiments.__main__ import EXPERIMENTS, main, run_all
+from experiments.benchmarks import memory, memory_figure, pipeline_report, pipeline_worker, steps
+from experiments.common import data, operations, plots, records, results, sweep, text, timing
 from experiments.common.train import DivergenceError
 from experiments.common.trainer import Trainer
 from experiments.conservation import figure as conservation_figure
@@ -149,6 +149,8 @@ def untrained(monkeypatch):
     count = operations.Count(1.0, 2.0, 0.5)
     monkeypatch.setattr(operations, "count", lambda task: look(Trees(), task) or count)
     monkeypatch.setattr(memory, "_measure", lambda *_: [])
+    monkeypatch.setattr(steps, "measure", lambda *_: {})
+    monkeypatch.setattr(steps, "report", lambda *_: None)
     for module in (memory_figure, pipeline_report, cost_report, rank_report):
         monkeypatch.setattr(module, "study", lambda *_: None)
     monkeypatch.setattr(pipeline_worker, "count", lambda task: [])
@@ -198,6 +200,7 @@ CASES = {
     "ldfa_vit": [SMALL | {"rules": (rule,), "ranks": (3,), "batch": 16} for rule in ("hebbian", "normative")],
     "memory": [{"depths": (2,), "timed": 2, "repeats": (1,), "timed_repeats": 1, "batch": 4, "images": 2}],
     "pipeline": [{"rounds": 0}],
+    "steps": [{"networks": ("mlp",), "deep": (), "starts": 1, "rounds": 2}],
     "rank_collapse": [SMALL | {"trainings": (arm,), "batch": 16} for arm in ("fa", "bp-norm-rank-1", "fa-norm-sized")],
     "ssa_ablation": [SMALL | {"batch": 16}],
     "ssa_cifar10": [SMALL | {"batch": 16, "networks": (name,)} for name in ("smallconv", "vgg13")],
@@ -237,8 +240,8 @@ def test_presets_are_configurations_that_fit(name):
     [
         ([], "No command given; choose one of list, run, report, results"),
         (["walk"], "Unknown command 'walk'; choose one of list, run, report, results"),
-        (["run"], "No experiment given; choose one of compare"),
-        (["run", "contrast"], "Unknown experiment 'contrast'; choose one of compare"),
+        (["run"], "No experiment given; choose all, or one of compare"),
+        (["run", "contrast"], "Unknown experiment 'contrast'; choose all, or one of compare"),
         (["run", "compare", "--model", "lenet"], "lenet needs images of at least 12 x 12"),
         (["run", "compare", "--batch", "2000"], "batch of 2000 is more than the 400"),
         (["run", "compare", "--dataset", "mnist", "--data", "/nowhere"], "No cached data set at /nowhere/mnist.npz"),
@@ -281,6 +284,7 @@ def test_wrong_use_is_told_what_to_do(args, message, tmp_path, monkeypatch, caps
         (["conservation", "--steps", "0"], ["steps must be at least 1, got 0"]),
         (["memory", "--timed", "3"], ["timed must be one of (4, 8, 16, 32, 64, 128, 256), got 3"]),
         (["pipeline", "--stages", "3"], ["must divide the 64 layers, got (3,)"]),
+        (["steps", "--networks", "vgg"], ["Unknown network 'vgg'; choose from mlp, lenet"]),
     ],
 )
 def test_unknown_choices_are_refused_with_the_valid_ones(args, messages, monkeypatch, capsys):
@@ -297,3 +301,27 @@ def test_list_names_every_experiment(capsys):
     assert main(["list"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in EXPERIMENTS)
+
+
+def test_all_are_run_one_after_the_other_and_the_next_time_those_that_were_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "write", lambda folder, experiments, name: f"{folder.name}.json")
+    seen = []
+
+    def run(name, preset):
+        seen.append(name)
+        folder = EXPERIMENTS[name].preset(preset).out
+        folder.mkdir(parents=True, exist_ok=True)
+        if name == "memory" and seen.count(name) == 1:
+            return 137  # killed
+        (folder / "report.html").touch()
+        records.write_json(folder / "cut.json", ["fa was cut."] if seen.count(name) == 1 and name == "compare" else [])
+        return 0
+
+    with pytest.raises(FloatingPointError, match=r"compare \(exit status 0\), memory \(exit status 137\)"):
+        run_all([], run)
+    run_all([], run)
+    assert seen == [*EXPERIMENTS, "compare", "memory"]
+    assert "compare-cpu.json" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="No experiment has the preset 'gpu'"):
+        run_all(["--preset", "gpu"], run)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import EXPERIMENTS, main
+from experiments.benchmarks import workloads
 from experiments.common import page, records, results, rows, sweep
 from experiments.conservation import laws
 from experiments.grape import networks as grape_networks
@@ -59,6 +60,7 @@ STUDIES = {
     },
     "rank_collapse": TRAINED
     | {"trainings": ("fa",), "widths": (4, 4), "steps": 1, "window": 2, "sketch": 64, "probe": 8},
+    "steps": {"networks": ("mlp",), "deep": ("lenet",), "starts": 1, "rounds": 2},
     "ssa_cost": TRAINED | {"fractions": (0.125,), "energy": 0.7, "multiple": 2},
 }
 QUICK = ("compare", "ldfa_linear")
@@ -76,6 +78,9 @@ def tiny(mock, play, monkeypatch):
         monkeypatch.setitem(grape_networks.NETWORKS, name, network._replace(make=small, taps=None))
     monkeypatch.setattr(ssa_arms, "maker", lambda name, config, found: lambda rngs: small((8, 8, 3), 3, rngs=rngs))
     monkeypatch.setattr("experiments.grape.shallow.ShallowCNN", small)
+    workload = workloads.Workload(lambda rngs: MLP((2, 2, 1), workloads.CLASSES, (4, 4), rngs=rngs), (2, 2, 1), batch=4)
+    for name in ("mlp", "lenet"):
+        monkeypatch.setitem(workloads.WORKLOADS, name, workload)
     monkeypatch.setattr(laws, "_digits", lambda: (np.ones((60, 8, 8, 1)), np.arange(60) % 10))
     monkeypatch.setattr(ldfa_vgg, "VGG", lambda shape, classes, *, widths, rngs: small(shape, classes, rngs=rngs))
     monkeypatch.setattr(ldfa_vgg, "AT", None)

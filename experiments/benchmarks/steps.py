@@ -1,0 +1,161 @@
+"""What a training step costs under each rule, the first and every other, beside plain Flax's and PyTorch's.
+
+Claim (ours): a layer-wise rule starts in 1.3 times plain Flax's time and its steps cost what backpropagation's do; a
+direct rule starts in 1.5 times and its steps cost less, since no error travels through the layers.
+
+Command: ``make bench``, or ``python -m experiments run steps`` for this one alone, on cores that nothing else uses.
+
+Steps are timed in interleaved rounds, PyTorch's, where it is installed, among them; ratios are within one round. The
+start is the median of some that take turns, with nothing compiled before: the model's making, ``attach``, the trace,
+and the compiler. A step has the rule's own phase, the gradient, and Adam's update. Memory and operations are read off
+the compiled program.
+"""
+
+import dataclasses
+import statistics
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.benchmarks.workloads import EXACT, PLAIN, RULES, WORKLOADS, Started, start
+from experiments.common import plots, records, timing
+from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
+
+PARTS = ("make", "attach", "trace", "compile")
+Measured = dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """The networks, and how often each thing is done."""
+
+    networks: tuple[str, ...] = ("mlp", "lenet", "resnet20", "decoder")
+    """The networks whose steps are timed."""
+    deep: tuple[str, ...] = ("resnet56",)
+    """The networks of which the start alone is timed."""
+    starts: int = 3
+    """How many times each step is made from nothing."""
+    rounds: int = 15
+    """How many rounds of timing there are."""
+
+    def __post_init__(self) -> None:
+        records.refuse_below_one(self, "starts")
+        records.refuse_empty(self, "networks")
+        for name in (*self.networks, *self.deep):
+            if name not in WORKLOADS:
+                raise ValueError(f"Unknown network {name!r}; choose from {', '.join(WORKLOADS)}.")
+
+
+def study(config: Config, histories: Histories) -> Study:
+    """Measures each network that no earlier run has measured."""
+    del histories
+    found = {}
+    for name in (*config.networks, *config.deep):
+        path = config.out / f"{name}.json"
+        if not path.exists():
+            records.write_json(path, measure(name, config.starts, config.rounds if name in config.networks else 0))
+        found[name] = records.read_json(path)
+    return report(config, found)
+
+
+def measure(network: str, starts: int, rounds: int) -> Measured:
+    """Everything of one network: for each rule its start, its program and its step."""
+    begun: dict[str, list[Started]] = {}
+    for _ in range(starts):
+        for name in RULES:
+            if one := start(WORKLOADS[network], name):
+                # Only the last program is kept.
+                begun[name] = [*(old._replace(run=one.run) for old in begun.get(name, [])), one]
+    found: Measured = {
+        name: {
+            "seconds": {part: statistics.median(one.seconds[part] for one in each) for part in PARTS},
+            "whole": statistics.median(sum(one.seconds.values()) for one in each),
+            "gigaflops": each[0].flops / 1e9,
+            "mebibytes": each[0].temporary / 2**20,
+        }
+        for name, each in begun.items()
+    }
+    if rounds:
+        runs = {name: each[-1].run for name, each in begun.items()} | _peers(network)
+        for run in runs.values():
+            run()
+        for name, times in timing.interleaved(runs, rounds, PLAIN).items():
+            found.setdefault(name, {})["step"] = times
+    return found
+
+
+def _peers(network: str) -> dict[str, Any]:
+    if find_spec("torch") is None:
+        return {}
+    inputs, labels = (np.asarray(one) for one in WORKLOADS[network].data())
+    return import_module("experiments.benchmarks.peers").steps(network, inputs, labels)
+
+
+def report(config: Config, found: dict[str, Measured]) -> Study:
+    """The figure of times, and a table for each network."""
+    drawn = Figure(figsize=(10.4, 6.4), layout="constrained")
+    above, below = drawn.subplots(2, len(config.networks), squeeze=False)
+    for top, bottom, name in zip(above, below, config.networks, strict=True):
+        _bars(top, {rule: one["step"] for rule, one in found[name].items() if "step" in one}, f"{name}: a step")
+        whole = {rule: one["whole"] for rule, one in found[name].items() if "whole" in one}
+        starts = {rule: {"ratio": one / whole[PLAIN]} for rule, one in whole.items()}
+        _bars(bottom, starts, f"{name}: from nothing to the first")
+    caption = f"Times as multiples of {PLAIN}'s; of steps with the quartiles over {config.rounds} rounds."
+    tables = [Table(name, rows(one)) for name, one in found.items()]
+    return Study(drawn, caption, tables, findings(found), found)
+
+
+def findings(found: dict[str, Measured]) -> list[tuple[str, str]]:
+    """What came of it, for every network."""
+    told = []
+    for network, rules in found.items():
+        if "step" in rules[EXACT]:
+            told += [(f"{rules['FA']['step']['ratio']:.2f}x", f"plain Flax's step takes FA's, in {network}.")]
+            told += [(f"{rules['DFA']['step']['ratio']:.2f}x", f"plain Flax's step takes DFA's, in {network}.")]
+    return told
+
+
+def rows(rules: Measured) -> list[list[str]]:
+    """One network's table."""
+    plain = rules[PLAIN]["whole"]
+    table = [["", "step", "quartiles", "milliseconds", "GFLOP", "MiB", "start", *(f"{part}, s" for part in PARTS)]]
+    for name, one in rules.items():
+        step = one.get("step")
+        row = [name, "", "", ""]
+        if step:
+            spread = f"{step['low']:.2f} to {step['high']:.2f}"
+            row = [name, f"{step['ratio']:.2f}", spread, f"{step['milliseconds']:.1f}"]
+        if "whole" in one:
+            row += [f"{one['gigaflops']:.2f}", f"{one['mebibytes']:.1f}", f"{one['whole'] / plain:.2f}"]
+            row += [f"{one['seconds'][part]:.2f}" for part in PARTS]
+        table.append([*row, *[""] * (len(table[0]) - len(row))])
+    return table
+
+
+def _bars(axes: Axes, ratios: dict[str, dict[str, float]], title: str) -> None:
+    for i, (name, one) in enumerate(ratios.items()):
+        bars = [[max(one["ratio"] - one.get("low", one["ratio"]), 0)], [max(one.get("high", 0) - one["ratio"], 0)]]
+        color = plots.GREY if name == PLAIN else plots.ORANGE if name.startswith("PyTorch") else plots.BLUE
+        axes.barh(-i, one["ratio"], 0.4, xerr=bars, color=color, error_kw={"linewidth": 0.8})
+        axes.annotate(f"{name}: {one['ratio']:.2f}", (0, -i + 0.24), fontsize=6.6, va="bottom")
+    axes.set_yticks([])
+    axes.set_ylim(0.75 - len(ratios), 0.9)
+    axes.axvline(1, color=plots.GREY, linewidth=0.9)
+    axes.set_title(title)
+
+
+EXPERIMENT = Experiment(
+    __name__,
+    __doc__,
+    {"cpu": Config(), "paper": Config(rounds=50)},
+    Page(
+        "What does a step cost?",
+        "Layer-wise feedback costs what backpropagation does, direct feedback less. Time, memory and operations of a "
+        "training step under each rule, and the time from nothing to the first one, beside plain Flax and PyTorch.",
+    ),
+    study=study,
+)

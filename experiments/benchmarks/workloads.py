@@ -1,0 +1,139 @@
+"""The networks, rules and training steps that ``steps`` times."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from flax import nnx
+
+import jaxfa
+import jaxfa.nn
+from experiments.common.task import cross_entropy
+from experiments.models.gpt import GPT
+from experiments.models.networks import MLP, LeNet, ResNet
+
+CLASSES, VOCABULARY, CONTEXT = 10, 65, 64
+PLAIN, EXACT = "plain Flax", "backpropagation"
+BLOCKS = ("stem", "blocks/*")
+
+
+class Workload(NamedTuple):
+    """A network and the shape of its inputs.
+
+    Attributes:
+      make: ``rngs -> module``.
+      inputs: of one example; of tokens their number.
+      batch: examples of a step.
+      at: what direct rules tap.
+    """
+
+    make: Callable[[nnx.Rngs], nnx.Module]
+    inputs: tuple[int, ...]
+    batch: int
+    at: tuple[str, ...] | None = None
+
+    def data(self) -> tuple[jax.Array, jax.Array]:
+        """Random inputs and labels of a step."""
+        keys = jax.random.split(jax.random.key(0))
+        shape = (self.batch, *self.inputs)
+        if len(self.inputs) == 1:
+            return tuple(jax.random.randint(key, shape, 0, VOCABULARY) for key in keys)  # type: ignore[return-value]
+        return jax.random.normal(keys[0], shape), jax.random.randint(keys[1], (self.batch,), 0, CLASSES)
+
+
+def _resnet(repeats: int) -> Workload:
+    shape = (32, 32, 3)
+    return Workload(lambda rngs: ResNet(shape, CLASSES, repeats=repeats, rngs=rngs), shape, batch=128, at=BLOCKS)
+
+
+WORKLOADS = {
+    "mlp": Workload(lambda rngs: MLP((28, 28, 1), CLASSES, (1024,) * 4, rngs=rngs), (28, 28, 1), batch=256),
+    "lenet": Workload(lambda rngs: LeNet((28, 28, 1), CLASSES, rngs=rngs), (28, 28, 1), batch=256),
+    "resnet20": _resnet(3),
+    "resnet56": _resnet(9),
+    "decoder": Workload(
+        lambda rngs: GPT(VOCABULARY, context=CONTEXT, width=128, depth=12, heads=4, rngs=rngs),
+        (CONTEXT,),
+        batch=16,
+        at=("embedding", "blocks/*"),
+    ),
+}
+RULES: dict[str, tuple[jaxfa.Rule | None, jaxfa.stacks.Schedule]] = {
+    PLAIN: (None, jaxfa.stacks.stored),
+    EXACT: (jaxfa.backprop(), jaxfa.stacks.stored),
+    "FA": (jaxfa.fa(), jaxfa.stacks.stored),
+    "Kolen-Pollack": (jaxfa.kolen_pollack(), jaxfa.stacks.stored),
+    "LDFA, n/4": (jaxfa.ldfa(0.25), jaxfa.stacks.stored),
+    "LDFA, n/16": (jaxfa.ldfa(0.0625), jaxfa.stacks.stored),
+    "DFA": (jaxfa.dfa(), jaxfa.stacks.stored),
+    "DFA, streamed": (jaxfa.dfa(), jaxfa.stacks.stream),
+    "GrAPE": (jaxfa.grape(), jaxfa.stacks.stored),
+    "GrAPE, Kalman": (jaxfa.grape(averaging=jaxfa.rules.kalman()), jaxfa.stacks.stored),
+}
+
+
+class Started(NamedTuple):
+    """A compiled training step.
+
+    Attributes:
+      run: takes one step and returns its seconds.
+      seconds: of ``make``, ``attach``, ``trace`` and ``compile``.
+      flops: operations of a step, by XLA's count.
+      temporary: bytes that the program allocates beside inputs and outputs.
+    """
+
+    run: Callable[[], float]
+    seconds: dict[str, float]
+    flops: float
+    temporary: int
+
+
+def start(workload: Workload, name: str) -> Started | None:
+    """Makes a network and compiles one of its training steps, timed; None where a stream has no blocks to run."""
+    rule, schedule = RULES[name]
+    x, labels = workload.data()
+    direct = isinstance(rule, jaxfa.DirectRule)
+    if schedule != jaxfa.stacks.stored and workload.at is None:
+        return None
+    jax.clear_caches()  # from nothing
+    seconds, clock = {}, time.perf_counter()
+    model = workload.make(nnx.Rngs(0))
+    seconds["make"], clock = time.perf_counter() - clock, time.perf_counter()
+    if rule is not None:
+        at = workload.at if direct else None
+        model = jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=x, at=at, schedule=schedule)
+    seconds["attach"] = time.perf_counter() - clock
+    tx = optax.adam(1e-3)
+    learned = nnx.Param if rule is None else (nnx.Param, jaxfa.nn.Feedback)
+    optimizer = nnx.Optimizer(model, tx if rule is None else jaxfa.optimizer(tx, rule), wrt=learned)
+    graph, arrays = nnx.split((model, optimizer))
+    step = jax.jit(partial(_step, graph, learned, rule is not None), donate_argnums=0)
+    clock = time.perf_counter()
+    batch = x, labels, jax.random.key(2)
+    traced = step.trace(arrays, batch)
+    seconds["trace"], clock = time.perf_counter() - clock, time.perf_counter()
+    compiled = traced.lower().compile()
+    seconds["compile"] = time.perf_counter() - clock
+    state = [arrays]
+
+    def run() -> float:
+        started = time.perf_counter()
+        state[0] = jax.block_until_ready(compiled(state[0], batch))
+        return time.perf_counter() - started
+
+    cost = compiled.cost_analysis() or {}
+    return Started(run, seconds, cost.get("flops", 0.0), compiled.memory_analysis().temp_size_in_bytes)
+
+
+def _step(graph: Any, learned: Any, refines: bool, arrays: Any, batch: Any) -> Any:
+    x, labels, key = batch
+    model, optimizer = nnx.merge(graph, arrays, copy=True)
+    model.train()
+    if refines:
+        model.refine(key, x)
+    grads = nnx.grad(lambda model: cross_entropy(model(x), labels), argnums=nnx.DiffState(0, learned))(model)
+    optimizer.update(model, grads)
+    return nnx.state((model, optimizer))

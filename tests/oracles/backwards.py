@@ -1,0 +1,112 @@
+"""What each rule's backward pass does, in NumPy alone, from the papers' equations: no line of jaxfa, and no autodiff.
+
+A reference is ``(net, i, feedback, delta, e) -> (error at xs[i], learning signals by field)``: ``delta`` is the error
+at the output of layer ``i``, which ``xs[i]`` enters, and ``e`` that of the logits.
+"""
+
+import math
+
+import numpy as np
+
+from tests.oracles.networks import dense
+from tests.oracles.phases import whole
+
+
+def direct(h, b, e):
+    """``e B^T``: ``dh_i = sum_k B_ik e_k``."""
+    return (e @ b.reshape(-1, e.shape[-1]).T).reshape(h.shape)
+
+
+def oja(p, errors):
+    """``(1 - p p^T) C p / tr C`` with the covariance ``C`` of the errors' rows."""
+    c = np.cov(errors.reshape(-1, errors.shape[-1]).T, bias=True)
+    return (np.eye(len(c)) - p @ p.T) @ c @ p / np.trace(c)
+
+
+def by_weights(net, i, feedback, delta, e):
+    return net.back(i, net.w[i], delta), {}
+
+
+def by_matrix(net, i, feedback, delta, e):
+    return net.back(i, feedback.b, delta), {}
+
+
+def kolen_pollack(net, i, feedback, delta, e):
+    return net.back(i, feedback.b, delta), {"b": net.layers[i].to_weights(net.xs[i], feedback.b, delta)}
+
+
+def usf(net, i, feedback, delta, e):
+    *window, n, m = net.w[i].shape
+    return net.back(i, math.sqrt(2 / (math.prod(window) * (n + m))) * np.sign(net.w[i]), delta), {}
+
+
+def by_magnitude(net, i, feedback, delta, e):
+    return net.back(i, feedback.magnitude * np.sign(net.w[i]), delta), {}
+
+
+def ldfa(net, i, feedback, delta, e):
+    thin = delta @ feedback.p  # the layer's own operation with r outputs takes it to the input
+    signal = {
+        "p": -oja(feedback.p, delta) if getattr(feedback, "learn_p", False) else 0,
+        "q": net.layers[i].to_weights(net.xs[i], feedback.q, thin) if getattr(feedback, "learn_q", False) else 0,
+    }
+    return net.back(i, feedback.q, thin), signal
+
+
+def by_factors(net, i, feedback, delta, e):
+    return net.back(i, dense(feedback.b), delta), {}
+
+
+def by_lift(net, i, feedback, delta, e):
+    delta = e if feedback.lift is None else direct(net.hs[i], feedback.lift, e)
+    return net.back(i, dense(feedback.b), delta), {}
+
+
+def dfa(net, i, feedback, delta, e):
+    return direct(net.xs[i], feedback.b, e), {}
+
+
+def dfa_shared(net, i, feedback, delta, e):
+    n = math.prod(net.xs[i].shape[1:])
+    return direct(net.xs[i], feedback.b[:n] / math.sqrt(n), e), {}
+
+
+def dkp(net, i, feedback, delta, e):
+    return direct(net.xs[i], feedback.b, e), {"b": np.tensordot(net.xs[i], e, (0, 0))}
+
+
+def drtp(net, i, feedback, delta, e):
+    return direct(net.xs[i], feedback.b, -net.targets / len(e)), {}
+
+
+def dldfa(net, i, feedback, delta, e):
+    thin = e @ feedback.p
+    return direct(net.xs[i], feedback.q, thin), {"p": -oja(feedback.p, e), "q": np.tensordot(net.xs[i], thin, (0, 0))}
+
+
+def by_tile(net, i, feedback, delta, e):
+    return direct(net.xs[i], whole(feedback.b, net.xs[i].shape[1:]), e), {}
+
+
+REFERENCES = {
+    "backprop": by_weights,
+    "fa": by_matrix,
+    "usf": usf,
+    "brsf": by_magnitude,
+    "frsf": by_magnitude,
+    "kolen_pollack": kolen_pollack,
+    "weight_mirror": by_matrix,
+    "dfa": dfa,
+    "dfa_shared": dfa_shared,
+    "dkp": dkp,
+    "drtp": drtp,
+    "ldfa": ldfa,
+    "ldfa_fixed": ldfa,
+    "normative_ldfa": ldfa,
+    "grape": by_tile,
+    "fdfa": by_tile,
+    "ssa": by_lift,
+    "ssa_sequential": by_factors,
+    "ssa_transported": by_factors,
+    "dldfa": dldfa,
+}
