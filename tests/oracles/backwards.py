@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from tests.oracles import local
 from tests.oracles.networks import dense
 from tests.oracles.phases import whole
 
@@ -88,6 +89,28 @@ def by_tile(net, i, feedback, delta, e):
     return direct(net.xs[i], whole(feedback.b, net.xs[i].shape[1:]), e), {}
 
 
+def local_classifier(net, i, feedback, delta, e):
+    error, signal = local.classify(net.xs[i], feedback.sides, feedback, net.targets)
+    return error, {} if feedback.fixed else signal
+
+
+def predsim(net, i, feedback, delta, e):
+    return local.predsim(net.xs[i], feedback, net.targets)
+
+
+def auglocal(net, i, feedback, delta, e):
+    return local.augmented(net.xs[i], feedback, net.targets, net.layers[i:-1])
+
+
+def at(signals, path):
+    """What is in a reference's signals at a leaf of a feedback; zero where they have nothing."""
+    for key in path:
+        signals = (
+            signals[key.idx] if hasattr(key, "idx") else signals.get(getattr(key, "name", getattr(key, "key", "")), {})
+        )
+    return 0 if isinstance(signals, dict) else signals
+
+
 REFERENCES = {
     "backprop": by_weights,
     "fa": by_matrix,
@@ -109,4 +132,8 @@ REFERENCES = {
     "ssa_sequential": by_factors,
     "ssa_transported": by_factors,
     "dldfa": dldfa,
+    "local_classifier": local_classifier,
+    "local_classifier_fixed": local_classifier,
+    "predsim": predsim,
+    "auglocal": auglocal,
 }

@@ -14,6 +14,8 @@ from jaxfa.rules.auglocal import redrawn, sampled
 from jaxfa.rules.predsim import halved
 from jaxfa.rules.shared.local import pool
 from jaxfa.rules.shared.targets import targets
+from tests.oracles import backwards, local
+from tests.oracles.networks import Conv, Dense
 
 RULES = {
     "local_classifier": jaxfa.local_classifier(pool=2),
@@ -24,104 +26,14 @@ N, C = 6, 3
 every_case = pytest.mark.parametrize(("name", "kind"), list(itertools.product(RULES, ("dense", "conv"))))
 
 
-# --- by NumPy ---------------------------------------------------------------------------------------------------------
-
-
-def softmax_error(logits, y):
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    return (p / p.sum(-1, keepdims=True) - y) / len(y)
-
-
-def convolve(x, w):
-    """3 x 3, padded with zeros; and the function that sends an error back: to ``x`` and to ``w``."""
-    height, width = x.shape[1:3]
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    windows = {(a, b): np.s_[:, a : a + height, b : b + width] for a in range(3) for b in range(3)}
-
-    def back(d):
-        dx, dw = np.zeros_like(padded), np.zeros_like(w)
-        for (a, b), window in windows.items():
-            dx[window] += d @ w[a, b].T
-            dw[a, b] = np.einsum("nhwi,nhwo->io", padded[window], d)
-        return dx[:, 1:-1, 1:-1], dw
-
-    return sum(padded[window] @ w[ab] for ab, window in windows.items()), back
-
-
-def linear(x, w):
-    return x @ w, lambda d: (d @ w.T, x.T @ d)
-
-
-def averaged(h, sides):
-    """Means over windows that divide the map; an activation without pixels as it is."""
-    if h.ndim == 2:
-        return h, lambda d: d
-    n, height, width, channels = h.shape
-    a, b = height // sides[0], width // sides[1]
-    means = h.reshape(n, sides[0], a, sides[1], b, channels).mean((2, 4))
-    return means, lambda d: np.repeat(np.repeat(d, a, 1), b, 2) / (a * b)
-
-
-def classify(h, sides, f, y, weight=1.0):
-    """The error and what a classifier learns."""
-    means, spread = averaged(h, sides)
-    flat = means.reshape(len(h), -1)
-    d = weight * softmax_error(flat @ f.w + f.b, y)
-    return spread((d @ f.w.T).reshape(means.shape)), {"w": flat.T @ d, "b": d.sum(0)}
-
-
-def similarities(z):
-    centred = z - z.mean(1, keepdims=True)
-    norms = np.sqrt((centred**2).sum(1, keepdims=True))
-    return centred / (norms + 1e-8), centred, norms
-
-
-def deviations(z):
-    pixels = z.reshape(len(z), -1, z.shape[-1])
-    off = pixels - pixels.mean(1, keepdims=True)
-    found = np.sqrt((off**2).sum(1) / (off.shape[1] - 1))
-    return found, lambda d: ((d / found)[:, None] * off / (off.shape[1] - 1)).reshape(z.shape)
-
-
-def match(h, f, y, weight):
-    z, back = (convolve if h.ndim == 4 else linear)(h, np.asarray(f.s))
-    flat, spread = deviations(z) if h.ndim == 4 else (z, lambda d: d)
-    (unit, centred, norms), (wanted, _, _) = similarities(flat), similarities(y)
-    d = 4 * weight * (unit @ unit.T - wanted @ wanted.T) @ unit / len(y) ** 2
-    d = d / (norms + 1e-8) - centred * (centred * d).sum(1, keepdims=True) / norms / (norms + 1e-8) ** 2
-    dh, ds = back(spread(d - d.mean(1, keepdims=True)))
-    return dh, {"s": ds}
-
-
-def augmented(h, f, y):
-    """One block, if there is one above, behind means and a map of channels; then the mean over pixels."""
-    chain = []
-    for params, adapter, sides in zip(f.params, f.adapters, f.sides, strict=True):
-        h, back = averaged(h, sides)
-        chain.append(back)
-        h, back = (h, None) if adapter is None else mapped(h, np.asarray(adapter))
-        chain.append(back)
-        a, back = (convolve if h.ndim == 4 else linear)(h, np.asarray(params["w"]))
-        h = np.tanh(a)
-        chain.append((back, 1 - h**2))
-    d, signal = classify(h, (1, 1), f, y)
-    for (back, slope), adapt, spread in zip(*[iter(chain[::-1])] * 3, strict=True):
-        d, signal["params"] = back(d * slope)
-        if adapt is not None:
-            d, signal["adapters"] = adapt(d)
-        d = spread(d)
-    return d, signal
-
-
-def mapped(h, w):
-    return h @ w, lambda d: (d @ w.T, h.reshape(-1, h.shape[-1]).T @ d.reshape(-1, d.shape[-1]))
-
-
 def by_hand(name, f, h, y):
-    if name == "predsim":
-        (dh, one), (dm, other) = classify(h, f.sides, f, y, 1 - f.beta), match(h, f, y, f.beta)
-        return dh + dm, one | other
-    return classify(h, f.sides, f, y) if name == "local_classifier" else augmented(h, f, y)
+    match name:
+        case "local_classifier":
+            return local.classify(h, f.sides, f, y)
+        case "predsim":
+            return local.predsim(h, f, y)
+        case "auglocal":
+            return local.augmented(h, f, y, [Conv(1) if h.ndim == 4 else Dense()] * len(f.params))
 
 
 # --- the networks -----------------------------------------------------------------------------------------------------
@@ -177,24 +89,15 @@ gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
 def expected(name, kind, data, weights, feedback):
     """Gradients and signals; what a layer hands on to the one below is dropped."""
     x, labels = data
-    y, forward = np.eye(C)[np.asarray(labels)], linear if kind == "dense" else convolve
+    y, layer = np.eye(C)[np.asarray(labels)], Dense() if kind == "dense" else Conv(1)
     h, grads, signals = np.asarray(x), [], []
     for w, f in zip(weights, jax.tree.map(np.asarray, feedback), strict=False):
-        a, back = forward(h, np.asarray(w))
-        h = np.tanh(a)
+        below, h = h, np.tanh(layer(h, np.asarray(w)))
         dh, signal = by_hand(name, f, h, y)
-        grads.append(back(dh * (1 - h**2))[1])
+        grads.append(layer.to_weights(below, np.asarray(w), dh * (1 - h**2)))
         signals.append(signal)
     means = h.mean((1, 2)) if kind == "conv" else h
-    return [*grads, means.T @ softmax_error(means @ np.asarray(weights[-1]), y)], signals
-
-
-def leaves(signal):
-    """A signal by the names of NumPy's."""
-    found = {name: value for name, value in vars(signal).items() if name in ("w", "b", "s")}
-    if getattr(signal, "params", ()):
-        found |= {"params": signal.params[0]["w"], "adapters": signal.adapters[0]}
-    return found
+    return [*grads, means.T @ local.softmax_error(means @ np.asarray(weights[-1]), y)], signals
 
 
 @every_case
@@ -204,10 +107,9 @@ def test_in_a_network_it_is_the_closed_form(name, kind, x64):
     want, wanted = expected(name, kind, (x, labels), weights, feedback)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, want)
     for signal, one in zip(signals, wanted, strict=True):
-        assert leaves(signal).keys() == one.keys()
-        for leaf, value in leaves(signal).items():
-            np.testing.assert_allclose(value, one[leaf], rtol=1e-9, atol=1e-12)
-            assert np.abs(value).max() > 1e-4
+        for path, leaf in jax.tree.leaves_with_path(signal):
+            np.testing.assert_allclose(leaf, backwards.at(one, path), rtol=1e-9, atol=1e-12)
+            assert np.abs(leaf).max() > 1e-4
     # The control: other targets, or what backpropagation brings, is something else.
     other, _ = expected(name, kind, (x, labels[::-1]), weights, feedback)
     true, _ = gradient(weights, [None, None], kind, x, labels)
@@ -275,7 +177,7 @@ def test_weights_drawn_anew_are_the_same_numbers_elsewhere():
 def test_similarity_has_a_gradient_where_a_unit_or_an_example_is_dead(x64):
     rule = jaxfa.predsim()
     h = jnp.zeros((N, 4, 4, 5)).at[1:].set(1.0).at[2:, 0, 0].set(2.0)
-    e = jnp.asarray(softmax_error(np.zeros((N, C)), np.eye(C)[np.arange(N) % C]))
+    e = jnp.asarray(local.softmax_error(np.zeros((N, C)), np.eye(C)[np.arange(N) % C]))
     found = rule.init(jax.random.PRNGKey(0), h, e).learn(h, e)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 

@@ -40,6 +40,16 @@ def operation(layer):
     return lambda x, w, feedback=None: jaxfa.conv(x, w, feedback, strides=layer.stride)
 
 
+def block(op):
+    """A hidden layer, as a rule is told of it."""
+
+    def run(x, w):
+        y = op(x, w[0]["w"])
+        return jnp.tanh(y + w[0]["b"].reshape(*[1] * (y.ndim - 1), -1))
+
+    return run
+
+
 def create(kind, rule):
     """A network, parameters, a batch, and feedback for the input of every layer but the first."""
     layers, (inputs, *shapes) = NETWORKS[kind]
@@ -58,7 +68,9 @@ def create(kind, rule):
     ]
     keys, logits = jax.random.split(KEY, len(layers)), jax.ShapeDtypeStruct((IMAGES, CLASSES), jnp.float64)
     if is_direct(rule):
-        feedback = [init_at(rule, layer=one)(k, one.x, logits) for k, one in zip(keys, ops, strict=True)][1:]
+        hidden = [jaxfa.Layer(block(one.op), one.x, (p, {})) for one, p in zip(ops[:-1], params, strict=False)]
+        known = [{"layer": one, "above": tuple(hidden[i:]), "below": i - 1} for i, one in enumerate(ops)]
+        feedback = [init_at(rule, **own)(k, own["layer"].x, logits) for k, own in zip(keys, known, strict=True)][1:]
         if feedback[0].shared:
             feedback = [max(feedback, key=lambda f: f.b.size)] * len(feedback)
     else:
@@ -125,7 +137,7 @@ def test_gradients_and_signals_are_the_equations(name, kind, x64):
         jax.tree.map(close, plain_factors(found["w"]), expected["w"])
     for expected, found in zip(slots, slot[1:], strict=True):
         for path, leaf in jax.tree.leaves_with_path(found):
-            close(leaf, expected.get(path[0].name, 0))
+            close(leaf, backwards.at(expected, path))
 
 
 def plain_factors(w):
