@@ -25,10 +25,8 @@ NETWORKS = {
         ((8, 8, 2), (3, 3, 2, 4), (3, 3, 4, 3), (48, 6), (6, CLASSES)),
     ),
 }
-# Their references, as independent, are in test_forward_gradient, test_pepita and test_local.
-ELSEWHERE = {
-    "forward_gradient", "pepita", "pepita_mirrored", "local_classifier", "local_classifier_fixed", "predsim", "auglocal",
-}  # fmt: skip
+# Their references, as independent, are in test_forward_gradient and test_pepita.
+ELSEWHERE = {"forward_gradient", "pepita", "pepita_mirrored"}
 ROWS = {method.name: method.rule for method in METHODS if method.name not in ELSEWHERE}
 grid = pytest.mark.parametrize("kind", NETWORKS)
 
