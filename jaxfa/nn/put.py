@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from jaxfa.base import DirectRule, Rule, matches
+from jaxfa.jaxprs.cuts import OUTPUT, Cuts
+from jaxfa.jaxprs.cuts import Use as Read
 from jaxfa.jaxprs.flows import Use
-from jaxfa.nn.choose import choose, hidden_layers, name_all
+from jaxfa.nn.choose import choose, name_all
 from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.describe import layer_name
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.measured import measure_taps, tappable, that_are_read, true_size
-from jaxfa.nn.places import look
+from jaxfa.nn.places import Forward, look
 from jaxfa.nn.program import Example
 from jaxfa.nn.tap import Place, place_tap
 from jaxfa.nn.taps import (
@@ -65,8 +67,7 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
     method, example, note, forward = call.method, call.example, "", None
     if rule.modulate is not None:
         forward = look(model, method, example, call.logits)
-        hidden = tuple(Place("output", path) for path in hidden_layers(model, forward))
-        places = _modulated(rule.modulate, _named(model, at) if at else hidden, method)
+        places = _modulated(rule.modulate, _named(model, at) if at else _hidden(model, forward), method)
         note = "" if at else "tapped: the output of every layer but the last"
     elif rule.parameters:
         places = _parameters(model, at, call.allow)
@@ -155,6 +156,16 @@ def _parameters(model: Any, at: Any, allow: tuple[str, ...]) -> tuple[Place, ...
 
 def _params(model: Any) -> list[str]:
     return ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
+def _hidden(model: Any, forward: Forward) -> tuple[Place, ...]:
+    """The outputs of the layers that a forward pass calls, but for those that lead to the logits through no other."""
+    sites = sites_of(model)
+    places = [Place("output", path) for path in forward.modules if path in sites]
+    names = {place: f"output of {place.path}" for place in places}
+    cuts = Cuts([name for name in names.values() if forward.holds_examples(name)], forward.learns, [])
+    starts = cuts.run(forward.jaxpr, forward.names).starts
+    return tuple(place for place in places if set(starts.get(Read((names[place],)), {})) != {OUTPUT})
 
 
 def _modulated(path: str, places: tuple[Place, ...], method: str) -> tuple[Place, ...]:
