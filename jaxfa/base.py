@@ -119,6 +119,8 @@ class DirectFeedback:
 
     # True: one feedback, made for the largest activation, serves every layer.
     shared: ClassVar[bool] = False
+    # True: it is given a parameter as it is, not once for each example.
+    common: ClassVar[bool] = False
     learns: ClassVar[str] = ""
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:

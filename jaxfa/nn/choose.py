@@ -64,14 +64,6 @@ def choose(model: nnx.Module, forward: Forward, allow: tuple[str, ...]) -> Choic
     return Choice(places, f"tapped: {at}; not the input of every layer, since {_why(faults)}", left)
 
 
-def hidden_layers(model: nnx.Module, forward: Forward) -> list[str]:
-    """The layers that a forward pass calls, but for those from which no other leads to the logits."""
-    sites = sites_of(model)
-    layers = [path for path in forward.modules if path in sites]
-    cuts = _Chooser(forward, ()).cuts([f"output of {path}" for path in layers])
-    return [path for path in layers if set(cuts.starts.get(Use((f"output of {path}",)), {})) != {OUTPUT}]
-
-
 def name_all(places: Iterable[Place], paths: list[str]) -> list[str]:
     """The places as ``at=`` names them, with a glob for those that are all of their kind."""
     names = [str(place) for place in places]

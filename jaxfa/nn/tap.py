@@ -128,7 +128,7 @@ class Tap(nnx.Module):
         def run(leaf: jax.Array) -> jax.Array:
             assert self.channel is not None
             self.channel.last = self.path
-            deliver = receive_for_all if self.place.kind == "parameter" else receive
+            deliver = receive_for_all if self.place.kind == "parameter" and not feedback.common else receive
             with jax.named_scope(f"tap[{self.scope(name)}]"):
                 return deliver(leaf, feedback, self.channel.ref)
 

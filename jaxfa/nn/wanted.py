@@ -5,8 +5,10 @@ from typing import Any
 from flax import nnx
 
 from jaxfa.base import DirectRule, matches
+from jaxfa.jaxprs.cuts import OUTPUT, Cuts
+from jaxfa.jaxprs.cuts import Use as Read
 from jaxfa.jaxprs.flows import Use
-from jaxfa.nn.choose import choose, hidden_layers
+from jaxfa.nn.choose import choose
 from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.places import Forward
@@ -19,8 +21,7 @@ def places_for(model: Any, rule: DirectRule, at: Any, forward: Forward, call: An
     """Where a rule taps a model, and, where it was not told, a sentence that says where and why."""
     note = ""
     if rule.modulate is not None:
-        hidden = tuple(Place("output", path) for path in hidden_layers(model, forward))
-        places = _modulated(rule.modulate, _named(model, at) if at else hidden, call.method)
+        places = _modulated(rule.modulate, _named(model, at) if at else _hidden(model, forward), call.method)
         note = "" if at else "tapped: the output of every layer but the last"
     elif rule.parameters:
         places = _parameters(model, at, call.allow)
@@ -68,6 +69,16 @@ def _parameters(model: Any, at: Any, allow: tuple[str, ...]) -> tuple[Place, ...
 
 def _params(model: Any) -> list[str]:
     return ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
+def _hidden(model: Any, forward: Forward) -> tuple[Place, ...]:
+    """The outputs of the layers that a forward pass calls, but for those that lead to the logits through no other."""
+    sites = sites_of(model)
+    places = [Place("output", path) for path in forward.modules if path in sites]
+    names = {place: f"output of {place.path}" for place in places}
+    cuts = Cuts([name for name in names.values() if forward.holds_examples(name)], forward.learns, [])
+    starts = cuts.run(forward.to_logits, forward.names()).starts
+    return tuple(place for place in places if set(starts.get(Read((names[place],)), {})) != {OUTPUT})
 
 
 def _modulated(path: str, places: tuple[Place, ...], method: str) -> tuple[Place, ...]:

@@ -34,11 +34,10 @@ class ForwardGradientFeedback(Redrawn, DirectFeedback):
     Attributes:
       seed_bytes: the bytes of this layer's seed, ``(4,)``.
       step_bytes: the bytes of the number of updates so far, ``(4,)``.
-      own: the layer's own axes, such as ``(H, W, n)``, or those of a parameter.
+      own: the layer's own axes, such as ``(H, W, n)``.
       outputs: how many axes the outputs of one example have.
       perturbation: draws it.
       separate: whether each layer has a derivative of its own.
-      weights: whether a parameter is perturbed, for all examples alike.
       moved: the derivative ``y'``, as the logits; None in a feedback that is bound to no batch.
     """
 
@@ -49,24 +48,43 @@ class ForwardGradientFeedback(Redrawn, DirectFeedback):
     outputs: int = field(metadata={"static": True})
     perturbation: Initializer = field(metadata={"static": True})
     separate: bool = field(metadata={"static": True})
-    weights: bool = field(metadata={"static": True})
     moved: jax.Array | None = None
 
     def draw(self, logits: Any) -> jax.Array:
-        """The perturbation for a batch of logits, the examples' axis first; of size 1 where they share it."""
-        batch = (1,) if self.weights else logits.shape[: logits.ndim - self.outputs]
+        """The perturbation for a batch of logits, the examples' axis first."""
+        return self._drawn(logits, logits.shape[: logits.ndim - self.outputs])
+
+    def _drawn(self, logits: Any, batch: tuple[int, ...]) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(self.seed), self.step)
         return self.perturbation(key, (*batch, *self.own), jnp.promote_types(logits.dtype, jnp.float32))
 
-    def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
+    def slope(self, e: jax.Array) -> jax.Array:
+        """How the loss changes along all perturbations, by each example."""
         if self.moved is None or self.moved.shape != e.shape:
             raise ValueError(
                 f"A forward gradient is of one batch and expects the derivative of its logits, of shape {e.shape}, got "
                 f"{None if self.moved is None else self.moved.shape}. In each gradient take "
                 f"feedback = rule.bind(forward, feedback) first, with forward(taps) -> logits of this batch."
             )
-        slope = jnp.sum(self.moved * e, tuple(range(e.ndim - self.outputs, e.ndim)))
+        return jnp.sum(self.moved * e, tuple(range(e.ndim - self.outputs, e.ndim)))
+
+    def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
+        slope = self.slope(e)
         return self.draw(e) * slope.reshape(*slope.shape, *[1] * len(self.own))
+
+
+@feedback_dataclass
+class WeightPerturbation(ForwardGradientFeedback):
+    """The same for a parameter, which is perturbed by one draw for all examples."""
+
+    common: ClassVar[bool] = True
+
+    def draw(self, logits: Any) -> jax.Array:
+        """The perturbation, behind an axis of size 1 in the place of the examples'."""
+        return self._drawn(logits, (1,))
+
+    def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
+        return (self.draw(e) * self.slope(e).sum()).reshape(h.shape)
 
 
 def forward_gradient(
@@ -110,9 +128,8 @@ def forward_gradient(
     def init(key: jax.Array, h: Any, logits: Any) -> ForwardGradientFeedback:
         if not weights:
             shared_axes(h, logits)  # refuses what has not the examples first
-        return ForwardGradientFeedback(
-            *first_bytes(key), tuple(h.shape[1:]), len(logits.shape) - 1, perturbation, separate, weights
-        )
+        kind = WeightPerturbation if weights else ForwardGradientFeedback
+        return kind(*first_bytes(key), tuple(h.shape[1:]), len(logits.shape) - 1, perturbation, separate)
 
     return DirectRule(init, transform=redraw, bind=bind, parameters=weights)
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
+from jaxfa.jaxprs.versions import equations, opened
 from tests.networks import MLP, Residual, Scanned, Transformer, attach, inputs, loss
 
 RULE = jaxfa.forward_gradient()
@@ -99,6 +100,17 @@ def test_weights_learn_their_own_draws_times_the_slope_along_all_of_them(x64):
     slope = sum(jnp.vdot(taps[path], one) for path, (_, one) in pairs.items())
     for path, (mine, _) in pairs.items():
         np.testing.assert_allclose(mine, slope * taps[path], rtol=1e-5)
+
+
+def test_perturbed_weights_are_not_drawn_once_for_each_example():
+    aligned = attach(MLP(nnx.Rngs(0)), jaxfa.forward_gradient(weights=True), inputs(9, 6))
+    graph, state = nnx.split(aligned)
+    program = opened(
+        jax.make_jaxpr(lambda state: nnx.state(nnx.grad(loss)(nnx.merge(graph, state), inputs(9, 6))))(state)
+    )
+    shapes = {var.aval.shape for eqn in equations(program) for var in eqn.outvars if hasattr(var.aval, "shape")}
+    assert (8, 8) in shapes
+    assert (9, 8, 8) not in shapes
 
 
 def test_the_derivative_is_taken_with_the_masks_of_this_very_pass():
