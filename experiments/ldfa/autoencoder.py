@@ -64,7 +64,7 @@ EXPERIMENT = Experiment(
     {
         "cpu": Config(
             ranks=(2, 10, 32),
-            variants=("both", "local", "fixed"),
+            variants=("both",),
             epochs=8,
             images=10_000,
             test_images=2000,

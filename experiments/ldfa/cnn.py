@@ -93,14 +93,14 @@ EXPERIMENT = Experiment(
     {
         # One seed: on a CPU, XLA runs the convolutions of several seeds at once many times slower.
         "cpu": Config(
-            ranks=(4, 16),
+            ranks=(4,),
             retina=(16, 16),
             cortex=(16, 16, 16),
             hidden=128,
             window=5,
             shrink=2,
             epochs=6,
-            images=10_000,
+            images=8000,
             test_images=2000,
             seeds=1,
         ),

@@ -76,11 +76,13 @@ class Config(ldfa.Config):
     """Units of a hidden layer."""
     narrow: int = 64
     """Units of a hidden layer in the narrow network."""
+    shrink: int = 1
+    """The side of the squares of pixels that are averaged."""
 
 
 def arms(config: Config) -> Iterator[Arm]:
     """Backpropagation, in a narrow network, too; every group at every rank."""
-    dataset = load(config, "cifar10")
+    dataset = load(config, "cifar10", config.shrink)
     bp = mlp(config, dataset, width=config.width, degrees=DEGREES)
     yield from by_rank(config, bp, variants=VARIANTS, published=PUBLISHED)
     narrow, title = mlp(config, dataset, width=config.narrow, degrees=DEGREES), f"A network {config.narrow} units wide"
@@ -92,8 +94,9 @@ EXPERIMENT = Experiment(
     __doc__,
     {
         "cpu": Config(
-            ranks=(4, 10),
-            variants=tuple(name for name in get_args(GroupName) if name not in ("B1", "B2", "normative")),
+            ranks=(10,),
+            variants=tuple(name for name in get_args(GroupName) if name[0] != "B" and name != "normative"),
+            shrink=2,
             width=128,
             narrow=10,
             epochs=8,

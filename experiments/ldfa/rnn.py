@@ -51,7 +51,7 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {
-        "cpu": Config(ranks=(2, 10), epochs=6, images=10_000, test_images=5000, batch=100, learning_rate=2e-3),
+        "cpu": Config(ranks=(10,), epochs=6, images=10_000, test_images=5000, batch=100, learning_rate=2e-3),
         "full": Config(
             ranks=(1, 2, 4, 8, 10, 16, 64), epochs=40, shrink=1, width=128, feedback_rate=FEEDBACK_RATE / 28
         ),

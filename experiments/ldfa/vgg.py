@@ -59,12 +59,12 @@ EXPERIMENT = Experiment(
     {
         # One seed: on a CPU, XLA runs the convolutions of several seeds at once many times slower.
         "cpu": Config(
-            ranks=(0.125, 0.5),
+            ranks=(0.5,),
             variants=("both", "local", "hebbian", "fixed"),
             widths=(16, 32, 64),
             shrink=2,
             epochs=6,
-            images=10_000,
+            images=8000,
             test_images=2000,
             learning_rate=2e-3,
             seeds=1,

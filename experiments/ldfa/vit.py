@@ -75,7 +75,7 @@ EXPERIMENT = Experiment(
     __doc__,
     {
         "cpu": Config(
-            ranks=(10, 32),
+            ranks=(10,),
             patch=8,
             width=64,
             depth=2,
