@@ -34,10 +34,13 @@ SWEEPS = {
         "batch": 4,
         "images": 9,
     },
-    "ldfa_rank_mlp": {"ranks": (2,), "groups": ("B3",), "width": 4, "narrow": 64},
+    "ldfa_autoencoder": {"ranks": (2,), "hidden": (4,), "shrink": 4},
+    "ldfa_cnn": {"variants": ("local",), "ranks": (2,), "retina": (2,), "cortex": (2,), "hidden": 4, "window": 3},
+    "ldfa_rank_mlp": {"ranks": (2,), "variants": ("B3",), "width": 4, "narrow": 64, "shrink": 1},
+    "ldfa_rnn": {"variants": ("rebuilt",), "ranks": (2,), "width": 4, "shrink": 4},
     "ldfa_subsets": {"classes": (3,), "ranks": (2,), "width": 4},
-    "ldfa_vgg": {"ranks": (), "fractions": (0.5,), "widths": (4,)},
-    "ldfa_vit": {"ranks": (32,), "rules": ("normative",), "width": 4, "depth": 1, "heads": 2, "patch": 4, "warmup": 0},
+    "ldfa_vgg": {"variants": ("both",), "widths": (4,), "shrink": 1},
+    "ldfa_vit": {"variants": ("normative",), "width": 4, "depth": 1, "heads": 2, "patch": 4, "warmup": 0},
     "ssa_ablation": {"energy": 0.7, "multiple": 2},
     "ssa_alignment": {"energy": 0.7, "multiple": 2},
     "ssa_cifar10": {"energy": 0.7, "multiple": 2},
@@ -58,7 +61,7 @@ STUDIES = {
         "rounds": 0,
     },
     "rank_collapse": TRAINED
-    | {"trainings": ("fa",), "widths": (4, 4), "steps": 1, "window": 2, "sketch": 64, "probe": 8},
+    | {"trainings": ("fa",), "widths": (4, 4), "shrink": 1, "steps": 1, "window": 2, "sketch": 64, "probe": 8},
     "ssa_cost": TRAINED | {"fractions": (0.125,), "energy": 0.7, "multiple": 2},
 }
 QUICK = ("compare", "ldfa_linear")

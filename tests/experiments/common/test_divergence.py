@@ -125,8 +125,8 @@ def test_without_its_reference_a_comparison_is_told_all_the_same(mock, tmp_path,
 @pytest.mark.parametrize(
     ("args", "refused"),
     [
-        (["ldfa_vit", "--rules", "normative", "--feedback-rate", "0.1"], "--feedback-rate"),
-        (["ldfa_rank_mlp", "--groups", "fixed", "--feedback-rate", "0.1"], "--feedback-rate"),
+        (["ldfa_vit", "--variants", "normative", "--feedback-rate", "0.1"], "--feedback-rate"),
+        (["ldfa_rank_mlp", "--variants", "fixed", "--feedback-rate", "0.1"], "--feedback-rate"),
         (["conservation", "--epochs", "1", "--batch", "3", "--datasets"], "--epochs, --batch"),
         (["pipeline", "--rounds", "0", "--timed-width", "3"], "--timed-width"),
         (["rank_collapse", "--trainings", "fa", "--adam-rate", "0.1"], "--adam-rate"),
