@@ -26,6 +26,7 @@ _FILES = (
     "ldfa.cost",
     "ldfa.linear",
     "ldfa.rank_mlp",
+    "ldfa.representations",
     "ldfa.retina",
     "ldfa.rnn",
     "ldfa.subsets",

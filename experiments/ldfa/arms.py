@@ -3,18 +3,20 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import jaxfa
-from experiments.common import experiment, records
+from experiments.common import checkpoint, experiment, records
 from experiments.common.augment import flip_and_rotate
 from experiments.common.data import Dataset
 from experiments.common.experiment import Arm
 from experiments.common.optimizers import adam
 from experiments.common.task import Task
+from experiments.common.trainer import State
 from experiments.models.networks import MLP
 from jaxfa.base import is_layer
 
@@ -86,6 +88,8 @@ VARIANTS: dict[str, Variant] = {
     "normative": Variant("Fitted to the weights", lambda rank, rate: jaxfa.normative_ldfa(rank)),
 }
 
+RATELESS = {"fixed", "hebbian", "normative"}  # where P does not learn at a rate
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(experiment.Config):
@@ -106,8 +110,7 @@ class Config(experiment.Config):
 
     def unread(self) -> tuple[str, ...]:
         """Where no P learns, it does so at no rate."""
-        learns = {*self.variants} - {"fixed", "hebbian", "normative"}
-        return (*super().unread(), *(() if learns else ("feedback_rate",)))
+        return (*super().unread(), *(() if {*self.variants} - RATELESS else ("feedback_rate",)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,10 +150,17 @@ def by_rank(
         chosen = variants[name]
         numbers = (published or {}).get(name, chosen.published)
         for rank in (rank for rank in config.ranks if rank <= (chosen.most or rank)):
-            rule = chosen.rule(rank if axis != "rank" else int(rank), config.feedback_rate)
+            rate = FEEDBACK_RATE if name in RATELESS else config.feedback_rate
+            rule = chosen.rule(rank if axis != "rank" else int(rank), rate)
             task = plain._replace(rule=rule, at=chosen.at or at, allow=chosen.allow or allow)
             title = group or chosen.title
             yield Arm(f"{start}{name}-{rank:g}", title, rank, task, numbers.get(rank), f"{start}bp", axis)
+
+
+def last_state(folder: Path, start: State) -> State:
+    """The state after a run's last epoch, from its checkpoint; ``start`` where there is none."""
+    with checkpoint.checkpoints(folder) as manager:
+        return (checkpoint.restore(manager, start) or (0, start))[1]
 
 
 def mlp(config: experiment.Config, dataset: Dataset, *, width: int, degrees: float) -> Task:

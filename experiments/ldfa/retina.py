@@ -17,19 +17,18 @@ shown before training, since chance makes oriented fields, too.
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.common import checkpoint, data
+from experiments.common import data
 from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table
 from experiments.common.metrics import shown
 from experiments.common.trainer import State, Trainer
 from experiments.ldfa import receptive_fields
-from experiments.ldfa.arms import low_rank
+from experiments.ldfa.arms import last_state, low_rank
 from experiments.ldfa.cnn import Network
 from experiments.ldfa.receptive_fields import Result
 
@@ -82,7 +81,7 @@ def study(config: Config, histories: Histories) -> Study:
         for arm in (arm for arm in made if arm.x == rank):
             start = Trainer(arm.task, arm.seeds or (), config.loop).init()
             before.append(fields(config, arm.task.data, start))
-            after.append(fields(config, arm.task.data, _end(config.out / arm.name, start)))
+            after.append(fields(config, arm.task.data, last_state(config.out / arm.name, start)))
             accuracies += histories[arm.name][-1]["test_accuracy"]
         if len(after) == config.seeds:  # without a seed that diverged, a mean would flatter
             results = results or {"untrained": receptive_fields.describe(before)}
@@ -90,11 +89,6 @@ def study(config: Config, histories: Histories) -> Study:
     if not results:
         raise FloatingPointError(f"Nothing in {config.out} is left to draw: at every rank a seed diverged.")
     return Study(receptive_fields.figure(results), CAPTION, [Table("Receptive fields", _rows(results))])
-
-
-def _end(folder: Path, start: State) -> State:
-    with checkpoint.checkpoints(folder) as manager:
-        return (checkpoint.restore(manager, start) or (0, start))[1]
 
 
 def fields(config: Config, dataset: data.Dataset, state: State) -> np.ndarray:

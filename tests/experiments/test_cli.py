@@ -1,6 +1,7 @@
 """What every experiment's command line promises: help, options that are read, trainings that diverge."""
 
 import ast
+import collections
 import contextlib
 import dataclasses
 import inspect
@@ -23,8 +24,10 @@ from experiments.common.train import DivergenceError
 from experiments.common.trainer import Trainer
 from experiments.conservation import figure as conservation_figure
 from experiments.conservation import laws as conservation_laws
-from experiments.ldfa import cost_report, receptive_fields
+from experiments.ldfa import cost as ldfa_cost
 from experiments.ldfa import linear as ldfa_linear
+from experiments.ldfa import receptive_fields
+from experiments.ldfa import representations as ldfa_representations
 from experiments.ldfa import retina as ldfa_retina
 from experiments.rank_collapse import report as rank_report
 from experiments.ssa import cost as ssa_cost
@@ -145,16 +148,19 @@ def untrained(monkeypatch):
     monkeypatch.setattr(Trainer, "init", lambda trainer: Trees())
     monkeypatch.setattr(jaxfa.factored, "prune", lambda *trees, **_: trees)
     monkeypatch.setattr(sweep, "train", diverging)
-    monkeypatch.setattr(timing, "measure", lambda *_, **__: {"steps": {}})
     count = operations.Count(1.0, 2.0, 0.5)
     monkeypatch.setattr(operations, "count", lambda task: look(Trees(), task) or count)
     monkeypatch.setattr(memory, "_measure", lambda *_: [])
-    for module in (memory_figure, pipeline_report, cost_report, rank_report):
+    for module in (memory_figure, pipeline_report, rank_report):
         monkeypatch.setattr(module, "study", lambda *_: None)
+    for name in ("figure", "step_rows", "reach_rows"):
+        monkeypatch.setattr(ldfa_cost, name, lambda *_: [])
+    monkeypatch.setattr(timing, "measure", lambda *_, **__: {"steps": collections.defaultdict(lambda: {"ratio": 1.0})})
     monkeypatch.setattr(pipeline_worker, "count", lambda task: [])
     monkeypatch.setattr(jaxfa.nn, "attach", lambda model, *_, **__: model)
     monkeypatch.setattr(ldfa_linear, "VARIANTS", {"P and Q learned": ({}, "")})
-    monkeypatch.setattr(ldfa_retina, "_end", lambda folder, start: start)
+    monkeypatch.setattr(ldfa_representations, "representations", lambda *_: [[np.eye(3)], [np.eye(3)]])
+    monkeypatch.setattr(ldfa_retina, "last_state", lambda folder, start: start)
     monkeypatch.setattr(ldfa_retina, "fields", lambda config, *_: (config.window, config.retina))
     monkeypatch.setattr(receptive_fields, "describe", lambda *_: None)
     monkeypatch.setattr(ldfa_retina, "_rows", lambda results: [])
@@ -193,6 +199,7 @@ CASES = {
     "ldfa_rank_mlp": [
         SMALL | {"ranks": (1,), "variants": variants, "batch": 16} for variants in (("fixed",), ("B1", "direct"))
     ],
+    "ldfa_representations": [SMALL | {"batch": 16}],
     "ldfa_rnn": [SMALL | {"batch": 16}],
     "ldfa_retina": [SMALL | {"ranks": (1,), "batch": 16, "seeds": 1}],
     "ldfa_subsets": [SMALL | {"classes": (50,), "ranks": (5,), "batch": 16}],

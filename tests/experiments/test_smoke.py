@@ -11,6 +11,7 @@ from experiments.__main__ import EXPERIMENTS, main
 from experiments.common import page, records, results, rows, sweep
 from experiments.conservation import laws
 from experiments.grape import networks as grape_networks
+from experiments.ldfa import cost as ldfa_cost
 from experiments.ldfa import linear as ldfa_linear
 from experiments.ldfa import vgg as ldfa_vgg
 from experiments.models.networks import MLP
@@ -49,6 +50,7 @@ STUDIES = {
     "conservation": TRAINED | {"datasets": ("mnist",), "hidden": (4,), "steps": 2, "iterations": 2},
     "ldfa_cost": {"networks": ("mlp",), "fractions": (0.5,), "ranks": (2,), "width": 4, "epochs": 1, "seeds": 1},
     "ldfa_linear": {"ranks": (2,), "iterations": 4, "seeds": 1},
+    "ldfa_representations": TRAINED | {"ranks": (2,), "variants": ("both",), "width": 4, "shrink": 1},
     "ldfa_retina": TRAINED | {"ranks": (2,), "retina": (3, 4), "cortex": (4,), "hidden": 4, "window": 3},
     "memory": {"depths": (2, 3), "timed": 2, "width": 4, "batch": 8, "repeats": (1,), "timed_repeats": 1, "images": 2},
     "pipeline": {
@@ -82,6 +84,7 @@ def tiny(mock, play, monkeypatch):
     monkeypatch.setattr(laws, "_digits", lambda: (np.ones((60, 8, 8, 1)), np.arange(60) % 10))
     monkeypatch.setattr(ldfa_vgg, "VGG", lambda shape, classes, *, widths, rngs: small(shape, classes, rngs=rngs))
     monkeypatch.setattr(ldfa_vgg, "AT", None)
+    monkeypatch.setattr(ldfa_cost, "BATCHES", {"mlp": 16, "vgg": 16})
     monkeypatch.setattr(ldfa_vgg, "ALLOW", ())
     monkeypatch.setattr(ldfa_linear, "VARIANTS", {"P and Q learned": ({}, "#0072b2")})
     return play
