@@ -1,5 +1,6 @@
 """The rules: one method, one file, one paper. What several of them use is in ``shared``."""
 
 from jaxfa.rules.shared.averaging import kalman as kalman
+from jaxfa.rules.shared.topography import topographic as topographic
 
-__all__ = ["kalman"]
+__all__ = ["kalman", "topographic"]
