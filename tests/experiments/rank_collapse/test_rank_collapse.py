@@ -262,3 +262,12 @@ def test_normalisation_can_be_left_out(normalised):
     assert any("norm" in name for name in params) == normalised
     assert ("stem/layers/0/conv/bias" in params) != normalised
     assert shapes(PoolingCNN, 10)["head/kernel"].shape == (2 * 2 * 128, 10)
+
+
+def test_findings_are_the_gains_and_the_ratios_of_ranks():
+    found = rank_report.findings({"fa": history([2.3, 1.9], [10, 20]), "bp": history([2.3, 1.9], [10, 40])})
+    assert found[0][0] == "0.50"
+    assert "fa's rank of errors over channels to bp's at loss 1.90" in found[0][1]
+    better = [record | {"test_accuracy": [0.3]} for record in history([2.3, 1.9], [10, 20])]
+    (gain,) = rank_report.findings({"fa-norm": history([2.3, 1.9], [10, 20]), "fa-norm-muon": better})
+    assert gain[0] == "+20.0"
