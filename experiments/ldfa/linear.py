@@ -11,6 +11,10 @@ that nothing but the feedback matters; ``P`` and ``Q`` start from the library's 
 weights' singular vectors; ``P`` learns at a constant 1e-3 from the covariance divided by its trace, where the paper
 has 1e-3 times 0.999 per iteration and the covariance itself. We train on past iteration 5000, where slow and stuck look
 alike.
+
+A mode's factor is its rate of learning as a multiple of backpropagation's in the same student, ``(B u_i)^T (W_2 u_i)``
+over ``|W_2 u_i|^2`` for the feedback ``B = Q P^T`` and the mode's direction ``u_i`` at the output. Its share is
+``|P^T u_i|^2``, what the projection keeps of it.
 """
 
 import dataclasses
@@ -79,10 +83,10 @@ class Config(Options):
 def study(config: Config, histories: Histories) -> Study:
     """Trains every student."""
     del histories
-    found = {(0, BACKPROP): overlaps(config, jaxfa.backprop())}
+    found = {(0, BACKPROP): modes(config, jaxfa.backprop())}
     for rank in config.ranks:
         for name in VARIANTS:
-            found[rank, name] = overlaps(config, rule(config, rank, name))
+            found[rank, name] = modes(config, rule(config, rank, name))
     for (rank, name), values in found.items():
         if not np.isfinite(values).all():
             folder = config.out / f"{name}, rank {rank}"
@@ -93,8 +97,8 @@ def study(config: Config, histories: Histories) -> Study:
         f"Overlap of the student with each of the teacher's modes, 1 when it is learned; thick, the mean of "
         f"{config.seeds} seeds, thin, each of them. The dotted line is where the paper stops."
     )
-    last = {f"{rank} {name}": values[:, -1].tolist() for (rank, name), values in found.items()}
-    tables = [Table("Overlaps with the modes", table(config, steps, found))]
+    last = {f"{rank} {name}": values[:, -1, 0].tolist() for (rank, name), values in found.items()}
+    tables = [Table("Overlaps with the modes", table(config, steps, found)), Table("Factors", factors(found))]
     return Study(figure(config, steps, found), caption, tables, numbers=last)
 
 
@@ -110,15 +114,15 @@ def rule(config: Config, rank: int, name: str) -> jaxfa.Rule:
     )
 
 
-def overlaps(config: Config, rule: jaxfa.Rule) -> np.ndarray:
-    """How much of each of the teacher's modes a student has learned: ``v_i^T W_1 W_2 u_i / s_i``.
+def modes(config: Config, rule: jaxfa.Rule) -> np.ndarray:
+    """How much of each of the teacher's modes a student has learned, ``v_i^T W_1 W_2 u_i / s_i``; factors, shares.
 
     Args:
       config: a :class:`Config`.
       rule: of the second layer, which sends the error to the first.
 
     Returns:
-      ``(seeds, points, modes)`` over training.
+      ``(seeds, points, 3, modes)`` over training.
     """
     keys = jnp.stack([jax.random.key(seed) for seed in range(config.seed, config.seed + config.seeds)])
     return np.asarray(jax.jit(jax.vmap(lambda key: _train(config, rule, key)))(keys))
@@ -147,8 +151,11 @@ def _train(config: Config, rule: jaxfa.Rule, key: jax.Array) -> jax.Array:
 
     def record(state: Any, _: None) -> tuple[Any, jax.Array]:
         state, _ = lax.scan(step, state, length=_interval(config))
-        first, second = state[0][0]
-        return state, jnp.sum(v * (first @ second @ u), 0) / strengths
+        (first, second), feedback = state[0]
+        b = second if feedback is None else feedback.matrix(second)
+        share = jnp.ones(len(strengths)) if feedback is None else jnp.sum((feedback.p.T @ u) ** 2, 0)
+        factor = jnp.sum((b @ u) * (second @ u), 0) / jnp.sum((second @ u) ** 2, 0)
+        return state, jnp.stack([jnp.sum(v * (first @ second @ u), 0) / strengths, factor, share])
 
     return lax.scan(record, (learned, tx.init(learned)), length=config.iterations // _interval(config))[1]
 
@@ -163,8 +170,17 @@ def table(config: Config, steps: np.ndarray, found: dict[tuple[int, str], np.nda
     stops = sorted({int(np.argmin(abs(steps - PUBLISHED))), len(steps) - 1})
     rows = [["rank", "feedback", *(f"modes, iteration {steps[stop]}" for stop in stops), "the paper"]]
     for (rank, name), values in found.items():
-        cells = [", ".join(map(shown, values[:, stop].T)) for stop in stops]
+        cells = [", ".join(map(shown, values[:, stop, 0].T)) for stop in stops]
         rows.append([str(rank or ""), name, *cells, CLAIMS.get((_case(config, rank), name), "")])
+    return rows
+
+
+def factors(found: dict[tuple[int, str], np.ndarray]) -> list[list[str]]:
+    """Each mode's factor early and at the end, and its share in ``P``."""
+    rows = [["rank", "feedback", "factors at first", "factors at the end", "shares at the end"]]
+    for (rank, name), values in found.items():
+        cells = [values[:, 0, 1], values[:, -1, 1], values[:, -1, 2]]
+        rows.append([str(rank or ""), name, *(", ".join(map(shown, cell.T)) for cell in cells)])
     return rows
 
 
@@ -182,9 +198,9 @@ def figure(config: Config, steps: np.ndarray, found: dict[tuple[int, str], np.nd
     grid = drawn.subplots(modes, len(config.ranks), sharex=True, sharey=True, squeeze=False)
     for row, mode in zip(grid, range(modes), strict=True):
         for axes, rank in zip(row, config.ranks, strict=True):
-            plots.lines(axes, steps, found[0, BACKPROP][..., mode], plots.GREY, BACKPROP)
+            plots.lines(axes, steps, found[0, BACKPROP][..., 0, mode], plots.GREY, BACKPROP)
             for name, (_, color) in VARIANTS.items():
-                plots.lines(axes, steps, found[rank, name][..., mode], color, name)
+                plots.lines(axes, steps, found[rank, name][..., 0, mode], color, name)
             axes.axvline(PUBLISHED, color=plots.INK, linewidth=0.8, linestyle=":")
             axes.set_xscale("log")
             axes.set_ylim(-0.05, 1.1)

@@ -14,30 +14,30 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments.common import data, records
+from experiments.common import data
 from experiments.common.experiment import Arm, Experiment, Page, prepare
-from experiments.ldfa.arms import Config as LowRank
-from experiments.ldfa.arms import by_rank, low_rank, mlp
+from experiments.ldfa.arms import VariantName, Varied, by_rank, mlp
 
 DEGREES = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(LowRank):
+class Config(Varied):
     """The classes, the ranks, and for how long."""
 
     classes: tuple[int, ...] = (50, 75, 100)
     """Numbers of classes to learn, one line of the figure each."""
-    ranks: tuple[int, ...] = (5, 10, 25, 50, 75, 100)
+    ranks: tuple[float, ...] = (5, 10, 25, 50, 75, 100)
     """Ranks of the feedback."""
+    variants: tuple[VariantName, ...] = ("both",)
+    """How P and Q learn."""
     width: int = 512
     """Units of a hidden layer."""
 
-    arms = ("ranks", "classes")
+    arms = (*Varied.arms, "classes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        records.refuse_empty(self, "ranks")
         if not self.classes or not all(1 < n <= 100 for n in self.classes):
             raise ValueError(f"classes must be numbers from 2 to 100, got {self.classes}.")
 
@@ -45,16 +45,9 @@ class Config(LowRank):
 def arms(config: Config) -> Iterator[Arm]:
     """Backpropagation and every rank, on each number of classes."""
     whole = data.load("cifar100", config.data)
-    rules = {rank: low_rank(rank, config.feedback_rate) for rank in config.ranks}
     for count in config.classes:
-        dataset = prepare(config, first_classes(whole, count))
-        bp, group, reference = (
-            mlp(config, dataset, width=config.width, degrees=DEGREES),
-            f"{count} classes",
-            f"bp-{count}",
-        )
-        yield Arm(reference, group, None, bp, reference=reference)
-        yield from by_rank(str(count), group, rules, bp, reference=reference)
+        bp = mlp(config, prepare(config, first_classes(whole, count)), width=config.width, degrees=DEGREES)
+        yield from by_rank(config, bp, group=f"{count} classes")
 
 
 def first_classes(dataset: data.Dataset, count: int) -> data.Dataset:

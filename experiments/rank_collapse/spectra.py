@@ -1,4 +1,4 @@
-"""What changes the singular values of an optimizer's updates, and what remembers updates: optax transformations.
+"""What changes the singular values of an optimizer's updates, and what remembers gradients: optax transformations.
 
 ``hidden`` is from :func:`experiments.common.optimizers.hidden_kernels`; updates of all other parameters pass unchanged.
 """
@@ -41,21 +41,13 @@ def by_matrix(function: Callable[..., jax.Array], hidden: Hidden, updates: Any, 
 
 
 def truncated(rank: int, hidden: Hidden) -> optax.GradientTransformation:
-    """Each matrix's best approximation of a rank, scaled to the matrix's own Frobenius norm.
-
-    Args:
-      rank: how many singular values are kept.
-      hidden: which updates are matrices.
-
-    Returns:
-      An optax transformation.
-    """
+    """Each matrix's best approximation of a rank, scaled to the matrix's own Frobenius norm."""
 
     # LAPACK's SVD of many matrices at once can hang a machine of two cores: layers and seeds take turns.
     @sequential_vmap
     def cut(matrix: jax.Array) -> jax.Array:
         u, sigma, v = jnp.linalg.svd(matrix, full_matrices=False)
-        return _sized((u[:, :rank] * sigma[None, :rank]) @ v[:rank], jnp.linalg.norm(matrix))
+        return _sized((u[:, :rank] * sigma[None, :rank]) @ v[:rank], matrix)
 
     return optax.stateless(lambda updates, _: by_matrix(cut, hidden, updates))
 
@@ -64,12 +56,6 @@ def flattened(hidden: Hidden) -> optax.GradientTransformation:
     """Each matrix with the spectrum that Muon gives it, nearly flat, scaled to the matrix's own Frobenius norm.
 
     By Newton and Schulz's steps, which leave singular values that are nearly zero nearly zero: no direction is made up.
-
-    Args:
-      hidden: which updates are matrices.
-
-    Returns:
-      An optax transformation.
     """
     # Without momentum nothing is left of Muon but its orthogonalisation.
     orthogonal = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=hidden)
@@ -77,33 +63,15 @@ def flattened(hidden: Hidden) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         found, state = orthogonal.update(updates, state, params)
-        return by_matrix(lambda new, old: _sized(new, jnp.linalg.norm(old)), hidden, found, updates), state
+        return by_matrix(_sized, hidden, found, updates), state
 
     return optax.GradientTransformation(orthogonal.init, update)
 
 
-def sized_as_muon(hidden: Hidden) -> optax.GradientTransformation:
-    """Muon without its orthogonalisation: its momentum and its updates' Frobenius norm, the spectrum as it is.
-
-    Args:
-      hidden: which updates are matrices.
-
-    Returns:
-      An optax transformation.
-    """
-
-    def size(matrix: jax.Array) -> jax.Array:
-        n, m = matrix.shape
-        return _sized(matrix, math.sqrt(min(n, m) * max(1, m / n)))
-
-    momentum = optax.masked(optax.trace(0.95, nesterov=True), lambda params: is_hidden(hidden, params))
-    return optax.chain(momentum, optax.stateless(lambda updates, _: by_matrix(size, hidden, updates)))
-
-
-def _sized(matrix: jax.Array, size: jax.Array | float) -> jax.Array:
-    """A matrix scaled to a Frobenius norm; a zero one stays."""
+def _sized(matrix: jax.Array, like: jax.Array) -> jax.Array:
+    """A matrix scaled to the Frobenius norm of another; a zero one stays."""
     norm = jnp.linalg.norm(matrix)
-    return matrix * jnp.where(norm == 0, 0, size / jnp.where(norm == 0, 1, norm))
+    return matrix * jnp.where(norm == 0, 0, jnp.linalg.norm(like) / jnp.where(norm == 0, 1, norm))
 
 
 class Trajectory(NamedTuple):

@@ -77,8 +77,8 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
     if rule.source in seen:
         check_source(model, rule.source, list(seen))
         error = only_leaf(seen[rule.source], rule.source)
+        end_at(model, rule.source, list(seen))  # first: a tap above would refuse the gradient that tells what is above
         above = weights_above(model, method, true_size(error, factor), rule.source, example)
-        end_at(model, rule.source, list(seen))
     if rule.modulate is not None:
         check_modulated(rule.modulate, seen)
     found, error = tappable(model, seen, error, factor)

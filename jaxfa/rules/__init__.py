@@ -2,5 +2,6 @@
 
 from jaxfa.rules.pepita import modulated as modulated
 from jaxfa.rules.shared.averaging import kalman as kalman
+from jaxfa.rules.shared.topography import topographic as topographic
 
-__all__ = ["kalman", "modulated"]
+__all__ = ["kalman", "modulated", "topographic"]

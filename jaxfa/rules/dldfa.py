@@ -15,6 +15,7 @@ from jax.nn import initializers
 from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
 from jaxfa.rules.shared.lowrank import Rank, check_rank, factors_learn, globs_of, oja, orthonormal, rank_at
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
+from jaxfa.rules.shared.topography import keep_zeros
 
 
 @feedback_dataclass
@@ -26,12 +27,14 @@ class LowRankDirect(DirectFeedback):
       q: to the layer, its own axes then ``r``, such as ``(n, r)`` or ``(H, W, n, r)``.
       learn_p: whether ``p`` learns.
       learn_q: whether ``q`` learns.
+      structured: whether what is zero in a factor stays so.
     """
 
     p: jax.Array
     q: jax.Array
     learn_p: bool = field(default=True, metadata={"static": True})
     learn_q: bool = field(default=True, metadata={"static": True})
+    structured: bool = field(default=False, metadata={"static": True})
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
         return project(self.q, h, self._thin(e))
@@ -42,7 +45,10 @@ class LowRankDirect(DirectFeedback):
         dp = -oja(self.p.reshape(-1, self.p.shape[-1]), rows) if self.learn_p else jnp.zeros_like(self.p)
         batch = tuple(range(e.ndim - own))
         dq = jnp.tensordot(h, self._thin(e), (batch, batch)) if self.learn_q else jnp.zeros_like(self.q)
-        return replace(self, p=dp.reshape(self.p.shape), q=dq)
+        dp = dp.reshape(self.p.shape)
+        if self.structured:
+            dp, dq = keep_zeros(self.p, dp), keep_zeros(self.q, dq)
+        return replace(self, p=dp, q=dq)
 
     def _thin(self, e: jax.Array) -> jax.Array:
         return jnp.tensordot(e, self.p.astype(e.dtype), self.p.ndim - 1)
@@ -57,6 +63,8 @@ def dldfa(
     learning_rate: float = 0.03,
     weight_decay: float = 1e-3,
     distribution: Initializer | None = None,
+    projection: Initializer | None = None,
+    structured: bool = False,
     scale: float = 1.0,
 ) -> DirectRule:
     """Low-dimensional direct feedback: ``dh_l = (e p_l) q_l^T``, with both factors learned from the batch.
@@ -76,6 +84,8 @@ def dldfa(
       learning_rate: ``eta`` of ``p``, stable below 1; ours.
       weight_decay: ``lambda`` of ``q`` and the weights, per step, not multiplied by a learning rate.
       distribution: an initializer ``(key, shape, dtype) -> q`` for shape ``(n, r)``; uniform on +-1/sqrt(n), as DFA's.
+      projection: the same for ``p``; a random orthonormal one by default. See :func:`jaxfa.rules.topographic`.
+      structured: whether what is zero in ``p`` or ``q`` at the start stays so.
       scale: factor on the drawn ``q``.
 
     Returns:
@@ -101,9 +111,10 @@ def dldfa(
         own = logits.shape[k:]
         r = rank_at(rank, path, math.prod(h.shape[k:]), math.prod(own))
         p_key, q_key = jax.random.split(key)
-        p = orthonormal(p_key, (math.prod(own), r), h.dtype).reshape(*own, r)
+        kind = jnp.promote_types(h.dtype, jnp.float32)
+        p = (projection or orthonormal)(p_key, (math.prod(own), r), kind).reshape(*own, r)
         thin = jax.ShapeDtypeStruct((*logits.shape[:k], r), logits.dtype)
-        return LowRankDirect(p, scale * direct_matrix(q_key, draw, h, thin), learn_p, learn_q)
+        return LowRankDirect(p, scale * direct_matrix(q_key, draw, h, thin), learn_p, learn_q, structured)
 
     transform = factors_learn(learn_p, learn_q, learning_rate, weight_decay)
     return DirectRule(init, transform=transform, source=source, globs=globs_of(rank))

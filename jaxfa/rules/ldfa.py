@@ -38,6 +38,7 @@ from jaxfa.rules.shared.lowrank import (
     orthonormal,
     rank_at,
 )
+from jaxfa.rules.shared.topography import keep_zeros
 
 
 @feedback_dataclass
@@ -48,11 +49,13 @@ class LearnedLowRank(LowRank):
       learn_p: whether ``p`` learns.
       learn_q: whether ``q`` learns.
       labels: whether ``p`` learns from the labels in the place of the error.
+      structured: whether what is zero in a factor stays so.
     """
 
     learn_p: bool = field(default=True, metadata={"static": True})
     learn_q: bool = field(default=True, metadata={"static": True})
     labels: bool = field(default=False, metadata={"static": True})
+    structured: bool = field(default=False, metadata={"static": True})
 
     def signal(self, x: jax.Array, w: jax.Array, delta: jax.Array, dw: jax.Array) -> "LearnedLowRank":
         # softmax - onehot is negative at the label alone.
@@ -60,6 +63,8 @@ class LearnedLowRank(LowRank):
         dp = -oja(self.p, target) if self.learn_p else jnp.zeros_like(self.p)
         # Hebb's x^T (delta p) is dw p, since op is linear in w: no second pass over the batch.
         dq = jnp.tensordot(dw, self.p.astype(dw.dtype), 1) if self.learn_q else jnp.zeros_like(self.q)
+        if self.structured:
+            dp, dq = keep_zeros(self.p, dp), keep_zeros(self.q, dq)
         return replace(self, p=dp, q=dq)
 
 
@@ -72,6 +77,8 @@ def ldfa(
     learning_rate: float = 0.03,
     weight_decay: float = 1e-3,
     distribution: Initializer | None = None,
+    projection: Initializer | None = None,
+    structured: bool = False,
     scale: float = 1.0,
 ) -> LayerRule:
     """Low-dimensional feedback, layer by layer: ``dx = (delta p) q^T``, never more than ``r`` numbers wide.
@@ -92,6 +99,8 @@ def ldfa(
       learning_rate: ``eta`` of ``p``; ours.
       weight_decay: ``lambda`` of ``q`` and the weights, per step, not multiplied by a learning rate.
       distribution: an initializer ``(key, shape, dtype) -> b`` for the shape of ``w``; Glorot's uniform by default.
+      projection: the same for ``p``; a random orthonormal one by default. See :func:`jaxfa.rules.topographic`.
+      structured: whether what is zero in ``p`` or ``q`` at the start stays so.
       scale: factor on the drawn ``b``.
 
     Returns:
@@ -115,11 +124,11 @@ def ldfa(
     def init(key: jax.Array, w: jax.Array, *, path: str = "") -> LowRank:
         p_key, q_key = jax.random.split(key)
         n, m = w.size // w.shape[-1], w.shape[-1]
-        p = orthonormal(p_key, (m, rank_at(rank, path, n, m)), w.dtype)
+        p = (projection or orthonormal)(p_key, (m, rank_at(rank, path, n, m)), jnp.promote_types(w.dtype, jnp.float32))
         q = jnp.tensordot(scale * draw(q_key, w.shape, w.dtype), p.astype(w.dtype), 1)
         if not (learn_p or learn_q):
             return LowRank(p, q)
-        return LearnedLowRank(p, q, learn_p, learn_q, labels is not None and is_at(path, labels))
+        return LearnedLowRank(p, q, learn_p, learn_q, labels is not None and is_at(path, labels), structured)
 
     def shape(feedback: LowRank) -> tuple[int, ...]:
         return (*feedback.q.shape[:-1], feedback.p.shape[-2])

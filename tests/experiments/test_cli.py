@@ -1,6 +1,7 @@
 """What every experiment's command line promises: help, options that are read, trainings that diverge."""
 
 import ast
+import collections
 import contextlib
 import dataclasses
 import inspect
@@ -23,8 +24,10 @@ from experiments.common.train import DivergenceError
 from experiments.common.trainer import Trainer
 from experiments.conservation import figure as conservation_figure
 from experiments.conservation import laws as conservation_laws
-from experiments.ldfa import cost_report, receptive_fields
+from experiments.ldfa import cost as ldfa_cost
 from experiments.ldfa import linear as ldfa_linear
+from experiments.ldfa import receptive_fields
+from experiments.ldfa import representations as ldfa_representations
 from experiments.ldfa import retina as ldfa_retina
 from experiments.rank_collapse import report as rank_report
 from experiments.ssa import cost as ssa_cost
@@ -145,18 +148,21 @@ def untrained(monkeypatch):
     monkeypatch.setattr(Trainer, "init", lambda trainer: Trees())
     monkeypatch.setattr(jaxfa.factored, "prune", lambda *trees, **_: trees)
     monkeypatch.setattr(sweep, "train", diverging)
-    monkeypatch.setattr(timing, "measure", lambda *_, **__: {"steps": {}})
     count = operations.Count(1.0, 2.0, 0.5)
     monkeypatch.setattr(operations, "count", lambda task: look(Trees(), task) or count)
     monkeypatch.setattr(memory, "_measure", lambda *_: [])
     monkeypatch.setattr(steps, "measure", lambda *_: {})
     monkeypatch.setattr(steps, "report", lambda *_: None)
-    for module in (memory_figure, pipeline_report, cost_report, rank_report):
+    for module in (memory_figure, pipeline_report, rank_report):
         monkeypatch.setattr(module, "study", lambda *_: None)
+    for name in ("figure", "step_rows", "reach_rows"):
+        monkeypatch.setattr(ldfa_cost, name, lambda *_: [])
+    monkeypatch.setattr(timing, "measure", lambda *_, **__: {"steps": collections.defaultdict(lambda: {"ratio": 1.0})})
     monkeypatch.setattr(pipeline_worker, "count", lambda task: [])
     monkeypatch.setattr(jaxfa.nn, "attach", lambda model, *_, **__: model)
     monkeypatch.setattr(ldfa_linear, "VARIANTS", {"P and Q learned": ({}, "")})
-    monkeypatch.setattr(ldfa_retina, "_end", lambda folder, start: start)
+    monkeypatch.setattr(ldfa_representations, "representations", lambda *_: [[np.eye(3)], [np.eye(3)]])
+    monkeypatch.setattr(ldfa_retina, "last_state", lambda folder, start: start)
     monkeypatch.setattr(ldfa_retina, "fields", lambda config, *_: (config.window, config.retina))
     monkeypatch.setattr(receptive_fields, "describe", lambda *_: None)
     monkeypatch.setattr(ldfa_retina, "_rows", lambda results: [])
@@ -190,18 +196,22 @@ CASES = {
     "grape_transformer": [GPT | {"calibrations": (0, 1), "steps": 2}, GPT | {"calibrations": (0,)}],
     "ldfa_cost": [SMALL | {"networks": networks, "fractions": (0.5,)} for networks in ((), ("mlp",), ("vgg",))],
     "ldfa_linear": [{"ranks": (1,), "iterations": 1, "seeds": 1}],
+    "ldfa_autoencoder": [SMALL | {"batch": 16}],
+    "ldfa_cnn": [SMALL | {"batch": 16}],
     "ldfa_rank_mlp": [
-        SMALL | {"ranks": (1,), "groups": groups, "batch": 16} for groups in (("fixed",), ("B1", "direct"))
+        SMALL | {"ranks": (1,), "variants": variants, "batch": 16} for variants in (("fixed",), ("B1", "direct"))
     ],
+    "ldfa_representations": [SMALL | {"batch": 16}],
+    "ldfa_rnn": [SMALL | {"batch": 16}],
     "ldfa_retina": [SMALL | {"ranks": (1,), "batch": 16, "seeds": 1}],
     "ldfa_subsets": [SMALL | {"classes": (50,), "ranks": (5,), "batch": 16}],
     "grape_resnet20": [SMALL | {"batch": 16}],
-    "ldfa_vgg": [SMALL | {"ranks": (1,), "fractions": ()}],
-    "ldfa_vit": [SMALL | {"rules": (rule,), "ranks": (3,), "batch": 16} for rule in ("hebbian", "normative")],
+    "ldfa_vgg": [SMALL],
+    "ldfa_vit": [SMALL | {"variants": (name,), "ranks": (3,), "batch": 16} for name in ("both", "normative")],
     "memory": [{"depths": (2,), "timed": 2, "repeats": (1,), "timed_repeats": 1, "batch": 4, "images": 2}],
     "pipeline": [{"rounds": 0}],
     "steps": [{"networks": ("mlp",), "deep": (), "starts": 1, "rounds": 2}],
-    "rank_collapse": [SMALL | {"trainings": (arm,), "batch": 16} for arm in ("fa", "bp-norm-rank-1", "fa-norm-sized")],
+    "rank_collapse": [SMALL | {"trainings": (arm,), "batch": 16} for arm in ("fa", "bp-norm-rank-1", "fa-muon")],
     "ssa_ablation": [SMALL | {"batch": 16}],
     "ssa_cifar10": [SMALL | {"batch": 16, "networks": (name,)} for name in ("smallconv", "vgg13")],
     "ssa_alignment": [SMALL | {"batch": 16}],
@@ -265,11 +275,11 @@ def test_wrong_use_is_told_what_to_do(args, message, tmp_path, monkeypatch, caps
         (["compare", "--epochs", "0"], ["epochs must be at least 1, got 0"]),
         (["compare", "--learning-rate", "-1"], ["learning_rate must be positive, got -1.0"]),
         (["compare", "--preset", "gpu"], ["gpu", "cpu", "paper"]),
-        (["ldfa_rank_mlp", "--groups", "B4"], ["B4", "direct"]),
+        (["ldfa_rank_mlp", "--variants", "B4"], ["B4", "direct"]),
         (["ldfa_rank_mlp", "--images", "0"], ["images must be at least 1, got 0"]),
         (["ldfa_subsets", "--classes", "1"], ["classes must be numbers from 2 to 100, got (1,)"]),
         (["ldfa_vgg", "--learning-rate", "0"], ["learning_rate must be positive, got 0.0"]),
-        (["ldfa_vit", "--rules", "oja"], ["oja", "normative"]),
+        (["ldfa_vit", "--variants", "oja"], ["oja", "normative"]),
         (["ldfa_linear", "--ranks", "65"], ["from 1 to 64, got (65,)"]),
         (["ldfa_linear", "--strengths", "1", "0"], ["positive numbers"]),
         (["ldfa_cost", "--fractions", "0"], ["fractions must be in (0, 1]"]),

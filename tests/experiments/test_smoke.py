@@ -12,6 +12,7 @@ from experiments.benchmarks import workloads
 from experiments.common import page, records, results, rows, sweep
 from experiments.conservation import laws
 from experiments.grape import networks as grape_networks
+from experiments.ldfa import cost as ldfa_cost
 from experiments.ldfa import linear as ldfa_linear
 from experiments.ldfa import vgg as ldfa_vgg
 from experiments.models.networks import MLP
@@ -35,10 +36,13 @@ SWEEPS = {
         "batch": 4,
         "images": 9,
     },
-    "ldfa_rank_mlp": {"ranks": (2,), "groups": ("B3",), "width": 4, "narrow": 64},
+    "ldfa_autoencoder": {"ranks": (2,), "hidden": (4,), "shrink": 4},
+    "ldfa_cnn": {"variants": ("local",), "ranks": (2,), "retina": (2,), "cortex": (2,), "hidden": 4, "window": 3},
+    "ldfa_rank_mlp": {"ranks": (2,), "variants": ("B3",), "width": 4, "narrow": 64, "shrink": 1},
+    "ldfa_rnn": {"variants": ("rebuilt",), "ranks": (2,), "width": 4, "shrink": 4},
     "ldfa_subsets": {"classes": (3,), "ranks": (2,), "width": 4},
-    "ldfa_vgg": {"ranks": (), "fractions": (0.5,), "widths": (4,)},
-    "ldfa_vit": {"ranks": (32,), "rules": ("normative",), "width": 4, "depth": 1, "heads": 2, "patch": 4, "warmup": 0},
+    "ldfa_vgg": {"variants": ("both",), "widths": (4,), "shrink": 1},
+    "ldfa_vit": {"variants": ("normative",), "width": 4, "depth": 1, "heads": 2, "patch": 4, "warmup": 0},
     "ssa_ablation": {"energy": 0.7, "multiple": 2},
     "ssa_alignment": {"energy": 0.7, "multiple": 2},
     "ssa_cifar10": {"energy": 0.7, "multiple": 2},
@@ -47,6 +51,7 @@ STUDIES = {
     "conservation": TRAINED | {"datasets": ("mnist",), "hidden": (4,), "steps": 2, "iterations": 2},
     "ldfa_cost": {"networks": ("mlp",), "fractions": (0.5,), "ranks": (2,), "width": 4, "epochs": 1, "seeds": 1},
     "ldfa_linear": {"ranks": (2,), "iterations": 4, "seeds": 1},
+    "ldfa_representations": TRAINED | {"ranks": (2,), "variants": ("both",), "width": 4, "shrink": 1},
     "ldfa_retina": TRAINED | {"ranks": (2,), "retina": (3, 4), "cortex": (4,), "hidden": 4, "window": 3},
     "memory": {"depths": (2, 3), "timed": 2, "width": 4, "batch": 8, "repeats": (1,), "timed_repeats": 1, "images": 2},
     "pipeline": {
@@ -59,7 +64,7 @@ STUDIES = {
         "rounds": 0,
     },
     "rank_collapse": TRAINED
-    | {"trainings": ("fa",), "widths": (4, 4), "steps": 1, "window": 2, "sketch": 64, "probe": 8},
+    | {"trainings": ("fa",), "widths": (4, 4), "shrink": 1, "steps": 1, "window": 2, "sketch": 64, "probe": 8},
     "steps": {"networks": ("mlp",), "deep": ("lenet",), "starts": 1, "rounds": 2},
     "ssa_cost": TRAINED | {"fractions": (0.125,), "energy": 0.7, "multiple": 2},
 }
@@ -84,6 +89,7 @@ def tiny(mock, play, monkeypatch):
     monkeypatch.setattr(laws, "_digits", lambda: (np.ones((60, 8, 8, 1)), np.arange(60) % 10))
     monkeypatch.setattr(ldfa_vgg, "VGG", lambda shape, classes, *, widths, rngs: small(shape, classes, rngs=rngs))
     monkeypatch.setattr(ldfa_vgg, "AT", None)
+    monkeypatch.setattr(ldfa_cost, "BATCHES", {"mlp": 16, "vgg": 16})
     monkeypatch.setattr(ldfa_vgg, "ALLOW", ())
     monkeypatch.setattr(ldfa_linear, "VARIANTS", {"P and Q learned": ({}, "#0072b2")})
     return play

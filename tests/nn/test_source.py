@@ -32,6 +32,23 @@ def test_below_the_source_the_error_there_comes_through_the_factors_and_above_al
     assert np.linalg.norm(ours["fc1"]["kernel"][...] - true["fc1"]["kernel"][...]) > 1e-3
 
 
+def test_a_source_in_the_middle_has_its_layers_above_left_to_backpropagation():
+    class Deeper(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(6, 6, rngs=rngs) for _ in range(4)])
+
+        def __call__(self, x):
+            for layer in self.layers[:-1]:
+                x = nnx.relu(layer(x))
+            return self.layers[-1](x)
+
+    x = inputs(9, 6)
+    aligned = attach(Deeper(nnx.Rngs(0)), jaxfa.dldfa(5, source="layers/2"), x)
+    found, true = gradients(aligned, x)["layers"], nnx.jit(nnx.grad(loss))(jaxfa.nn.plain(aligned), x)["layers"]
+    exact = [bool(jnp.allclose(found[i]["kernel"][...], true[i]["kernel"][...], atol=1e-6)) for i in range(4)]
+    assert exact == [False, True, True, True]
+
+
 def test_the_forward_pass_is_the_models_own_for_batches_of_any_size():
     model = MLP(nnx.Rngs(0))
     aligned = attach(model, jaxfa.dldfa(5, source="fc3"), inputs(9, 6))

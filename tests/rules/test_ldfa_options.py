@@ -219,3 +219,41 @@ def test_a_fixed_rule_needs_no_feedback_to_make_its_optimizer():
     for rule in (jaxfa.ldfa(2), jaxfa.dldfa(2, learn_p=False), jaxfa.ldfa(2, learn_q=False)):
         with pytest.raises(ValueError, match="given none"):
             jaxfa.optimizer(optax.sgd(0.1), rule).init({"w": jnp.ones((3, 2))})
+
+
+def test_topographic_factors_reach_their_neighbours_alone():
+    draw = jaxfa.rules.topographic(0.21)
+    b = np.asarray(draw(jax.random.key(0), (3, 10, 5), jnp.float32))
+    apart = abs((np.arange(10)[:, None] / 10 - np.arange(5)[None] / 5 + 0.5) % 1 - 0.5)
+    np.testing.assert_array_equal(b != 0, np.broadcast_to(apart <= 0.21, b.shape))
+    np.testing.assert_allclose(np.linalg.norm(b, axis=1), 1, rtol=1e-6)
+
+
+def test_shared_columns_are_one_column_moved():
+    b = np.asarray(jaxfa.rules.topographic(0.3, shared=True)(jax.random.key(0), (12, 4), jnp.float32))
+    for j in range(4):
+        np.testing.assert_allclose(b[:, j], np.roll(b[:, 0], 3 * j), rtol=1e-6)
+    assert len(np.unique(b[:, 0])) > 4
+
+
+@pytest.mark.parametrize("reach", [0, -0.1, 0.6])
+def test_a_reach_beyond_the_circle_is_refused(reach):
+    with pytest.raises(ValueError, match="reach in"):
+        jaxfa.rules.topographic(reach)
+
+
+@pytest.mark.parametrize("family", [jaxfa.ldfa, jaxfa.dldfa])
+def test_what_is_zero_stays_zero_while_the_rest_learns(family):
+    local = jaxfa.rules.topographic(0.15)
+    options = {"projection": local, "distribution": local, "weight_decay": 0.0}
+    free, kept = (family(3, **options, structured=structured) for structured in (False, True))
+    key, x = jax.random.key(0), jax.random.normal(jax.random.key(1), (9, 12))
+    w, delta = jax.random.normal(jax.random.key(2), (12, 8)), jax.random.normal(jax.random.key(3), (9, 8))
+    direct = family is jaxfa.dldfa
+    feedbacks = [rule.init(key, *((x, delta) if direct else (w,))) for rule in (free, kept)]
+    signals = [one.signal(x, delta) if direct else one.signal(x, w, delta, x.T @ delta) for one in feedbacks]
+    for name in ("p", "q"):
+        factor, (all_of_it, some) = getattr(feedbacks[1], name), (getattr(one, name) for one in signals)
+        assert 0 < (factor == 0).mean() < 1
+        np.testing.assert_array_equal(some, jnp.where(factor == 0, 0, all_of_it))
+        assert (all_of_it != some).any()

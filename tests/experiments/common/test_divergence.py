@@ -14,7 +14,7 @@ from experiments.common.metrics import METRICS
 from experiments.common.task import Task
 from experiments.common.trainer import Trainer
 from experiments.compare import compare
-from experiments.ldfa import cost_report
+from experiments.ldfa import cost as ldfa_cost
 from experiments.ldfa import linear as ldfa_linear
 from experiments.models.networks import MLP
 
@@ -125,8 +125,8 @@ def test_without_its_reference_a_comparison_is_told_all_the_same(mock, tmp_path,
 @pytest.mark.parametrize(
     ("args", "refused"),
     [
-        (["ldfa_vit", "--rules", "normative", "--feedback-rate", "0.1"], "--feedback-rate"),
-        (["ldfa_rank_mlp", "--groups", "fixed", "--feedback-rate", "0.1"], "--feedback-rate"),
+        (["ldfa_vit", "--variants", "normative", "--feedback-rate", "0.1"], "--feedback-rate"),
+        (["ldfa_rank_mlp", "--variants", "fixed", "--feedback-rate", "0.1"], "--feedback-rate"),
         (["conservation", "--epochs", "1", "--batch", "3", "--datasets"], "--epochs, --batch"),
         (["pipeline", "--rounds", "0", "--timed-width", "3"], "--timed-width"),
         (["rank_collapse", "--trainings", "fa", "--adam-rate", "0.1"], "--adam-rate"),
@@ -143,9 +143,8 @@ def test_costs_are_drawn_without_a_training_that_diverged(missing, tmp_path):
     missed = {key: [None] for key in found}
     curve = {name: missed if name == missing else found for name in ("bp", "rank-2", "rank-4")}
     curve = {name: one | {"rank": rank} for (name, one), rank in zip(curve.items(), (None, 2, 4), strict=True)}
-    study = cost_report.study({}, curve, 0.5)
-    page.save(tmp_path, study)
-    shown = [row[0] for row in study.tables[-1].rows[1:]]
+    page.save(tmp_path, Study(ldfa_cost.figure({}, curve), "", []))
+    shown = [row[0] for row in ldfa_cost.reach_rows(curve)[1:]]
     assert shown == [name for name in curve if name != missing]
 
 

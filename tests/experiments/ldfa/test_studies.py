@@ -15,13 +15,17 @@ from experiments.common.data import Dataset
 from experiments.common.task import Task
 from experiments.common.trainer import Trainer
 from experiments.ldfa import cost as ldfa_cost
-from experiments.ldfa import cost_report, receptive_fields
 from experiments.ldfa import linear as ldfa_linear
+from experiments.ldfa import receptive_fields, representations
 from experiments.ldfa import retina as ldfa_retina
 from experiments.models.networks import MLP
 from experiments.models.vgg import VGG
 
-RETINA = {"retina": (3, 4), "cortex": (4,), "hidden": 8, "window": 3, "halvings": 1}
+RETINA = {"retina": (3, 4), "cortex": (4,), "hidden": 8, "window": 3, "shrink": 2, "ranks": (2,)}
+
+
+def retina_config(**options):
+    return dataclasses.replace(ldfa_retina.EXPERIMENT.presets["cpu"], **(RETINA | options))
 
 
 @pytest.fixture
@@ -86,8 +90,8 @@ def test_the_receptive_field_of_a_convolution_is_its_kernel():
 
 @pytest.mark.long
 def test_only_the_error_to_the_retina_is_of_low_rank(tiny):
-    config = ldfa_retina.Config(ranks=(2,), **RETINA, batch=64)
-    trainer = Trainer(ldfa_retina.task(config, ldfa_retina.grey(tiny, config), 2), [0])
+    config = retina_config(batch=64)
+    trainer = Trainer(next(arm.task for arm in ldfa_retina.arms(config) if arm.x == 2), [0])
     (only,) = (row for row in trainer.coverage.rows if "LowRank" in row.feedback)
     assert only.layer == "cortex/0"
     state = trainer.init()
@@ -97,8 +101,7 @@ def test_only_the_error_to_the_retina_is_of_low_rank(tiny):
 
 
 def test_grey_is_the_mean_brightness(tiny):
-    config = ldfa_retina.Config(halvings=1, images=100, test_images=None)
-    grey = ldfa_retina.grey(tiny, config)
+    grey = retina_config(images=100, test_images=None).grey()
     assert grey.train_images.shape == (100, 4, 4, 1)
     assert grey.test_images.shape == (32, 4, 4, 1)
     expected = (tiny.train_images[0, :2, :2] @ [0.299, 0.587, 0.114]).mean()
@@ -141,7 +144,7 @@ def test_convolutions_cost_what_the_theory_says(tiny):
 def test_a_target_that_one_seed_misses_is_not_reached():
     run = {"rank": None, "steps": [5.0, 10.0], "operations": [1e12, 3e12], "accuracy": [0.5, 0.6]}
     missed = run | {"rank": 2, "steps": [5.0, None], "operations": [1e12, None]}
-    _, reference, row = cost_report.reach_rows({"bp": run, "rank-2": missed}, 0.5)
+    _, reference, row = ldfa_cost.reach_rows({"bp": run, "rank-2": missed})
     assert reference[2:4] == ["2.00 ± 1.41", "1.00 ± 0.71"]
     assert row[1:4] == ["not reached"] * 3
 
@@ -157,3 +160,22 @@ def test_operations_to_a_target_are_those_of_the_first_epoch_that_reaches_it(tin
     assert found["bp"]["operations"] == [6 * 3.5, 5 * 3.5]
     assert found["rank-2"]["steps"] == [None, 5.0]
     assert found["rank-4"]["accuracy"] == [None, None]  # it diverged
+
+
+def test_cka_knows_no_rotation_and_no_scale():
+    rng = np.random.default_rng(0)
+    x, other = rng.normal(size=(200, 6)), rng.normal(size=(200, 6))
+    turn = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    assert representations.cka(x, 3 * x @ turn + 1) == pytest.approx(1)
+    assert representations.cka(x, other) < 0.2
+    gram, both = (one @ one.T for one in (x - x.mean(0, keepdims=True), other - other.mean(0, keepdims=True)))
+    expected = (gram * both).sum() / np.sqrt((gram**2).sum() * (both**2).sum())
+    assert representations.cka(x, other) == pytest.approx(expected)
+
+
+def test_modes_have_factors_and_shares():
+    config = ldfa_linear.Config(iterations=2, seeds=1, ranks=(2,))
+    np.testing.assert_allclose(ldfa_linear.modes(config, jaxfa.backprop())[:, :, 1:], 1, atol=1e-5)
+    found = ldfa_linear.modes(config, ldfa_linear.rule(config, 64, "P and Q fixed"))
+    np.testing.assert_allclose(found[:, :, 2], 1, atol=1e-5)  # an orthonormal P of full rank keeps all
+    assert abs(found[:, 0, 1]).max() < 0.5  # and a random Q knows nothing of the weights

@@ -20,6 +20,7 @@ from experiments.models.cnn import PoolingCNN
 from experiments.models.networks import MLP, ResNet
 from experiments.rank_collapse import rank_collapse, spectra
 from experiments.rank_collapse import report as rank_report
+from experiments.rank_collapse.ranks import effective_rank
 from experiments.rank_collapse.ranks import ranks as measure_ranks
 
 PARAMS = {"layers": {i: {"kernel": jnp.zeros((3, 3, 4, 6)), "bias": jnp.zeros(6)} for i in range(2)}}
@@ -33,6 +34,14 @@ def tiny(monkeypatch):
     mock = Dataset(images[:48], labels[:48], images[48:], labels[48:], 3, augmented=True)
     monkeypatch.setattr(data, "load", lambda name, folder: mock)
     return mock
+
+
+@pytest.fixture
+def optimized():
+    """Without optimisations XLA:CPU compares a maximum with inputs that it computes again, in another way."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def hidden():
@@ -80,13 +89,7 @@ def test_flattening_keeps_the_size_and_makes_no_direction_up():
     assert sigma[5] < 1e-4
 
 
-def test_sizing_keeps_the_spectrum():
-    sigma, kernel = changed(spectra.sized_as_muon(hidden()), updates(SPECTRUM))
-    assert np.linalg.norm(kernel) == pytest.approx(np.sqrt(6), rel=1e-5)
-    np.testing.assert_allclose(sigma, np.sqrt(6) / SIZE * np.array(SPECTRUM), atol=1e-5)
-
-
-@pytest.mark.parametrize("change", [spectra.flattened, spectra.sized_as_muon, lambda h: spectra.truncated(2, h)])
+@pytest.mark.parametrize("change", [spectra.flattened, lambda h: spectra.truncated(2, h)])
 def test_spectra_under_vmap_and_of_nothing(change):
     tx = change(hidden())
     given = [updates(SPECTRUM), updates((1.0, 0.9, 0.1, 0, 0, 0)), jax.tree.map(jnp.zeros_like, PARAMS)]
@@ -115,7 +118,7 @@ def test_a_sketch_keeps_the_effective_rank():
     rows = rows + 0.3 * jax.random.normal(jax.random.key(2), rows.shape)
     thin = jax.vmap(lambda row: spectra.sketch(row, 2048))(rows)
     assert thin.shape == (40, 2048)
-    ranks = [float(jaxfa.diagnostics.entropy_rank(one)) for one in (rows, thin)]
+    ranks = [effective_rank(one) for one in (rows, thin)]
     assert ranks[0] > 10
     assert ranks[1] == pytest.approx(ranks[0], rel=0.02)
     np.testing.assert_allclose(jnp.linalg.norm(thin, axis=1), jnp.linalg.norm(rows, axis=1), rtol=0.15)
@@ -125,6 +128,14 @@ def rank(matrix):
     return float(jaxfa.diagnostics.entropy_rank(jnp.asarray(matrix, jnp.float32)))
 
 
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5)])
+def test_a_rank_by_the_gram_matrix_is_that_of_the_singular_values(shape):
+    matrix = np.random.default_rng(0).normal(size=shape)
+    assert effective_rank(matrix) == pytest.approx(rank(matrix), rel=1e-5)
+    assert effective_rank(np.outer(matrix[:, 0], matrix[0])) == pytest.approx(1, abs=1e-5)
+    assert effective_rank(np.eye(6)) == pytest.approx(6)
+
+
 @pytest.mark.long
 def test_measured_ranks_are_those_of_the_equations(tiny):
     def make(rngs):
@@ -132,9 +143,9 @@ def test_measured_ranks_are_those_of_the_equations(tiny):
 
     matrices = hidden_kernels(nnx.eval_shape(lambda: make(nnx.Rngs(0))), but=("layers/0", "head"))
     remember = spectra.remember(5, 4096, matrices)
-    optimizer = optax.chain(remember, optax.sgd(0.05), remember)
+    optimizer = optax.chain(remember, optax.sgd(0.05))
     task = Task(make, jaxfa.fa(), optimizer, tiny._replace(augmented=False), 16, diagnostics=True)
-    trainer = Trainer(task._replace(measure=partial(measure_ranks, probe=24)), [0])
+    trainer = Trainer(task._replace(measure=partial(measure_ranks, probe=24, blocks=("layers",))), [0])
     state = trainer.init()
     state, _ = trainer.advance(state, trainer.shuffle(state), 3)
     found = trainer.evaluate(state)
@@ -153,38 +164,43 @@ def test_measured_ranks_are_those_of_the_equations(tiny):
         {"head": rank(error), "layers/1": rank(delta2), "layers/0": rank(delta1)}, rel=1e-3
     )
     assert rank(error) < 2.01  # the rows of softmax less one-hot sum to zero
-    for kind in ("gradient", "update"):  # plain SGD's update is a multiple of the gradient
-        assert ranks[kind]["layers/1"] == pytest.approx(rank(h1.T @ delta2), rel=1e-3)
-        assert ranks[kind]["layers/0"] == pytest.approx(rank(x.T @ delta1), rel=1e-3)
-    assert found["probe_loss"][0] == pytest.approx(-np.log(p[np.arange(24), labels]).mean(), rel=1e-4)
+    assert ranks["gradient"]["layers/1"] == pytest.approx(rank(h1.T @ delta2), rel=1e-3)
+    assert ranks["gradient"]["layers/0"] == pytest.approx(rank(x.T @ delta1), rel=1e-3)
+    assert ranks["channels"]["layers/1"] == pytest.approx(rank(delta2), rel=1e-3)  # one pixel
+    assert ranks["activations"] == pytest.approx({"layers/0": rank(h1), "layers/1": rank(h2)}, rel=1e-3)
     assert found["update_rank"]["layers/0"][0] > 1
-    for kind in ("gradients", "updates"):
-        assert list(ranks[kind]) == ["layers/1"]
-        assert 1.5 < ranks[kind]["layers/1"] < 3.01
+    assert list(ranks["trajectory"]) == ["layers/1"]
+    assert 1.5 < ranks["trajectory"]["layers/1"] < 3.01
+
+
+@pytest.mark.long
+def test_ranks_over_channels_count_every_pixel(tiny, optimized):
+    def make(rngs):
+        return PoolingCNN((8, 8, 3), 3, (4, 6), normalised=False, rngs=rngs)
+
+    remember = spectra.remember(5, 64, hidden_kernels(nnx.eval_shape(lambda: make(nnx.Rngs(0))), but=("head",)))
+    optimizer = optax.chain(remember, optax.sgd(0.05))
+    trainer = Trainer(Task(make, jaxfa.fa(), optimizer, tiny, 16), [0])
+    state = trainer.init()
+    found = measure_ranks(trainer, probe=24, blocks=("layers",))(state)["rank"]
+    assert max(found["channels"]["layers/0/conv"]) <= 4 < max(found["error"]["layers/0/conv"])
+    model = jaxfa.nn.plain(trainer.model(jax.tree.map(lambda leaf: leaf[0], state)))
+    h = nnx.relu(model.layers[0](trainer.inputs(trainer.data[0][:24])))
+    assert found["activations"]["layers/0"][0] == pytest.approx(rank(h.reshape(-1, 4)), rel=1e-3)
 
 
 SMALL = {"widths": (4, 6), "epochs": 2, "steps": 1, "batch": 8, "window": 2, "sketch": 64, "probe": 8}
 
 
-@pytest.fixture
-def optimized():
-    """Without optimisations XLA:CPU compares a maximum with inputs that it computes again, in another way."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @pytest.mark.long
 def test_the_experiment_and_its_report(tiny, optimized, tmp_path):
-    arms = ("fa-muon", "bp-norm-rank-2")
+    arms = ("fa-muon", "bp-norm-rank-1")
     config = rank_collapse.Config(**SMALL, trainings=arms, images=None, test_images=None, out=tmp_path / "run")
     text = sweep.run(rank_collapse.EXPERIMENT, config).read_text()
-    assert all(word in text for word in ("FA + Muon", "update of rank 2", *arms))
+    assert all(word in text for word in ("activations over channels", *arms))
     history = records.read(config.out / "fa-muon")
     assert len(history) == 3
-    assert history[-1]["rank"]["updates"]["layers/1/conv"][0] > 1
-    ranks = records.read(config.out / "bp-norm-rank-2")[-1]["rank"]["update"]["layers/1/conv"]
-    assert max(ranks) <= 2.001
+    assert history[-1]["rank"]["trajectory"]["layers/1/conv"][0] > 1
     with pytest.raises(ValueError, match="another configuration: window was 2, is now 3"):
         sweep.run(rank_collapse.EXPERIMENT, dataclasses.replace(config, window=3))
 
@@ -194,22 +210,18 @@ def test_resnet18_runs_and_stands_beside_the_published_numbers(tiny, optimized, 
     options = SMALL | {"widths": (2, 3), "epochs": 1, "images": None, "test_images": None}
     config = rank_collapse.Config(**options, network="resnet18", trainings=("fa", "fa-norm"), out=tmp_path / "run")
     text = sweep.run(rank_collapse.EXPERIMENT, config).read_text()
-    assert all(f">{number}<" in text for number in ("1.4", "37.1"))
+    assert all(f">{number}<" in text for number in ("1.4", "37.1", "third party, accuracy, %"))
     found = records.read(config.out / "fa-norm")[-1]["rank"]
     assert len(found["error"]) == 1 + 2 * 4 + 1 + 1  # the stem, four blocks, one shortcut, the head
-    assert set(found["error"]) - set(found["gradients"]) == {"stem/layers/0/conv", "head"}
+    assert set(found["error"]) - set(found["trajectory"]) == {"stem/layers/0/conv", "head"}
 
 
 def history(losses, ranks):
-    def kinds(*names, rank):
-        return {kind: {"a": [rank], "b": [3 * rank]} for kind in names}
-
     return [
         {
             "probe_loss": [loss],
             "test_accuracy": [0.1],
-            "rank": kinds("error", "gradient", "update", "gradients", "updates", rank=rank),
-            "participation": kinds("gradients", "updates", rank=rank / 10),
+            "rank": {kind: {"a": [rank], "b": [3 * rank], "head": [9.0]} for kind in rank_report.KINDS},
         }
         for loss, rank in zip(losses, ranks, strict=True)
     ]
@@ -227,19 +239,9 @@ def test_ranks_at_a_matched_loss_lie_between_epochs():
     assert at(fast, 1.9) == 20
     assert np.isnan(at(slow, 1.7))
     _, fa, bp = rank_report.table("cnn", {"fa": slow, "bp": fast})
-    assert fa[1:] == [
-        "10.0",
-        "10.0",
-        "",
-        "1.8",
-        *["60.0 / 60.0"] * 3,
-        "60.0",
-        "6.0",
-        "< 20, at the end about 12",
-        "60.0",
-    ]
-    assert (bp[5], bp[10]) == ("102.2 / 120.0", "about 100")
-    assert rank_report.table("resnet18", {"fa": slow})[1][3] == "1.4"
+    assert fa[1:] == ["10.0", "10.0", "1.8", *["60.0 / 60.0"] * 5, "< 20"]
+    assert (bp[4], bp[-1]) == ("102.2 / 120.0", "about 100")
+    assert rank_report.table("resnet18", {"fa": slow})[1][-1] == "1.4"
 
 
 @pytest.mark.parametrize("normalised", [True, False])
@@ -260,3 +262,12 @@ def test_normalisation_can_be_left_out(normalised):
     assert any("norm" in name for name in params) == normalised
     assert ("stem/layers/0/conv/bias" in params) != normalised
     assert shapes(PoolingCNN, 10)["head/kernel"].shape == (2 * 2 * 128, 10)
+
+
+def test_findings_are_the_gains_and_the_ratios_of_ranks():
+    found = rank_report.findings({"fa": history([2.3, 1.9], [10, 20]), "bp": history([2.3, 1.9], [10, 40])})
+    assert found[0][0] == "0.50"
+    assert "fa's rank of errors over channels to bp's at loss 1.90" in found[0][1]
+    better = [record | {"test_accuracy": [0.3]} for record in history([2.3, 1.9], [10, 20])]
+    (gain,) = rank_report.findings({"fa-norm": history([2.3, 1.9], [10, 20]), "fa-norm-muon": better})
+    assert gain[0] == "+20.0"
