@@ -21,8 +21,7 @@ from experiments.benchmarks import memory, memory_figure, pipeline_report, pipel
 from experiments.common import data, operations, plots, records, sweep, text, timing
 from experiments.common.train import DivergenceError
 from experiments.common.trainer import Trainer
-from experiments.conservation import figure as conservation_figure
-from experiments.conservation import laws as conservation_laws
+from experiments.conservation import conservation, laws
 from experiments.ldfa import cost_report, receptive_fields
 from experiments.ldfa import linear as ldfa_linear
 from experiments.ldfa import retina as ldfa_retina
@@ -160,11 +159,10 @@ def untrained(monkeypatch):
     monkeypatch.setattr(ldfa_retina, "_rows", lambda results: [])
     for name in ("draw", "rows"):
         monkeypatch.setattr(ssa_cost, name, lambda *_: [])
-    for name in ("follow", "least_solutions"):
-        monkeypatch.setattr(conservation_laws, name, lambda *_, **__: None)
-    for name in ("numbers", "laws_table", "starts_table"):
-        monkeypatch.setattr(conservation_figure, name, lambda *_: [])
-    for module in (ldfa_linear, receptive_fields, conservation_figure):
+    monkeypatch.setattr(laws, "follow", lambda *_, **__: laws.Followed(*4 * [np.zeros((1, 1))]))
+    monkeypatch.setattr(laws, "convergence", lambda **_: {})
+    monkeypatch.setattr(conservation, "_figure", lambda *_: None)
+    for module in (ldfa_linear, receptive_fields):
         monkeypatch.setattr(module, "figure", lambda *_: None)
     monkeypatch.setattr(sweep.page, "save", lambda folder, study: None)
     monkeypatch.setattr(sweep.page, "tables", lambda folder: [])
@@ -180,7 +178,9 @@ DEEP = SMALL | {"batch": 16, "networks": ("alexnet",)}
 GPT = {"context": 4, "width": 4, "depth": 1, "heads": 1}
 CASES = {
     "compare": [{"methods": ("fa",), "batch": 16}],
-    "conservation": [{"datasets": ("digits",), "batch": 16}, {"datasets": ()}],
+    "conservation": [{}],
+    "conservation_aligned_start": [{"datasets": ("digits",), "batch": 16}],
+    "conservation_angle_against_depth": [SMALL | {"batch": 16}],
     "grape_ablation": [SMALL | {"batch": 16, "network": "alexnet", "variants": ("literal",)}],
     "grape_deep": [DEEP],
     "grape_schedule": [SMALL | {"batch": 16, "network": "alexnet"}],

@@ -4,12 +4,12 @@ import dataclasses
 import json
 import re
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from experiments.__main__ import EXPERIMENTS, main
 from experiments.common import page, records, results, rows, sweep
-from experiments.conservation import laws
+from experiments.conservation import angle_against_depth, laws
 from experiments.grape import networks as grape_networks
 from experiments.ldfa import linear as ldfa_linear
 from experiments.ldfa import vgg as ldfa_vgg
@@ -20,6 +20,7 @@ from experiments.ssa import arms as ssa_arms
 TRAINED = {"epochs": 1, "images": 32, "test_images": 16, "batch": 16, "seeds": 1, "loop": "step"}
 SWEEPS = {
     "compare": {"methods": ("ssa",), "hidden": (4,)},
+    "conservation_aligned_start": {"datasets": ("mnist",), "hidden": (4,)},
     "grape_ablation": {"variants": ("literal",)},
     "grape_deep": {"networks": ("alexnet",), "shrink": 1},
     "grape_resnet20": {"shrink": 1},
@@ -43,7 +44,8 @@ SWEEPS = {
     "ssa_cifar10": {"energy": 0.7, "multiple": 2},
 }
 STUDIES = {
-    "conservation": TRAINED | {"datasets": ("mnist",), "hidden": (4,), "steps": 2, "iterations": 2},
+    "conservation": {"steps": 2, "iterations": 2, "seeds": 1},
+    "conservation_angle_against_depth": TRAINED | {"depths": (1,), "factors": (0.25,), "depth": 1},
     "ldfa_cost": {"networks": ("mlp",), "fractions": (0.5,), "ranks": (2,), "width": 4, "epochs": 1, "seeds": 1},
     "ldfa_linear": {"ranks": (2,), "iterations": 4, "seeds": 1},
     "ldfa_retina": TRAINED | {"ranks": (2,), "retina": (3, 4), "cortex": (4,), "hidden": 4, "window": 3},
@@ -76,7 +78,8 @@ def tiny(mock, play, monkeypatch):
         monkeypatch.setitem(grape_networks.NETWORKS, name, network._replace(make=small, taps=None))
     monkeypatch.setattr(ssa_arms, "maker", lambda name, config, found: lambda rngs: small((8, 8, 3), 3, rngs=rngs))
     monkeypatch.setattr("experiments.grape.shallow.ShallowCNN", small)
-    monkeypatch.setattr(laws, "_digits", lambda: (np.ones((60, 8, 8, 1)), np.arange(60) % 10))
+    monkeypatch.setattr(angle_against_depth, "_network", lambda *size: small((4, 4, 3), 3, size[-1]))
+    monkeypatch.setattr(laws, "_digits", lambda: (jnp.ones((60, 8, 8, 1)), jnp.arange(60) % 10))
     monkeypatch.setattr(ldfa_vgg, "VGG", lambda shape, classes, *, widths, rngs: small(shape, classes, rngs=rngs))
     monkeypatch.setattr(ldfa_vgg, "AT", None)
     monkeypatch.setattr(ldfa_vgg, "ALLOW", ())
