@@ -21,7 +21,18 @@ import jax
 import jaxfa
 from experiments.common import records
 from experiments.common.experiment import Arm, Experiment, Page
-from experiments.grape.networks import CPU_RATES, LITERAL, NETWORKS, PAPER, NetworkName, Rates, images, task
+from experiments.grape.networks import (
+    BEST,
+    CPU_RATES,
+    LITERAL,
+    NETWORKS,
+    PAPER,
+    TILED,
+    NetworkName,
+    Rates,
+    images,
+    task,
+)
 
 
 class Variant(NamedTuple):
@@ -36,7 +47,7 @@ class Variant(NamedTuple):
     rule: jaxfa.Rule
 
 
-_plain = partial(jaxfa.grape, tile=None, scaling=0.0)
+_plain = partial(jaxfa.grape, scaling=0.0)
 VARIANTS = {
     "literal": Variant("As published", LITERAL),
     "per-unit": Variant("As published", _plain(perturbation=jax.random.normal, norm_axis=1)),
@@ -53,9 +64,9 @@ VARIANTS = {
     "tile-4-fdfa": Variant("Magnitudes kept", jaxfa.fdfa(tile=4)),
     "tile-4-mean": Variant("Together", _plain(tile=4, averaging=0.9)),
     "tile-4-kalman": Variant("Together", _plain(tile=4, averaging=jaxfa.rules.kalman())),
-    "tile-4-scaled": Variant("Together", jaxfa.grape()),
-    "scaled-kalman": Variant("Together", _plain(scaling=0.3, averaging=jaxfa.rules.kalman())),
-    "tile-4-scaled-kalman": Variant("Together", jaxfa.grape(averaging=jaxfa.rules.kalman())),
+    "tile-4-scaled": Variant("Together", jaxfa.grape(tile=4)),
+    "scaled-kalman": Variant("Together", BEST),
+    "tile-4-scaled-kalman": Variant("Together", TILED),
 }
 
 

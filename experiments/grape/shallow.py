@@ -8,7 +8,7 @@ Command: ``python -m experiments run grape_shallow``, 10 minutes a data set; ``-
 The paper states neither networks nor rates. The network is that of its ancestor, two convolutions and a hidden layer.
 Every rule may have a rate of its own; none was tuned.
 
-Beside the literal rule stands the library's with a Kalman mean, ``grape(averaging=jaxfa.rules.kalman())``.
+Beside the literal rule stand the library's with a Kalman mean, on the full map and with tiles of 4 pixels.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import jaxfa
 from experiments.common import data, experiment, records
 from experiments.common.experiment import Arm, Experiment, Page
 from experiments.common.task import Task
-from experiments.grape.networks import BEST, LITERAL
+from experiments.grape.networks import BEST, LITERAL, TILED
 from experiments.models.cnn import ShallowCNN
 
 Name = Literal["mnist", "cifar10", "cifar100"]
@@ -60,7 +60,8 @@ def arms(config: Config) -> Iterator[Arm]:
         "fa": ("FA", jaxfa.fa(), config.fa_rate),
         "dfa": ("DFA", jaxfa.dfa(), config.dfa_rate),
         "grape": ("GrAPE, as published", LITERAL, config.grape_rate),
-        "averaged": ("GrAPE, less noise", BEST, config.grape_rate),
+        "full": ("GrAPE, Kalman mean", BEST, config.grape_rate),
+        "tiled": ("GrAPE, Kalman mean and tiles", TILED, config.grape_rate),
     }
     for name in config.datasets:
         dataset = experiment.load(config, name)

@@ -22,6 +22,7 @@ from experiments.common import data, operations, plots, records, sweep, text, ti
 from experiments.common.train import DivergenceError
 from experiments.common.trainer import Trainer
 from experiments.conservation import conservation, laws
+from experiments.grape import bound
 from experiments.ldfa import cost_report, receptive_fields
 from experiments.ldfa import linear as ldfa_linear
 from experiments.ldfa import retina as ldfa_retina
@@ -161,6 +162,9 @@ def untrained(monkeypatch):
         monkeypatch.setattr(ssa_cost, name, lambda *_: [])
     monkeypatch.setattr(laws, "follow", lambda *_, **__: laws.Followed(*4 * [np.zeros((1, 1))]))
     monkeypatch.setattr(laws, "convergence", lambda **_: {})
+    steps = {"cosines": np.full((4, 2, 3), 0.5), "bias": np.ones(4), "accuracy": np.ones(4)}
+    monkeypatch.setattr(bound, "follow", lambda rule, config, seed: steps if config.batch else {})
+    monkeypatch.setattr(bound, "_figure", lambda *_: None)
     monkeypatch.setattr(conservation, "_figure", lambda *_: None)
     for module in (ldfa_linear, receptive_fields):
         monkeypatch.setattr(module, "figure", lambda *_: None)
@@ -183,7 +187,7 @@ CASES = {
     "conservation_angle_against_depth": [SMALL | {"batch": 16}],
     "grape_ablation": [SMALL | {"batch": 16, "network": "alexnet", "variants": ("literal",)}],
     "grape_deep": [DEEP],
-    "grape_schedule": [SMALL | {"batch": 16, "network": "alexnet"}],
+    "grape_bound": [{}],
     "grape_shallow": [SMALL | {"batch": 16, "datasets": ("cifar10",)}],
     "grape_transformer": [GPT | {"calibrations": (0, 1), "steps": 2}, GPT | {"calibrations": (0,)}],
     "ldfa_cost": [SMALL | {"networks": networks, "fractions": (0.5,)} for networks in ((), ("mlp",), ("vgg",))],
@@ -271,7 +275,7 @@ def test_wrong_use_is_told_what_to_do(args, message, tmp_path, monkeypatch, caps
         (["ldfa_linear", "--strengths", "1", "0"], ["positive numbers"]),
         (["ldfa_cost", "--fractions", "0"], ["fractions must be in (0, 1]"]),
         (["ldfa_cost", "--target", "42"], ["target must be an accuracy between 0 and 1, got 42"]),
-        (["grape_schedule", "--periods", "0"], ["periods must be"]),
+        (["grape_deep", "--periods", "0"], ["periods must be"]),
         (["grape_ablation", "--variants", "none"], ["Unknown variants ['none']; choose from literal"]),
         (["grape_deep", "--scale", "0"], ["scale must be positive"]),
         (["ssa_cifar10", "--energy", "0"], ["energy must be in"]),

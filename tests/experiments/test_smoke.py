@@ -24,7 +24,6 @@ SWEEPS = {
     "grape_ablation": {"variants": ("literal",)},
     "grape_deep": {"networks": ("alexnet",), "shrink": 1},
     "grape_resnet20": {"shrink": 1},
-    "grape_schedule": {"periods": (1,), "shrink": 1},
     "grape_shallow": {"datasets": ("cifar10",)},
     "grape_transformer": {
         "calibrations": (1,),
@@ -46,6 +45,7 @@ SWEEPS = {
 STUDIES = {
     "conservation": {"steps": 2, "iterations": 2, "seeds": 1},
     "conservation_angle_against_depth": TRAINED | {"depths": (1,), "factors": (0.25,), "depth": 1},
+    "grape_bound": {"steps": 4, "batch": 8, "seeds": 1},
     "ldfa_cost": {"networks": ("mlp",), "fractions": (0.5,), "ranks": (2,), "width": 4, "epochs": 1, "seeds": 1},
     "ldfa_linear": {"ranks": (2,), "iterations": 4, "seeds": 1},
     "ldfa_retina": TRAINED | {"ranks": (2,), "retina": (3, 4), "cortex": (4,), "hidden": 4, "window": 3},
