@@ -14,7 +14,6 @@ noise that layers make for each other.
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import jax
 
@@ -34,39 +33,26 @@ from experiments.grape.networks import (
     task,
 )
 
-
-class Variant(NamedTuple):
-    """One way to learn direct feedback.
-
-    Attributes:
-      group: what it changes.
-      rule: the rule.
-    """
-
-    group: str
-    rule: jaxfa.Rule
-
-
 _plain = partial(jaxfa.grape, scaling=0.0)
-VARIANTS = {
-    "literal": Variant("As published", LITERAL),
-    "per-unit": Variant("As published", _plain(perturbation=jax.random.normal, norm_axis=1)),
-    "signs": Variant("Perturbations", _plain()),
-    "separate": Variant("Perturbations", _plain(separate=True)),
-    "scaled": Variant("Perturbations", _plain(scaling=0.3)),
-    "tile-4": Variant("Repeated feedback", _plain(tile=4)),
-    "tile-1": Variant("Repeated feedback", _plain(tile=1)),
-    "mean-0.9": Variant("Running mean", _plain(averaging=0.9)),
-    "mean-0.98": Variant("Running mean", _plain(averaging=0.98)),
-    "kalman": Variant("Running mean", _plain(averaging=jaxfa.rules.kalman())),
-    "magnitudes": Variant("Magnitudes kept", _plain(column_norm=False)),
-    "fdfa": Variant("Magnitudes kept", jaxfa.fdfa()),
-    "tile-4-fdfa": Variant("Magnitudes kept", jaxfa.fdfa(tile=4)),
-    "tile-4-mean": Variant("Together", _plain(tile=4, averaging=0.9)),
-    "tile-4-kalman": Variant("Together", _plain(tile=4, averaging=jaxfa.rules.kalman())),
-    "tile-4-scaled": Variant("Together", jaxfa.grape(tile=4)),
-    "scaled-kalman": Variant("Together", BEST),
-    "tile-4-scaled-kalman": Variant("Together", TILED),
+VARIANTS: dict[str, tuple[str, jaxfa.Rule]] = {
+    "literal": ("As published", LITERAL),
+    "per-unit": ("As published", _plain(perturbation=jax.random.normal, norm_axis=1)),
+    "signs": ("Perturbations", _plain()),
+    "separate": ("Perturbations", _plain(separate=True)),
+    "scaled": ("Perturbations", _plain(scaling=0.3)),
+    "tile-4": ("Repeated feedback", _plain(tile=4)),
+    "tile-1": ("Repeated feedback", _plain(tile=1)),
+    "mean-0.9": ("Running mean", _plain(averaging=0.9)),
+    "mean-0.98": ("Running mean", _plain(averaging=0.98)),
+    "kalman": ("Running mean", _plain(averaging=jaxfa.rules.kalman())),
+    "magnitudes": ("Magnitudes kept", _plain(column_norm=False)),
+    "fdfa": ("Magnitudes kept", jaxfa.fdfa()),
+    "tile-4-fdfa": ("Magnitudes kept", jaxfa.fdfa(tile=4)),
+    "tile-4-mean": ("Together", _plain(tile=4, averaging=0.9)),
+    "tile-4-kalman": ("Together", _plain(tile=4, averaging=jaxfa.rules.kalman())),
+    "tile-4-scaled": ("Together", jaxfa.grape(tile=4)),
+    "scaled-kalman": ("Together", BEST),
+    "tile-4-scaled-kalman": ("Together", TILED),
 }
 
 

@@ -89,7 +89,7 @@ def test_variants_of_the_ablation_are_rules_of_their_own(images):
     found = arms("grape_ablation")
     assert [arm.name for arm in found] == ["bp", "dfa", *VARIANTS]
     h, logits = jax.ShapeDtypeStruct((4, 8, 8, 2), jnp.float32), jax.ShapeDtypeStruct((4, 3), jnp.float32)
-    made = {name: v.rule.init(jax.random.key(0), h, logits) for name, v in VARIANTS.items()}
+    made = {name: rule.init(jax.random.key(0), h, logits) for name, (_, rule) in VARIANTS.items()}
     assert made["tile-4"].b.shape == (4, 4, 2, 3)
     assert made["tile-1"].b.shape == (1, 1, 2, 3)
     assert made["mean-0.9"].mean is not None
