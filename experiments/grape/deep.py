@@ -98,6 +98,7 @@ EXPERIMENT = Experiment(
         "or none, and as many of those mini-batches alone. In the paper one in some 195 lifts ResNet-20 from 24.3 to "
         "64.8 %.",
         "Caillon et al. 2026, CIFAR-100",
+        epoch="last",
     ),
     arms,
 )

@@ -99,6 +99,7 @@ EXPERIMENT = Experiment(
         "Shallow convolutional networks under backpropagation, feedback alignment, and direct feedback that is fixed "
         "(DFA) or learned (GrAPE). The paper's GrAPE is .2, 1.6 and 6.2 points below backpropagation.",
         "Caillon et al. 2026, networks and rates not stated",
+        epoch="last",
     ),
     arms,
 )

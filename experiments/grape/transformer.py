@@ -167,6 +167,7 @@ EXPERIMENT = Experiment(
         "order does.",
         "Caillon et al. 2026, WikiText-103",
         metric="perplexity",
+        epoch="last",
     ),
     arms,
 )
