@@ -17,7 +17,6 @@ _FILES = (
     "conservation.aligned_start",
     "conservation.angle_against_depth",
     "conservation.conservation",
-    "grape.ablation",
     "grape.bound",
     "grape.deep",
     "grape.resnet20",

@@ -21,9 +21,8 @@ TRAINED = {"epochs": 1, "images": 32, "test_images": 16, "batch": 16, "seeds": 1
 SWEEPS = {
     "compare": {"methods": ("ssa",), "hidden": (4,)},
     "conservation_aligned_start": {"datasets": ("mnist",), "hidden": (4,)},
-    "grape_ablation": {"variants": ("literal",)},
     "grape_deep": {"networks": ("alexnet",), "shrink": 1},
-    "grape_resnet20": {"shrink": 1},
+    "grape_resnet20": {"shrink": 1, "variants": ("letter",)},
     "grape_shallow": {"datasets": ("cifar10",)},
     "grape_transformer": {
         "calibrations": (1,),

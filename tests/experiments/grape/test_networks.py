@@ -13,8 +13,8 @@ import jaxfa.nn
 from experiments.__main__ import EXPERIMENTS
 from experiments.common import data
 from experiments.common.data import Dataset
-from experiments.grape.ablation import VARIANTS
 from experiments.grape.networks import BEST, NETWORKS, TILED, WATCHED
+from experiments.grape.resnet20 import VARIANTS
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10}
 
@@ -86,8 +86,8 @@ def test_direct_rules_reach_every_hidden_layer_of_a_plain_network(images):
 
 
 def test_variants_of_the_ablation_are_rules_of_their_own(images):
-    found = arms("grape_ablation")
-    assert [arm.name for arm in found] == ["bp", "dfa", *VARIANTS]
+    found = arms("grape_resnet20")
+    assert [arm.name for arm in found] == ["bp", "fa", "dfa", *VARIANTS]
     h, logits = jax.ShapeDtypeStruct((4, 8, 8, 2), jnp.float32), jax.ShapeDtypeStruct((4, 3), jnp.float32)
     made = {name: rule.init(jax.random.key(0), h, logits) for name, (_, rule) in VARIANTS.items()}
     assert made["tile-4"].b.shape == (4, 4, 2, 3)
