@@ -51,7 +51,7 @@ CAPTION = (
 class Config(Options):
     """For how long the cosines are followed."""
 
-    steps: int = 400
+    steps: int = 200
     """How many steps every network learns for."""
     batch: int = 64
     """How many examples a step has."""
