@@ -20,11 +20,12 @@ from experiments.common.experiment import Experiment
 # Every experiment, FOLDER.FILE: a new one is one more.
 _FILES = (
     "compare.compare",
+    "conservation.aligned_start",
+    "conservation.angle_against_depth",
     "conservation.conservation",
-    "grape.ablation",
+    "grape.bound",
     "grape.deep",
     "grape.resnet20",
-    "grape.schedule",
     "grape.shallow",
     "grape.transformer",
     "ldfa.autoencoder",

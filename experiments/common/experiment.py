@@ -57,12 +57,15 @@ class Page(NamedTuple):
       claim: what the paper says that the experiment will show.
       published: whose the published numbers are, and how they were taken.
       metric: what the numbers are.
+      epoch: of which the published numbers are: the last, also where the paper does not say, or each training's best.
+        Gaps to a reference are of the same epoch.
     """
 
     title: str
     claim: str
     published: str = ""
     metric: MetricName = "accuracy"
+    epoch: Literal["last", "best"] = "best"
 
 
 class Table(NamedTuple):

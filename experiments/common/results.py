@@ -147,7 +147,12 @@ def _result(experiment: Experiment, found: dict[str, Any], figure: Path) -> str:
     lines += [f"- **{number}** {sentence}" for number, sentence in found["findings"]]
     lines += ["", f"![{experiment.page.title}](results/{figure.name})", ""]
     lines += [_table(found)] if "arms" in found else [_cells(table) for table in found["tables"]]
-    lines += ["", *_verdict(found), *(f"- {name} {note}" for name, note in found["diverged"].items()), *found["cut"]]
+    lines += [
+        "",
+        *_verdict(found, experiment.page.epoch),
+        *(f"- {name} {note}" for name, note in found["diverged"].items()),
+        *found["cut"],
+    ]
     return "\n".join([*lines, "", _origin(found), ""])
 
 
@@ -192,8 +197,8 @@ def _shown(value: dict[str, Any], digits: int) -> str:
     return str(Estimate(value["mean"], value["std"], digits))
 
 
-def _verdict(found: dict[str, Any]) -> list[str]:
-    """Which published gaps to the reference are ours, too, and which are not."""
+def _verdict(found: dict[str, Any], epoch: str) -> list[str]:
+    """Which published gaps to the reference are ours, too, and which are not, all of the same epoch."""
     arms: dict[str, Any] = found.get("arms", {})
     holds: list[str] = []
     fails: list[str] = []
@@ -203,10 +208,10 @@ def _verdict(found: dict[str, Any]) -> list[str]:
         if reference is arm or "published" not in arm or "published" not in reference:
             continue
         theirs = arm["published"]["value"] - reference["published"]["value"]
-        ours = arm["best"]["mean"] - reference["best"]["mean"]
+        ours = arm[epoch]["mean"] - reference[epoch]["mean"]
         text = f"{_full_title(arm)} {ours:+.{metric.digits}f} (published {theirs:+.{metric.digits}f})"
         (holds if abs(ours - theirs) <= metric.close else fails).append(text)
-    source = f"Gaps to the reference between best epochs, published: {found['published']}."
+    source = f"Gaps to the reference between {epoch} epochs, published: {found['published']}."
     lines = [source, ""] if holds or fails else []
     lines += [f"- Holds within {metric.margin}: {'; '.join(holds)}."] if holds else []
     return lines + ([f"- Does not hold: {'; '.join(fails)}."] if fails else [])

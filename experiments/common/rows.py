@@ -20,7 +20,7 @@ class Row(NamedTuple):
       color: of its group.
       last: accuracy after the last epoch.
       best: the mean over seeds of each one's best epoch, as published numbers often are.
-      gap: ``best`` less the reference's; None for a reference and where that diverged.
+      gap: the page's epoch's less the reference's; None for a reference and where that diverged.
       published_gap: the same of the published accuracies.
       angle: of the hidden layers' updates to backpropagation, their mean, in degrees, after the last epoch.
       layers: the angle of each part of the network but the last.
@@ -86,16 +86,18 @@ def read(folder: Path) -> list[Row]:
     arms = [arm for arm in arms if arm["name"] in histories and arm["reference"] in {*histories, *lost}]
     metric, colors = metric_of(folder), _colors(arms)
     # Epoch 0, before training, is no epoch to choose.
-    best = {name: estimate(metric.best(metric.values(found)[1:]), metric.digits) for name, found in histories.items()}
+    at_last = records.read_json(path).get("epoch") == "last"
+    values = {name: metric.values(found)[1:] for name, found in histories.items()}
+    ends = {name: float((found[-1] if at_last else metric.best(found)).mean()) for name, found in values.items()}
     published = {arm["name"]: arm["published"] for arm in arms}
     return [
-        _row(folder, arm, histories[arm["name"]], metric, best=best, published=published, color=colors[arm["group"]])
+        _row(folder, arm, histories[arm["name"]], metric, ends=ends, published=published, color=colors[arm["group"]])
         for arm in arms
     ]
 
 
 def _row(
-    folder: Path, arm: dict[str, Any], history: list[Any], metric: Metric, *, best: Any, published: Any, color: str
+    folder: Path, arm: dict[str, Any], history: list[Any], metric: Metric, *, ends: Any, published: Any, color: str
 ) -> Row:
     name, reference = arm["name"], arm["reference"]
     known = name != reference and published[name] is not None and published.get(reference) is not None
@@ -105,8 +107,8 @@ def _row(
         arm,
         color,
         last=estimate(metric.values(history)[-1], metric.digits),
-        best=best[name],
-        gap=None if name == reference or reference not in best else best[name].mean - best[reference].mean,
+        best=estimate(metric.best(metric.values(history)[1:]), metric.digits),
+        gap=None if name == reference or reference not in ends else ends[name] - ends[reference],
         published_gap=published[name] - published[reference] if known else None,
         angle=estimate(np.mean(list(hidden.values()), 0), 0) if hidden else None,
         layers={layer: float(found.mean()) for layer, found in hidden.items()},

@@ -29,7 +29,7 @@ from experiments.common.task import Task
 from experiments.models.gpt import GPT
 
 PUBLISHED_BP = 29.8
-PUBLISHED = {("dfa", 0): 52.0, ("dfa", 1): 42.7, ("grape", 0): 42.3, ("grape", 1): 33.1}
+PUBLISHED = {("dfa", 0): 52.0, ("dfa", 1): 42.7, ("letter", 0): 42.3, ("letter", 1): 33.1}
 AXIS = "true gradients per epoch"
 TAPS = ("embedding", "blocks/*")
 WARMUP = 0.05
@@ -90,8 +90,12 @@ def arms(config: Config) -> Iterator[Arm]:
         raise ValueError(f"calibrations must divide an epoch's {epoch} steps (--steps), got {config.calibrations}.")
     bp = _task(config, dataset, config.learning_rate, epoch)
     yield Arm("bp", "Backpropagation", None, bp, PUBLISHED_BP if same else None)
-    grape = jaxfa.grape(learning_rate=config.feedback_rate)
-    rules = {"dfa": ("DFA", jaxfa.dfa(), config.dfa_rate), "grape": ("GrAPE", grape, config.grape_rate)}
+    letter, ours = (rule(learning_rate=config.feedback_rate) for rule in (jaxfa.rules.published_grape, jaxfa.grape))
+    rules = {
+        "dfa": ("DFA", jaxfa.dfa(), config.dfa_rate),
+        "letter": ("GrAPE to the letter", letter, config.grape_rate),
+        "grape": ("GrAPE, scaled", ours, config.grape_rate),
+    }
     for name, (title, rule, rate) in rules.items():
         plain = _task(config, dataset, rate, epoch)._replace(rule=rule, at=TAPS)
         for count in config.calibrations:
@@ -167,6 +171,7 @@ EXPERIMENT = Experiment(
         "order does.",
         "Caillon et al. 2026, WikiText-103",
         metric="perplexity",
+        epoch="last",
     ),
     arms,
 )

@@ -1,4 +1,4 @@
-"""Sparse calibration: now and then a step of the true gradient, which the feedback does not notice."""
+"""Sparse calibration: now and then a step of the true gradient in the place of the rule's."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,13 +38,16 @@ def calibrate(
 ) -> optax.GradientTransformationExtraArgs:
     """Sparse calibration: at every ``every``-th update the parameters step by the true gradient; feedback stands still.
 
-    It composes with any rule. The control to run beside it is the same number of steps of backpropagation and no rule:
+    That step replaces the rule's where the paper inserts one: in an epoch of 200 updates the two differ by one. It
+    composes with any rule. The control to run beside it is the same number of steps of backpropagation and no rule:
     ``jaxfa.backprop()`` with ``optax.conditionally_mask(tx, lambda step, **_: (step + 1) % every == 0)``.
 
     Args:
       tx: what :func:`jaxfa.optimizer` made.
       every: updates from one calibration to the next; the paper's ``T`` epochs are ``T`` times the steps of one.
-      below: the cosine between the rule's gradient and the true one under which to calibrate; None calibrates always.
+      below: the mean over layers of the feedback's cosine with the Jacobian, as its own forward-mode estimates tell it,
+        under which to calibrate; no true gradient is computed to decide. It needs a rule that measures it, such as
+        ``grape(watch=True)``. None calibrates always.
       optimizer: an optimizer for the true gradients alone, while ``tx`` stands still. By default they go through
         ``tx``, where momentum and second moments are mostly the rule's, so that under Adam one of many weighs little.
 
@@ -55,7 +58,7 @@ def calibrate(
         ``nnx.grad(loss)(jaxfa.nn.plain(model))``.
 
     Raises:
-      ValueError: if ``every`` is below 1.
+      ValueError: if ``every`` is below 1; by ``update``, if ``below`` is given and no feedback measures its cosine.
       TypeError: by ``init``, if ``tx`` was not made by :func:`jaxfa.optimizer`.
 
     Example:
@@ -86,15 +89,13 @@ def calibrate(
     ) -> tuple[Any, CalibrationState]:
         pseudo = _weights(updates)
 
-        def measure() -> tuple[list[jax.Array], jax.Array]:
-            true = _like(jax.tree.leaves(true_gradient()), pseudo)
-            return true, jnp.asarray(True) if below is None else _cosine(pseudo, true) < below
-
         def choose(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(now, a, b), new, old)
 
-        due = (state.step + 1) % every == 0
-        true, now = lax.cond(due, measure, lambda: (pseudo, jnp.asarray(False)))
+        now = (state.step + 1) % every == 0
+        if below is not None:
+            now &= _alignment(params) < below
+        true = lax.cond(now, lambda: _like(jax.tree.leaves(true_gradient()), pseudo), lambda: pseudo)
         chosen = pseudo if optimizer else choose(true, pseudo)
         found, inner = tx.update(_with_weights(updates, chosen), state.inner, params, **extra)
         ours, own = _weights(found), state.own
@@ -117,8 +118,16 @@ def _like(true: list[jax.Array], pseudo: list[jax.Array]) -> list[jax.Array]:
     return [t.astype(p.dtype) for t, p in zip(true, pseudo, strict=True)]
 
 
-def _cosine(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-    return optax.tree.vdot(a, b) / (optax.tree.norm(a) * optax.tree.norm(b))
+def _alignment(tree: Any) -> jax.Array:
+    """The mean over layers of what the feedback says of its cosine with the Jacobian."""
+    known = [getattr(node, "alignment", None) for node in nodes_of(unboxed(tree)) if is_feedback(node)]
+    found = [jnp.ravel(one) for one in known if one is not None]
+    if not found:
+        raise ValueError(
+            "calibrate(below=) reads a cosine that the feedback measures: expected a rule such as "
+            "grape(watch=True) and update(updates, state, params), got no feedback that does."
+        )
+    return jnp.mean(jnp.concatenate(found))
 
 
 def _are_weights(tree: Any) -> list[bool]:

@@ -22,8 +22,8 @@ from experiments.benchmarks import memory, memory_figure, pipeline_report, pipel
 from experiments.common import data, operations, plots, records, results, sweep, text, timing
 from experiments.common.train import DivergenceError
 from experiments.common.trainer import Trainer
-from experiments.conservation import figure as conservation_figure
-from experiments.conservation import laws as conservation_laws
+from experiments.conservation import conservation, laws
+from experiments.grape import bound
 from experiments.ldfa import cost as ldfa_cost
 from experiments.ldfa import linear as ldfa_linear
 from experiments.ldfa import receptive_fields
@@ -168,11 +168,13 @@ def untrained(monkeypatch):
     monkeypatch.setattr(ldfa_retina, "_rows", lambda results: [])
     for name in ("draw", "rows"):
         monkeypatch.setattr(ssa_cost, name, lambda *_: [])
-    for name in ("follow", "least_solutions"):
-        monkeypatch.setattr(conservation_laws, name, lambda *_, **__: None)
-    for name in ("numbers", "laws_table", "starts_table"):
-        monkeypatch.setattr(conservation_figure, name, lambda *_: [])
-    for module in (ldfa_linear, receptive_fields, conservation_figure):
+    monkeypatch.setattr(laws, "follow", lambda *_, **__: laws.Followed(*4 * [np.zeros((1, 1))]))
+    monkeypatch.setattr(laws, "convergence", lambda **_: {})
+    steps = {"cosines": np.full((4, 2, 3), 0.5), "bias": np.ones(4), "accuracy": np.ones(4)}
+    monkeypatch.setattr(bound, "follow", lambda rule, config, seed: steps if config.batch else {})
+    monkeypatch.setattr(bound, "_figure", lambda *_: None)
+    monkeypatch.setattr(conservation, "_figure", lambda *_: None)
+    for module in (ldfa_linear, receptive_fields):
         monkeypatch.setattr(module, "figure", lambda *_: None)
     monkeypatch.setattr(sweep.page, "save", lambda folder, study: None)
     monkeypatch.setattr(sweep.page, "tables", lambda folder: [])
@@ -188,10 +190,11 @@ DEEP = SMALL | {"batch": 16, "networks": ("alexnet",)}
 GPT = {"context": 4, "width": 4, "depth": 1, "heads": 1}
 CASES = {
     "compare": [{"methods": ("fa",), "batch": 16}],
-    "conservation": [{"datasets": ("digits",), "batch": 16}, {"datasets": ()}],
-    "grape_ablation": [SMALL | {"batch": 16, "network": "alexnet", "variants": ("literal",)}],
+    "conservation": [{}],
+    "conservation_aligned_start": [{"datasets": ("digits",), "batch": 16}],
+    "conservation_angle_against_depth": [SMALL | {"batch": 16}],
     "grape_deep": [DEEP],
-    "grape_schedule": [SMALL | {"batch": 16, "network": "alexnet"}],
+    "grape_bound": [{}],
     "grape_shallow": [SMALL | {"batch": 16, "datasets": ("cifar10",)}],
     "grape_transformer": [GPT | {"calibrations": (0, 1), "steps": 2}, GPT | {"calibrations": (0,)}],
     "ldfa_cost": [SMALL | {"networks": networks, "fractions": (0.5,)} for networks in ((), ("mlp",), ("vgg",))],
@@ -205,7 +208,7 @@ CASES = {
     "ldfa_rnn": [SMALL | {"batch": 16}],
     "ldfa_retina": [SMALL | {"ranks": (1,), "batch": 16, "seeds": 1}],
     "ldfa_subsets": [SMALL | {"classes": (50,), "ranks": (5,), "batch": 16}],
-    "grape_resnet20": [SMALL | {"batch": 16}],
+    "grape_resnet20": [SMALL | {"batch": 16, "variants": ("letter",)}],
     "ldfa_vgg": [SMALL],
     "ldfa_vit": [SMALL | {"variants": (name,), "ranks": (3,), "batch": 16} for name in ("both", "normative")],
     "memory": [{"depths": (2,), "timed": 2, "repeats": (1,), "timed_repeats": 1, "batch": 4, "images": 2}],
@@ -284,8 +287,8 @@ def test_wrong_use_is_told_what_to_do(args, message, tmp_path, monkeypatch, caps
         (["ldfa_linear", "--strengths", "1", "0"], ["positive numbers"]),
         (["ldfa_cost", "--fractions", "0"], ["fractions must be in (0, 1]"]),
         (["ldfa_cost", "--target", "42"], ["target must be an accuracy between 0 and 1, got 42"]),
-        (["grape_schedule", "--periods", "0"], ["periods must be"]),
-        (["grape_ablation", "--variants", "none"], ["Unknown variants ['none']; choose from literal"]),
+        (["grape_deep", "--periods", "0"], ["periods must be"]),
+        (["grape_resnet20", "--variants", "none"], ["Unknown variants ['none']; choose from letter"]),
         (["grape_deep", "--scale", "0"], ["scale must be positive"]),
         (["ssa_cifar10", "--energy", "0"], ["energy must be in"]),
         (["rank_collapse", "--window", "0"], ["window must be at least 1, got 0"]),

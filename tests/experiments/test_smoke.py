@@ -4,13 +4,13 @@ import dataclasses
 import json
 import re
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from experiments.__main__ import EXPERIMENTS, main
 from experiments.benchmarks import workloads
 from experiments.common import page, records, results, rows, sweep
-from experiments.conservation import laws
+from experiments.conservation import angle_against_depth, laws
 from experiments.grape import networks as grape_networks
 from experiments.ldfa import cost as ldfa_cost
 from experiments.ldfa import linear as ldfa_linear
@@ -22,10 +22,9 @@ from experiments.ssa import arms as ssa_arms
 TRAINED = {"epochs": 1, "images": 32, "test_images": 16, "batch": 16, "seeds": 1, "loop": "step"}
 SWEEPS = {
     "compare": {"methods": ("ssa",), "hidden": (4,)},
-    "grape_ablation": {"variants": ("literal",)},
+    "conservation_aligned_start": {"datasets": ("mnist",), "hidden": (4,)},
     "grape_deep": {"networks": ("alexnet",), "shrink": 1},
-    "grape_resnet20": {"shrink": 1},
-    "grape_schedule": {"periods": (1,), "shrink": 1},
+    "grape_resnet20": {"shrink": 1, "variants": ("letter",)},
     "grape_shallow": {"datasets": ("cifar10",)},
     "grape_transformer": {
         "calibrations": (1,),
@@ -48,7 +47,9 @@ SWEEPS = {
     "ssa_cifar10": {"energy": 0.7, "multiple": 2},
 }
 STUDIES = {
-    "conservation": TRAINED | {"datasets": ("mnist",), "hidden": (4,), "steps": 2, "iterations": 2},
+    "conservation": {"steps": 2, "iterations": 2, "seeds": 1},
+    "conservation_angle_against_depth": TRAINED | {"depths": (1,), "factors": (0.25,), "depth": 1},
+    "grape_bound": {"steps": 4, "batch": 8, "seeds": 1},
     "ldfa_cost": {"networks": ("mlp",), "fractions": (0.5,), "ranks": (2,), "width": 4, "epochs": 1, "seeds": 1},
     "ldfa_linear": {"ranks": (2,), "iterations": 4, "seeds": 1},
     "ldfa_representations": TRAINED | {"ranks": (2,), "variants": ("both",), "width": 4, "shrink": 1},
@@ -86,7 +87,8 @@ def tiny(mock, play, monkeypatch):
     workload = workloads.Workload(lambda rngs: MLP((2, 2, 1), workloads.CLASSES, (4, 4), rngs=rngs), (2, 2, 1), batch=4)
     for name in ("mlp", "lenet"):
         monkeypatch.setitem(workloads.WORKLOADS, name, workload)
-    monkeypatch.setattr(laws, "_digits", lambda: (np.ones((60, 8, 8, 1)), np.arange(60) % 10))
+    monkeypatch.setattr(angle_against_depth, "_network", lambda *size: small((4, 4, 3), 3, size[-1]))
+    monkeypatch.setattr(laws, "_digits", lambda: (jnp.ones((60, 8, 8, 1)), jnp.arange(60) % 10))
     monkeypatch.setattr(ldfa_vgg, "VGG", lambda shape, classes, *, widths, rngs: small(shape, classes, rngs=rngs))
     monkeypatch.setattr(ldfa_vgg, "AT", None)
     monkeypatch.setattr(ldfa_cost, "BATCHES", {"mlp": 16, "vgg": 16})

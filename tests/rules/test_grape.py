@@ -220,6 +220,17 @@ def test_the_jacobian_as_feedback_is_backpropagation(x64):
     np.testing.assert_allclose(jax.grad(loss)(w, feedback), jax.grad(loss)(w, None), rtol=1e-10)
 
 
+def test_the_published_rule_is_the_literal_one(x64):
+    forward, nodes = network("dense")
+    found, expected = (
+        refined(rule, forward, nodes)
+        for rule in (jaxfa.rules.published_grape(), literal(perturbation=jax.random.normal))
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.b, other.b)
+        assert one.mean is one.log_scale is one.watched is None
+
+
 def test_options_out_of_range_are_refused():
     with pytest.raises(ValueError, match="norm_axis"):
         jaxfa.grape(norm_axis=2)

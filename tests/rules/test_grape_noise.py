@@ -206,6 +206,26 @@ def test_the_filters_mean_is_nearer_the_walk_than_constant_weights(x64):
     assert all(np.any(ours < 0.8 * other) for other in errors.values())
 
 
+def test_what_is_watched_is_the_cosine_with_the_jacobian(x64):
+    forward, nodes = network("conv")
+    true = jacobians(forward, nodes)
+    # Halfway between the Jacobian and a random direction; the feedback does not move.
+    drawn = [np.random.default_rng(i).normal(size=j.shape) for i, j in enumerate(true)]
+    b = [j / np.linalg.norm(j) + d / np.linalg.norm(d) for j, d in zip(true, drawn, strict=True)]
+    start = [replace(node, b=jnp.asarray(one), watched=jnp.zeros(2)) for node, one in zip(nodes, b, strict=True)]
+    rule = jaxfa.grape(learning_rate=0.0, column_norm=False, scaling=0.0, watch=True)
+
+    def step(feedback, key):
+        feedback = rule.refine(forward, feedback, key)
+        return feedback, [node.watched for node in feedback]
+
+    _, found = jax.jit(lambda keys: lax.scan(step, start, keys))(jax.random.split(KEY, 4000))
+    for watched, one, j in zip(found, b, true, strict=True):
+        overlap, square = np.asarray(watched)[200:].mean(0)
+        cosine = np.vdot(one, j) / (np.linalg.norm(one) * np.linalg.norm(j))
+        np.testing.assert_allclose(overlap / np.sqrt(square), cosine, rtol=0.1)
+
+
 def test_a_network_that_nothing_moves_teaches_the_filter_nothing():
     start = (jnp.ones(3), jnp.asarray(2.0))
     weight, precision = kalman()(*start, Estimate(jnp.zeros(3), jnp.zeros(()), None, None))

@@ -14,6 +14,8 @@ from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
 
 # How much the square of an example's amplitude differs from its mean, 1.
 _DEPTH = 0.5
+# The weight of a new batch in what is watched.
+_WATCHED = 0.05
 
 
 class Estimate(NamedTuple):
@@ -49,6 +51,7 @@ class JacobianFeedback(DirectFeedback):
       outputs: how many axes the outputs have.
       precision: one over the running mean's variance; zero if nothing is known yet or nobody asks.
       log_scale: the logarithm of the perturbation's scale; None is a scale of 1.
+      watched: running means of ``<b, J^> / |b|`` and of ``|J|^2``, of which no bias is known; None if nobody asks.
     """
 
     b: jax.Array
@@ -57,6 +60,7 @@ class JacobianFeedback(DirectFeedback):
     outputs: int = field(default=1, metadata={"static": True})
     precision: jax.Array | None = None
     log_scale: jax.Array | None = None
+    watched: jax.Array | None = None
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
         batch = h.shape[: h.ndim - len(self.own)]
@@ -72,6 +76,14 @@ class JacobianFeedback(DirectFeedback):
     def scale(self) -> jax.Array:
         """The perturbation's scale, for each layer of a stack."""
         return jnp.ones(self.stack, self.b.dtype) if self.log_scale is None else jnp.exp(self.log_scale)
+
+    @property
+    def alignment(self) -> jax.Array | None:
+        """The cosine of ``b`` with the Jacobian, as the estimates tell it; 0 until they do, None if nobody asked."""
+        if self.watched is None:
+            return None
+        overlap, square = self.watched[..., 0], self.watched[..., 1]
+        return jnp.where(square > 0, overlap / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -98,6 +110,7 @@ def jacobian_rule(
     perturbation: Initializer,
     separate: bool,
     scaling: float,
+    watch: bool = False,
 ) -> DirectRule:
     """A rule whose feedback ``turn``s to each new estimate, or running mean, of the Jacobian."""
     _check(averaging, tile, separate, scaling)
@@ -113,11 +126,14 @@ def jacobian_rule(
         # Each array is one of its own: a buffer that two leaves share cannot be donated.
         mean, precision = (jnp.zeros_like(b), jnp.zeros((), b.dtype)) if averaging else (None, None)
         log_scale = jnp.zeros((), b.dtype) if scaling else None
-        return replace(feedback, b=b, mean=mean, precision=precision, log_scale=log_scale)
+        watched = jnp.zeros(2, b.dtype) if watch else None
+        return replace(feedback, b=b, mean=mean, precision=precision, log_scale=log_scale, watched=watched)
 
     def learn(feedback: JacobianFeedback, estimate: Estimate) -> JacobianFeedback:
         if feedback.stack:
             return jax.vmap(learn)(feedback, estimate)
+        if feedback.watched is not None:
+            feedback = replace(feedback, watched=_watch(feedback, estimate, feedback.watched))
         if feedback.mean is None or feedback.precision is None:
             return replace(feedback, b=turn(feedback, estimate.jacobian))
         if callable(averaging):
@@ -135,6 +151,15 @@ def jacobian_rule(
 
     refine.__qualname__ = turn.__qualname__  # a message about it names the rule
     return DirectRule(init, refine)
+
+
+def _watch(feedback: JacobianFeedback, estimate: Estimate, watched: jax.Array) -> jax.Array:
+    """What is watched after one more batch, of which ``b`` knows nothing yet: so neither of the two has a bias."""
+    if estimate.variance is None:
+        raise ValueError("watch measures noise by the spread of a batch: give refine two examples or more.")
+    overlap = jnp.vdot(feedback.b, estimate.jacobian) / jnp.linalg.norm(feedback.b)
+    found = jnp.stack([overlap, jnp.sum(jnp.square(estimate.jacobian)) - estimate.variance])
+    return watched + _WATCHED * (found - watched)
 
 
 def _check(averaging: float | Gain, tile: int | None, separate: bool, scaling: float) -> None:

@@ -62,13 +62,14 @@ def test_a_result_has_every_arm_its_spread_and_where_it_was_run(commit, tree, tm
     assert "| Ours: epochs 1 | 30.0 ± 14.1 | 70° |  | 40.0 ± 14.1 | 30.0 |" in results._table(found)
 
 
-def test_a_verdict_tells_the_published_gaps_that_are_ours_from_those_that_are_not():
-    def arm(name, best, published):
-        found = {"title": name, "group": name, "note": "", "reference": "bp", "best": {"mean": best}}
+@pytest.mark.parametrize("epoch", ["last", "best"])
+def test_a_verdict_tells_the_published_gaps_that_are_ours_from_those_that_are_not(epoch):
+    def arm(name, mean, published):
+        found = {"title": name, "group": name, "note": "", "reference": "bp", epoch: {"mean": mean}}
         return found | {"published": {"value": published}}
 
     arms = {"bp": arm("bp", 90.0, 80.0), "near": arm("near", 88.0, 77.5), "far": arm("far", 60.0, 79.0)}
-    _, _, holds, fails = results._verdict({"metric": "accuracy", "published": "A paper", "arms": arms})
+    _, _, holds, fails = results._verdict({"metric": "accuracy", "published": "A paper", "arms": arms}, epoch)
     assert holds == "- Holds within 1 point: near -2.0 (published -2.5)."
     assert fails == "- Does not hold: far -30.0 (published -1.0)."
 
@@ -95,7 +96,7 @@ def test_published_numbers_stand_beside_the_published_setting_alone(monkeypatch)
     images, labels = np.zeros((256, 32, 32, 3), np.uint8), np.zeros(256, np.int32)
     monkeypatch.setattr(data, "load", lambda name, folder: data.Dataset(images, labels, images, labels, 100))
     arms, full = EXPERIMENTS["grape_resnet20"].arms, EXPERIMENTS["grape_resnet20"].presets["gpu15"]
-    assert [arm.published for arm in arms(full)] == [68.72, None, 20.94, 24.28, None]
+    assert [arm.published for arm in arms(full)] == [68.72, None, 20.94, 24.28, None, None]
     for change in ({"dataset": "cifar10"}, {"scale": 0.5}, {"shrink": 2}):
         assert not any(arm.published for arm in arms(dataclasses.replace(full, **change)))
 

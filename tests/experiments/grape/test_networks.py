@@ -13,8 +13,8 @@ import jaxfa.nn
 from experiments.__main__ import EXPERIMENTS
 from experiments.common import data
 from experiments.common.data import Dataset
-from experiments.grape.ablation import VARIANTS
-from experiments.grape.networks import NETWORKS
+from experiments.grape.networks import BEST, NETWORKS, TILED, WATCHED
+from experiments.grape.resnet20 import VARIANTS
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10}
 
@@ -42,11 +42,16 @@ def test_the_published_numbers_stand_beside_the_published_set_up_alone(images):
     full = {"dataset": "cifar100", "shrink": 1, "scale": 1.0, "networks": tuple(NETWORKS)}
     published = {arm.name: arm.published for arm in arms("grape_deep", **full)}
     assert published["resnet20-bp"] == 68.72
-    assert published["vgg16-dfa-0"] == 1.0
-    assert published["resnet56-grape-1"] == 66.92
+    assert published["vgg16-dfa"] == 1.0
+    assert published["resnet56-letter-1"] == 66.92
     assert published["alexnet-alone-1"] is None
     for change in ({"scale": 0.5}, {"shrink": 2}, {"dataset": "cifar10"}):
         assert not any(arm.published for arm in arms("grape_deep", **(full | change)))
+
+
+def test_no_rule_but_the_papers_own_has_its_numbers(images):
+    for arm in arms("grape_deep", dataset="cifar100", shrink=1, scale=1.0) + arms("grape_shallow"):
+        assert not (arm.published and arm.task.rule in (BEST, TILED, WATCHED))
 
 
 def test_every_arm_is_compared_with_its_own_network_and_data(images):
@@ -56,12 +61,11 @@ def test_every_arm_is_compared_with_its_own_network_and_data(images):
 
 
 def test_the_control_has_as_many_steps_as_there_are_calibrations(images):
-    for experiment, changes in (("grape_deep", {"networks": ("resnet20",)}), ("grape_schedule", {})):
-        found = {arm.name: arm.task for arm in arms(experiment, **changes)}
-        for name, task in found.items():
-            assert task.steps == (1 if "alone" in name else None)
-            assert (task.calibrate is not None) == (name[-2:] in ("-1", "-5", "ow", "wn") and "alone" not in name)
-    taken = found["alone-5"].optimizer  # of five steps, one an epoch, the fifth
+    found = {arm.name: arm.task for arm in arms("grape_deep", networks=("resnet20",), periods=(1, 5))}
+    for name, task in found.items():
+        assert task.steps == (1 if "alone" in name else None)
+        assert (task.calibrate is not None) == (name[-2:] in ("-1", "-5", "nt") and "alone" not in name)
+    taken = found["resnet20-alone-5"].optimizer  # of five steps, one an epoch, the fifth
     params = {"w": jnp.ones(3)}
     state, moved = taken.init(params), []
     for _ in range(5):
@@ -71,7 +75,7 @@ def test_the_control_has_as_many_steps_as_there_are_calibrations(images):
 
 
 def test_direct_rules_reach_every_hidden_layer_of_a_plain_network(images):
-    (arm,) = (arm for arm in arms("grape_deep", networks=("vgg16",), scale=0.05) if arm.name == "vgg16-grape-0")
+    (arm,) = (arm for arm in arms("grape_deep", networks=("vgg16",), scale=0.05) if arm.name == "vgg16-ours")
 
     def attach():
         example = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
@@ -82,10 +86,10 @@ def test_direct_rules_reach_every_hidden_layer_of_a_plain_network(images):
 
 
 def test_variants_of_the_ablation_are_rules_of_their_own(images):
-    found = arms("grape_ablation")
-    assert [arm.name for arm in found] == ["bp", "dfa", *VARIANTS]
+    found = arms("grape_resnet20")
+    assert [arm.name for arm in found] == ["bp", "fa", "dfa", *VARIANTS]
     h, logits = jax.ShapeDtypeStruct((4, 8, 8, 2), jnp.float32), jax.ShapeDtypeStruct((4, 3), jnp.float32)
-    made = {name: v.rule.init(jax.random.key(0), h, logits) for name, v in VARIANTS.items()}
+    made = {name: rule.init(jax.random.key(0), h, logits) for name, (_, rule) in VARIANTS.items()}
     assert made["tile-4"].b.shape == (4, 4, 2, 3)
     assert made["tile-1"].b.shape == (1, 1, 2, 3)
     assert made["mean-0.9"].mean is not None
