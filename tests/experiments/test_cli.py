@@ -27,7 +27,7 @@ from experiments.ldfa import cost_report, receptive_fields
 from experiments.ldfa import linear as ldfa_linear
 from experiments.ldfa import retina as ldfa_retina
 from experiments.rank_collapse import report as rank_report
-from experiments.ssa import cost as ssa_cost
+from experiments.ssa import networks as ssa_networks
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,8 +158,8 @@ def untrained(monkeypatch):
     monkeypatch.setattr(ldfa_retina, "fields", lambda config, *_: (config.window, config.retina))
     monkeypatch.setattr(receptive_fields, "describe", lambda *_: None)
     monkeypatch.setattr(ldfa_retina, "_rows", lambda results: [])
-    for name in ("draw", "rows"):
-        monkeypatch.setattr(ssa_cost, name, lambda *_: [])
+    for name in ("draw", "_rows", "_findings", "_end"):
+        monkeypatch.setattr(ssa_networks, name, lambda *_: [])
     for name in ("follow", "least_solutions"):
         monkeypatch.setattr(conservation_laws, name, lambda *_, **__: None)
     for name in ("numbers", "laws_table", "starts_table"):
@@ -200,9 +200,8 @@ CASES = {
     "pipeline": [{"rounds": 0}],
     "rank_collapse": [SMALL | {"trainings": (arm,), "batch": 16} for arm in ("fa", "bp-norm-rank-1", "fa-norm-sized")],
     "ssa_ablation": [SMALL | {"batch": 16}],
-    "ssa_cifar10": [SMALL | {"batch": 16, "networks": (name,)} for name in ("smallconv", "vgg13")],
-    "ssa_alignment": [SMALL | {"batch": 16}],
-    "ssa_cost": [SMALL | {"batch": 16}],
+    "ssa_networks": [SMALL | {"batch": 16, "networks": (name,)} for name in ("smallconv", "vgg13")],
+    "ssa_transformer": [GPT | {"steps": 2}],
 }
 
 
@@ -274,7 +273,7 @@ def test_wrong_use_is_told_what_to_do(args, message, tmp_path, monkeypatch, caps
         (["grape_schedule", "--periods", "0"], ["periods must be"]),
         (["grape_ablation", "--variants", "none"], ["Unknown variants ['none']; choose from literal"]),
         (["grape_deep", "--scale", "0"], ["scale must be positive"]),
-        (["ssa_cifar10", "--energy", "0"], ["energy must be in"]),
+        (["ssa_networks", "--energy", "0"], ["energy must be in"]),
         (["rank_collapse", "--window", "0"], ["window must be at least 1, got 0"]),
         (["rank_collapse", "--trainings"], ["trainings must name one of bp, "]),
         (["rank_collapse", "--rate", "0"], ["rate must be positive"]),
