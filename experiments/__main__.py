@@ -44,9 +44,8 @@ _FILES = (
     "benchmarks.steps",
     "rank_collapse.rank_collapse",
     "ssa.ablation",
-    "ssa.alignment",
-    "ssa.cifar10",
-    "ssa.cost",
+    "ssa.networks",
+    "ssa.transformer",
 )
 _FOUND: list[Experiment] = [import_module(f"experiments.{name}").EXPERIMENT for name in _FILES]
 EXPERIMENTS = {experiment.name: experiment for experiment in _FOUND}

@@ -145,7 +145,7 @@ ROWS = {
         "*stream-an output", "*dispatch*-a penalty",
     ),
     "test_every_option_is_read_by_an_arm_of_the_run_or_listed_as_unread": (
-        "grape*", "ldfa_rank*", "ldfa_v*", "ldfa_cost0", "ssa_a*", "ssa_cifar10_0", "rank*", "ldfa_retina",
+        "grape*", "ldfa_rank*", "ldfa_v*", "ldfa_cost0", "ssa_a*", "ssa_networks0", "rank*", "ldfa_retina",
     ),
     "test_a_loss_may_be_wrapped_in_any_way": (
         "*-split, scan of checkpoint", "shard_map-loop", "donation-loop", "jacrev-loop",

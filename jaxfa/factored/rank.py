@@ -6,7 +6,6 @@ Orthogonality Regularization and Singular Value Sparsification", 2020, https://a
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxfa.base import is_feedback
-from jaxfa.factored.svd import Factors, by_name, is_factors
+from jaxfa.factored.svd import Factors, by_name, drift, is_factors, standardise, take
 
 
 def hoyer(s: jax.Array) -> jax.Array:
@@ -195,56 +194,6 @@ def _kept(s: np.ndarray, energy: float, multiple: int) -> np.ndarray:
     needed = int((sums < energy * sums[..., -1:]).sum(-1).max()) + 1
     count = min(-(-needed // multiple) * multiple, s.shape[-1])
     return np.sort(order[..., :count], axis=-1)
-
-
-def drift(w: Factors) -> jax.Array:
-    """How far ``u`` and ``v`` are from orthonormal columns: the largest of ``|u^T u - 1|`` and ``|v^T v - 1|``."""
-
-    def off(a: jax.Array) -> jax.Array:
-        gram = a.mT @ a
-        return jnp.abs(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)).max((-2, -1))
-
-    wide = _wide(w)
-    return jnp.maximum(off(wide.u), off(wide.v))
-
-
-def standardise(w: Factors) -> Factors:
-    """The decomposition anew, of factors that have drifted from orthonormal ones; the product stays.
-
-    Each column takes the place and the signs of the old one that it is nearest to, so that what is kept beside the
-    weights, column by column, still belongs to them; ``s`` are in no order then, and as negative as they were.
-    """
-    old = _wide(w)
-    (q_u, r_u), (q_v, r_v) = jnp.linalg.qr(old.u), jnp.linalg.qr(old.v)
-    a, s, bt = jnp.linalg.svd((r_u * jnp.expand_dims(w.s, -2)) @ r_v.mT, full_matrices=False)
-    new = replace(old, u=q_u @ a, s=s, v=q_v @ bt.mT)
-    new = take(new, _nearest((old.u.mT @ new.u) * (old.v.mT @ new.v)))
-    sign_u, sign_v = (jnp.where((x * y).sum(-2) < 0, -1, 1) for x, y in ((old.u, new.u), (old.v, new.v)))
-    u, v = new.u * jnp.expand_dims(sign_u, -2), new.v * jnp.expand_dims(sign_v, -2)
-    return replace(new, u=u, s=new.s * sign_u * sign_v, v=v).astype(w.dtype)
-
-
-def _wide(w: Factors) -> Factors:
-    return w.astype(jnp.promote_types(w.dtype, jnp.float32))
-
-
-@partial(jnp.vectorize, signature="(r,r)->(r)")
-def _nearest(overlap: jax.Array) -> jax.Array:
-    """The new column for each old one, so that the overlaps ``(old, new)`` are the largest in all."""
-    old, new = optax.assignment.hungarian_algorithm(-jnp.abs(jnp.nan_to_num(overlap)))
-    return new[jnp.argsort(old)]
-
-
-def take(w: Factors, index: Any) -> Factors:
-    """Some columns: ``index`` is ``(..., k)``."""
-    index = jnp.asarray(index)
-
-    def columns(a: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(a, jnp.expand_dims(index, -2), -1)
-
-    # By jax.tree, since an optimizer's state may hold optax's MaskedNode, which has no leaves, in an array's place.
-    u, v = jax.tree.map(columns, (w.u, w.v))
-    return replace(w, u=u, s=jax.tree.map(lambda s: jnp.take_along_axis(s, index, -1), w.s), v=v)
 
 
 def map_factors(change: Any, tree: Any) -> Any:

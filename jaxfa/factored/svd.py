@@ -10,12 +10,14 @@ https://arxiv.org/abs/2004.09031.)
 
 import math
 from dataclasses import field, replace
+from functools import partial
 from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxfa.base import feedback_dataclass, is_feedback
 
@@ -124,6 +126,70 @@ def factorise(w: jax.Array | Factors, rank: float | None = None, *, name: str = 
     u, s, vt = jnp.linalg.svd(matrix.astype(jnp.promote_types(w.dtype, jnp.float32)), full_matrices=False)
     r = rank_of(rank, len(s))
     return Factors(u[:, :r], s[:r], vt[:r].T, w.shape, name).astype(w.dtype)
+
+
+def drift(w: Factors) -> jax.Array:
+    """How far ``u`` and ``v`` are from orthonormal columns: the largest of ``|u^T u - 1|`` and ``|v^T v - 1|``."""
+
+    def off(a: jax.Array) -> jax.Array:
+        gram = a.mT @ a
+        return jnp.abs(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)).max((-2, -1))
+
+    wide = _wide(w)
+    return jnp.maximum(off(wide.u), off(wide.v))
+
+
+def standardise(w: Factors) -> Factors:
+    """The decomposition anew, of factors that have drifted from orthonormal ones; the product stays.
+
+    Each column takes the place and the signs of the old one that it is nearest to, so that what is kept beside the
+    weights, column by column, still belongs to them; ``s`` are in no order then, and as negative as they were.
+    """
+    old = _wide(w)
+    (q_u, r_u), (q_v, r_v) = jnp.linalg.qr(old.u), jnp.linalg.qr(old.v)
+    a, s, bt = jnp.linalg.svd((r_u * jnp.expand_dims(w.s, -2)) @ r_v.mT, full_matrices=False)
+    return matched(replace(old, u=q_u @ a, s=s, v=q_v @ bt.mT), old).astype(w.dtype)
+
+
+def matched(b: Factors, w: Factors) -> Factors:
+    """The same product ``b``, its columns in the order and of the signs that are nearest to those of ``w``.
+
+    A decomposition leaves both open: ``(u_i, s_i, v_i)`` may stand anywhere, and two of the three may be negated. Of
+    all these ``|w.u - u|^2 + |w.s - s|^2 + |w.v - v|^2`` is least for the one that is returned.
+    """
+    own, to = _wide(b), _wide(w)
+    of_u, of_v, of_s = to.u.mT @ own.u, to.v.mT @ own.v, jnp.expand_dims(to.s, -1) * jnp.expand_dims(own.s, -2)
+    signs = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+    overlaps = jnp.stack([x * of_u + y * of_v + x * y * of_s for x, y in signs])  # (4, ..., w's, b's)
+    index = _assigned(overlaps.max(0))
+    best = jnp.take_along_axis(overlaps.argmax(0), jnp.expand_dims(index, -1), -1)[..., 0]
+    x, y = (jnp.array(sign, own.s.dtype)[best] for sign in zip(*signs, strict=True))
+    own = take(own, index)
+    u, v = own.u * jnp.expand_dims(x, -2), own.v * jnp.expand_dims(y, -2)
+    return replace(own, u=u, s=own.s * x * y, v=v).astype(b.dtype)
+
+
+def take(w: Factors, index: Any) -> Factors:
+    """Some columns: ``index`` is ``(..., k)``."""
+    index = jnp.asarray(index)
+
+    def columns(a: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(a, jnp.expand_dims(index, -2), -1)
+
+    # By jax.tree, since an optimizer's state may hold optax's MaskedNode, which has no leaves, in an array's place.
+    u, v = jax.tree.map(columns, (w.u, w.v))
+    return replace(w, u=u, s=jax.tree.map(lambda s: jnp.take_along_axis(s, index, -1), w.s), v=v)
+
+
+def _wide(w: Factors) -> Factors:
+    return w.astype(jnp.promote_types(w.dtype, jnp.float32))
+
+
+@partial(jnp.vectorize, signature="(r,r)->(r)")
+def _assigned(overlap: jax.Array) -> jax.Array:
+    """A column for each row, so that the overlaps are the largest in all."""
+    rows, columns = optax.assignment.hungarian_algorithm(-jnp.nan_to_num(overlap))
+    return columns[jnp.argsort(rows)]
 
 
 def rank_of(rank: float | None, full: int) -> int:

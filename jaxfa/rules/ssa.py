@@ -3,7 +3,8 @@
 Roy, Apolinario, Das Biswas, Roy, "Feedback Alignment Meets Low-Rank Manifolds: A Structured Recipe for Local Learning",
 2025, https://arxiv.org/abs/2510.25594, whose weights are ``(outputs, inputs)``: its ``U`` is our ``v``. Its rank falls
 during training by :func:`jaxfa.factored.hoyer_penalty` and :func:`jaxfa.factored.prune`. The feedback starts as ``w``
-with random singular vectors.
+with random singular vectors. A decomposition leaves its columns' order and signs open, and ``L_align`` depends on them:
+the feedback's are those nearest to the weights', which where these are decomposed anew keep their own.
 
 The paper does not say how an output error of ``C`` numbers reaches a layer whose feedback has the shape of its weights.
 Lifted to the layer's outputs by a fixed random matrix, no layer waits for another; alignment then makes ``b`` that
@@ -39,7 +40,7 @@ from jaxfa.base import (
 )
 from jaxfa.factored.local_losses import learn_aligned, orthogonal
 from jaxfa.factored.manifold import orthonormal, stiefel
-from jaxfa.factored.svd import Factors, factorise, is_factors, orthonormal_factors, rank_of
+from jaxfa.factored.svd import Factors, factorise, is_factors, matched, orthonormal_factors, rank_of
 from jaxfa.rules.shared.projection import direct_matrix, project
 
 
@@ -182,7 +183,7 @@ def ssa(
 
 
 def _turned(key: jax.Array, w: Factors, scale: float) -> Factors:
-    """Weights of the same singular values with random singular vectors."""
+    """Weights of the same singular values with random singular vectors, each in the place of the weights' nearest."""
     if not is_factors(w):
         raise ValueError(
             f"ssa needs factored weights, jaxfa.factored.factorise(w), got {type(w).__name__} of shape {w.shape}."
@@ -196,4 +197,4 @@ def _turned(key: jax.Array, w: Factors, scale: float) -> Factors:
     key_u, key_v = jax.random.split(key)
     drawn = jax.random.normal(key_u, w.u.shape, wide), jax.random.normal(key_v, w.v.shape, wide)
     u, v = (orthonormal(one).astype(w.dtype) for one in drawn)
-    return replace(w, u=u, s=scale * w.s, v=v)
+    return matched(replace(w, u=u, s=scale * -jnp.sort(-jnp.abs(w.s)), v=v), w)

@@ -30,7 +30,7 @@ from experiments.ldfa import receptive_fields
 from experiments.ldfa import representations as ldfa_representations
 from experiments.ldfa import retina as ldfa_retina
 from experiments.rank_collapse import report as rank_report
-from experiments.ssa import cost as ssa_cost
+from experiments.ssa import networks as ssa_networks
 
 ROOT = Path(__file__).parents[2]
 
@@ -166,12 +166,12 @@ def untrained(monkeypatch):
     monkeypatch.setattr(ldfa_retina, "fields", lambda config, *_: (config.window, config.retina))
     monkeypatch.setattr(receptive_fields, "describe", lambda *_: None)
     monkeypatch.setattr(ldfa_retina, "_rows", lambda results: [])
-    for name in ("draw", "rows"):
-        monkeypatch.setattr(ssa_cost, name, lambda *_: [])
+    for name in ("draw", "_rows", "_findings", "_end"):
+        monkeypatch.setattr(ssa_networks, name, lambda *_: [])
     monkeypatch.setattr(laws, "follow", lambda *_, **__: laws.Followed(*4 * [np.zeros((1, 1))]))
     monkeypatch.setattr(laws, "convergence", lambda **_: {})
-    steps = {"cosines": np.full((4, 2, 3), 0.5), "bias": np.ones(4), "accuracy": np.ones(4)}
-    monkeypatch.setattr(bound, "follow", lambda rule, config, seed: steps if config.batch else {})
+    followed = {"cosines": np.full((4, 2, 3), 0.5), "bias": np.ones(4), "accuracy": np.ones(4)}
+    monkeypatch.setattr(bound, "follow", lambda rule, config, seed: followed if config.batch else {})
     monkeypatch.setattr(bound, "_figure", lambda *_: None)
     monkeypatch.setattr(conservation, "_figure", lambda *_: None)
     for module in (ldfa_linear, receptive_fields):
@@ -216,9 +216,8 @@ CASES = {
     "steps": [{"networks": ("mlp",), "deep": (), "starts": 1, "rounds": 2}],
     "rank_collapse": [SMALL | {"trainings": (arm,), "batch": 16} for arm in ("fa", "bp-norm-rank-1", "fa-muon")],
     "ssa_ablation": [SMALL | {"batch": 16}],
-    "ssa_cifar10": [SMALL | {"batch": 16, "networks": (name,)} for name in ("smallconv", "vgg13")],
-    "ssa_alignment": [SMALL | {"batch": 16}],
-    "ssa_cost": [SMALL | {"batch": 16}],
+    "ssa_networks": [SMALL | {"batch": 16, "networks": (name,)} for name in ("smallconv", "vgg13")],
+    "ssa_transformer": [GPT | {"steps": 2}],
 }
 
 
@@ -290,7 +289,7 @@ def test_wrong_use_is_told_what_to_do(args, message, tmp_path, monkeypatch, caps
         (["grape_deep", "--periods", "0"], ["periods must be"]),
         (["grape_resnet20", "--variants", "none"], ["Unknown variants ['none']; choose from letter"]),
         (["grape_deep", "--scale", "0"], ["scale must be positive"]),
-        (["ssa_cifar10", "--energy", "0"], ["energy must be in"]),
+        (["ssa_networks", "--energy", "0"], ["energy must be in"]),
         (["rank_collapse", "--window", "0"], ["window must be at least 1, got 0"]),
         (["rank_collapse", "--trainings"], ["trainings must name one of bp, "]),
         (["rank_collapse", "--rate", "0"], ["rate must be positive"]),

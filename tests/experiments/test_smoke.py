@@ -42,9 +42,8 @@ SWEEPS = {
     "ldfa_subsets": {"classes": (3,), "ranks": (2,), "width": 4},
     "ldfa_vgg": {"variants": ("both",), "widths": (4,), "shrink": 1},
     "ldfa_vit": {"variants": ("normative",), "width": 4, "depth": 1, "heads": 2, "patch": 4, "warmup": 0},
-    "ssa_ablation": {"energy": 0.7, "multiple": 2},
-    "ssa_alignment": {"energy": 0.7, "multiple": 2},
-    "ssa_cifar10": {"energy": 0.7, "multiple": 2},
+    "ssa_ablation": {"energy": 0.7, "multiple": 2, "shrink": 1},
+    "ssa_transformer": {"context": 6, "width": 8, "depth": 1, "heads": 2, "steps": 2, "batch": 4, "images": 9},
 }
 STUDIES = {
     "conservation": {"steps": 2, "iterations": 2, "seeds": 1},
@@ -67,7 +66,7 @@ STUDIES = {
     "rank_collapse": TRAINED
     | {"trainings": ("fa",), "widths": (4, 4), "shrink": 1, "steps": 1, "window": 2, "sketch": 64, "probe": 8},
     "steps": {"networks": ("mlp",), "deep": ("lenet",), "starts": 1, "rounds": 2},
-    "ssa_cost": TRAINED | {"fractions": (0.125,), "energy": 0.7, "multiple": 2},
+    "ssa_networks": TRAINED | {"networks": ("mlp",), "energy": 0.7, "multiple": 2, "shrink": 1},
 }
 QUICK = ("compare", "ldfa_linear")
 
@@ -99,7 +98,7 @@ def tiny(mock, play, monkeypatch):
 
 def configured(name, folder, options):
     preset = EXPERIMENTS[name].presets["cpu"]
-    extra = {"data": folder} if name == "grape_transformer" else {}
+    extra = {"data": folder} if name.endswith("transformer") else {}
     return dataclasses.replace(preset, **(options | extra), out=folder / "run")
 
 

@@ -5,7 +5,9 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxfa
@@ -13,7 +15,7 @@ from experiments.common import checkpoint, data, records, sweep
 from experiments.common.train import train
 from experiments.common.trainer import Trainer
 from experiments.models.networks import MLP
-from experiments.ssa import alignment, cifar10, cost
+from experiments.ssa import ablation, networks
 from experiments.ssa import arms as ssa_arms
 
 TINY = {"epochs": 2, "batch": 16, "images": 32, "test_images": 12, "seeds": 1, "multiple": 2, "energy": 0.7}
@@ -32,28 +34,60 @@ def tiny(mock, monkeypatch):
 
 @pytest.mark.long
 def test_ranks_fall_and_costs_with_them(tiny, tmp_path):
-    config = cost.Config(**TINY, fractions=(0.125,), out=tmp_path)
-    sweep.run(cost.EXPERIMENT, config)
-    history = records.read(tmp_path / "ssa")
+    config = networks.Config(**TINY, networks=("mlp",), out=tmp_path)
+    sweep.run(networks.EXPERIMENT, config)
+    history = records.read(tmp_path / "mlp-parallel-weights")
     first, last = (sum(np.ravel(list(record["rank"].values()))) for record in (history[0], history[-1]))
     assert last < first
-    found = records.read_json(tmp_path / "study.json")["numbers"]
-    assert found["curve"][-1]["training"] < found["curve"][0]["training"]
-    assert found["curve"][-1]["memory"] < found["curve"][0]["memory"]
-    assert found["curve"][0]["inference"] > found["costs"]["backpropagation"]["inference"]
-    assert found["costs"]["SSA, 0.125 of full rank"]["training"] < found["costs"]["backpropagation"]["training"]
+    assert all(top >= one for top, one in zip(history[-1]["top_five"], history[-1]["test_accuracy"], strict=True))
+    numbers = records.read_json(tmp_path / "study.json")["numbers"]
+    costs = numbers["costs"]
+    assert costs["mlp-parallel-weights"]["inference"] < costs["mlp-bp"]["inference"]
+    assert numbers["ends"]["mlp-parallel-weights"]["rank"] < 0.9
 
 
-def test_alignment_is_compared_with_direct_feedback_in_both_readings(tiny):
-    found = {arm.name: arm for arm in alignment.arms(alignment.Config(**TINY))}
-    assert list(found) == list(alignment.TITLES)
-    assert found["sequential-transport"].task.rule.init.__qualname__ == jaxfa.ssa(parallel=False).init.__qualname__
-    assert found["ssa"].task.rule.init.__qualname__ == jaxfa.ssa().init.__qualname__
+def test_hoyers_penalty_on_the_papers_schedule_lowers_the_ranks_that_pruning_keeps(tiny):
+    options = {"epochs": 4, "batch": 4, "multiple": 1, "energy": 0.95, "learning_rate": 0.05}
+    config = networks.Config(**(TINY | options))
+    ranks = {}
+    for weight in (0.0, config.hoyer):
+        task = ssa_arms.ssa(
+            "mlp", dataclasses.replace(config, hoyer=weight), data.first(tiny, 32, 12), jaxfa.ssa(beta=0.0)
+        )
+        trainer = Trainer(task, [0])
+        state = trainer.init()
+        for epoch in range(1, 3):  # the penalty is on in the first epoch, pruning begins after the second
+            state, _ = trainer.advance(state, trainer.shuffle(state), trainer.steps)
+            state = task.between(state, epoch)
+        ranks[weight] = sum(jaxfa.factored.ranks(state.params).values())
+    assert ranks[config.hoyer] < ranks[0.0]
+
+
+def test_every_reading_is_an_arm_and_says_what_alignment_moves(tiny):
+    found = {arm.name: arm for arm in networks.arms(networks.Config(**TINY, networks=("mlp",)))}
+    kinds = {"parallel-weights", "parallel-feedback", "sequential-weights", "sequential-feedback"}
+    assert found.keys() == {f"mlp-{kind}" for kind in ("bp", "svd_bp", "dfa", *kinds)}
+    for kind in kinds:
+        arm, (way, moved) = found[f"mlp-{kind}"], kind.split("-")
+        assert ("transport" in arm.title) == (moved == "feedback")
+        assert isinstance(arm.task.rule, jaxfa.DirectRule) == (way == "parallel")
+
+
+def test_without_cross_entropy_hidden_factors_alone_lose_its_gradient():
+    names = ("layers/0", "head")
+    params = [{"w": jaxfa.factored.factorise(jnp.eye(3), name=name), "b": jnp.zeros(3)} for name in names]
+    rule = ablation.without_cross_entropy(jaxfa.ssa(parallel=False, beta=0.0, project=False, retract=False))
+    tx = jaxfa.optimizer(optax.sgd(1.0), rule)
+    both = params, [None, jaxfa.ssa(parallel=False).init(jax.random.key(0), params[1]["w"])]
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, both), tx.init(both), both)
+    hidden, head = updates[0]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(hidden["w"]))
+    assert all(np.all(leaf == -1) for leaf in jax.tree.leaves((hidden["b"], head)))
 
 
 @pytest.mark.long
 def test_a_killed_run_goes_on_with_the_ranks_it_had(tiny, tmp_path):
-    config = cifar10.Config(**(TINY | {"epochs": 3}), out=tmp_path)
+    config = networks.Config(**(TINY | {"epochs": 3}), out=tmp_path)
     dataset = data.first(tiny, 32, 12)
     task = ssa_arms.ssa("vgg13", config, dataset, jaxfa.ssa())
     options = {"config": {}, "save_every": 1}
@@ -72,7 +106,7 @@ def test_a_killed_run_goes_on_with_the_ranks_it_had(tiny, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["vgg13", "resnet32"])
 def test_the_published_networks_take_both_readings(name, mock):
-    config = dataclasses.replace(cifar10.Config(**TINY), scale=0.05)
+    config = dataclasses.replace(networks.Config(**TINY), scale=0.05)
     dataset = mock._replace(train_images=np.zeros((32, 32, 32, 3), np.uint8), train_labels=np.zeros(32, np.int32))
     layers = {}
     for parallel in (True, False):
@@ -94,13 +128,12 @@ def test_the_imagenet_preset_takes_two_steps_on_images_of_tfds(tmp_path, monkeyp
         return {"image": images, "label": 990 + np.arange(len(images))}
 
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", SimpleNamespace(load=load, as_numpy=lambda tree: tree))
-    preset = cifar10.EXPERIMENT.presets["imagenet"]
+    preset = networks.EXPERIMENT.presets["imagenet"]
     config = dataclasses.replace(preset, batch=4, scale=0.05, data=tmp_path)
-    arms = {arm.name: arm for arm in cifar10.arms(config)}
-    rules = ("bp", "svd_bp", "dfa", "ssa", "ssa-sequential", "ssa-transport")
-    assert list(arms) == [f"{name}-{rule}" for name in ("vgg13", "resnet32") for rule in rules]
+    arms = {arm.name: arm for arm in networks.arms(config)}
+    assert len(arms) == 2 * 7
     assert not any(arm.published for arm in arms.values())  # of images of another size
-    trainer = Trainer(arms["vgg13-ssa"].task, [0])
+    trainer = Trainer(arms["vgg13-parallel-weights"].task, [0])
     state = trainer.init()
     state, losses = trainer.advance(state, trainer.shuffle(state), trainer.steps)
     assert len(losses) == 2
