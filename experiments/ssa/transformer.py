@@ -60,7 +60,12 @@ def arms(config: Config) -> Iterator[Arm]:
         return GPT(dataset.classes, context=config.context, **sizes, rngs=rngs)
 
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.epochs * config.steps))
-    options = {"data": dataset, "batch": config.batch, "steps": config.steps, "inputs": lambda tokens: tokens}
+    options: dict[str, Any] = {
+        "data": dataset,
+        "batch": config.batch,
+        "steps": config.steps,
+        "inputs": lambda tokens: tokens,
+    }
     bp = Task(make=make, rule=jaxfa.backprop(), optimizer=optimizer, **options)
     yield Arm("bp", "Backpropagation", None, bp)
     yield Arm("svd_bp", "SVD, backpropagation", None, ssa_arms.on_manifold(bp))
