@@ -60,13 +60,15 @@ def arms(config: Config) -> Iterator[Arm]:
         return GPT(dataset.classes, context=config.context, **sizes, rngs=rngs)
 
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.epochs * config.steps))
-    options: dict[str, Any] = {
-        "data": dataset,
-        "batch": config.batch,
-        "steps": config.steps,
-        "inputs": lambda tokens: tokens,
-    }
-    bp = Task(make=make, rule=jaxfa.backprop(), optimizer=optimizer, **options)
+    bp = Task(
+        make=make,
+        rule=jaxfa.backprop(),
+        optimizer=optimizer,
+        data=dataset,
+        batch=config.batch,
+        steps=config.steps,
+        inputs=lambda tokens: tokens,
+    )
     yield Arm("bp", "Backpropagation", None, bp)
     yield Arm("svd_bp", "SVD, backpropagation", None, ssa_arms.on_manifold(bp))
     yield Arm("dfa", "DFA", None, bp._replace(rule=jaxfa.dfa(), at=TAPS))
