@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 import jaxfa
-from jaxfa.base import init_at, is_direct, is_feedback
+from jaxfa.base import is_direct, is_feedback
+from jaxfa.nn.variables import init_at
 
 SIZES = (7, 6, 5, 3)
 

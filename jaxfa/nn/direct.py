@@ -11,7 +11,7 @@ from jaxfa.jaxprs.follow import with_local_products
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.tap import Channel, tap_parameters, taps_of
-from jaxfa.ops import zeros_of
+from jaxfa.varying import zeros_of
 
 # A model's own parameters, its other state, and its arguments.
 _FILTERS = tuple(

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass, refuse_shards
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
+from jaxfa.varying import refuse_shards
 
 
 @feedback_dataclass
