@@ -19,7 +19,6 @@ feedback means the plain operation with ordinary autodiff.
 """
 
 import dataclasses
-import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterable
@@ -236,16 +235,6 @@ def is_direct(rule: Rule) -> bool:
     return isinstance(rule, DirectRule)
 
 
-def init_at(rule: Rule, **known: Any) -> Callable[..., Any]:
-    """The rule's ``init`` with what it asks for, by keyword, of what is known of the layer; most ask for nothing."""
-    return functools.partial(rule.init, **{name: value for name, value in known.items() if asks(rule, name)})
-
-
-def asks(rule: Rule, name: str) -> bool:
-    """Whether the rule's ``init`` asks for something by this keyword."""
-    return name in inspect.signature(rule.init).parameters
-
-
 def is_layer(node: Any) -> bool:
     """Whether a node of a tree is a :class:`Layer`."""
     return isinstance(node, Layer)
@@ -273,11 +262,3 @@ def matches(path: str, patterns: tuple[str, ...], *, under: bool = False) -> boo
     lengths = range(1, len(parts) + 1) if under else [len(parts)]
     split = [pattern.split("/") for pattern in patterns]
     return any(len(globs) in lengths and all(map(fnmatchcase, parts, globs)) for globs in split)
-
-
-def refuse_shards(reason: str) -> None:
-    """Refuses, for a reason, to run inside a ``shard_map`` that may have split the batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = [axis for axis in mesh.manual_axes if axis != LAYER and mesh.shape[axis] > 1]
-    if axes:
-        raise ValueError(f"Inside shard_map over {axes}: {reason}")

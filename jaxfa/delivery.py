@@ -14,9 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from jaxfa.base import DirectFeedback
-from jaxfa.ops import check_family, deliver, vary_alike, zeros_of
+from jaxfa.ops import check_family, deliver
+from jaxfa.varying import vary_alike, zeros_of
 
 Run = Callable[[Any, Any], Any]  # (tree, ref) -> outputs
 
@@ -121,25 +124,54 @@ def with_error(run: Run, error_of: Callable[[Any], jax.Array], kind: Any, tree: 
 
 
 def _forward(run: Run, error_of: Callable[[Any], jax.Array], kind: Any, tree: Any) -> tuple[Any, Any]:
+    values = jax.tree.map(lambda leaf: leaf.value, tree)
     kinds = [kind]
     if kind is None:
-        jax.eval_shape(lambda tree: kinds.append(jax.typeof(error_of(run(tree, None)))), tree)
+        jax.eval_shape(lambda tree: kinds.append(jax.typeof(error_of(run(tree, None)))), values)
     ref = jax.new_ref(zeros_of(kinds[-1]))
-    outputs, pullback = jax.vjp(lambda tree: run(tree, ref), tree)
+
+    def moving(learning: Any) -> Any:
+        return run(
+            jax.tree.map(lambda own, value: value if own is None else own, learning, values, is_leaf=_is_none), ref
+        )
+
+    # None of what is not differentiated is, such as the model's input.
+    outputs, pullback = jax.vjp(moving, jax.tree.map(lambda leaf: leaf.value if leaf.perturbed else None, tree))
     return outputs, jax.tree.map(lambda leaf: Hole() if leaf is ref else leaf, pullback)
 
 
 def _backward(run: Run, error_of: Callable[[Any], jax.Array], kind: Any, pullback: Any, cotangents: Any) -> Any:
     del run, kind
+    cotangents = filled(cotangents)
     ref = jax.new_ref(error_of(cotangents))
     return jax.tree.map(lambda leaf: ref if _is_hole(leaf) else leaf, pullback, is_leaf=_is_hole)(cotangents)
+
+
+def is_zero(cotangent: Any) -> bool:
+    """Whether a cotangent is known to be zero while its program is traced."""
+    return isinstance(cotangent, SymbolicZero) or cotangent.dtype == jax.dtypes.float0
+
+
+def filled(cotangents: Any) -> Any:
+    """Cotangents as arrays."""
+
+    def fill(one: Any) -> Any:
+        if not is_zero(one):
+            return one
+        return np.zeros(one.shape, one.dtype) if one.dtype == jax.dtypes.float0 else zeros_of(one.aval)
+
+    return jax.tree.map(fill, cotangents)
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
 
 
 def _is_hole(leaf: Any) -> bool:
     return isinstance(leaf, Hole)
 
 
-with_error.defvjp(_forward, _backward)
+with_error.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfa.base import DirectFeedback, LayerFeedback, Operation, transpose
+from jaxfa.varying import vary_alike
 
 # The names under which these operations appear in a jaxpr, where the audit finds them, and in a profile.
 FORWARD = "jaxfa.forward"
@@ -210,29 +211,6 @@ def _cotangent(tree: Any, primal: Any, feedback: Any) -> Any:
         return value.astype(like.dtype)
 
     return jax.tree.map(cast, tree, primal)
-
-
-def vary_alike(arrays: Any, *others: Any) -> Any:
-    """Under ``shard_map``, lets every array vary over the mesh axes that one of them, or of the others, varies over.
-
-    Cotangents must vary as their primals do; autodiff sums over the devices where it transposes this cast.
-    """
-    union: frozenset[Any] = frozenset().union(*(varying_axes(jax.typeof(a)) for a in jax.tree.leaves((arrays, others))))
-
-    def vary(array: jax.Array) -> jax.Array:
-        return lax.pcast(array, tuple(sorted(union - varying_axes(jax.typeof(array)), key=repr)), to="varying")
-
-    return jax.tree.map(vary, arrays)
-
-
-def varying_axes(kind: Any) -> frozenset[Any]:
-    """The mesh axes over which an array of a type varies, or what a ref holds."""
-    return getattr(kind, "inner_aval", kind).manual_axis_type.varying
-
-
-def zeros_of(kind: Any) -> jax.Array:
-    """Zeros of a type, as ``jax.typeof`` tells it, inside ``jax.shard_map``, too."""
-    return lax.pcast(jnp.zeros(kind.shape, kind.dtype), tuple(sorted(varying_axes(kind), key=repr)), to="varying")
 
 
 def check_family(feedback: Any, family: type, here: str, there: str) -> None:

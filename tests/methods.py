@@ -14,7 +14,8 @@ import numpy as np
 import optax
 
 import jaxfa
-from jaxfa.base import init_at, is_direct, is_feedback
+from jaxfa.base import is_direct, is_feedback
+from jaxfa.nn.variables import init_at
 from jaxfa.rules.forward_gradient import ForwardGradientFeedback, bind
 from jaxfa.rules.pepita import InputModulation
 

@@ -75,14 +75,14 @@ def weight_of(eqn: JaxprEqn, ins: list[Value], out: Value, bind: Callable[..., A
     return made._replace(dtype=largest.dtype)
 
 
-def sums_scaled(eqn: JaxprEqn, ins: list[Value]) -> bool:
-    """Whether this sums products of weights and activations over an axis of the weights, and one of them remains."""
+def scaled_and_summed(eqn: JaxprEqn, ins: list[Value]) -> str | None:
+    """The name of weights whose products with activations this sums over one of their axes, while another remains."""
     weight = ins[0].weight if eqn.primitive.name == "reduce_sum" else None
     if weight is None or weight.tail is not None:
-        return False
+        return None
     gone = [weight.axes[axis] for axis in eqn.params["axes"]]
     kept = [axes for i, axes in enumerate(weight.axes) if i not in eqn.params["axes"]]
-    return any(gone) and any(kept)
+    return weight.name if any(gone) and any(kept) else None
 
 
 def is_covered(eqn: JaxprEqn) -> bool:

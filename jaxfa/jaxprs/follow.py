@@ -9,7 +9,7 @@ import jax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from jaxfa.jaxprs.contractions import CONTRACTIONS, Contraction, contraction, is_covered, sums_scaled, weight_of
+from jaxfa.jaxprs.contractions import CONTRACTIONS, Contraction, contraction, is_covered, scaled_and_summed, weight_of
 from jaxfa.jaxprs.versions import opened, scan_parts
 from jaxfa.jaxprs.weights import Value, base, is_float, over_stack
 from jaxfa.ops import LOCAL
@@ -83,8 +83,8 @@ class Follower:
         found = contraction(eqn, ins)
         if found is not None:
             values = [self.act(found, held)]
-        elif sums_scaled(eqn, ins):
-            self.lost(ins[0].weight.name)  # type: ignore[union-attr]
+        elif (name := scaled_and_summed(eqn, ins)) is not None:
+            self.lost(name)
         elif eqn.primitive.name == "gather" and ins[0].weight is not None and ins[1].data:
             self.tables.add(ins[0].weight.name)
         bind = _alone(jaxpr, eqn)
@@ -218,9 +218,9 @@ def _row(value: Value, aval: Any) -> Value:
 
     def root() -> jax.Array:
         def run(w: jax.Array) -> jax.Array:
-            return weight.tail(w, *(make() for make in makes))  # type: ignore[misc]
+            return weight.valued(w, *(make() for make in makes))
 
-        return over_stack(run, weight.levels)(weight.root())  # type: ignore[misc]
+        return over_stack(run, weight.levels)(weight.stacked())
 
     made = None if None in (weight.root, weight.tail, *makes) else root
     inside = base(weight.name, levels[-1], aval, lambda: None, made)

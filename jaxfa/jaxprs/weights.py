@@ -52,6 +52,16 @@ class Weight(NamedTuple):
     thin: bool
     axes: tuple[frozenset[int], ...]
 
+    def stacked(self) -> jax.Array:
+        """The base with all layers of its stacks in front, where it can be made."""
+        assert self.root is not None
+        return self.root()
+
+    def valued(self, w: Any, *constants: Any) -> jax.Array:
+        """The value that a base makes, where no activation changes it."""
+        assert self.tail is not None
+        return self.tail(w, *constants)
+
 
 class Value(NamedTuple):
     """What is known of a value in a program.
@@ -71,6 +81,11 @@ class Value(NamedTuple):
     learns: bool = False
     weight: Weight | None = None
     products: frozenset[int] = frozenset()
+
+    def made(self) -> Any:
+        """The value, where it is made of parameters and constants."""
+        assert self.full is not None
+        return self.full()
 
 
 def base(name: str, mark: str, aval: Any, here: Callable[[], Any], root: Callable[[], Any] | None) -> Weight:
@@ -138,7 +153,7 @@ def _moved_base(weight: Weight, eqn: JaxprEqn, step: Callable[[Any], Any]) -> We
     root, shape = weight.root, shape_of(eqn.outvars[0])
 
     def stacked() -> jax.Array:
-        return over_stack(step, weight.levels)(root())  # type: ignore[misc]
+        return over_stack(step, weight.levels)(weight.stacked())
 
     return weight._replace(
         mark=marked(eqn, weight.mark),

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxfa.base import Rule, init_at, is_direct, matches, path_name
+from jaxfa.base import Rule, is_direct, matches, path_name
 from jaxfa.nn.attached import Attached
 from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import cover
@@ -29,7 +29,7 @@ from jaxfa.nn.schedules import forward_by
 from jaxfa.nn.survey import Survey, put_own, survey
 from jaxfa.nn.tap import Tap, plain_of
 from jaxfa.nn.trace import uses_of
-from jaxfa.nn.variables import init_stack, modules_of
+from jaxfa.nn.variables import init_at, init_stack, modules_of
 from jaxfa.nn.wanted import refuse_unmatched
 from jaxfa.stacks.schedules import Schedule, stored
 
@@ -67,7 +67,8 @@ def attach(
         ``lambda out: out[0]``. By default all arrays of floats; several lie side by side.
       allow: globs of layers and parameters that may pass errors on by backpropagation.
       schedule: ``jaxfa.stacks.stored``; for direct rules with ``at=`` also ``stream`` and ``dispatch(mesh)``. The
-        gradients are the same.
+        gradients are the same. A streamed block that returns or writes something beside its tapped arrays, such as a
+        penalty, runs once more in the backward pass if the loss reads that.
 
     Returns:
       An :class:`Attached` with a copy of the model.

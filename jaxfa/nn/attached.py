@@ -9,17 +9,16 @@ from jax.flatten_util import ravel_pytree
 
 from jaxfa.base import Rule, is_direct, keep
 from jaxfa.measure.diagnostics import Alignment, compare, weight_angle
-from jaxfa.nn.contraction import audited, contractions_of, layer_of, sites_of
+from jaxfa.nn.contraction import audited, contractions_of, sites_of
 from jaxfa.nn.coverage import cover
-from jaxfa.nn.direct import call_direct, shifted_forward
-from jaxfa.nn.learning import note_refined, quiet, remind
+from jaxfa.nn.direct import call_direct
+from jaxfa.nn.learning import phase_of, quiet, remind
 from jaxfa.nn.own import OwnSite, weights_of
-from jaxfa.nn.own import layer_of as own_layer_of
 from jaxfa.nn.program import Example, Program, is_transformed, method_of
-from jaxfa.nn.survey import OwnContraction, by_parameter, by_path, own_of, program_of, run_with_feedback, survey
+from jaxfa.nn.refined import layers_of, own_at, shifted_forward
+from jaxfa.nn.survey import OwnContraction, by_parameter, by_path, own_of, program_of, run_with_feedback
 from jaxfa.nn.table import Coverage
 from jaxfa.nn.tap import plain_of, taps_of
-from jaxfa.nn.variables import Recorder
 from jaxfa.ops import backward_alone
 
 
@@ -49,7 +48,7 @@ class Attached(nnx.Module):
         self.logits = nnx.static(options.get("logits"))
         self.forward = nnx.static(options.get("forward"))
         self.note: str = options.get("note", "")
-        self.reminds = True
+        self.phase = nnx.static(phase_of(rule))
         self.error = nnx.static(None)  # the error's type, where it is known before a call
         self.is_local = False  # whether a direct rule's audit tells products of parameters from layers
         # By the path of the parameter, so that an optimizer sees whose weights a feedback stands for.
@@ -61,7 +60,7 @@ class Attached(nnx.Module):
             return method_of(self.method)(self.model, *args, **kwargs)
         with backward_alone():
             outputs = self._run(args, kwargs)
-            return remind(self.rule, outputs) if self.reminds else outputs
+            return remind(self, outputs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_direct(self.rule):
@@ -110,13 +109,13 @@ class Attached(nnx.Module):
         taps = {path: tap for path, tap in taps_of(self.model).items() if tap.feedback is not None}
         layers = contractions_of(self.model) | by_path(own_of(self))
         parts = taps if is_direct(self.rule) else layers
-        forward = shifted_forward(self, args, kwargs) if is_direct(self.rule) else _layers(self, args, kwargs)
+        forward = shifted_forward(self, args, kwargs) if is_direct(self.rule) else layers_of(self, args, kwargs)
         if isinstance(forward, dict):  # a layer that this forward pass does not use has nothing to mirror
             parts = {path: parts[path] for path in forward}
         feedback = {path: part.feedback.get_value() for path, part in parts.items()}
         for path, value in self.rule.refine(forward, feedback, key).items():
             parts[path].feedback.set_value(value)
-        note_refined(self.rule)
+        self.phase.is_settled = True
 
 
 def plain(attached: Attached) -> Any:
@@ -202,7 +201,7 @@ def weight_angles(attached: Attached) -> dict[str, jax.Array]:
         for _ in site.layers(kernel):
             measure = jax.vmap(measure)
         found[path] = measure(site.matrices(kernel), contraction.feedback.get_value())
-    for path, one, contracted in _own(attached, attached.example):
+    for path, one, contracted in own_at(attached, attached.example):
         w, measure = weights_of(contracted, one.site), weight_angle
         for _ in range(len(one.site.levels) + one.site.view.batch):
             measure = jax.vmap(measure)
@@ -210,28 +209,6 @@ def weight_angles(attached: Attached) -> dict[str, jax.Array]:
     return found
 
 
-def _own(attached: Attached, example: Any) -> list[tuple[str, Any, Any]]:
-    """A model's own contractions with feedback that a call makes: path, feedback, and what is there."""
-    if not attached.own:
-        return []
-    sites = survey(attached.model, method_of(attached.method), example).sites
-    return [(path, one, sites[one.site]) for path, one in by_path(own_of(attached)).items() if one.site in sites]
-
-
 def _as_array(value: Any) -> jax.Array:
     """A parameter as one array; several, such as factors, as one vector."""
     return value if jax.tree_util.all_leaves([value]) else ravel_pytree(value)[0]
-
-
-def _layers(attached: Attached, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a layer-wise ``refine`` looks at: every contraction with its operation, input shape and weights."""
-    recorder, probe = Recorder(), nnx.clone(attached.model, variables=False)
-    for contraction in contractions_of(probe).values():
-        contraction.recorder = recorder
-    Program(probe, method_of(attached.method), args, kwargs).abstractly(lambda out: None)
-    kernels = {path: module.kernel.get_value() for path, (module, _) in sites_of(plain(attached)).items()}
-    seen = {path: one for path, one in contractions_of(attached.model).items() if path in recorder.seen}
-    layers = {path: layer_of(one, kernels[path], recorder.seen[path]) for path, one in seen.items()}
-    return layers | {
-        path: own_layer_of(found, one.site) for path, one, found in _own(attached, Example.of(args, kwargs))
-    }

@@ -9,17 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
+from jaxfa.delivery import is_zero
 from jaxfa.nn.variables import Feedback, value_of
-from jaxfa.ops import zeros_of
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def relearned(keep: Callable[[Any], Any], backward: Callable[[Any, Any], Any], tree: Any) -> Any:
     """The outputs of ``keep(tree) -> (outputs, kept)``; what the tree learns is ``backward(kept, cotangents)``.
 
-    Cotangents of outputs that no loss reads are symbols: see :func:`filled`.
+    Cotangents of outputs that no loss reads are symbols: see :func:`jaxfa.delivery.filled`.
     """
     del backward
     return keep(tree)[0]
@@ -30,22 +29,6 @@ relearned.defvjp(
     lambda keep, backward, *rest: (backward(*rest),),
     symbolic_zeros=True,
 )
-
-
-def is_zero(cotangent: Any) -> bool:
-    """Whether a cotangent is known to be zero while its program is traced."""
-    return isinstance(cotangent, SymbolicZero) or cotangent.dtype == jax.dtypes.float0
-
-
-def filled(cotangents: Any) -> Any:
-    """Cotangents as arrays."""
-
-    def fill(one: Any) -> Any:
-        if not is_zero(one):
-            return one
-        return np.zeros(one.shape, one.dtype) if one.dtype == jax.dtypes.float0 else zeros_of(one.aval)
-
-    return jax.tree.map(fill, cotangents)
 
 
 def split_floats(state: Any) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:

@@ -1,19 +1,18 @@
 """How a tapped model runs: as a function of its state, whose taps read the output error in their backward pass."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
-from jax import lax
 
 from jaxfa.delivery import with_error
 from jaxfa.jaxprs.follow import with_local_products
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
-from jaxfa.nn.tap import Channel, holders_of, tap_parameters, taps_of
-from jaxfa.ops import zeros_of
+from jaxfa.nn.refined import bound
+from jaxfa.nn.tap import Channel, tap_parameters, taps_of
+from jaxfa.varying import zeros_of
 
 # A model's own parameters, its other state, and its arguments.
 _FILTERS = tuple(
@@ -67,44 +66,3 @@ def _zeros(kind: Any, source: str) -> jax.Array:
     if kind is None:
         raise ValueError(f"This call never reaches the rule's source {source!r}, where its error is taken.")
     return zeros_of(kind)
-
-
-def shifted_forward(attached: Any, args: Any, kwargs: Any) -> Callable[[dict[str, Any]], jax.Array]:
-    """``taps -> logits`` of the plain network with ``taps[path]`` added to ``h``; the parameters are constants."""
-    program = Program(attached.model, method_of(attached.method), args, kwargs)
-    states = lax.stop_gradient(program.states)
-
-    def forward(shifts: dict[str, Any]) -> jax.Array:
-        def prepare(model: Any) -> None:
-            for path, tap in taps_of(model).items():
-                if (tap.follows or path) in shifts:
-                    tap.shift = nnx.Variable(shifts[tap.follows or path])
-            tap_parameters(model)
-
-        outputs, _ = program.run(*states, prepare=prepare)
-        return error_in(program.returned(outputs), attached.logits)
-
-    return forward
-
-
-def bound(attached: Any, program: Program) -> Program:
-    """The program of a call, whose feedback is bound to this batch if the rule asks for it; the model's stays."""
-    if attached.rule.bind is None:
-        return program
-    model, args, kwargs = program.nodes
-    taps = {path: tap for path, tap in taps_of(model).items() if tap.feedback is not None}
-    feedback = {path: tap.feedback.get_value() for path, tap in taps.items()}
-    feedback = attached.rule.bind(shifted_forward(attached, args, kwargs), feedback)
-    modules = {id(module): path for path, module in nnx.iter_modules(model)}
-    found = {
-        (0, *modules[id(module)], name, "feedback"): feedback[tap.path]
-        for module, name, tap in holders_of(model)
-        if tap.path in taps
-    }
-    program.states = [
-        nnx.from_flat_state(
-            [(path, leaf.replace(found[path]) if path in found else leaf) for path, leaf in nnx.to_flat_state(state)]
-        )
-        for state in program.states
-    ]
-    return program

@@ -16,15 +16,16 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxfa.base import LAYER, Rule, refuse_shards
-from jaxfa.nn.cotangents import filled, is_zero, relearned, split_floats
-from jaxfa.nn.direct import bound
+from jaxfa.base import LAYER, Rule
+from jaxfa.delivery import filled, is_zero
+from jaxfa.nn.cotangents import relearned, split_floats
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
+from jaxfa.nn.refined import bound
 from jaxfa.nn.stream import Walk, check_streams, learn, walked
 from jaxfa.nn.tap import Tap, taps_of
-from jaxfa.ops import vary_alike
 from jaxfa.stacks import schedules
+from jaxfa.varying import refuse_shards, vary_alike
 
 
 class Dispatched(Walk):

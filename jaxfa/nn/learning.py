@@ -10,8 +10,27 @@ from flax import nnx
 
 from jaxfa.base import DirectFeedback, LayerFeedback, Rule, keep
 
-# Of rules with a phase of their own, what ran, or was missed and told. A rule is a value: it has no place for this.
-_SEEN: set[Any] = set()
+
+class Phase:
+    """Whether a rule's own phase ran on a model, or was missed and told.
+
+    A static attribute, that of one model equal to that of another, so that equal models share traced programs; a
+    program notes it on the model that it was traced with.
+    """
+
+    def __init__(self) -> None:
+        self.is_settled = False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Phase)
+
+    def __hash__(self) -> int:
+        return hash(Phase)
+
+
+def phase_of(rule: Rule) -> Phase | None:
+    """That of a model; None for a rule that has no phase of its own."""
+    return None if rule.refine is keep else Phase()
 
 
 def how_it_learns(rule: Rule, feedback: Any) -> str:
@@ -26,44 +45,40 @@ def how_it_learns(rule: Rule, feedback: Any) -> str:
     return "from the batch" if signals else "at every update"
 
 
-def note_refined(rule: Rule) -> None:
-    """Notes that a rule's own phase ran, or was traced into a program that runs it."""
-    _SEEN.add(rule.refine)
-
-
 def quiet(attached: Any, error: Any = None) -> Any:
     """A copy that says nothing when it is differentiated: what is measured is no step.
 
     Of a call whose error has a known shape it need not be traced for that.
     """
     copy = nnx.clone(attached)
-    copy.reminds = False
+    copy.phase = nnx.static(None)
     copy.error = nnx.static(error and jax.typeof(jnp.zeros(error.shape, error.dtype)))
     return copy
 
 
-def remind(rule: Rule, outputs: Any) -> Any:
-    """The outputs; if the rule's own phase never ran, their first gradient warns."""
-    if rule.refine is keep or rule.refine in _SEEN:
+def remind(attached: Any, outputs: Any) -> Any:
+    """The outputs; if the rule's own phase never ran on the model, their first gradient warns."""
+    phase = attached.phase
+    if phase is None or phase.is_settled:
         return outputs
+    name = getattr(attached.rule.refine, "__qualname__", "This rule").partition(".")[0]
 
     def mark(leaf: Any) -> Any:
-        return _reminder(rule, leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else leaf
+        return _reminder(name, phase, leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else leaf
 
     return jax.tree.map(mark, outputs, is_leaf=lambda node: isinstance(node, nnx.Module | nnx.Variable))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reminder(rule: Rule, y: jax.Array) -> jax.Array:
-    del rule
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _reminder(name: str, phase: Phase, y: jax.Array) -> jax.Array:
+    del name, phase
     return y
 
 
-def _forward(rule: Rule, y: jax.Array) -> tuple[jax.Array, None]:
+def _forward(name: str, phase: Phase, y: jax.Array) -> tuple[jax.Array, None]:
     # This rule of the forward pass runs, or is traced, where there is a gradient to come, and nowhere else.
-    if rule.refine not in _SEEN:
-        _SEEN.add(rule.refine)
-        name = getattr(rule.refine, "__qualname__", "This rule").partition(".")[0]
+    if not phase.is_settled:
+        phase.is_settled = True
         warnings.warn(
             f"{name} learns its feedback in a phase of its own, which never ran before this gradient: call "
             f"model.refine(key, x) before each step.",
@@ -72,8 +87,8 @@ def _forward(rule: Rule, y: jax.Array) -> tuple[jax.Array, None]:
     return y, None
 
 
-def _backward(rule: Rule, residuals: None, e: jax.Array) -> tuple[jax.Array]:
-    del rule, residuals
+def _backward(name: str, phase: Phase, residuals: None, e: jax.Array) -> tuple[jax.Array]:
+    del name, phase, residuals
     return (e,)
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxfa.nn.cotangents import filled, floats_of, products, relearned
+from jaxfa.delivery import filled
+from jaxfa.nn.cotangents import floats_of, products, relearned
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.stream import Walk, walked
 from jaxfa.nn.tap import Tap
-from jaxfa.ops import zeros_of
+from jaxfa.varying import zeros_of
 
 
 class First(Walk):

@@ -139,7 +139,7 @@ def _bound(found: Contraction, site: OwnSite, x: Any, constants: list[Any]) -> B
     """The contraction in a rule's terms, with its channels last."""
 
     def run(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
-        return _evaluate(found, x, found.weight.tail(kernel, *constants), **options)  # type: ignore[misc]
+        return _evaluate(found, x, found.weight.valued(kernel, *constants), **options)
 
     def operation(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
         if not site.is_vector:
@@ -161,7 +161,7 @@ def layer_of(found: Contraction, site: OwnSite) -> Layer:
     """The :class:`jaxfa.Layer` of a contraction that was looked through; a stack's is vectorised."""
     aval: Any = found.eqn.invars[1 - found.at].aval
     w = weights_of(found, site)
-    bound = _bound(found, site, aval, [value.full() for value in found.weight.constants])  # type: ignore[misc]
+    bound = _bound(found, site, aval, [value.made() for value in found.weight.constants])
     x = jax.eval_shape(bound.split, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
     layers = w.shape[: len(site.levels) + site.view.batch]
     op = bound.op
@@ -172,13 +172,13 @@ def layer_of(found: Contraction, site: OwnSite) -> Layer:
 
 def weights_of(found: Contraction, site: OwnSite) -> jax.Array:
     """The weights of a contraction that was looked through as rules see them, a stack's layers in front."""
-    return over_stack(site.matrices, site.levels)(found.weight.root().astype(found.weight.dtype))  # type: ignore[misc]
+    return over_stack(site.matrices, site.levels)(found.weight.stacked().astype(found.weight.dtype))
 
 
 def _chosen(found: Contraction, x: jax.Array, w: jax.Array, *constants: jax.Array) -> jax.Array:
     """The contraction as a function of the base, from which the constants choose."""
     with jax.named_scope(CHOICE):
-        w = found.weight.tail(w, *constants)  # type: ignore[misc]
+        w = found.weight.valued(w, *constants)
     return _evaluate(found, x, w)
 
 

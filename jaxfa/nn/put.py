@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from jaxfa.base import DirectRule, Rule, asks
+from jaxfa.base import DirectRule, Rule
 from jaxfa.nn.above import surroundings
 from jaxfa.nn.choose import choose, name_all
 from jaxfa.nn.describe import layer_name
@@ -25,7 +25,7 @@ from jaxfa.nn.taps import (
     refuse_unseen,
 )
 from jaxfa.nn.trace import weights_above
-from jaxfa.nn.variables import modules_of
+from jaxfa.nn.variables import asks, modules_of
 from jaxfa.nn.wanted import check_modulated, places_for, refuse_unmatched
 
 

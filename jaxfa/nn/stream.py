@@ -15,16 +15,17 @@ from flax.errors import TraceContextError
 from jax import lax
 
 from jaxfa.base import DirectRule, Rule
-from jaxfa.delivery import deliver_for_all
-from jaxfa.nn.cotangents import filled, floats_of, is_float, is_zero, products, relearned, split_floats
-from jaxfa.nn.direct import bound
+from jaxfa.delivery import deliver_for_all, filled, is_zero
+from jaxfa.nn.cotangents import floats_of, is_float, products, relearned, split_floats
 from jaxfa.nn.leaves import at_leaves, error_in, named_floats
 from jaxfa.nn.program import Program, method_of
+from jaxfa.nn.refined import bound
 from jaxfa.nn.tap import Tap, tap_parameters, taps_of
 from jaxfa.nn.taps import stacks_of
-from jaxfa.ops import deliver, zeros_of
+from jaxfa.ops import deliver
 from jaxfa.stacks.blocks import after
 from jaxfa.stacks.schedules import Dispatch, Schedule
+from jaxfa.varying import zeros_of
 
 
 class Walk:

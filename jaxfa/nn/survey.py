@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxfa.base import LayerFeedback, Rule, init_at, keep
+from jaxfa.base import LayerFeedback, Rule, keep
 from jaxfa.jaxprs.contractions import Contraction
 from jaxfa.jaxprs.follow import Follower
 from jaxfa.jaxprs.weights import Value, base
 from jaxfa.nn.contraction import audited
 from jaxfa.nn.own import OwnSite, contract, site_of, weights_of
 from jaxfa.nn.program import Example, Program
-from jaxfa.nn.variables import Feedback, init_stack, leaf_name, structs
+from jaxfa.nn.variables import Feedback, init_at, init_stack, leaf_name, structs
 
 
 class OwnContraction(nnx.Module):

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxfa.delivery import receive, receive_for_all, send, undifferentiated
 from jaxfa.nn.contraction import restore
-from jaxfa.nn.leaves import at_leaves, named_floats
+from jaxfa.nn.leaves import at_leaves
 from jaxfa.nn.program import is_transformed
 from jaxfa.nn.variables import REFUSAL, intercept, modules_of, release
 from jaxfa.ops import ACTIVATION
@@ -198,21 +198,6 @@ def tap_parameters(model: nnx.Module) -> None:
             parameter = parameter_of(module, name)
             # Named, lest an audit take it for weights.
             parameter.set_value(tap(checkpoint_name(parameter.get_value(), ACTIVATION)))
-
-
-def refuse_calls(module: Any, path: str) -> None:
-    """Lets a module that the example's call does not come to refuse the gradient of a call that does."""
-    module.unseen_path = path
-    intercept(module, _unseen)
-
-
-def _unseen(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> Any:
-    h = own_call(self, *args, **kwargs)
-    reason = (
-        f"This call comes to {self.unseen_path!r}, which the example of attach() does not, so that it would learn by "
-        f"backpropagation: give attach() an example of this call, or allow={self.unseen_path!r}."
-    )
-    return at_leaves(h, dict.fromkeys(named_floats(h), partial(undifferentiated, reason))) if is_transformed() else h
 
 
 def first_input(own_call: Callable[..., Any], args: Any, kwargs: Any, function: Callable[[Any], Any]) -> Any:

@@ -1,15 +1,19 @@
 """Which modules of a model are tapped, what is seen there, and the feedback that leads to them."""
 
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
 
-from jaxfa.base import Layer, Rule, init_at, matches
+from jaxfa.base import Layer, Rule, matches
+from jaxfa.delivery import undifferentiated
 from jaxfa.nn.contraction import find_site
 from jaxfa.nn.factored import Factored
-from jaxfa.nn.tap import holders_of, refuse_calls, remove_taps, taps_of
-from jaxfa.nn.variables import Feedback, Recorder, init_stack, modules_of
+from jaxfa.nn.leaves import at_leaves, named_floats
+from jaxfa.nn.program import is_transformed
+from jaxfa.nn.tap import holders_of, remove_taps, taps_of
+from jaxfa.nn.variables import Feedback, Recorder, init_at, init_stack, intercept, modules_of
 from jaxfa.rules.shared.local import LocalLoss
 
 
@@ -160,3 +164,18 @@ def only_leaf(leaves: dict[str, Any], path: str) -> Any:
     if len(leaves) != 1:
         raise ValueError(f"A source is a module that returns one array of floats; {path!r} has {sorted(leaves)}.")
     return next(iter(leaves.values()))
+
+
+def refuse_calls(module: Any, path: str) -> None:
+    """Lets a module that the example's call does not come to refuse the gradient of a call that does."""
+    module.unseen_path = path
+    intercept(module, _unseen)
+
+
+def _unseen(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> Any:
+    h = own_call(self, *args, **kwargs)
+    reason = (
+        f"This call comes to {self.unseen_path!r}, which the example of attach() does not, so that it would learn by "
+        f"backpropagation: give attach() an example of this call, or allow={self.unseen_path!r}."
+    )
+    return at_leaves(h, dict.fromkeys(named_floats(h), partial(undifferentiated, reason))) if is_transformed() else h

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 from flax import nnx
 from jax.tree_util import DictKey
 
-from jaxfa.base import path_name
+from jaxfa.base import Rule, path_name
 
 REFUSAL = (
     "The gradient of the model inside jaxfa.nn.attach's was asked for, past {}: call the attached model, attach with "
@@ -22,6 +23,16 @@ class Feedback(nnx.Variable):
 
     Its value is the rule's feedback, a small dataclass of arrays.
     """
+
+
+def init_at(rule: Rule, **known: Any) -> Callable[..., Any]:
+    """The rule's ``init`` with what it asks for, by keyword, of what is known of the layer; most ask for nothing."""
+    return functools.partial(rule.init, **{name: value for name, value in known.items() if asks(rule, name)})
+
+
+def asks(rule: Rule, name: str) -> bool:
+    """Whether the rule's ``init`` asks for something by this keyword."""
+    return name in inspect.signature(rule.init).parameters
 
 
 def init_stack(init: Callable[..., Any], key: jax.Array, stack: tuple[int, ...], *args: Any) -> Any:

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.nn import initializers
 
-from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass, keep, refuse_shards
-from jaxfa.ops import DIFFERENCE, MODULATED, backward_alone, vary_alike
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass, keep
+from jaxfa.ops import DIFFERENCE, MODULATED, backward_alone
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
+from jaxfa.varying import refuse_shards, vary_alike
 
 Activation = Callable[[jax.Array], jax.Array]
 Run = Callable[[Any, jax.Array, Activation], jax.Array]

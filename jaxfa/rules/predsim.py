@@ -21,8 +21,9 @@ import optax
 from jax import lax
 from jax.nn import initializers
 
-from jaxfa.base import DirectRule, feedback_dataclass, refuse_shards
+from jaxfa.base import DirectRule, feedback_dataclass
 from jaxfa.rules.shared.local import LocalLoss, affine, classifier, cross_entropy, features, own_axes, pooled_size
+from jaxfa.varying import refuse_shards
 
 
 @feedback_dataclass

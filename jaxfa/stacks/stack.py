@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
-from jaxfa.ops import vary_alike
 from jaxfa.stacks.blocks import Block, check_feedback, check_stack, forward, is_unrolled
 from jaxfa.stacks.schedules import Schedule, check_schedule
+from jaxfa.varying import vary_alike
 
 
 def direct_stack(

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfa.base import LAYER
-from jaxfa.ops import deliver, vary_alike
+from jaxfa.ops import deliver
 from jaxfa.stacks.blocks import Block, gradients, input_error, sweep
+from jaxfa.varying import vary_alike
 
 
 class Sizes(NamedTuple):

@@ -68,6 +68,14 @@ def test_the_first_gradient_of_a_rule_that_was_never_refined_warns_once(name, ma
     assert not told(nnx.grad(loss), model, X)
 
 
+def test_a_phase_that_ran_on_one_model_did_not_run_on_another_with_the_same_rule():
+    rule = jaxfa.grape()
+    first, second = (attach(MLP(nnx.Rngs(0)), rule, X) for _ in range(2))
+    first.refine(jax.random.key(0), X)
+    assert not told(nnx.grad(loss), first, X)
+    assert len(told(nnx.grad(loss), second, X)) == 1
+
+
 @every_phase
 def test_a_step_that_refines_says_nothing_and_is_traced_once(name, make):
     traces = []

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 import jaxfa
-from jaxfa.base import init_at, is_direct
+from jaxfa.base import is_direct
+from jaxfa.nn.variables import init_at
 from tests.methods import METHODS
 from tests.oracles import backwards, phases
 from tests.oracles.backwards import REFERENCES

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass, is_feedback, refuse_shards
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass, is_feedback
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
+from jaxfa.varying import refuse_shards
 
 # How much the square of an example's amplitude differs from its mean, 1.
 _DEPTH = 0.5

@@ -5,8 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import refuse_shards
 from jaxfa.rules.shared.projection import shared_axes
+from jaxfa.varying import refuse_shards
 
 
 def examples_in(h: jax.Array, e: jax.Array, examples: float | None, rule: str) -> float:
