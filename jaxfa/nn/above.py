@@ -41,7 +41,8 @@ class Block:
         values = w[0] | w[1]
         flat = nnx.to_flat_state(nnx.state(module))
         nnx.update(module, nnx.from_flat_state([(p, _put(leaf, values.get(_name(p)))) for p, leaf in flat]))
-        y = module(x, *self.args, **dict(self.kwargs))
+        # Of several outputs, such as a hidden state and a cache, the first array.
+        y = next(iter(named_floats(module(x, *self.args, **dict(self.kwargs))).values()))
         return nnx.relu(y) if self.is_layer else y
 
 
@@ -54,16 +55,19 @@ def surroundings(model: nnx.Module, order: list[Tap], method: str, example: Exam
       method: the model's method that is called.
       example: the arguments.
     """
-    order = [tap for tap in order if tap.is_receiver and tap.place.kind != "parameter"]
-    # A tap at an input stands for what made it, and the layer that the last one enters makes the logits.
-    later = {tap.path: order[i:-1] if tap.place.kind == "input" else order[i + 1 :] for i, tap in enumerate(order)}
-    paths = {tap.place.path for taps in later.values() for tap in taps}
-    stacks = {tap.place.path for tap in order if stacks_of(model)[tap.path]}
-    layers = _as_layers(plain_of(model), paths, stacks, method, example)
-    return {
-        tap.path: {"above": tuple(layers[one.place.path] for one in later[tap.path]), "below": below}
-        for below, tap in enumerate(order)
-    }
+    order = [tap for tap in order if tap.is_receiver]
+    blocks = [tap for tap in order if tap.place.kind != "parameter"]
+    # The layer that the last tap enters makes the logits.
+    last = {tap.place.path for tap in blocks[-1:] if tap.place.kind == "input"}
+    later, below = {}, {}
+    for i, tap in enumerate(order):
+        rest = order[i if tap.place.kind == "input" else i + 1 :]
+        paths = dict.fromkeys(one.place.path for one in rest if one in blocks)
+        later[tap.path] = [path for path in paths if path not in last]
+        below[tap.path] = sum(one in blocks for one in order[:i])
+    stacks = {tap.place.path for tap in blocks if stacks_of(model)[tap.path]}
+    layers = _as_layers(plain_of(model), {path for paths in later.values() for path in paths}, stacks, method, example)
+    return {path: {"above": tuple(layers[one] for one in paths), "below": below[path]} for path, paths in later.items()}
 
 
 def _as_layers(model: Any, paths: set[str], stacks: set[str], method: str, example: Example) -> dict[str, Layer]:
@@ -74,7 +78,7 @@ def _as_layers(model: Any, paths: set[str], stacks: set[str], method: str, examp
             intercept(module, _called)
     Program(probe, method_of(method), *example.arguments()).abstractly(lambda out: None)
     modules, found = dict(modules_of(model)), {}
-    for path in paths:
+    for path in sorted(paths):
         layer = None if path in stacks else _as_layer(modules[path], *recorder.seen[path])
         if layer is None:
             raise ValueError(

@@ -12,9 +12,9 @@ the paper's code builds the block anew for the channels that arrive. Weights are
 the block's own, which for independent draws is another draw. Running statistics are the block's, and stay. A layer that
 is tapped by itself, such as ``nnx.Linear``, is followed by ReLU. Dropout is off in auxiliary networks.
 
-Needs hard targets, which the output error tells, and modules that map one array to one. Costs up to ``d`` more blocks
-for each block, forward and backward. It is local between blocks; a block's error goes backward through its auxiliary
-network, whose depth is what brings the accuracy, and through the block.
+Needs hard targets, which the output error tells, and modules that are called with one array. Costs up to ``d`` more
+blocks for each block, forward and backward. It is local between blocks; a block's error goes backward through its
+auxiliary network, whose depth is what brings the accuracy, and through the block.
 """
 
 from dataclasses import field

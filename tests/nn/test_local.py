@@ -143,6 +143,41 @@ def test_single_layers_are_followed_by_the_models_nonlinearity():
     np.testing.assert_allclose(two(one(h, (p, {})), (q, {})), want, rtol=1e-6)
 
 
+class Pairs(nnx.Module):
+    """Blocks that return a hidden state and a cache, behind a parameter."""
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(6, 6, rngs=rngs)
+
+        def __call__(self, h):
+            return jnp.tanh(self.layer(h)), h[:, :2]
+
+    def __init__(self, rngs):
+        self.start = nnx.Param(jnp.ones((1, 6)))
+        self.blocks = nnx.List([self.Block(rngs) for _ in range(2)])
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        h = x + self.start[...].repeat(len(x), 0)
+        for block in self.blocks:
+            h, _ = block(h)
+        return self.head(h)
+
+
+def test_of_several_outputs_the_hidden_state_goes_on_and_parameters_have_blocks_above():
+    model = jaxfa.nn.attach(
+        Pairs(nnx.Rngs(0)), jaxfa.auglocal(), rngs=nnx.Rngs(1), example=inputs(9, 6), at=("start", "blocks/*")
+    )
+    taps = model.model.feedback_tap_start, *(block.feedback_tap for block in model.model.blocks)
+    networks = [tap.feedback.get_value() for tap in taps]
+    assert [len(one.blocks) for one in networks] == [2, 1, 0]
+    (block, *_), (params, *_) = networks[0].blocks, networks[0].params
+    h = inputs(9, 6)
+    want = jnp.tanh(h @ params["layer.kernel"] + params["layer.bias"][None])
+    np.testing.assert_allclose(block(h, (params, {})), want, rtol=1e-6)
+
+
 class Wide(nnx.Module):
     """Equal dense blocks."""
 
