@@ -101,12 +101,15 @@ class Config(experiment.Config):
     """How the factors learn."""
     feedback_rate: float = FEEDBACK_RATE
     """The learning rate of P, the projection of the error; it was tuned in ldfa_rank_mlp alone."""
+    shrink: int = 1
+    """The side of the squares of pixels that are averaged."""
 
     arms: ClassVar[tuple[str, ...]] = ("ranks", "variants")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         records.refuse_empty(self, "ranks", "variants")
+        records.refuse_below_one(self, "shrink")
 
     def unread(self) -> tuple[str, ...]:
         """Where no P learns, it does so at no rate."""

@@ -30,8 +30,6 @@ class Config(Varied):
 
     hidden: tuple[int, ...] = (128, 32, 128)
     """Units of the hidden layers."""
-    shrink: int = 2
-    """The side of the squares of pixels that are averaged."""
 
 
 def arms(config: Config) -> Iterator[Arm]:
@@ -65,13 +63,14 @@ EXPERIMENT = Experiment(
         "cpu": Config(
             ranks=(2, 10, 32),
             variants=("both",),
+            shrink=2,
             epochs=8,
             images=10_000,
             test_images=2000,
             batch=100,
             learning_rate=2e-3,
         ),
-        "full": Config(ranks=(1, 2, 4, 10, 32, 64, 128), hidden=(512, 64, 512), epochs=40, shrink=1),
+        "full": Config(ranks=(1, 2, 4, 10, 32, 64, 128), hidden=(512, 64, 512), epochs=40),
     },
     Page(
         "How many dimensions does the error of an image need?",

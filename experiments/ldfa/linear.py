@@ -2,6 +2,8 @@
 
 Claim (Hanut and Kadmon 2025): with a teacher of rank ``d``, learned feedback of rank ``r >= d`` recovers it as
 backpropagation does; ``r < d`` recovers the leading modes alone; a fixed projection gets stuck at spurious solutions.
+The first two hold where the paper stops. The third does not as said: a fixed projection is slow, since its factors, the
+rates at which modes are learned beside backpropagation's, stay near zero while a learned one's grow with its share.
 
 Command: ``python -m experiments run ldfa_linear`` (no data needed).
 

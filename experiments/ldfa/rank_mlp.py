@@ -76,8 +76,6 @@ class Config(ldfa.Config):
     """Units of a hidden layer."""
     narrow: int = 64
     """Units of a hidden layer in the narrow network."""
-    shrink: int = 1
-    """The side of the squares of pixels that are averaged."""
 
 
 def arms(config: Config) -> Iterator[Arm]:

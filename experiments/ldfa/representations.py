@@ -37,8 +37,6 @@ class Config(Varied):
     """How P and Q learn."""
     width: int = 512
     """Units of a hidden layer."""
-    shrink: int = 1
-    """The side of the squares of pixels that are averaged."""
 
 
 def arms(config: Config) -> Iterator[Arm]:

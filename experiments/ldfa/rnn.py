@@ -29,8 +29,6 @@ class Config(Varied):
     """The learning rate of P, the projection of the error, at each of the rows."""
     width: int = 64
     """Units of the state."""
-    shrink: int = 2
-    """The side of the squares of pixels that are averaged: 2 leaves 14 rows of 14 pixels."""
 
 
 def arms(config: Config) -> Iterator[Arm]:
@@ -51,10 +49,8 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {
-        "cpu": Config(ranks=(10,), epochs=6, images=10_000, test_images=5000, batch=100, learning_rate=2e-3),
-        "full": Config(
-            ranks=(1, 2, 4, 8, 10, 16, 64), epochs=40, shrink=1, width=128, feedback_rate=FEEDBACK_RATE / 28
-        ),
+        "cpu": Config(ranks=(10,), shrink=2, epochs=6, images=10_000, test_images=5000, batch=100, learning_rate=2e-3),
+        "full": Config(ranks=(1, 2, 4, 8, 10, 16, 64), epochs=40, width=128, feedback_rate=FEEDBACK_RATE / 28),
     },
     Page(
         "How many dimensions does an error through time need?",

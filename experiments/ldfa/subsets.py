@@ -44,7 +44,7 @@ class Config(Varied):
 
 def arms(config: Config) -> Iterator[Arm]:
     """Backpropagation and every rank, on each number of classes."""
-    whole = data.load("cifar100", config.data)
+    whole = data.shrink(data.load("cifar100", config.data), config.shrink)
     for count in config.classes:
         bp = mlp(config, prepare(config, first_classes(whole, count)), width=config.width, degrees=DEGREES)
         yield from by_rank(config, bp, group=f"{count} classes")

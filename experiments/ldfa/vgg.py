@@ -33,8 +33,6 @@ class Config(Varied):
     """Ranks of the feedback, as fractions of each layer's width."""
     widths: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of each pair of convolutions."""
-    shrink: int = 1
-    """The side of the squares of pixels that are averaged."""
 
 
 def arms(config: Config) -> Iterator[Arm]:

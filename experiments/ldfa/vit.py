@@ -54,7 +54,7 @@ class Config(Varied):
 
 def arms(config: Config) -> Iterator[Arm]:
     """Backpropagation; every variant and rank."""
-    dataset = load(config, "cifar10")
+    dataset = load(config, "cifar10", config.shrink)
     shape, classes = dataset.train_images.shape[1:], dataset.classes
     steps = len(dataset.train_labels) // config.batch
     rate, all_steps = config.learning_rate, config.epochs * steps

@@ -51,8 +51,8 @@ def study(network: str, histories: Histories) -> Study:
         "Effective ranks (Roy and Vetterli, of singular values), mean of the layers but the head: of the errors at a "
         "layer's output, of a block's activations behind their ReLU, of a kernel's gradient as a matrix of inputs and "
         "outputs, of the flattened gradients of the last steps. In the table, at the loss that all arms but fa-fast "
-        f"have reached on the probe, {level:.2f}, and after the last epoch; numbers of a third party's reproduction, "
-        "not the paper's own, are marked so. Thin lines are seeds."
+        f"have reached on the probe, {level:.2f}, and after the last epoch. What is a third party's is not the paper's "
+        "own. Thin lines are seeds."
     )
     tables = [Table("Accuracy and effective ranks", table(network, histories))]
     return Study(figure(histories), caption, tables, findings(histories))

@@ -86,16 +86,15 @@ def ldfa(
     Oja's rule turns ``p`` to the error's principal subspace, ``dp = eta (1 - p p^T) C p`` with the batch's covariance
     ``C``. Hebb's rule makes ``q`` follow the weights, ``dq = u p - lambda q`` beside ``dw = u - lambda w`` with the
     same step ``u``, so that ``q - w p`` shrinks by ``1 - lambda`` a step. ``p`` starts as a random orthonormal
-    projection, ``q`` as ``b p`` with a random ``b`` like feedback alignment's. The module's docstring has variants and
-    limits.
+    projection, ``q`` as ``b p`` with a random ``b`` like feedback alignment's. For limits see the module.
 
     Args:
       rank: ``r``; a whole number, a fraction of each layer's outputs in (0, 1], or either by globs of layer paths, such
-        as ``{"head": 10, "*": 0.25}``, of which the first that matches counts.
+        as ``{"head": 10, "*": 0.25}``, the first that matches.
       learn_p: whether ``p`` learns.
       learn_q: whether ``q`` learns. The rule then decays the weights, too.
-      labels: a glob of the layers whose ``p`` learns from the labels in the place of the error, which the signs of
-        softmax cross-entropy's error tell if they are hard: the last one in the paper's code.
+      labels: a glob of the layers whose ``p`` learns from the labels, in the paper's code the last one: the signs of
+        softmax cross-entropy's error tell them if they are hard.
       learning_rate: ``eta`` of ``p``; ours.
       weight_decay: ``lambda`` of ``q`` and the weights, per step, not multiplied by a learning rate.
       distribution: an initializer ``(key, shape, dtype) -> b`` for the shape of ``w``; Glorot's uniform by default.

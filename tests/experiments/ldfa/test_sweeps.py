@@ -60,6 +60,7 @@ def test_arms_stand_beside_the_published_numbers_and_their_rules_fit(name, optio
         assert Trainer(arm.task, (0,)).coverage.rows
 
 
+@pytest.mark.long
 def test_all_other_layers_learn_a_feedback_of_full_rank_as_in_the_authors_code(mock):
     arms = {arm.name: arm for arm in configured("ldfa_rank_mlp", variants=("B1", "B3-exact"), width=4)}
     ranks = {
@@ -85,7 +86,7 @@ def test_pixels_are_labelled_by_their_brightness(mock):
     np.testing.assert_array_equal(found.test_labels[3], mock.test_images[3].ravel() > 127)
 
 
-@pytest.mark.parametrize("shape", [(9, 5), (3, 3, 2, 5)])
+@pytest.mark.parametrize("shape", [(9, 5), pytest.param((3, 3, 2, 5), marks=pytest.mark.long)])
 def test_a_rebuilt_q_is_the_pseudo_inverse_of_what_p_sees(shape):
     rule = ldfa.rebuilt(2, step=0.1 if len(shape) == 2 else 0.5)
     w = jax.random.normal(jax.random.key(0), shape)
