@@ -45,7 +45,7 @@ def calibrate(
     Args:
       tx: what :func:`jaxfa.optimizer` made.
       every: updates from one calibration to the next; the paper's ``T`` epochs are ``T`` times the steps of one.
-      below: calibrate only where the feedback's mean cosine with the Jacobian is lower, as ``grape(watch=True)`` measures
+      below: calibrate only where the feedback's mean cosine with the Jacobian is lower, as ``grape(watch=True)`` finds
         it in forward mode: no true gradient is computed to decide. None calibrates always.
       optimizer: an optimizer for the true gradients alone, while ``tx`` stands still. By default they go through
         ``tx``, where momentum and second moments are mostly the rule's, so that under Adam one of many weighs little.
