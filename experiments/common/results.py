@@ -146,7 +146,7 @@ def _result(experiment: Experiment, found: dict[str, Any], figure: Path) -> str:
     lines = [f"### {experiment.page.title} ({found['name']})\n"]
     lines += [f"- **{number}** {sentence}" for number, sentence in found["findings"]]
     lines += ["", f"![{experiment.page.title}](results/{figure.name})", ""]
-    lines += [_table(found)] if "arms" in found else [_cells(table) for table in found["tables"]]
+    lines += [_table(found)] if "arms" in found else [f"{_cells(table)}\n" for table in found["tables"]]
     lines += [
         "",
         *_verdict(found, experiment.page.epoch),

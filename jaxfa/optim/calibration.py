@@ -45,9 +45,8 @@ def calibrate(
     Args:
       tx: what :func:`jaxfa.optimizer` made.
       every: updates from one calibration to the next; the paper's ``T`` epochs are ``T`` times the steps of one.
-      below: the mean over layers of the feedback's cosine with the Jacobian, as its own forward-mode estimates tell it,
-        under which to calibrate; no true gradient is computed to decide. It needs a rule that measures it, such as
-        ``grape(watch=True)``. None calibrates always.
+      below: calibrate only where the feedback's mean cosine with the Jacobian is lower, as ``grape(watch=True)`` finds
+        it in forward mode: no true gradient is computed to decide. None calibrates always.
       optimizer: an optimizer for the true gradients alone, while ``tx`` stands still. By default they go through
         ``tx``, where momentum and second moments are mostly the rule's, so that under Adam one of many weighs little.
 

@@ -13,7 +13,7 @@ The paper's rule to the letter is :func:`published_grape`; the defaults of :func
 layer's perturbation for the least noise. Weights are never perturbed, though the paper does so where they have fewer
 dimensions. A dense layer's never have, and examples share the noise that they make: more variance at the same cost. A
 kernel has if it is smaller than the map, and then tells nothing of that part of the Jacobian that its patches don't
-see: a bias.
+see: a bias. In a small network on digits its expectation has a cosine of .35 with the Jacobian (``grape_bound``).
 
 A ``tile`` trades bias for noise. What is learned is the Jacobian's mean over the tiles: its relative variance is lower
 by the number of repeats or more, and what differs from tile to tile is lost. Below a global average pool a linear

@@ -17,7 +17,8 @@ from tests.networks import MLP, TRAINED, Scanned, attach, inputs, loss
 X = inputs(9, 6)
 CASES = [(MLP, method.rule, None) for method in METHODS]
 CASES += [
-    (Scanned, rule, ("stem", "blocks")) for rule in (jaxfa.brsf(), jaxfa.grape(averaging=jaxfa.rules.kalman(), tile=1))
+    (Scanned, rule, ("stem", "blocks"))
+    for rule in (jaxfa.brsf(), jaxfa.grape(averaging=jaxfa.rules.kalman(), tile=1, watch=True))
 ]
 every_case = pytest.mark.parametrize(("make", "rule", "at"), CASES, ids=[*map(str, METHODS), "brsf, scanned", "tiles"])
 
