@@ -82,7 +82,7 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {
-        "cpu": Config(network="vgg5", **ssa_arms.CPU),
+        "cpu": Config(network="mlp", **ssa_arms.CPU),
         "paper": Config(**ssa_arms.PAPER),
     },
     Page(

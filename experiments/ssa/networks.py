@@ -21,7 +21,7 @@ keeps from step to step: weights, feedback, optimizer state, statistics, without
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -178,7 +178,7 @@ def cost(task: Task) -> dict[str, float]:
     return {"inference": counted.forward, "training": counted.step, "memory": float(size)}
 
 
-def draw(groups: dict[str, list[Arm]], histories: Histories) -> Figure:
+def draw(groups: Mapping[NetworkName, list[Arm]], histories: Histories) -> Figure:
     """For each network the angles above, the ranks below."""
     drawn = Figure(figsize=(10.4, 4.8), layout="constrained")
     panels = drawn.subplots(2, len(groups), squeeze=False, sharex=True)

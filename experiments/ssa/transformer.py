@@ -12,6 +12,7 @@ and to the blocks' outputs, below which it is exact.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import optax
 from flax import nnx
@@ -56,7 +57,7 @@ def arms(config: Config) -> Iterator[Arm]:
     dataset = experiment.prepare(config, text.load(config.corpus, config.data, context=config.context, vocabulary=None))
 
     def make(rngs: nnx.Rngs) -> GPT:
-        sizes = {"width": config.width, "depth": config.depth, "heads": config.heads}
+        sizes: dict[str, Any] = {"width": config.width, "depth": config.depth, "heads": config.heads}
         return GPT(dataset.classes, context=config.context, **sizes, rngs=rngs)
 
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.epochs * config.steps))

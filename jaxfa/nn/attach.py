@@ -66,7 +66,7 @@ def attach(
       logits: for direct rules, a function that picks from several outputs those whose error is delivered, such as
         ``lambda out: out[0]``. By default all arrays of floats; several lie side by side.
       allow: globs of layers and parameters that may pass errors on by backpropagation.
-      schedule: ``jaxfa.stacks.stored``; for direct rules with ``at=`` also ``stream`` and ``dispatch(mesh)``. The
+      schedule: ``jaxfa.stacks.stored``; for direct rules also ``stream`` and, with ``at=``, ``dispatch(mesh)``. The
         gradients are the same. A streamed block that returns or writes something beside its tapped arrays, such as a
         penalty, runs once more in the backward pass if the loss reads that.
 

@@ -2,7 +2,8 @@
 
 The forward pass keeps nothing but its inputs. When the output error is known the model runs once more, and every tapped
 block forms its update as it runs and drops its activations at once: direct feedback's promise of no activation storage,
-for blocks of any shapes. (For stacks of equal blocks without Flax, see :func:`jaxfa.direct_stack`.)
+for blocks of any shapes. Where taps are at the inputs of layers, as SSA's are, the same is done with what is between
+two of them (:mod:`jaxfa.nn.pieces`). (For stacks of equal blocks without Flax, see :func:`jaxfa.direct_stack`.)
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from jaxfa.base import DirectRule, Rule
 from jaxfa.delivery import deliver_for_all, filled, is_zero
 from jaxfa.nn.cotangents import floats_of, is_float, products, relearned, split_floats
 from jaxfa.nn.leaves import at_leaves, error_in, named_floats
+from jaxfa.nn.pieces import gradient_by_pieces
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.refined import bound
 from jaxfa.nn.tap import Tap, tap_parameters, taps_of
@@ -160,14 +162,13 @@ def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
     taps = taps_of(model)
     for path, tap in taps.items():
         within = [other for other in stacks if path.startswith(f"{other}/")]
-        alone = tap.at_input and (isinstance(schedule, Dispatch) or all(other.at_input for other in taps.values()))
-        if alone or stacks[path] or within:
+        if (tap.at_input and isinstance(schedule, Dispatch)) or stacks[path] or within:
             where = "in a stack of layers" if stacks[path] else "at a layer's input"
             reason = f"inside {within[0]!r}" if within else where
             raise ValueError(
                 f"schedule={schedule!r} teaches whole blocks, each by itself, but the tap {path!r} is {reason}. Name "
-                f"separate modules with at= (SSA, whose at= chooses layers to factor, always taps their inputs: take "
-                f"schedule=jaxfa.stacks.stored); for stacked blocks there is jaxfa.direct_stack."
+                f"separate modules with at= (SSA, whose at= chooses layers to factor, always taps their inputs, which "
+                f"schedule=jaxfa.stacks.stream takes); for stacked blocks there is jaxfa.direct_stack."
             )
 
 
@@ -185,6 +186,8 @@ def call_streamed(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             return [*products(cotangents, outputs), *sweep.learned]
 
         floats, rebuild, cotangent = floats_of(state)
+        if all(tap.at_input for tap in taps_of(attached.model).values()):
+            return cotangent(gradient_by_pieces(surrogate, floats, filled(cotangents[0])))
         # Not of their sum: in a shard_map some of them are sums over the devices, and each counts once.
         numbers, pullback = jax.vjp(surrogate, floats)
         return cotangent(pullback([zeros_of(jax.typeof(one)) + 1 for one in numbers])[0])

@@ -172,6 +172,54 @@ def test_memory_does_not_grow_with_depth(make, options, schedule):
     assert (temporary(8) < 1.3 * temporary(2)) == (schedule is jaxfa.stacks.stream)
 
 
+class Deep(nnx.Module):
+    """Equal layers, each with dropout and normalisation behind it."""
+
+    def __init__(self, rngs, depth=3, dropout=0.2):
+        self.layers = nnx.List([nnx.Linear(16, 16, rngs=rngs) for _ in range(depth)])
+        self.norms = nnx.List([nnx.BatchNorm(16, rngs=rngs) for _ in range(depth)])
+        self.dropout, self.head = nnx.Dropout(dropout, rngs=rngs), nnx.Linear(16, 3, rngs=rngs)
+
+    def __call__(self, h):
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            h = self.dropout(jnp.tanh(norm(layer(h))))
+        return self.head(h)
+
+
+AT_INPUTS = {
+    "ssa": (Deep, jaxfa.ssa(rank=4, pull_feedback=True), {}),
+    "dkp": (Deep, DKP, {}),
+    "joined by shortcuts": (Residual, jaxfa.ssa(), {"allow": ("stem", "blocks")}),
+}
+
+
+@pytest.mark.parametrize(("make", "rule", "options"), AT_INPUTS.values(), ids=AT_INPUTS)
+def test_errors_at_the_inputs_of_layers_stream_too(make, rule, options):
+    x = inputs(9, 16 if make is Deep else 6)
+    found = []
+    for schedule in SCHEDULES:
+        model = jaxfa.nn.attach(make(nnx.Rngs(0)), rule, rngs=nnx.Rngs(1), example=x, schedule=schedule, **options)
+        value, grads = gradient(model, x)
+        found.append((value, nnx.to_pure_dict(grads), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))))
+    chex.assert_trees_all_close(*found, rtol=2e-5, atol=3e-7)
+    assert min(jnp.abs(leaf).max() for leaf in jax.tree.leaves(found[1][1]["model"]["head"]["kernel"])) > 1e-3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_ssa_keeps_no_activations_of_equal_layers(schedule):
+    x = inputs(2048, 16)
+
+    def temporary(depth):
+        model = jaxfa.nn.attach(
+            Deep(nnx.Rngs(0), depth, 0.0), jaxfa.ssa(rank=4), rngs=nnx.Rngs(1), example=x, schedule=schedule
+        )
+        graphdef, state = nnx.split(model)
+        step = jax.jit(lambda state, x: nnx.grad(loss)(nnx.merge(graphdef, state), x))
+        return step.lower(state, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert (temporary(6) < 1.3 * temporary(2)) == (schedule is jaxfa.stacks.stream)
+
+
 class Odd(nnx.Module):
     """Residual blocks called in ways that not every schedule knows."""
 
@@ -379,7 +427,7 @@ def test_training_takes_the_same_steps():
 @pytest.mark.parametrize(
     ("make", "rule", "options", "message"),
     [
-        (MLP, jaxfa.dfa(), {}, "the tap 'fc2' is at a layer's input"),
+        (MLP, jaxfa.dfa(), {"schedule": DISPATCHED}, "the tap 'fc2' is at a layer's input"),
         (Scanned, jaxfa.dfa(), {"at": ("stem", "blocks")}, "the tap 'blocks' is in a stack of layers"),
         (Residual, jaxfa.dfa(), {"at": ("stem", "blocks/*", "blocks/1/up")}, "'blocks/1/up' is inside 'blocks/1'"),
         (Residual, jaxfa.fa(), {}, "is for direct rules whose error is the logits'"),
