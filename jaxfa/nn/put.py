@@ -64,22 +64,8 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
         raise ValueError(
             "A direct rule needs example=, one batch of inputs: its feedback leads from outputs to layers."
         )
-    method, example, note, forward = call.method, call.example, "", None
-    if rule.modulate is not None:
-        forward = look(model, method, example, call.logits)
-        places = _modulated(rule.modulate, _named(model, at) if at else _hidden(model, forward), method)
-        note = "" if at else "tapped: the output of every layer but the last"
-    elif rule.parameters:
-        places = _parameters(model, at, call.allow)
-    elif rule.weights is not None or (at is None and rule.source is not None):
-        places = _layers(model, rule, at, uses_of(model, method, example))
-    elif at is None:
-        forward = look(model, method, example, call.logits)
-        choice = choose(model, forward, call.allow)
-        places, note = choice.places, choice.note
-    else:
-        places = _named(model, at)
-    places += _source(model, rule, at, places)
+    method, example = call.method, call.example
+    places, note, forward = _places(model, rule, at, call)
     refuse_unmatched("the rule's globs", rule.globs, [place.path for place in places], under=True)
     modules = dict(modules_of(model))
     if forward is not None:
@@ -103,9 +89,32 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
     return Placed(above, note=note, error=error)
 
 
+def _places(model: Any, rule: DirectRule, at: Any, call: Call) -> tuple[tuple[Place, ...], str, Forward | None]:
+    """Where a model is tapped, what a table says of that, and the forward pass if it was traced."""
+    note, forward, example = "", None, call.example
+    assert example is not None
+    if rule.modulate is not None:
+        forward = look(model, call.method, example, call.logits)
+        places = _modulated(rule.modulate, _named(model, at) if at else _hidden(model, forward), call.method)
+        note = "" if at else "tapped: the output of every layer but the last"
+    elif rule.parameters:
+        places = _parameters(model, at, call.allow)
+    elif rule.weights is not None or (at is None and rule.source is not None):
+        places = _layers(model, rule, at, uses_of(model, call.method, example))
+    elif at is None:
+        forward = look(model, call.method, example, call.logits)
+        choice = choose(model, forward, call.allow)
+        places, note = choice.places, choice.note
+    else:
+        places = _named(model, at)
+    return places + _source(model, rule, at, places), note, forward
+
+
 def advise(model: Any, rule: Rule, call: Call) -> str:
     """Where a direct rule could tap a model instead, or why it could nowhere."""
     if not isinstance(rule, DirectRule) or rule.weights is not None or rule.source is not None or call.example is None:
+        return ""
+    if rule.parameters:
         return ""
     if rule.modulate is not None:
         return "A norm learns where at= names it, beside layers, in the place of the layer below it."
