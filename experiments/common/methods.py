@@ -25,6 +25,7 @@ MethodName = Literal[
     "fdfa",
     "forward_gradient",
     "pepita",
+    "mirrored_pepita",
     "ssa",
     "ssa_sequential",
     "ssa_transported",
@@ -84,6 +85,9 @@ METHODS: dict[MethodName, Method] = {
         "Forward gradient", DIRECT, "a random direction, times the slope along it", jaxfa.forward_gradient
     ),
     "pepita": Method("PEPITA", DIRECT, "a second pass, on an input that the error changes", jaxfa.pepita),
+    "mirrored_pepita": Method(
+        "PEPITA, mirrored", DIRECT, "the same, by noise from input to output", partial(jaxfa.pepita, mirror=0.1)
+    ),
     "ssa": Method("SSA, parallel", DIRECT, FACTORED, jaxfa.ssa),
     "drtp": Method("DRTP", DIRECT, "the target, no error at all", jaxfa.drtp),
     "local_classifier": Method(

@@ -14,6 +14,7 @@ ARMS = {
     "backprop()": ("bp",),
     "dfa(shared=True)": ("shared_dfa",),
     "grape()": ("grape", "letter"),
+    "pepita(mirror=0.1)": ("mirrored_pepita",),
     "ssa(parallel=False)": ("ssa_sequential",),
 }
 _WRITTEN = 4

@@ -87,7 +87,7 @@ def _tasks(config: Config, name: NetworkName, dataset: data.Dataset) -> dict[str
 def study(config: Config, histories: Histories) -> Study:
     """A table and the courses of angles and ranks for each network."""
     every = [arm for arm in arms(config) if arm.name in histories]
-    groups: dict[str, list[Arm]] = {name: [arm for arm in every if arm.group == name] for name in config.networks}
+    groups = {name: [arm for arm in every if arm.group == name] for name in config.networks}
     ends = {arm.name: _end(histories[arm.name]) for arm in every}
     costs = {
         arm.name: cost(at_ranks(arm.task, _ranks(histories[arm.name][-1]))) for arm in every if _kind(arm) in COUNTED

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from jaxfa.jaxprs.versions import opened
-from jaxfa.ops import zeros_of
 from jaxfa.stacks.blocks import after
+from jaxfa.varying import zeros_of
 
 # The gradients that a piece waits for; those before were waited for by the pieces that made these.
 _MANY = 16

@@ -113,7 +113,7 @@ def forward_gradient(
 
     Raises:
       ValueError: by the backward pass, if the feedback is bound to no batch, or to one of another shape; under
-        ``shard_map`` over the batch, whose devices would share their draws.
+        ``shard_map`` over the batch, whose devices would share their draws; if the network has no forward mode.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -157,13 +157,10 @@ def bind(forward: Callable[..., jax.Array], feedback: Any) -> Any:
     tangents = [_draw(node, len(stack), logits) for node, stack in zip(nodes, stacks, strict=True)]
     zeros = [jnp.zeros_like(tangent) for tangent in tangents]
 
-    def moved(which: list[jax.Array]) -> jax.Array:
-        return lax.stop_gradient(jax.jvp(run, (zeros,), (which,))[1])
-
     if nodes[0].separate:
-        found = [moved([*zeros[:i], tangent, *zeros[i + 1 :]]) for i, tangent in enumerate(tangents)]
+        found = [_slope(run, zeros, [*zeros[:i], tangent, *zeros[i + 1 :]]) for i, tangent in enumerate(tangents)]
     else:
-        found = [moved(tangents)] * len(nodes)
+        found = [_slope(run, zeros, tangents)] * len(nodes)
     nodes = [
         replace(node, moved=jnp.broadcast_to(y, (*stack, *y.shape)))
         for node, stack, y in zip(nodes, stacks, found, strict=True)
@@ -173,3 +170,16 @@ def bind(forward: Callable[..., jax.Array], feedback: Any) -> Any:
 
 def _draw(node: ForwardGradientFeedback, stack: int, logits: Any) -> jax.Array:
     return jax.vmap(lambda one: _draw(one, stack - 1, logits))(node) if stack else node.draw(logits)
+
+
+def _slope(run: Callable[..., jax.Array], zeros: list[jax.Array], along: list[jax.Array]) -> jax.Array:
+    """The derivative of the logits along perturbations."""
+    try:
+        return lax.stop_gradient(jax.jvp(run, (zeros,), (along,))[1])
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise ValueError(
+            "forward_gradient takes a forward-mode derivative of the network, which a jax.custom_vjp function in it "
+            "refuses: write that as a jax.custom_jvp, or take a rule that needs none, such as jaxfa.dfa()."
+        ) from error

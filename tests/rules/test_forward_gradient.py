@@ -142,6 +142,17 @@ def test_what_is_bound_to_no_batch_or_to_another_is_refused(x64):
         rule.init(KEY, jnp.zeros((5, 6)), e)
 
 
+def test_a_network_without_forward_mode_is_refused():
+    @jax.custom_vjp
+    def backward_only(h):
+        return h
+
+    backward_only.defvjp(lambda h: (h, None), lambda _, e: (e,))
+    rule, h = jaxfa.forward_gradient(), jnp.zeros((8, 6))
+    with pytest.raises(ValueError, match=r"a jax\.custom_vjp function in it refuses: write that as a jax\.custom_jvp"):
+        rule.bind(lambda taps: backward_only(h + taps[0]), [rule.init(KEY, h, h)])
+
+
 def test_devices_that_would_share_their_draws_are_refused(x64):
     params, feedback = create(jaxfa.forward_gradient(), KEY)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
