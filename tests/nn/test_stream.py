@@ -193,7 +193,10 @@ AT_INPUTS = {
 }
 
 
-@pytest.mark.parametrize(("make", "rule", "options"), AT_INPUTS.values(), ids=AT_INPUTS)
+@pytest.mark.parametrize(
+    ("make", "rule", "options"),
+    [pytest.param(*one, id=name, marks=() if name == "ssa" else pytest.mark.long) for name, one in AT_INPUTS.items()],
+)
 def test_errors_at_the_inputs_of_layers_stream_too(make, rule, options):
     x = inputs(9, 16 if make is Deep else 6)
     found = []
@@ -205,6 +208,7 @@ def test_errors_at_the_inputs_of_layers_stream_too(make, rule, options):
     assert min(jnp.abs(leaf).max() for leaf in jax.tree.leaves(found[1][1]["model"]["head"]["kernel"])) > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_ssa_keeps_no_activations_of_equal_layers(schedule):
     x = inputs(2048, 16)
