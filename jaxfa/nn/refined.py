@@ -65,6 +65,8 @@ def bound(attached: Any, program: Program) -> Program:
         return program
     model, args, kwargs = program.nodes
     taps = {path: tap for path, tap in taps_of(model).items() if tap.feedback is not None}
+    if not taps:  # a model of one layer
+        return program
     feedback = {path: tap.feedback.get_value() for path, tap in taps.items()}
     feedback = attached.rule.bind(shifted_forward(attached, args, kwargs), feedback)
     modules = {id(module): path for path, module in nnx.iter_modules(model)}

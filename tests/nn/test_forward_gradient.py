@@ -168,6 +168,13 @@ def test_nothing_of_a_batch_is_kept_and_any_batch_may_follow():
     assert [leaf.shape for leaf in jax.tree.leaves(nnx.state(aligned, jaxfa.nn.Feedback))] == shapes
 
 
+def test_a_single_layer_learns_exactly():
+    x, model = inputs(9, 6), nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+    aligned = jaxfa.nn.attach(model, RULE, rngs=nnx.Rngs(1), example=x)
+    got, true = nnx.grad(loss)(aligned, x)["model"], nnx.grad(loss)(model, x)
+    np.testing.assert_allclose(got.kernel[...], true.kernel[...], rtol=1e-6)
+
+
 def test_what_perturbed_weights_cannot_do_is_refused():
     rule, x = jaxfa.forward_gradient(weights=True), inputs(9, 6)
     with pytest.raises(ValueError, match="leave out at="):
