@@ -157,7 +157,9 @@ def by_rank(
             rule = chosen.rule(rank if axis != "rank" else int(rank), rate)
             task = plain._replace(rule=rule, at=chosen.at or at, allow=chosen.allow or allow)
             title = group or chosen.title
-            yield Arm(f"{start}{name}-{rank:g}", title, rank, task, numbers.get(rank), f"{start}bp", axis)
+            # Where all have one rank, it tells none of them apart.
+            called = title if len(config.ranks) == 1 else ""
+            yield Arm(f"{start}{name}-{rank:g}", title, rank, task, numbers.get(rank), f"{start}bp", axis, called)
 
 
 def last_state(folder: Path, start: State) -> State:
