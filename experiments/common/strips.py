@@ -5,7 +5,8 @@ from xml.sax.saxutils import escape
 
 from experiments.common.metrics import METRICS
 
-_ROW, _TOP, _LEFT, _WIDTH, _GAP = 22, 46, 210, 250, 90
+_ROW, _TOP, _WIDTH, _GAP = 22, 46, 250, 90
+_LETTER = 6.6  # a letter's width at this size, as browsers draw the widest of these fonts
 _FONT = "font-family='system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif'"
 
 
@@ -25,28 +26,33 @@ def figure(found: dict[str, Any]) -> str:
     low, high = (0.0, 100.0) if metric.sign > 0 else (0.0, 1.1 * max(ends))
     if metric.sign > 0:
         low, high = max(0.0, 10 * (min(ends) // 10)), min(100.0, 10 * (max(ends) // 10 + 1))
-    second = _LEFT + _WIDTH + _GAP
+    titles = [_title(arm) for arm in arms]
+    left = round(24 + _LETTER * max(map(len, titles)))
+    second = left + _WIDTH + _GAP
     shapes = [
-        *_axis(_LEFT, (low, high), f"{metric.name}, last epoch", metric.unit, count=len(arms)),
+        *_axis(left, (low, high), f"{metric.name}, last epoch", metric.unit, count=len(arms)),
         *(_axis(second, (0, 90), "angle to backpropagation", "°", count=len(arms)) if angles else []),
     ]
-    for i, arm in enumerate(arms):
+    for i, (arm, title) in enumerate(zip(arms, titles, strict=True)):
         y = _TOP + _ROW * i + _ROW / 2
-        title = arm["title"] if arm["note"] or arm["title"] == arm["group"] else f"{arm['group']}, {arm['title']}"
-        shapes.append(_text(_LEFT - 12, y + 4, title[:34], anchor="end"))
-        shapes += _mark(_LEFT, (low, high), y, arm["last"], color=arm["color"], form=f"{{:.{metric.digits}f}}")
+        shapes.append(_text(left - 12, y + 4, title, anchor="end"))
+        shapes += _mark(left, (low, high), y, arm["last"], color=arm["color"], form=f"{{:.{metric.digits}f}}")
         if "published" in arm:
-            x = _place(_LEFT, (low, high), arm["published"]["value"])
+            x = _place(left, (low, high), arm["published"]["value"])
             shapes.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4.5' fill='none' stroke='{arm['color']}'/>")
         if arm["angle"] and angles:
             shapes += _mark(second, (0.0, 90.0), y, arm["angle"], color=arm["color"], form="{:.0f}°")
-    width, height = (second if angles else _LEFT) + _WIDTH + _GAP - 20, _TOP + _ROW * len(arms) + 12
+    width, height = (second if angles else left) + _WIDTH + _GAP - 20, _TOP + _ROW * len(arms) + 12
     return "\n".join([
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' {_FONT} font-size='12'>",
         f"<rect width='{width}' height='{height}' fill='white'/>",
         *shapes,
         "</svg>\n",
     ])  # fmt: skip
+
+
+def _title(arm: dict[str, Any]) -> str:
+    return arm["title"] if arm["note"] or arm["title"] == arm["group"] else f"{arm['group']}, {arm['title']}"
 
 
 def standing(element: str) -> str:
