@@ -127,7 +127,7 @@ def test_without_its_reference_a_comparison_is_told_all_the_same(mock, tmp_path,
     [
         (["ldfa_vit", "--variants", "normative", "--feedback-rate", "0.1"], "--feedback-rate"),
         (["ldfa_rank_mlp", "--variants", "fixed", "--feedback-rate", "0.1"], "--feedback-rate"),
-        (["conservation", "--epochs", "1", "--batch", "3", "--datasets"], "--epochs, --batch"),
+        (["compare", "--model", "lenet", "--dataset", "mnist", "--hidden", "3"], "--hidden"),
         (["pipeline", "--rounds", "0", "--timed-width", "3"], "--timed-width"),
         (["rank_collapse", "--trainings", "fa", "--adam-rate", "0.1"], "--adam-rate"),
     ],
