@@ -66,8 +66,8 @@ def attach(
       logits: for direct rules, a function that picks from several outputs those whose error is delivered, such as
         ``lambda out: out[0]``. By default all arrays of floats; several lie side by side.
       allow: globs of layers and parameters that may pass errors on by backpropagation.
-      schedule: ``jaxfa.stacks.stored``; for direct rules also ``stream`` and, with ``at=``, ``dispatch(mesh)``: the same
-        gradients. A streamed block runs once more if the loss reads what is beside its taps, such as a penalty.
+      schedule: ``jaxfa.stacks.stored``; for direct rules also ``stream`` and, with ``at=``, ``dispatch(mesh)``: the
+        same gradients. A streamed block runs once more if the loss reads what is beside its taps, such as a penalty.
 
     Returns:
       An :class:`Attached` with a copy of the model.
