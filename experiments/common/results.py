@@ -218,13 +218,14 @@ def _verdict(found: dict[str, Any], epoch: str) -> list[str]:
 
 
 def _origin(found: dict[str, Any]) -> str:
-    first, last = found["runs"][0], found["runs"][-1]
+    first = found["runs"][0]
     versions = ", ".join(f"{name} {first[name]}" for name in ("jax", "flax", "optax"))
     commands = "; ".join(f"`{command}`" for command in dict.fromkeys(one["command"] for one in found["runs"]))
+    commits = " and ".join(dict.fromkeys(one["commit"] for one in found["runs"]))
     seconds = sum(arm["seconds"] for arm in found.get("arms", {}).values())
     took = f", {seconds:.0f} s of training" if seconds else ""
     seeds = f"seed {found['seeds'][0]}" if len(found["seeds"]) == 1 else f"{len(found['seeds'])} seeds"
-    where = f"{first['device']}, {versions}, commit {last['commit']}"
+    where = f"{first['device']}, {versions}, commit {commits}"
     return f"{commands}: {seeds}, {where}, {first['time'].split()[0]}{took}."
 
 
