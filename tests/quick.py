@@ -14,10 +14,15 @@ OWN_BY_MATRICES = (
 OWN = (*OWN_BY_MATRICES, "masked by a choice", "experts by index", "one of a stack")
 
 ROWS = {
+    # rules that learn otherwise, each of whose laws the contract has, too
+    "test_hoyers_penalty_on_the_papers_schedule_lowers_the_ranks_that_pruning_keeps": (),
+    "test_devices_add_up_to_the_whole_batch_where_the_loss_is_told": (),
+    "test_the_parallel_reading_is_its_closed_form": (),
+    "test_the_arbitrary_signs_and_order_of_a_decomposition_change_nothing": ("convolution",),
     # forward gradients
     "test_gradients_are_those_of_a_numpy_reference": ("together",),
     "test_errors_have_no_bias_and_the_variance_of_the_closed_form": ("signs",),
-    "test_the_mean_over_draws_is_the_true_gradient": ("weights",),
+    "test_the_mean_over_draws_is_the_true_gradient": (),
     "test_a_streamed_model_learns_the_same": (),
     "test_models_train_and_what_a_pass_writes_is_written_once": ("norms",),
     # models

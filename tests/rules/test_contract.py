@@ -27,7 +27,8 @@ STRONG = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_de
 KINDS = "backprop", "fa", "brsf", "kolen_pollack", "dfa", "ldfa", "grape", "ssa"
 
 
-ALIKE = "usf", "ldfa_fixed", "ssa_sequential", "local_classifier_fixed", "predsim"  # each is much as another row is
+# Each is much as another row is.
+ALIKE = "usf", "ldfa_fixed", "ssa_sequential", "local_classifier_fixed", "predsim", "auglocal", "pepita_mirrored"
 
 
 def law(words, quick=tuple(row.name for row in METHODS if row.name not in ALIKE)):
