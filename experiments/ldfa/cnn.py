@@ -8,7 +8,8 @@ Command: ``python -m experiments run ldfa_cnn``, 8 minutes; ``--preset paper`` f
 Five 9x9 convolutions of 32 channels and two fully connected layers, no normalisation, no pooling: also the network of
 ``ldfa_retina``. Its optimizer and epochs are ours, those of the published figure being unknown. Three differences from
 the authors' code: errors are not clamped to [-1, 1]; ``P`` learns by plain steps, not by Adam; ``P`` starts orthonormal
-and ``Q`` as its product with random weights. The preset ``cpu`` halves images and channels, its kernels are 5x5.
+and ``Q`` as its product with random weights. The preset ``cpu`` halves images and channels, its kernels are 5x5: there,
+at rank 4, no arm leaves chance but ``Q`` alone, one seed each, and why is open.
 """
 
 import dataclasses
