@@ -1,7 +1,7 @@
 """The places of a model that may be tapped, as abstract forward passes come to them."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from jaxfa.jaxprs.versions import opened
 from jaxfa.nn.leaves import at_leaves, error_in, named_floats
 from jaxfa.nn.program import Example, Program, method_of
 from jaxfa.nn.survey import Survey, look_through, program_of
-from jaxfa.nn.tap import first_input, holders_of, parameter_of
+from jaxfa.nn.tap import Place, first_input, holders_of, parameter_of
 from jaxfa.nn.variables import Recorder, intercept, leaf_name, modules_of, structs
 
 
@@ -41,9 +41,10 @@ class Forward(NamedTuple):
     factor: int
     modules: list[str]
 
-    def survey(self) -> Survey:
-        """The contractions in it."""
-        return look_through(self.program, self.jaxpr)
+    def survey(self, places: Iterable[Place]) -> Survey:
+        """The contractions in it, where these places are tapped."""
+        tapped = {place.path for place in places if place.kind == "parameter"}
+        return look_through(self.program, self.jaxpr, tapped)
 
     def names(self) -> list[str | None]:
         """The paths of the program's arrays; None for what is data."""

@@ -1,6 +1,7 @@
 """Puts a direct rule's taps on a model."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -88,7 +89,7 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
     fill_taps(model, rule, rngs, that_are_read(model, call, found), error, around=around)
     check_calls(model, recorder.calls)
     check_followed(model, recorder)
-    return Placed(above, note=note, seen=forward.survey, error=error)
+    return Placed(above, note=note, seen=partial(forward.survey, places), error=error)
 
 
 def _unseen(modules: dict[str, Any], forward: Forward, places: tuple[Place, ...]) -> dict[str, Any]:

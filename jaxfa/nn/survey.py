@@ -1,6 +1,6 @@
 """Where a model contracts activations with parameters by itself, outside of Flax's layers, and feedback for that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,8 +48,14 @@ def survey(model: nnx.Module, call: Callable[..., Any], example: Example) -> Sur
     return look_through(program, jax.make_jaxpr(lambda *states: program.run(*states)[0])(*structs(program.states)))
 
 
-def look_through(program: Program, jaxpr: Any) -> Survey:
-    """Looks through the forward pass of a program that :func:`program_of` made and that was traced already."""
+def look_through(program: Program, jaxpr: Any, tapped: Collection[str] = ()) -> Survey:
+    """Looks through the forward pass of a program that :func:`program_of` made and that was traced already.
+
+    Args:
+      program: the program.
+      jaxpr: what it was traced to.
+      tapped: the parameters that are tapped, and so are activations.
+    """
     found = Survey({}, set(), set(), {})
 
     def see(one: Contraction, held: Any) -> None:
@@ -60,7 +66,7 @@ def look_through(program: Program, jaxpr: Any) -> Survey:
             found.sites.setdefault(site, one)
 
     follower = Follower(see, found.lost.add, live=False)
-    follower.run(jaxpr, _values(program.states, live=False), None)
+    follower.run(jaxpr, _values(program.states, tapped, live=False), None)
     return found._replace(tables=follower.tables, stacks=follower.stacks)
 
 
@@ -100,13 +106,14 @@ def _is_own(path: Any, value: Any, kind: type = object) -> bool:
     return path[0] == 0 and isinstance(value, kind)
 
 
-def _values(states: Any, *, live: bool) -> list[Value]:
+def _values(states: Any, tapped: Collection[str] = (), *, live: bool) -> list[Value]:
     """What is known of a model's parameters, its other state and its arguments."""
     params, state, data = states
     values = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         name, make = leaf_name(path), partial(_same, leaf)
-        values.append(Value(leaf, make, learns=True, weight=base(name, name, leaf, make, make)))
+        own = Value(leaf, make, learns=True, weight=base(name, name, leaf, make, make))
+        values.append(Value(leaf, data=True) if name in tapped else own)
     values += [Value(leaf, partial(_same, leaf)) for leaf in jax.tree.leaves(state)]
     values += [Value(leaf, data=True) for leaf in jax.tree.leaves(data)]
     return values if live else [value._replace(here=None) for value in values]

@@ -246,3 +246,23 @@ def test_an_axis_that_may_not_be_the_batch_is_not_taken_for_it(at):
         attach(Steps(nnx.Rngs(0), 0), jaxfa.dfa(), inputs(6, 6, 6), at)
     with pytest.raises(ValueError, match=r"has no axis of the logits' 6 examples first|batch axis first"):
         attach(Steps(nnx.Rngs(0), 1), jaxfa.dfa(), inputs(6, 6, 6), at)
+
+
+class Queries(nnx.Module):
+    """Learned queries read a sequence: a product of parameters meets activations, which is no contraction of one."""
+
+    def __init__(self, rngs):
+        self.queries = nnx.Param(inputs(2, 6))
+        self.decoder = nnx.MultiHeadAttention(1, 6, decode=False, rngs=rngs)
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        queries = jnp.broadcast_to(self.queries[...][None], (len(x), 2, 6))
+        return self.head((queries + self.decoder(queries, x)).mean(1))
+
+
+def test_a_tapped_parameter_is_an_activation_and_need_not_be_followed():
+    x = inputs(9, 4, 6)
+    aligned = attach(Queries(nnx.Rngs(0)), jaxfa.dfa(), x, ("queries", "decoder"))
+    grads = nnx.grad(lambda aligned: jnp.sum(aligned(x) ** 2))(aligned)
+    assert np.any(grads["model"]["queries"][...])
