@@ -8,7 +8,8 @@ Command: ``python -m experiments run grape_shallow``, 10 minutes a data set; ``-
 The paper states neither networks nor rates. The network is that of its ancestor, two convolutions and a hidden layer.
 Every rule may have a rate of its own; none was tuned.
 
-Beside the literal rule stand the library's with a Kalman mean, on the full map and with tiles of 4 pixels.
+Beside the literal rule stand the library's with a Kalman mean, on the full map and with tiles of 4 pixels; and forward
+gradients, another of the paper's baselines, of whose numbers we have none.
 """
 
 import dataclasses
@@ -45,6 +46,8 @@ class Config(experiment.Config):
     """The learning rate of Adam under DFA."""
     grape_rate: float = 1e-3
     """The learning rate of Adam under GrAPE."""
+    forward_rate: float = 1e-3
+    """The learning rate of Adam under forward gradients."""
 
     arms = ("datasets",)
 
@@ -62,6 +65,7 @@ def arms(config: Config) -> Iterator[Arm]:
         "letter": ("GrAPE to the letter", LITERAL, config.grape_rate),
         "full": ("GrAPE, Kalman mean", BEST, config.grape_rate),
         "tiled": ("GrAPE, Kalman mean and tiles", TILED, config.grape_rate),
+        "forward": ("Forward gradients", jaxfa.forward_gradient(), config.forward_rate),
     }
     for name in config.datasets:
         dataset = experiment.load(config, name)

@@ -66,7 +66,7 @@ def test_hoyers_penalty_on_the_papers_schedule_lowers_the_ranks_that_pruning_kee
 def test_every_reading_is_an_arm_and_says_what_alignment_moves(tiny):
     found = {arm.name: arm for arm in networks.arms(networks.Config(**TINY, networks=("mlp",)))}
     kinds = {"parallel-weights", "parallel-feedback", "sequential-weights", "sequential-feedback"}
-    assert found.keys() == {f"mlp-{kind}" for kind in ("bp", "svd_bp", "dfa", *kinds)}
+    assert found.keys() == {f"mlp-{kind}" for kind in ("bp", "svd_bp", "dfa", "predsim", "auglocal", *kinds)}
     for kind in kinds:
         arm, (way, moved) = found[f"mlp-{kind}"], kind.split("-")
         assert ("transport" in arm.title) == (moved == "feedback")
@@ -131,7 +131,7 @@ def test_the_imagenet_preset_takes_two_steps_on_images_of_tfds(tmp_path, monkeyp
     preset = networks.EXPERIMENT.presets["imagenet"]
     config = dataclasses.replace(preset, batch=4, scale=0.05, data=tmp_path)
     arms = {arm.name: arm for arm in networks.arms(config)}
-    assert len(arms) == 2 * 7
+    assert len(arms) == 2 * 9
     assert not any(arm.published for arm in arms.values())  # of images of another size
     trainer = Trainer(arms["vgg13-parallel-weights"].task, [0])
     state = trainer.init()
