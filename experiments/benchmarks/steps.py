@@ -114,8 +114,10 @@ def findings(found: dict[str, Measured]) -> list[tuple[str, str]]:
     told = []
     for network, rules in found.items():
         if "step" in rules[EXACT]:
-            told += [(f"{rules['FA']['step']['ratio']:.2f}x", f"plain Flax's step takes FA's, in {network}.")]
-            told += [(f"{rules['DFA']['step']['ratio']:.2f}x", f"plain Flax's step takes DFA's, in {network}.")]
+            for rule in ("FA", "DFA"):
+                told.append(
+                    (f"{rules[rule]['step']['ratio']:.2f}x", f"the time of plain Flax: a step of {rule}, {network}.")
+                )
     return told
 
 
