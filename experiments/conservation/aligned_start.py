@@ -8,6 +8,9 @@ Command: ``python -m experiments run conservation_aligned_start``, 5 minutes.
 An aligned start is :func:`jaxfa.nn.align`'s: ``W = B`` above the first layer, every unit scaled down until the law
 guarantees half of its alignment: weight transport, once. Its control has the same norms in random directions. The
 network is an MLP under plain gradient descent at a rate of each start's own, chosen on the validation split.
+
+The claim holds here: an aligned start closes half of the gap between feedback alignment and backpropagation on MNIST
+and most of it on CIFAR-10, and its directions do it, since the norms alone do harm or nothing.
 """
 
 import dataclasses
