@@ -169,7 +169,7 @@ def untrained(monkeypatch):
     for name in ("draw", "_rows", "_findings", "_end"):
         monkeypatch.setattr(ssa_networks, name, lambda *_: [])
     monkeypatch.setattr(laws, "follow", lambda *_, **__: laws.Followed(*4 * [np.zeros((1, 1))]))
-    monkeypatch.setattr(laws, "convergence", lambda **_: {})
+    monkeypatch.setattr("experiments.conservation.conservation.convergence", lambda **_: {})
     followed = {"cosines": np.full((4, 2, 3), 0.5), "bias": np.ones(4), "accuracy": np.ones(4)}
     monkeypatch.setattr(bound, "follow", lambda rule, config, seed: followed if config.batch else {})
     monkeypatch.setattr(bound, "_figure", lambda *_: None)
