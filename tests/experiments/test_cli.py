@@ -19,7 +19,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from experiments.__main__ import EXPERIMENTS, main, run_all
-from experiments.benchmarks import memory, memory_figure, pipeline, pipeline_worker, steps
+from experiments.benchmarks import memory, pipeline, pipeline_worker, steps
 from experiments.common import data, operations, plots, records, results, sweep, text, timing
 from experiments.common.train import DivergenceError
 from experiments.common.trainer import Trainer
@@ -154,8 +154,8 @@ def untrained(monkeypatch):
     monkeypatch.setattr(memory, "_measure", lambda *_: [])
     monkeypatch.setattr(steps, "measure", lambda *_: {})
     monkeypatch.setattr(steps, "report", lambda *_: None)
-    for module in (memory_figure, rank_report):
-        monkeypatch.setattr(module, "study", lambda *_: None)
+    monkeypatch.setattr(memory, "findings", lambda _: [])
+    monkeypatch.setattr(rank_report, "study", lambda *_: None)
     for name in ("figure", "step_rows", "reach_rows"):
         monkeypatch.setattr(ldfa_cost, name, lambda *_: [])
     monkeypatch.setattr(timing, "measure", lambda *_, **__: {"steps": collections.defaultdict(lambda: {"ratio": 1.0})})
