@@ -21,8 +21,7 @@ feedback means the plain operation with ordinary autodiff.
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import jax
@@ -249,16 +248,3 @@ def transpose(linear: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax.Arr
     """The transpose of a linear function of ``x``'s shape, applied to ``y``."""
     (out,) = jax.linear_transpose(linear, x)(y)
     return out
-
-
-def path_name(path: Iterable[Any]) -> str:
-    """A path as one string; of a key that is a tuple, as spectral norm's, the parts stand between dots."""
-    return "/".join(".".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in path)
-
-
-def matches(path: str, patterns: tuple[str, ...], *, under: bool = False) -> bool:
-    """Whether a path matches one of the globs, segment by segment; with ``under``, it or something above it."""
-    parts = path.split("/")
-    lengths = range(1, len(parts) + 1) if under else [len(parts)]
-    split = [pattern.split("/") for pattern in patterns]
-    return any(len(globs) in lengths and all(map(fnmatchcase, parts, globs)) for globs in split)

@@ -10,7 +10,8 @@ import numpy as np
 from jax import lax
 
 import jaxfa
-from jaxfa.rules.shared.jacobian import JacobianFeedback, jacobian_estimates, random_signs
+from jaxfa.rules.shared.estimates import jacobian_estimates, random_signs
+from jaxfa.rules.shared.jacobian import JacobianFeedback
 
 KEY = jax.random.PRNGKey(3)
 SIZES = (6, 7, 5, 4)

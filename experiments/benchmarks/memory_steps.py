@@ -13,11 +13,13 @@ from jax import lax
 import jaxfa
 import jaxfa.nn
 from experiments.common.experiment import Options
+from experiments.common.task import cross_entropy
 from experiments.models.networks import ResNet
 from jaxfa.optim.optimizer import optimizer
 
 REFERENCE, REMATERIALISED = "backpropagation", "backpropagation, rematerialised"
 STORED, PARALLEL, STREAMED, FUSED = "DFA, stored", "DFA, parallel", "DFA, streamed", "DFA, streamed, updated at once"
+METHODS = REFERENCE, REMATERIALISED, STORED, PARALLEL, STREAMED, FUSED
 CLASSES = 10
 Steps = dict[str, tuple[Any, tuple[Any, ...]]]
 
@@ -48,10 +50,8 @@ class Config(Options):
     """The seed of all that is random."""
 
     def __post_init__(self) -> None:
-        for name, one, all_ in (
-            ("timed", self.timed, self.depths),
-            ("timed_repeats", self.timed_repeats, self.repeats),
-        ):
+        pairs = ("timed", self.timed, self.depths), ("timed_repeats", self.timed_repeats, self.repeats)
+        for name, one, all_ in pairs:
             if one not in all_:
                 raise ValueError(f"{name} must be one of {all_}, got {one}.")
 
@@ -75,7 +75,7 @@ def stack(config: Config, depth: int) -> Steps:
     def gradient(run: Callable[..., Any]) -> Any:
         def loss(params: Any, feedback: Any, x: jax.Array, y: jax.Array) -> jax.Array:
             h, wire = run(params[0], feedback, x)
-            return _loss(h @ params[1] + wire, y)
+            return cross_entropy(h @ params[1] + wire, y)
 
         return jax.jit(jax.grad(loss)), (params, feedback, x, y)
 
@@ -99,17 +99,13 @@ def _block(p: Any, h: jax.Array) -> jax.Array:
     return h + jax.nn.relu(h @ p["w"] + p["b"])
 
 
-def _loss(logits: jax.Array, y: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-
 def _fused(rule: jaxfa.Rule, both: Any, head: jax.Array, x: jax.Array, y: jax.Array) -> Any:
     tx = optimizer(optax.adam(1e-3), rule)
 
     def step(both: Any, state: Any, head: jax.Array, x: jax.Array, y: jax.Array) -> Any:
         wire = jnp.zeros((len(x), CLASSES), x.dtype)
         h, wire = jaxfa.direct_stack(_block, both[0], x, wire, None, schedule=jaxfa.stacks.stream)
-        dhead, e = jax.grad(lambda head, wire: _loss(h @ head + wire, y), argnums=(0, 1))(head, wire)
+        dhead, e = jax.grad(lambda head, wire: cross_entropy(h @ head + wire, y), argnums=(0, 1))(head, wire)
         both, state, _ = jaxfa.update_stack(_block, both, x, e, optimizer=tx, state=state)
         return both, state, head - 1e-3 * dhead
 
@@ -131,7 +127,7 @@ def resnet(config: Config, repeats: int) -> Steps:
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
         def loss(params: Any, rest: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-            return _loss(nnx.merge(graphdef, params, rest, copy=True)(x), y)
+            return cross_entropy(nnx.merge(graphdef, params, rest, copy=True)(x), y)
 
         return jax.jit(jax.grad(loss)), (params, rest, x, y)
 

@@ -19,18 +19,21 @@ bubbles were lost. ``cores`` is CPU time by wall time: below 1 on one core, othe
 import contextlib
 import dataclasses
 import statistics
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from rich.progress import track
 
-from experiments.benchmarks import pipeline_report, pipeline_worker
+from experiments.benchmarks import pipeline_worker
 from experiments.benchmarks.pipeline_model import METHODS, cost
-from experiments.benchmarks.pipeline_steps import Network
-from experiments.common import records
-from experiments.common.experiment import Experiment, Histories, Options, Page, Study
+from experiments.benchmarks.pipeline_steps import BASES, Network
+from experiments.common import plots, records
+from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
 
-ARMS = ("backpropagation", "direct, parallel", "direct, stream")
+COLORS = dict(zip(METHODS, (plots.GREY, plots.INK, plots.BLUE, plots.GREEN), strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,9 @@ def study(config: Config, histories: Histories) -> Study:
     del histories
     counts = _kept(config.out / "counts.json", lambda: _count(config))
     times = _kept(config.out / "times.json", lambda: _time(config)) if config.rounds else {}
-    return pipeline_report.study(config, counts, times)
+    caption = "Lines: read off the compiled programs (the bubble: from ticks). Crosses: the model."
+    tables = [Table("Counted", _counted(counts)), *([Table("Two cores over one", _timed(times))] if times else [])]
+    return Study(figure(config, counts), caption, tables, numbers={"counts": counts, "times": times})
 
 
 def _kept(path: Path, make: Any) -> Any:
@@ -96,28 +101,36 @@ def points(config: Config) -> list[tuple[int, int]]:
 
 def _count(config: Config) -> list[dict[str, Any]]:
     network = Network(config.layers, config.width, config.outputs, config.examples)
-    task = {"network": network._asdict(), "points": points(config)}
-    total = len(points(config)) * len(METHODS)
     found = []
-    for one in track(pipeline_worker.count(task), "counting", total):
-        expected = cost(METHODS[one["arm"]], one["stages"], one["microbatches"], network)
-        found.append(one | {"model": expected._asdict()})
+    with pipeline_worker.process(
+        pipeline_worker.count, network, points(config), devices=max(config.stages)
+    ) as connection:
+        for _ in track(range(len(points(config)) * len(METHODS)), "counting"):
+            one = connection.recv()
+            expected = cost(METHODS[one["arm"]], one["stages"], one["microbatches"], network)
+            found.append(one | {"model": expected._asdict()})
     return found
 
 
 def _time(config: Config) -> dict[str, Any]:
     network = Network(config.timed_layers, config.timed_width, config.outputs, config.timed_examples)
-    task = {"network": network._asdict(), "microbatches": config.timed_microbatches, "steps": config.steps}
     with contextlib.ExitStack() as stack:
-        runs = {
-            (arm, cores): stack.enter_context(pipeline_worker.timed(task | {"arm": arm}, cores))
-            for arm in ARMS
-            for cores in (1, 2)
-        }
-        for one in runs.values():
-            one()
-        rounds = [{which: one() for which, one in runs.items()} for _ in track(range(config.rounds), "timing")]
-    return {arm: _summary(arm, rounds, config.timed_microbatches, network) for arm in ARMS}
+        runs: dict[tuple[str, int], Any] = {}
+        for which in product(BASES, (1, 2)):
+            task = network, which, config.timed_microbatches, config.steps
+            held = pipeline_worker.process(pipeline_worker.rounds, *task, devices=which[1], cores=which[1])
+            runs[which] = stack.enter_context(held)
+        # The first round of each, which waits for its compilation, does not count.
+        rounds = [
+            {which: _round(one) for which, one in runs.items()} for _ in track(range(config.rounds + 1), "timing")
+        ]
+    return {arm: _summary(arm, rounds[1:], config.timed_microbatches, network) for arm in BASES}
+
+
+def _round(connection: Any) -> tuple[float, float]:
+    connection.send(True)
+    seconds, cpu = connection.recv()
+    return seconds, cpu
 
 
 def _summary(arm: str, rounds: list[Any], microbatches: int, network: Network) -> dict[str, Any]:
@@ -134,6 +147,63 @@ def _summary(arm: str, rounds: list[Any], microbatches: int, network: Network) -
         "fastest": min(seconds[1]) / min(seconds[2]),
         "bound": cost(METHODS[arm], 2, microbatches, network).speedup,
     }
+
+
+def figure(config: Config, counts: list[dict[str, Any]]) -> Any:
+    """Bytes, memory and bubbles against the number of stages."""
+    drawn = plots.Figure(figsize=(9.4, 3.2), layout="constrained")
+    sent, kept, bubble = drawn.subplots(1, 3)
+    _lines(sent, config, counts, lambda one: sum(one["sent"].values()) / 1e6, lambda one: one["model"]["sent"] / 1e6)
+    _lines(kept, config, counts, lambda one: one["kept"] / 2**20, lambda one: one["model"]["kept"] / 2**20)
+    _lines(bubble, config, counts, lambda one: one["model"]["bubble"], None)
+    for axes, title in ((sent, "sent in a step (MB)"), (kept, "temporaries per device (MiB)"), (bubble, "bubble")):
+        axes.set(title=title, xlabel=f"stages S, M = {config.microbatches[0]}")
+    for axes in (sent, kept):
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    drawn.legend(*sent.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
+    return drawn
+
+
+def _lines(
+    axes: Axes, config: Config, counts: list[dict[str, Any]], value: Any, model: Callable[[Any], Any] | None
+) -> None:
+    stages = sorted(config.stages)
+    for arm, color in COLORS.items():
+        chosen = {
+            one["stages"]: one for one in counts if (one["arm"], one["microbatches"]) == (arm, config.microbatches[0])
+        }
+        style = "--" if METHODS[arm].again else "-"
+        axes.plot(stages, [value(chosen[s]) for s in stages], style, color=color, label=arm)
+        if model:
+            axes.plot(stages, [model(chosen[s]) for s in stages], "x", color=color, markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(stages, [str(s) for s in stages])
+
+
+def _counted(counts: list[dict[str, Any]]) -> list[list[str]]:
+    table = [["method", "S", "M", "ticks", "bubble", "MB sent", "model", "MiB kept", "model"]]
+    for one in counts:
+        model, sent = one["model"], sum(one["sent"].values())
+        sizes = (
+            f"{sent / 1e6:.1f}",
+            f"{model['sent'] / 1e6:.1f}",
+            f"{one['kept'] / 2**20:.0f}",
+            f"{model['kept'] / 2**20:.0f}",
+        )
+        point = str(one["stages"]), str(one["microbatches"]), str(model["ticks"]), f"{model['bubble']:.3f}"
+        table.append([one["arm"], *point, *sizes])
+    return table
+
+
+def _timed(times: dict[str, Any]) -> list[list[str]]:
+    table = [["method", "one core", "two cores", "cores in use", "speed-up", "quartiles", "fastest", "bound"]]
+    for arm, one in times.items():
+        ms, cores, (low, high) = one["milliseconds"], one["cores"], one["quartiles"]
+        used = f"{cores['1']:.2f}, {cores['2']:.2f}"
+        ends = f"{one['speedup']:.2f}", f"{low:.2f} to {high:.2f}", f"{one['fastest']:.2f}", f"{one['bound']:.2f}"
+        table.append([arm, f"{ms['1']:.0f} ms", f"{ms['2']:.0f} ms", used, *ends])
+    return table
 
 
 EXPERIMENT = Experiment(

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxfa
+from experiments.common.task import cross_entropy
 from jaxfa import stacks
 
 
@@ -42,11 +42,6 @@ Loss = Callable[..., jax.Array]
 def block(w: jax.Array, h: jax.Array) -> jax.Array:
     """A residual layer."""
     return h + jax.nn.relu(h @ w)
-
-
-def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    """The mean over a batch."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
 def on_one_device(schedule: jaxfa.stacks.Schedule) -> Loss:

@@ -1,82 +1,47 @@
-"""Processes of ``pipeline``, each with as many CPU devices and cores as its task says.
-
-``python -m experiments.benchmarks.pipeline_worker TASK`` with a task as JSON: counts what one step sends and keeps, or
-compiles one step and then runs a round of steps for each line that it reads.
-"""
+"""What ``pipeline`` runs in processes of its own, each with as many CPU devices and cores as it is given."""
 
 import contextlib
-import json
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from typing import Any
 
-_DEVICES = "--xla_force_host_platform_device_count={}"
+import jax
+
+from experiments.benchmarks import collectives, pipeline_steps
+from experiments.benchmarks.pipeline_steps import Network
+from jaxfa import stacks
+
 _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
-def count(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Compiles every pipeline for every ``(S, M)`` in a process of its own; yields what each sends and keeps."""
-    devices = max(stages for stages, _ in task["points"])
-    with _started({"name": "count"} | task, devices) as process:
-        for line in process.stdout or ():
-            yield json.loads(line)
-    if process.returncode:
-        raise ValueError(f"Counting stopped with status {process.returncode}: what it wrote stands above.")
-
-
 @contextlib.contextmanager
-def timed(task: dict[str, Any], devices: int) -> Iterator[Any]:
-    """A process that holds one compiled step, alone on as many cores as devices.
-
-    Yields:
-      A function without arguments that runs a round of steps and returns ``(seconds, CPU seconds)`` of a step.
-    """
-    with _started({"name": "time", "cores": devices} | task, devices) as process:
-        assert process.stdin
-        assert process.stdout
-
-        def run() -> tuple[float, float]:
-            assert process.stdin
-            assert process.stdout
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-            if not answer:
-                raise ValueError(f"The process that times {task['arm']!r} stopped: what it wrote stands above.")
-            seconds, cpu = json.loads(answer)
-            return seconds, cpu
-
-        yield run
-        process.stdin.close()
+def process(work: Callable[..., None], *args: Any, devices: int, cores: int | None = None) -> Iterator[Any]:
+    """A process that runs ``work(connection, *args)`` on so many devices; yields the other end of the connection."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_begin, args=(work, theirs, args, devices, cores), daemon=True)
+    child.start()
+    theirs.close()
+    with ours:
+        yield ours
+    child.join()
 
 
-@contextlib.contextmanager
-def _started(task: dict[str, Any], devices: int) -> Iterator[subprocess.Popen[str]]:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES.format(devices)} {_ONE_THREAD}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "experiments.benchmarks.pipeline_worker", json.dumps(task)]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            yield process
-        except BaseException:
-            process.kill()
-            raise
+def _begin(work: Callable[..., None], connection: Any, args: Any, devices: int, cores: int | None) -> None:
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_ONE_THREAD}"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    work(connection, *args)
 
 
-def _count(task: dict[str, Any]) -> None:
-    import jax  # noqa: PLC0415 - after the number of devices is set
-
-    from experiments.benchmarks import collectives, pipeline_steps  # noqa: PLC0415
-    from jaxfa import stacks  # noqa: PLC0415
-
-    network = pipeline_steps.Network(**task["network"])
+def count(connection: Any, network: Network, points: list[tuple[int, int]]) -> None:
+    """Compiles every pipeline for every ``(S, M)``; sends what each sends and keeps."""
     shapes = jax.eval_shape(lambda: pipeline_steps.arguments(network))
-    for stages, microbatches in task["points"]:
+    for stages, microbatches in points:
         mesh = stacks.mesh(layer=stages)
         where = jax.tree.broadcast(pipeline_steps.shardings(mesh), shapes)
         placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
@@ -84,36 +49,24 @@ def _count(task: dict[str, Any]) -> None:
             compiled = pipeline_steps.step_of(loss).lower(*placed).compile()
             kept = compiled.memory_analysis().temp_size_in_bytes
             sent = collectives.sent(compiled.as_text(), stages)
-            found = {"arm": arm, "stages": stages, "microbatches": microbatches, "sent": sent, "kept": kept}
-            print(json.dumps(found), flush=True)
+            connection.send({"arm": arm, "stages": stages, "microbatches": microbatches, "sent": sent, "kept": kept})
 
 
-def _time(task: dict[str, Any]) -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task["cores"]])
-    import jax  # noqa: PLC0415
-
-    from experiments.benchmarks import pipeline_steps  # noqa: PLC0415
-    from jaxfa import stacks  # noqa: PLC0415
-
-    params, *rest = pipeline_steps.arguments(pipeline_steps.Network(**task["network"]))
-    loss = pipeline_steps.BASES.get(task["arm"])
-    if task["cores"] > 1:
-        mesh = stacks.mesh(layer=task["cores"])
-        loss = pipeline_steps.arms(mesh, task["microbatches"])[task["arm"]]
+def rounds(connection: Any, network: Network, which: tuple[str, int], microbatches: int, steps: int) -> None:
+    """Compiles one step; for each message runs a round of steps and sends the seconds and CPU seconds of one."""
+    (arm, cores), (params, *rest) = which, pipeline_steps.arguments(network)
+    loss = pipeline_steps.BASES[arm]
+    if cores > 1:
+        mesh = stacks.mesh(layer=cores)
+        loss = pipeline_steps.arms(mesh, microbatches)[arm]
         params, *rest = jax.device_put((params, *rest), pipeline_steps.shardings(mesh))
-    assert loss
     step = pipeline_steps.step_of(loss)
     params = jax.block_until_ready(step(params, *rest))
-    for _ in sys.stdin:
-        started, cpu = time.perf_counter(), time.process_time()
-        for _ in range(task["steps"]):
-            params = step(params, *rest)
-        jax.block_until_ready(params)
-        spent = time.perf_counter() - started, time.process_time() - cpu
-        print(json.dumps([one / task["steps"] for one in spent]), flush=True)
-
-
-if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    {"count": _count, "time": _time}[given["name"]](given)
+    with contextlib.suppress(EOFError):  # the other end has closed
+        while connection.recv():
+            started, cpu = time.perf_counter(), time.process_time()
+            for _ in range(steps):
+                params = step(params, *rest)
+            jax.block_until_ready(params)
+            spent = time.perf_counter() - started, time.process_time() - cpu
+            connection.send([one / steps for one in spent])

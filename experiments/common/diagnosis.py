@@ -5,12 +5,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import jaxfa
 import jaxfa.nn
 from jaxfa.measure.conservation import half_square, imbalance, quantity
 from jaxfa.measure.diagnostics import entropy_rank
+
+_EXAMPLES = 256  # whose errors are decomposed, a row each
+
+
+def measure(trainer: Any) -> Callable[[Any], dict[str, Any]]:
+    """What measures :func:`diagnose` of every seed of a state, on the first training examples."""
+
+    @jax.jit
+    def one(state: Any, images: jax.Array, labels: jax.Array) -> dict[str, dict[str, jax.Array]]:
+        x = trainer.inputs(images)
+        first, (params, feedback) = trainer.begin(state.key)[1], trainer.learn(state, x, labels)[1]
+        others = first._replace(rest=state.rest), state._replace(params=params, feedback=feedback)
+        model, start, update = (trainer.model(each, copy=True) for each in (state, *others))
+        model.train()
+        return diagnose(model, start, update, lambda model: trainer.task.loss(model(x), labels))
+
+    def every(state: Any) -> dict[str, Any]:
+        # One seed after the other: jaxlib 0.10.2's batched decompositions can hang.
+        seeds = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(len(trainer.seeds))]
+        found = jax.device_get([one(seed, *(array[:_EXAMPLES] for array in trainer.data)) for seed in seeds])
+        found = jax.tree.map(lambda *values: np.stack(values), *found)
+        layers = [row.layer for row in trainer.coverage.rows]
+        return {name: {layer: of[layer] for layer in layers if layer in of} for name, of in found.items()}
+
+    return every
 
 
 def diagnose(

@@ -17,8 +17,8 @@ from jax import lax
 
 import jaxfa
 import jaxfa.nn
+from experiments.common import diagnosis
 from experiments.common.data import normalize
-from experiments.common.diagnosis import diagnose
 from experiments.common.seeds import side_by_side
 from experiments.common.task import Task
 
@@ -27,7 +27,6 @@ Loop = Literal["auto", "step", "scan"]
 # What a seed's key is folded with: one stream per purpose.
 _MODEL, _FEEDBACK, _ORDER, _AUGMENT, _REFINE = range(5)
 _PROBE = 512
-_DIAGNOSED = 256  # whose errors are decomposed, a row each
 _CHUNK = 1000
 
 
@@ -71,17 +70,17 @@ class Trainer:
         self.inputs = task.inputs or normalize(np.asarray(data.train_images))
         self.data = (jnp.asarray(data.train_images), jnp.asarray(data.train_labels))
         self._test = (jnp.asarray(data.test_images), jnp.asarray(data.test_labels))
-        self._graph, example = jax.eval_shape(self._init, jax.random.key(0))
+        self._graph, example = jax.eval_shape(self.begin, jax.random.key(0))
         self.coverage = nnx.merge(self._graph, example.params, example.feedback, example.rest).coverage()
-        self._start = jax.jit(self._init)
+        self._start = jax.jit(self.begin)
         self._shuffle = jax.jit(side_by_side(self._order, seeds))
         step = side_by_side(self._update, seeds, (0, 0, None))
         self._step = jax.jit(step, donate_argnums=0)
         self._scan = jax.jit(partial(_scan, step), static_argnums=3, donate_argnums=0)
         self._score = jax.jit(side_by_side(self._scores, seeds, (0, None, None)))
         self._align = jax.jit(side_by_side(self._alignment, seeds, (0, None)))
-        self._diagnose = jax.jit(self._diagnosis)
-        self._measure = task.measure(self) if task.measure else lambda state: {}
+        hooks = (diagnosis.measure if task.diagnostics else None, task.measure)
+        self._measures = [hook(self) for hook in hooks if hook]
 
     def init(self) -> State:
         """The state before the first step."""
@@ -135,8 +134,7 @@ class Trainer:
             "norm_ratio": {layer: found.norm_ratio for layer, found in kernels.items()},
             **({"calibrations": jax.device_get(state.optimizer.calibrations)} if self.task.calibrate else {}),
             **self._ranks(state),
-            **(self._diagnostics(state) if self.task.diagnostics else {}),
-            **self._measure(state),
+            **{name: value for measure in self._measures for name, value in measure(state).items()},
         }
 
     def _ranks(self, state: State) -> dict[str, Any]:
@@ -145,14 +143,6 @@ class Trainer:
             row.layer: np.full(len(self.seeds), ranks[row.layer]) for row in self.coverage.rows if row.layer in ranks
         }
         return {"rank": found} if found else {}
-
-    def _diagnostics(self, state: State) -> dict[str, Any]:
-        # Seed by seed, as in init.
-        seeds = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(len(self.seeds))]
-        each = jax.device_get([self._diagnose(seed, self.data) for seed in seeds])
-        found = jax.tree.map(lambda *values: np.stack(values), *each)
-        layers = [row.layer for row in self.coverage.rows]
-        return {name: {layer: values[layer] for layer in layers if layer in values} for name, values in found.items()}
 
     def _rows(self, predictions: int) -> int:
         """How many examples hold so many predictions, one or one per token each; a training batch always fits."""
@@ -176,7 +166,8 @@ class Trainer:
         """One seed's model; a copy is safe inside of a transformation that did not make the state."""
         return nnx.merge(self._graph, state.params, state.feedback, state.rest, copy=copy)
 
-    def _init(self, key: jax.Array) -> tuple[Any, State]:
+    def begin(self, key: jax.Array) -> tuple[Any, State]:
+        """One seed's graph and state before the first step."""
         graph, params, feedback, rest = _split(self._attach(key))
         optimizer = self.optimizer().init((params, feedback))
         return graph, State(params, feedback, rest, optimizer, key, jnp.zeros((), jnp.int32))
@@ -193,10 +184,10 @@ class Trainer:
         images, labels = train[0][batch], train[1][batch]
         if self.task.data.augmented:
             images = self.task.augment(jax.random.fold_in(jax.random.fold_in(state.key, _AUGMENT), state.step), images)
-        state, _, loss = self._learn(state, self.inputs(images), labels)
+        state, _, loss = self.learn(state, self.inputs(images), labels)
         return state, loss
 
-    def _learn(self, state: State, x: jax.Array, labels: jax.Array) -> tuple[State, Any, jax.Array]:
+    def learn(self, state: State, x: jax.Array, labels: jax.Array) -> tuple[State, Any, jax.Array]:
         """The state after a step on these examples, the step itself, and the loss before it."""
         model = self.model(state)
         model.train()
@@ -234,14 +225,6 @@ class Trainer:
         model.train()
         x = self.inputs(probe[0])
         return jaxfa.nn.alignment(model, lambda model: self.task.loss(model(x), probe[1]))
-
-    def _diagnosis(self, state: State, train: Any) -> dict[str, Any]:
-        x, labels = self.inputs(train[0][:_DIAGNOSED]), train[1][:_DIAGNOSED]
-        first, updates = self._init(state.key)[1], self._learn(state, x, labels)[1]
-        trees = [state[:2], first[:2], updates]
-        model, start, update = (nnx.merge(self._graph, *tree, state.rest, copy=True) for tree in trees)
-        model.train()
-        return diagnose(model, start, update, lambda model: self.task.loss(model(x), labels))
 
 
 def _split(model: jaxfa.nn.Attached) -> tuple[Any, Any, Any, Any]:

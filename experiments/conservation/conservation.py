@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from experiments.common import plots, records
 from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
 from experiments.conservation import laws
-from experiments.conservation.laws import CASES, Convergence, Followed
+from experiments.conservation.convergence import Convergence, convergence
+from experiments.conservation.laws import CASES, Followed
 
 RATES = (0.1, 0.01, 0.001)
 HORIZON = 2.0  # learning rate times steps
@@ -69,7 +70,7 @@ def study(config: Config, _: Histories) -> Study:
             "random": cases["ReLU"],
             "aligned": laws.follow(relu, rate=RATES[0], steps=steps, seed=config.seed, aligned=True),
         }
-        linear = laws.convergence(seeds=config.seeds, seed=config.seed, steps=config.iterations)
+        linear = convergence(seeds=config.seeds, seed=config.seed, steps=config.iterations)
     drifts = {rate: float(np.abs(one.drift[-1]).max()) for rate, one in flows.items()}
     numbers = {
         "residual": {name: float(one.residual.max()) for name, one in cases.items()},

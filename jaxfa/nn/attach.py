@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxfa.base import Rule, is_direct, matches, path_name
+from jaxfa.base import Rule, is_direct
 from jaxfa.nn.attached import Attached
 from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import cover
@@ -31,6 +31,7 @@ from jaxfa.nn.tap import Tap, plain_of
 from jaxfa.nn.trace import uses_of
 from jaxfa.nn.variables import init_at, init_stack, modules_of
 from jaxfa.nn.wanted import refuse_unmatched
+from jaxfa.paths import matches, path_name
 from jaxfa.stacks.schedules import Schedule, stored
 
 

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from jaxfa.base import matches
 from jaxfa.jaxprs.cuts import OUTPUT, Cuts, Use
 from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.describe import layer_name
 from jaxfa.nn.places import Forward
 from jaxfa.nn.tap import Place
 from jaxfa.nn.variables import modules_of
+from jaxfa.paths import matches
 
 
 class Fault(NamedTuple):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxfa.base import matches, transpose
+from jaxfa.base import transpose
 from jaxfa.factored.rank import prune as prune_tree
 from jaxfa.factored.svd import Factors
 from jaxfa.factored.svd import factorise as factorise_weights
@@ -16,6 +16,7 @@ from jaxfa.nn.attached import Attached, plain
 from jaxfa.nn.factored import Factored, factorise_chosen, swap
 from jaxfa.nn.variables import Feedback, modules_of
 from jaxfa.nn.views import Matrices
+from jaxfa.paths import matches
 
 
 def factorise(model: nnx.Module, rank: float | None = None, *, at: str | tuple[str, ...] = ()) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxfa.base import is_direct, matches, path_name
+from jaxfa.base import is_direct
 from jaxfa.jaxprs.audit import Audit
 from jaxfa.jaxprs.flows import OUTPUT, Passage
 from jaxfa.nn.describe import IDLE, LOST, SILENT, describe, held_feedback, layer_name, shape_of
@@ -17,6 +17,7 @@ from jaxfa.nn.table import Coverage, Row
 from jaxfa.nn.tap import plain_of, taps_of
 from jaxfa.nn.trace import terms_beside, trace, traced
 from jaxfa.nn.variables import Feedback, value_of
+from jaxfa.paths import matches, path_name
 
 
 def cover(attached: Any, example: Example, seen: Callable[[], Survey] | None = None) -> Coverage:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxfa.base import Layer, Rule, matches
+from jaxfa.base import Layer, Rule
 from jaxfa.delivery import undifferentiated
 from jaxfa.nn.contraction import find_site
 from jaxfa.nn.factored import Factored
@@ -14,6 +14,7 @@ from jaxfa.nn.leaves import at_leaves, named_floats
 from jaxfa.nn.program import is_transformed
 from jaxfa.nn.tap import holders_of, remove_taps, taps_of
 from jaxfa.nn.variables import Feedback, Recorder, init_at, init_stack, intercept, modules_of
+from jaxfa.paths import matches
 from jaxfa.rules.shared.local import LocalLoss
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.tree_util import DictKey
 
-from jaxfa.base import is_direct, path_name
+from jaxfa.base import is_direct
 from jaxfa.jaxprs.audit import Audit, Outputs, audit, uses
 from jaxfa.jaxprs.flows import Use
 from jaxfa.jaxprs.follow import with_local_products
@@ -19,6 +19,7 @@ from jaxfa.nn.leaves import error_in, named_floats
 from jaxfa.nn.program import Example, Program, method_of
 from jaxfa.nn.tap import plain_of, taps_of
 from jaxfa.nn.variables import Feedback, structs, value_of
+from jaxfa.paths import path_name
 
 _STATE = (nnx.Param, nnx.BatchStat, nnx.Cache, nnx.RngState, Feedback)
 

@@ -10,7 +10,8 @@ import jax
 from flax import nnx
 from jax.tree_util import DictKey
 
-from jaxfa.base import Rule, path_name
+from jaxfa.base import Rule
+from jaxfa.paths import path_name
 
 REFUSAL = (
     "The gradient of the model inside jaxfa.nn.attach's was asked for, past {}: call the attached model, attach with "

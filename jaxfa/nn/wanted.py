@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxfa.base import DirectRule, matches
+from jaxfa.base import DirectRule
 from jaxfa.jaxprs.cuts import OUTPUT, Cuts
 from jaxfa.jaxprs.cuts import Use as Read
 from jaxfa.jaxprs.flows import Use
@@ -15,6 +15,7 @@ from jaxfa.nn.places import Forward
 from jaxfa.nn.tap import Place
 from jaxfa.nn.trace import uses_of
 from jaxfa.nn.variables import modules_of
+from jaxfa.paths import matches
 
 
 def places_for(model: Any, rule: DirectRule, at: Any, forward: Forward, call: Any) -> tuple[tuple[Place, ...], str]:

@@ -30,7 +30,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfa.base import DirectRule, Initializer
-from jaxfa.rules.shared.jacobian import Gain, JacobianFeedback, jacobian_rule, random_signs
+from jaxfa.rules.shared.estimates import random_signs
+from jaxfa.rules.shared.jacobian import Gain, JacobianFeedback, jacobian_rule
 
 
 def grape(

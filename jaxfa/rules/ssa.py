@@ -19,6 +19,7 @@ across, joins them after that. The paper names no number: the defaults are ours.
 """
 
 from dataclasses import field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -167,12 +168,8 @@ def ssa(
         lift = None if y.shape == logits.shape else direct_matrix(key_lift, draw, y, logits)
         return (TransportedLift if pull_feedback else LiftedFeedback)(b, lift, layer.op)
 
-    def learn(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        nothing = optax.identity()
-        gradients = optax.masked(stiefel(retract=False) if project else nothing, orthonormal_factors)
-        steps = optax.masked(stiefel(project=project) if retract else nothing, orthonormal_factors)
-        around = optax.chain(gradients, orthogonal(gamma)), steps
-        return learn_aligned(tx, around, alpha, (beta if pull_weights else 0.0, beta if pull_feedback else None))
+    betas = beta if pull_weights else 0.0, beta if pull_feedback else None
+    learn = partial(_learn, alpha=alpha, betas=betas, gamma=gamma, project=project, retract=retract)
 
     def weights(w: jax.Array | Factors, path: str) -> Factors:
         return factorise(w, rank, name=path)
@@ -180,6 +177,15 @@ def ssa(
     if parallel:
         return DirectRule(init_parallel, transform=learn, weights=weights)
     return LayerRule(init, transform=learn, weights=weights)
+
+
+def _learn(
+    tx: optax.GradientTransformation, *, alpha: float, betas: Any, gamma: float, project: bool, retract: bool
+) -> optax.GradientTransformation:
+    nothing = optax.identity()
+    gradients = optax.masked(stiefel(retract=False) if project else nothing, orthonormal_factors)
+    steps = optax.masked(stiefel(project=project) if retract else nothing, orthonormal_factors)
+    return learn_aligned(tx, (optax.chain(gradients, orthogonal(gamma)), steps), alpha, betas)
 
 
 def _turned(key: jax.Array, w: Factors, scale: float) -> Factors:

@@ -109,10 +109,7 @@ def pipeline(
 
     Source: see the module's docstring.
     """
-    if LAYER not in mesh.shape:
-        raise ValueError(f"pipeline needs a mesh with an axis {LAYER!r}, got {dict(mesh.shape)}: make one with mesh().")
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        raise ValueError(f"pipeline needs a mesh of Auto axes, got {mesh.axis_types}: make one with mesh().")
+    _check_mesh(mesh)
     how = check_schedule(schedule, "pipeline", "learn")
     layers = check_stack(block, params, h)
     _check_sizes(mesh, layers, h.shape[0], microbatches)
@@ -148,6 +145,13 @@ def pipeline(
 def _shifted(block: Block, p: tuple[Any, jax.Array], h: jax.Array) -> tuple[jax.Array, None]:
     out = block(p[0], h)
     return out + p[1].astype(out.dtype), None
+
+
+def _check_mesh(mesh: Mesh) -> None:
+    if LAYER not in mesh.shape:
+        raise ValueError(f"pipeline needs a mesh with an axis {LAYER!r}, got {dict(mesh.shape)}: make one with mesh().")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(f"pipeline needs a mesh of Auto axes, got {mesh.axis_types}: make one with mesh().")
 
 
 def _check_sizes(mesh: Mesh, layers: int, examples: int, microbatches: int) -> None:

@@ -9,6 +9,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from experiments.__main__ import EXPERIMENTS, main, run_all
-from experiments.benchmarks import memory, memory_figure, pipeline_report, pipeline_worker, steps
+from experiments.benchmarks import memory, pipeline, pipeline_worker, steps
 from experiments.common import data, operations, plots, records, results, sweep, text, timing
 from experiments.common.train import DivergenceError
 from experiments.common.trainer import Trainer
@@ -153,12 +154,15 @@ def untrained(monkeypatch):
     monkeypatch.setattr(memory, "_measure", lambda *_: [])
     monkeypatch.setattr(steps, "measure", lambda *_: {})
     monkeypatch.setattr(steps, "report", lambda *_: None)
-    for module in (memory_figure, pipeline_report, rank_report):
-        monkeypatch.setattr(module, "study", lambda *_: None)
+    monkeypatch.setattr(memory, "findings", lambda _: [])
+    monkeypatch.setattr(rank_report, "study", lambda *_: None)
     for name in ("figure", "step_rows", "reach_rows"):
         monkeypatch.setattr(ldfa_cost, name, lambda *_: [])
     monkeypatch.setattr(timing, "measure", lambda *_, **__: {"steps": collections.defaultdict(lambda: {"ratio": 1.0})})
-    monkeypatch.setattr(pipeline_worker, "count", lambda task: [])
+    counted = {"arm": "backpropagation", "stages": 2, "microbatches": 2, "sent": {}, "kept": 0}
+    connection = SimpleNamespace(recv=lambda: counted)
+    monkeypatch.setattr(pipeline_worker, "process", lambda *_, **__: contextlib.nullcontext(connection))
+    monkeypatch.setattr(pipeline, "figure", lambda *_: None)
     monkeypatch.setattr(jaxfa.nn, "attach", lambda model, *_, **__: model)
     monkeypatch.setattr(ldfa_linear, "VARIANTS", {"P and Q learned": ({}, "")})
     monkeypatch.setattr(ldfa_representations, "representations", lambda *_: [[np.eye(3)], [np.eye(3)]])
@@ -169,7 +173,7 @@ def untrained(monkeypatch):
     for name in ("draw", "_rows", "_findings", "_end"):
         monkeypatch.setattr(ssa_networks, name, lambda *_: [])
     monkeypatch.setattr(laws, "follow", lambda *_, **__: laws.Followed(*4 * [np.zeros((1, 1))]))
-    monkeypatch.setattr(laws, "convergence", lambda **_: {})
+    monkeypatch.setattr("experiments.conservation.conservation.convergence", lambda **_: {})
     followed = {"cosines": np.full((4, 2, 3), 0.5), "bias": np.ones(4), "accuracy": np.ones(4)}
     monkeypatch.setattr(bound, "follow", lambda rule, config, seed: followed if config.batch else {})
     monkeypatch.setattr(bound, "_figure", lambda *_: None)

@@ -11,7 +11,8 @@ import pytest
 from jax import lax
 
 import jaxfa
-from jaxfa.rules.shared.jacobian import JacobianFeedback, random_signs
+from jaxfa.rules.shared.estimates import random_signs
+from jaxfa.rules.shared.jacobian import JacobianFeedback
 from tests.jacobians import KEY, estimate, jacobians, literal, network, samples
 
 

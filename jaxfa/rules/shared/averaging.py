@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jaxfa.rules.shared.jacobian import Estimate, Gain
+from jaxfa.rules.shared.estimates import Estimate
+from jaxfa.rules.shared.jacobian import Gain
 
 
 def kalman(drift: float = 0.1) -> Gain:

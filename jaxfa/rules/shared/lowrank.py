@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfa.base import Alike, LayerFeedback, Operation, feedback_dataclass, is_feedback, matches, transpose
+from jaxfa.base import Alike, LayerFeedback, Operation, feedback_dataclass, is_feedback, transpose
+from jaxfa.paths import matches
 from jaxfa.varying import refuse_shards
 
 Rank = int | float | Mapping[str, int | float]

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from experiments.benchmarks import memory, memory_figure
+from experiments.benchmarks import memory
 from experiments.benchmarks.memory_steps import FUSED, REFERENCE, REMATERIALISED, STORED, STREAMED
 from experiments.common import records, sweep
 
@@ -22,7 +22,7 @@ def test_streamed_memory_is_flat_and_the_report_says_so(tmp_path):
     # The controls grow.
     for growing in (REFERENCE, REMATERIALISED, STORED):
         assert size[growing, 16] > 2 * size[growing, 2]
-    (head, *rows), text = memory_figure.memory_table(found["stack"]), page.read_text()
+    (head, *rows), text = memory.memory_table(found["stack"]), page.read_text()
     assert head[1:3] == ["2", "16"]
     assert len(rows) == 6
     assert f"{size[STREAMED, 2] / 2**20:.1f}" in text

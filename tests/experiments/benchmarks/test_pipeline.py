@@ -81,7 +81,7 @@ def test_the_experiment_counts_times_and_reports(tmp_path, capfd):
     counts, times = (json.loads((tmp_path / "run" / name).read_text()) for name in ("counts.json", "times.json"))
     assert {(one["stages"], one["microbatches"]) for one in counts} == {(2, 2), (2, 4)}
     assert all(one["kept"] > 0 for one in counts)
-    assert set(times) == set(pipeline.ARMS)
+    assert set(times) == set(pipeline.BASES)
     assert all(one["speedup"] > 0 for one in times.values())
     assert "What do layers on several devices cost?" in (tmp_path / "run" / "report.html").read_text()
     before = (tmp_path / "run" / "times.json").read_text()

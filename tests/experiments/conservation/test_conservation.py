@@ -6,6 +6,7 @@ import pytest
 import jaxfa
 from experiments.common.trainer import Trainer
 from experiments.conservation import aligned_start, conservation, laws
+from experiments.conservation.convergence import convergence
 from tests.experiments.tasks import task
 
 
@@ -24,7 +25,7 @@ def test_the_law_holds_where_it_should_and_fails_where_it_must(monkeypatch):
 
 
 def test_convergence_is_exponential_at_the_rate_that_the_theorem_bounds(x64):
-    for start, found in laws.convergence(seeds=2, seed=0, steps=1500).items():
+    for start, found in convergence(seeds=2, seed=0, steps=1500).items():
         np.testing.assert_allclose(found.fitted, found.predicted, rtol=0.05)
         assert (found.fitted >= found.bound).all()
         assert (found.bound > 0).all() == (start == "zero")
