@@ -15,7 +15,7 @@ from jaxfa.jaxprs.versions import opened
 from jaxfa.nn.leaves import at_leaves, error_in, named_floats
 from jaxfa.nn.program import Example, Program, method_of
 from jaxfa.nn.survey import Survey, look_through, program_of
-from jaxfa.nn.tap import Place, first_input, holders_of, parameter_of
+from jaxfa.nn.tap import Held, Place, first_input
 from jaxfa.nn.variables import Recorder, intercept, leaf_name, modules_of, structs
 
 
@@ -83,14 +83,14 @@ class Forward(NamedTuple):
         inside = [other for other in self.modules if other and other != path and _inside(other, path)]
         return [one for one in inside if not any(one != other and _inside(one, other) for other in inside)]
 
-    def at_taps(self, model: nnx.Module) -> Recorder:
-        """What was seen at a model's taps, in the order of the pass; at a parameter, that."""
+    def at_taps(self, held: dict[str, Held]) -> Recorder:
+        """What was seen at taps, in the order of the pass; at a parameter, that."""
         found, taps = Recorder(), {}
-        for module, name, tap in holders_of(model):
-            taps[f"{tap.place.kind} of {tap.place.path}"] = tap.path
-            if tap.place.kind == "parameter":
-                value = parameter_of(module, name).get_value()
-                found.record(tap.path, {"": _struct(value)}, value)
+        for path, one in held.items():
+            taps[f"{one.tap.place.kind} of {one.tap.place.path}"] = path
+            if one.parameter is not None:
+                value = one.parameter.get_value()
+                found.record(path, {"": _struct(value)}, value)
         for place in filter(taps.__contains__, self.seen.seen):
             for value, source in zip(self.seen.calls[place], self.seen.sources[place], strict=True):
                 found.record(taps[place], value, source)
@@ -202,6 +202,8 @@ def _forward(program: Program, jaxpr: Any, seen: Recorder, factor: int) -> Forwa
     learns = frozenset(leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(program.states[0])[0])
     modules = [path for path in called if f"output of {path}" in marks]
     return Forward(program, jaxpr, to_logits, learns, seen, outputs[0].aval, factor, modules)
+
+
 def true_size(larger: Any, factor: int) -> jax.ShapeDtypeStruct:
     """The shape of an array that was measured, in the example's own batch."""
     sizes = (size // factor if factor and size % factor == 0 else size for size in larger.shape)
