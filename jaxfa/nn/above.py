@@ -1,7 +1,7 @@
 """The tapped modules of a model as functions, for rules that make networks of what is above a tap."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from jaxfa.nn.contraction import find_site
 from jaxfa.nn.cotangents import is_float
 from jaxfa.nn.leaves import is_node, named_floats
 from jaxfa.nn.program import Example, Program, method_of
-from jaxfa.nn.tap import Tap, plain_of
+from jaxfa.nn.tap import Held, plain_of
 from jaxfa.nn.taps import stacks_of
 from jaxfa.nn.variables import Recorder, intercept, modules_of, structs, value_of
 
@@ -46,26 +46,30 @@ class Block:
         return nnx.relu(y) if self.is_layer else y
 
 
-def surroundings(model: nnx.Module, order: list[Tap], method: str, example: Example) -> dict[str, dict[str, Any]]:
+def surroundings(
+    model: nnx.Module, held: dict[str, Held], order: Iterable[str], method: str, example: Example
+) -> dict[str, dict[str, Any]]:
     """For every tap the tapped modules above it, as :class:`jaxfa.Layer`, and how many taps are below.
 
     Args:
       model: with taps in it.
-      order: the taps, as the forward pass comes to them.
+      held: the taps.
+      order: their paths, as the forward pass comes to them.
       method: the model's method that is called.
       example: the arguments.
     """
-    order = [tap for tap in order if tap.is_receiver]
-    blocks = [tap for tap in order if tap.place.kind != "parameter"]
+    taps = [held[path].tap for path in order if path in held and held[path].tap.is_receiver]
+    blocks = [tap for tap in taps if tap.place.kind != "parameter"]
     # The layer that the last tap enters makes the logits.
     last = {tap.place.path for tap in blocks[-1:] if tap.place.kind == "input"}
     later, below = {}, {}
-    for i, tap in enumerate(order):
-        rest = order[i if tap.place.kind == "input" else i + 1 :]
+    for i, tap in enumerate(taps):
+        rest = taps[i if tap.place.kind == "input" else i + 1 :]
         paths = dict.fromkeys(one.place.path for one in rest if one in blocks)
         later[tap.path] = [path for path in paths if path not in last]
-        below[tap.path] = sum(one in blocks for one in order[:i])
-    stacks = {tap.place.path for tap in blocks if stacks_of(model)[tap.path]}
+        below[tap.path] = sum(one in blocks for one in taps[:i])
+    stacked = stacks_of(held)
+    stacks = {tap.place.path for tap in blocks if stacked[tap.path]}
     layers = _as_layers(plain_of(model), {path for paths in later.values() for path in paths}, stacks, method, example)
     return {path: {"above": tuple(layers[one] for one in paths), "below": below[path]} for path, paths in later.items()}
 

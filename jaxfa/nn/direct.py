@@ -11,7 +11,7 @@ from jaxfa.jaxprs.follow import with_local_products
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.refined import bound
-from jaxfa.nn.tap import Channel, tap_parameters, taps_of
+from jaxfa.nn.tap import Channel, set_taps
 from jaxfa.varying import zeros_of
 
 # A model's own parameters, its other state, and its arguments.
@@ -30,9 +30,7 @@ def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         channels.append(channel)
 
         def prepare(model: Any) -> None:
-            for tap in taps_of(model).values():
-                tap.channel = channel
-            tap_parameters(model)
+            set_taps(model, lambda tap: setattr(tap, "channel", channel))
 
         call = partial(program.run, prepare=prepare)
         found = (with_local_products(call) if attached.is_local else call)(*states)

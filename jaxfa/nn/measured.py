@@ -1,5 +1,6 @@
 """What is seen at a model's taps, and of it the arrays to which an error can be delivered."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,19 +12,20 @@ from jaxfa.jaxprs.versions import opened
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.places import true_size
 from jaxfa.nn.program import Program, method_of
-from jaxfa.nn.tap import tap_parameters, taps_of
+from jaxfa.nn.tap import Held, Tap, set_taps
 from jaxfa.nn.variables import structs
 
 
-def tappable(model: nnx.Module, seen: dict[str, Any], error: Any, factor: int) -> tuple[dict[str, dict[str, Any]], Any]:
+def tappable(
+    held: dict[str, Held], seen: dict[str, Any], error: Any, factor: int
+) -> tuple[dict[str, dict[str, Any]], Any]:
     """Of what was seen at taps the arrays to which an error can be delivered, and the error; of true sizes.
 
     Raises:
       ValueError: if a tapped module has none.
     """
-    taps = taps_of(model)
     found = {}
-    for path, tap in taps.items():
+    for path, (_, _, tap) in held.items():
         if tap.place.kind == "parameter":
             shape = for_each(seen[path][""].shape, true_size(error, factor).shape[0])
             found[path] = {"": jax.ShapeDtypeStruct(shape, seen[path][""].dtype)}
@@ -55,12 +57,11 @@ def that_are_read(model: nnx.Module, call: Any, found: dict[str, dict[str, jax.S
     program = Program(model, method_of(call.method), *call.example.arguments())
 
     def logits(shifts: Any, states: Any) -> jax.Array:
-        def prepare(copy: Any) -> None:
-            for path, tap in taps_of(copy).items():
-                tap.shift = nnx.Variable(shifts[path]) if path in shifts else None
-            tap_parameters(copy)
+        def shift(tap: Tap) -> None:
+            tap.shift = nnx.Variable(shifts[tap.path]) if tap.path in shifts else None
 
-        return error_in(program.returned(program.run(*states, prepare=prepare)[0]), call.logits)
+        outputs, _ = program.run(*states, prepare=partial(set_taps, act=shift))
+        return error_in(program.returned(outputs), call.logits)
 
     jaxpr = opened(jax.make_jaxpr(logits)(several, structs(program.states)))
     _, used = dce_jaxpr(jaxpr, [True])

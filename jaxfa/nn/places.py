@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -14,7 +15,7 @@ from jaxfa.jaxprs.versions import opened
 from jaxfa.nn.leaves import at_leaves, error_in, named_floats
 from jaxfa.nn.program import Example, Program, method_of
 from jaxfa.nn.survey import Survey, look_through, program_of
-from jaxfa.nn.tap import Place, first_input, holders_of, parameter_of
+from jaxfa.nn.tap import Held, Place, first_input
 from jaxfa.nn.variables import Recorder, intercept, leaf_name, modules_of, structs
 
 
@@ -26,9 +27,10 @@ class Forward(NamedTuple):
       jaxpr: from the model's arrays and its arguments to the logits, and to all else that it returns and changes.
       to_logits: what of that the logits depend on.
       learns: the parameters.
-      seen: what was seen at the places, with a batch ``factor`` times as large.
-      error: the logits' shape, likewise.
-      factor: by which the batch axis is known; 0 where the model runs with no other batch than it has.
+      seen: what was seen at the places.
+      error: the logits' shape.
+      factor: how many times larger than the example's the batch is in all of these, by which its axis is known; 0 where
+        the model runs with no other batch than it has.
       modules: the paths of the modules with parameters that the logits depend on, in the order of their calls.
     """
 
@@ -54,9 +56,17 @@ class Forward(NamedTuple):
     def holds_examples(self, place: str) -> bool:
         """Whether an error can be delivered there: examples come first, in every call alike."""
         first, *others = self.seen.calls.get(place, [{}])
-        return all(other == first for other in others) and any(
-            leaf.shape[:1] == self.error.shape[:1] for leaf in first.values()
-        )
+        return all(other == first for other in others) and any(map(self.is_alike, first.values()))
+
+    def is_alike(self, leaf: Any) -> bool:
+        """Whether an array has as many examples as the logits have."""
+        return bool(leaf.shape[:1] == self.error.shape[:1])
+
+    def doubtful(self) -> set[int]:
+        """The sizes of all axes but the first, if the factor divides any, by accident or as another of the batch's."""
+        leaves = [leaf for calls in self.seen.calls.values() for one in calls for leaf in one.values()]
+        sizes = {size for leaf in (self.error, *leaves) if self.is_alike(leaf) for size in leaf.shape[1:]}
+        return sizes if any(size % self.factor == 0 for size in sizes) else set()
 
     def why_not(self, weights: list[str]) -> str:
         """Why no error can be delivered below these weights."""
@@ -73,14 +83,14 @@ class Forward(NamedTuple):
         inside = [other for other in self.modules if other and other != path and _inside(other, path)]
         return [one for one in inside if not any(one != other and _inside(one, other) for other in inside)]
 
-    def at_taps(self, model: nnx.Module) -> Recorder:
-        """What was seen at a model's taps, in the order of the pass; at a parameter, that."""
+    def at_taps(self, held: dict[str, Held]) -> Recorder:
+        """What was seen at taps, in the order of the pass; at a parameter, that."""
         found, taps = Recorder(), {}
-        for module, name, tap in holders_of(model):
-            taps[f"{tap.place.kind} of {tap.place.path}"] = tap.path
-            if tap.place.kind == "parameter":
-                value = parameter_of(module, name).get_value()
-                found.record(tap.path, {"": _struct(value)}, value)
+        for path, one in held.items():
+            taps[f"{one.tap.place.kind} of {one.tap.place.path}"] = path
+            if one.parameter is not None:
+                value = one.parameter.get_value()
+                found.record(path, {"": _struct(value)}, value)
         for place in filter(taps.__contains__, self.seen.seen):
             for value, source in zip(self.seen.calls[place], self.seen.sources[place], strict=True):
                 found.record(taps[place], value, source)
@@ -92,19 +102,31 @@ class _Places:
     """What is seen at the places. Hashed by identity, so that a module may hold it as an attribute."""
 
     def __init__(self) -> None:
-        self.start(marking=False)
+        self.start()
 
-    def start(self, *, marking: bool) -> Recorder:
-        """A new pass, in which the places are marked in the traced program or not."""
-        self.seen, self.marking = Recorder(), marking
+    def start(self) -> Recorder:
+        """A new pass."""
+        self.seen = Recorder()
+        self.sources: dict[int, tuple[Any, Any]] = {}
         return self.seen
 
     def see(self, place: str, learns: bool, tree: Any) -> Any:
-        """The tree, whose arrays of floats are marked where something learns."""
+        """The tree, whose arrays of floats are marked in the traced program where something learns."""
         floats = named_floats(tree)
-        self.seen.record(place, {name: _struct(leaf) for name, leaf in floats.items()}, tree)
-        marks: Any = dict.fromkeys(floats, partial(mark, place=place)) if self.marking and learns else {}
-        return at_leaves(tree, marks) if marks else tree
+        self.seen.record(place, {name: _struct(leaf) for name, leaf in floats.items()}, self.source(tree))
+        return self.hold(at_leaves(tree, dict.fromkeys(floats, partial(self.mark, place))), tree) if learns else tree
+
+    def mark(self, place: str, leaf: Any) -> Any:
+        return self.hold(mark(leaf, place), leaf)
+
+    def hold(self, marked: Any, own: Any) -> Any:
+        """Notes that a value is the same as before its mark."""
+        self.sources[id(marked)] = marked, self.source(own)
+        return marked
+
+    def source(self, value: Any) -> Any:
+        """What a value was before it was marked."""
+        return self.sources.get(id(value), (value, value))[1]
 
 
 class _Watched(NamedTuple):
@@ -138,56 +160,48 @@ def places_of(model: nnx.Module, method: str, example: Example) -> Recorder:
 def look(model: nnx.Module, method: str, example: Example, logits: Callable[[Any], Any] | None) -> Forward:
     """Traces a model's forward pass.
 
-    The batch axis is known by a second pass, abstract, with a batch that is larger by a factor that no size has. Where
-    the model runs with no other batch than it has, an axis of the batch's size is taken for it.
+    It has a batch that is larger by a factor that no size has, so that the batch axis is known. Where the model runs
+    with no other batch than it has, an axis of the batch's size is taken for it.
     """
     watched, places = _watch(model)
-    program, seen = program_of(watched, method_of(method), *example.arguments()), places.start(marking=True)
 
-    def run(*states: Any) -> Any:
-        found = program.run(*states)
-        return error_in(program.returned(found[0]), logits), found
+    def trace(example: Example, factor: int) -> Forward:
+        program, seen = program_of(watched, method_of(method), *example.arguments()), places.start()
 
-    jaxpr = jax.make_jaxpr(run)(*structs(program.states))
+        def run(*states: Any) -> Any:
+            found = program.run(*states)
+            error = error_in(program.returned(found[0]), logits)
+            seen.end = places.source(error)
+            return error, found
+
+        return _forward(program, jax.make_jaxpr(run)(*structs(program.states)), seen, factor)
+
+    def enlarged(axis: int, sizes: set[int]) -> Forward:
+        # Small, since a model may loop over an axis.
+        factor = next(one for one in itertools.count(2) if all(size % one for size in sizes if size))
+        return trace(example.marked(axis, factor), factor)
+
+    sizes = {size for leaf in (*jax.tree.leaves(nnx.state(model)), *example.leaves) for size in jnp.shape(leaf)}
+    for axis in range(min(2, max((len(leaf.shape) for leaf in example.leaves), default=0))):
+        try:
+            found = enlarged(axis, sizes)
+            doubtful = found.doubtful()
+            found = enlarged(axis, sizes | doubtful) if doubtful else found
+        except Exception:
+            continue
+        if found.error.shape[0] % found.factor == 0:
+            return found
+    return trace(example, 0)
+
+
+def _forward(program: Program, jaxpr: Any, seen: Recorder, factor: int) -> Forward:
     outputs = opened(jaxpr).outvars
     to_logits, _ = dce_jaxpr(opened(jaxpr), [i == 0 for i in range(len(outputs))], instantiate=True)
     marks = marked(to_logits)
     called = [place.removeprefix("input of ") for place in seen.seen if place.startswith("input of ")]
-    params = [leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(program.states[0])[0]]
-
-    def see(example: Example) -> tuple[Recorder, Any]:
-        own, call = places.start(marking=False), Program(watched, method_of(method), *example.arguments())
-
-        def end(out: Any) -> Any:
-            own.end = error_in(out, logits)
-            return own.end
-
-        return own, call.abstractly(end)
-
-    return Forward(
-        program,
-        jaxpr,
-        to_logits,
-        frozenset(params),
-        *_measured(see, example, seen, outputs[0].aval.shape),
-        modules=[path for path in called if f"output of {path}" in marks],
-    )
-
-
-def _measured(see: Callable[[Example], Any], example: Example, seen: Recorder, shape: Any) -> tuple[Any, Any, int]:
-    """What is seen with a larger batch, the logits' shape, and how many times larger than true the batch is in them."""
-    shapes = [leaf.shape for calls in seen.calls.values() for one in calls for leaf in one.values()]
-    sizes = {size for one in (shape, *shapes) for size in one if size}
-    # Small, since a model may loop over an axis.
-    factor = next(one for one in itertools.count(2) if all(size % one for size in sizes))
-    for larger in filter(None, (example.marked(axis, factor) for axis in (0, 1))):
-        try:
-            measured, error = see(larger)
-        except Exception:
-            continue
-        if error.shape[0] == shape[0] * factor:
-            return measured, error, factor
-    return *see(example), 0
+    learns = frozenset(leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(program.states[0])[0])
+    modules = [path for path in called if f"output of {path}" in marks]
+    return Forward(program, jaxpr, to_logits, learns, seen, outputs[0].aval, factor, modules)
 
 
 def true_size(larger: Any, factor: int) -> jax.ShapeDtypeStruct:

@@ -145,11 +145,9 @@ class Example(NamedTuple):
         """Positional and keyword arguments, with blank arrays that take no memory."""
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.structure, list(map(_blank, self.leaves))))
 
-    def marked(self, axis: int, factor: int) -> "Example | None":
+    def marked(self, axis: int, factor: int) -> "Example":
         """The same with a batch ``factor`` times as large, if the batch is on that axis."""
         sizes = [leaf.shape[axis] for leaf in self.leaves if len(leaf.shape) > axis]
-        if not sizes:
-            return None
 
         def mark(leaf: Any) -> Any:
             if len(leaf.shape) <= axis or leaf.shape[axis] != sizes[0] or not isinstance(leaf, jax.ShapeDtypeStruct):

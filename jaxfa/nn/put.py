@@ -13,7 +13,7 @@ from jaxfa.nn.describe import layer_name
 from jaxfa.nn.measured import tappable, that_are_read
 from jaxfa.nn.places import Forward, look, true_size
 from jaxfa.nn.program import Example
-from jaxfa.nn.tap import Place, place_tap, taps_of
+from jaxfa.nn.tap import Place, held_taps, place_tap
 from jaxfa.nn.taps import (
     check_calls,
     check_followed,
@@ -71,24 +71,23 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
     refuse_unseen(_unseen(modules, forward, places), call.allow)
     for place in sorted(places, key=lambda place: place.kind == "input"):
         place_tap(modules, place)
-    recorder, error, factor = forward.at_taps(model), forward.error, forward.factor
+    held = held_taps(model)
+    recorder, error, factor = forward.at_taps(held), forward.error, forward.factor
     seen, above = recorder.seen, []
-    drop_unused(model, seen, None if rule.weights is not None else at, call.allow)
-    follow(model, recorder)
+    drop_unused(held, seen, None if rule.weights is not None else at, call.allow)
+    follow(held, recorder)
     if rule.source in seen:
-        check_source(model, rule.source, list(seen))
+        check_source(held, rule.source, list(seen))
         error = only_leaf(seen[rule.source], rule.source)
-        end_at(model, rule.source, list(seen))  # first: a tap above would refuse the gradient that tells what is above
+        end_at(held, rule.source, list(seen))  # first: a tap above would refuse the gradient that tells what is above
         above = weights_above(model, method, true_size(error, factor), rule.source, example)
     if rule.modulate is not None:
         check_modulated(rule.modulate, seen)
-    found, error = tappable(model, seen, error, factor)
-    taps = taps_of(model)
-    order = [taps[path] for path in seen if path in taps]
-    around = surroundings(model, order, method, example) if asks(rule, "above") else {}
-    fill_taps(model, rule, rngs, that_are_read(model, call, found), error, around=around)
-    check_calls(model, recorder.calls)
-    check_followed(model, recorder)
+    found, error = tappable(held, seen, error, factor)
+    around = surroundings(model, held, seen, method, example) if asks(rule, "above") else {}
+    fill_taps(held, rule, rngs, that_are_read(model, call, found), error, around=around)
+    check_calls(held, recorder.calls)
+    check_followed(held, recorder)
     return Placed(above, note=note, seen=partial(forward.survey, places), error=error)
 
 

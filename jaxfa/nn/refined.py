@@ -1,6 +1,7 @@
 """What a rule's own phase looks at: the layers, or the network with its activations shifted."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jaxfa.nn.leaves import error_in
 from jaxfa.nn.own import layer_of as own_layer_of
 from jaxfa.nn.program import Example, Program, method_of
 from jaxfa.nn.survey import by_path, own_of, survey
-from jaxfa.nn.tap import holders_of, plain_of, tap_parameters, taps_of
+from jaxfa.nn.tap import Tap, held_taps, plain_of, set_taps
 from jaxfa.nn.variables import Recorder
 
 
@@ -47,13 +48,11 @@ def shifted_forward(attached: Any, args: Any, kwargs: Any) -> Callable[[dict[str
     states = lax.stop_gradient(program.states)
 
     def forward(shifts: dict[str, Any]) -> jax.Array:
-        def prepare(model: Any) -> None:
-            for path, tap in taps_of(model).items():
-                if (tap.follows or path) in shifts:
-                    tap.shift = nnx.Variable(shifts[tap.follows or path])
-            tap_parameters(model)
+        def shift(tap: Tap) -> None:
+            if (tap.follows or tap.path) in shifts:
+                tap.shift = nnx.Variable(shifts[tap.follows or tap.path])
 
-        outputs, _ = program.run(*states, prepare=prepare)
+        outputs, _ = program.run(*states, prepare=partial(set_taps, act=shift))
         return error_in(program.returned(outputs), attached.logits)
 
     return forward
@@ -64,17 +63,13 @@ def bound(attached: Any, program: Program) -> Program:
     if attached.rule.bind is None:
         return program
     model, args, kwargs = program.nodes
-    taps = {path: tap for path, tap in taps_of(model).items() if tap.feedback is not None}
-    if not taps:  # a model of one layer
+    held = {path: one for path, one in held_taps(model).items() if one.tap.feedback is not None}
+    if not held:  # a model of one layer
         return program
-    feedback = {path: tap.feedback.get_value() for path, tap in taps.items()}
+    feedback = {path: one.tap.feedback.get_value() for path, one in held.items()}
     feedback = attached.rule.bind(shifted_forward(attached, args, kwargs), feedback)
     modules = {id(module): path for path, module in nnx.iter_modules(model)}
-    found = {
-        (0, *modules[id(module)], name, "feedback"): feedback[tap.path]
-        for module, name, tap in holders_of(model)
-        if tap.path in taps
-    }
+    found = {(0, *modules[id(one.module)], one.name, "feedback"): feedback[path] for path, one in held.items()}
     program.states = [
         nnx.from_flat_state(
             [(path, leaf.replace(found[path]) if path in found else leaf) for path, leaf in nnx.to_flat_state(state)]

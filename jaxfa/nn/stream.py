@@ -22,7 +22,7 @@ from jaxfa.nn.leaves import at_leaves, error_in, named_floats
 from jaxfa.nn.pieces import gradient_by_pieces
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.refined import bound
-from jaxfa.nn.tap import Tap, tap_parameters, taps_of
+from jaxfa.nn.tap import Tap, held_taps, set_taps, taps_of
 from jaxfa.nn.taps import stacks_of
 from jaxfa.ops import deliver
 from jaxfa.stacks.blocks import after
@@ -158,9 +158,9 @@ def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
         raise ValueError(
             f"schedule={schedule!r} is for direct rules whose error is the logits'; take jaxfa.stacks.stored."
         )
-    stacks = stacks_of(model)
-    taps = taps_of(model)
-    for path, tap in taps.items():
+    held = held_taps(model)
+    stacks = stacks_of(held)
+    for path, (_, _, tap) in held.items():
         within = [other for other in stacks if path.startswith(f"{other}/")]
         if (tap.at_input and isinstance(schedule, Dispatch)) or stacks[path] or within:
             where = "in a stack of layers" if stacks[path] else "at a layer's input"
@@ -198,9 +198,4 @@ def call_streamed(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def walked(walk: Walk) -> Callable[[Any], None]:
     """Lets a walk run the tapped blocks of a model."""
 
-    def prepare(model: Any) -> None:
-        for tap in taps_of(model).values():
-            tap.walk = walk
-        tap_parameters(model)
-
-    return prepare
+    return lambda model: set_taps(model, lambda tap: setattr(tap, "walk", walk))

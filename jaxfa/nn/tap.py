@@ -1,7 +1,7 @@
 """Direct rules: a tap on a module's output, or on a layer's input, to which the output error is delivered."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -170,34 +170,55 @@ def own_taps(module: Any) -> dict[str, Tap]:
     return {name: value for name, value in vars(module).items() if isinstance(value, Tap)}
 
 
-def holders_of(model: nnx.Module) -> Iterator[tuple[Any, str, Tap]]:
-    """Every tap of a model, with the module that carries it and the attribute."""
-    for _, module in modules_of(model):
-        for name, tap in own_taps(module).items():
-            yield module, name, tap
+class Held(NamedTuple):
+    """A tap of a model.
+
+    Attributes:
+      module: what carries it.
+      name: the attribute that it is.
+      tap: the tap.
+    """
+
+    module: Any
+    name: str
+    tap: Tap
+
+    @property
+    def parameter(self) -> Any:
+        """The parameter that it is at; None elsewhere."""
+        return getattr(self.module, self.name.removeprefix(f"{_TAP}_")) if self.tap.place.kind == "parameter" else None
 
 
-def remove_taps(model: nnx.Module, which: Callable[[Tap], bool] = lambda tap: True) -> None:
-    """Undoes :func:`place_tap`, where it was done."""
-    for module, name, tap in list(holders_of(model)):
-        if which(tap):
-            delattr(module, name)
-            if all(other.place.kind == "parameter" for other in own_taps(module).values()):
-                release(module)
+def held_taps(model: nnx.Module) -> dict[str, Held]:
+    """The taps of a model by path, with the modules that carry them."""
+    held = [Held(module, *item) for _, module in modules_of(model) for item in own_taps(module).items()]
+    return {one.tap.path: one for one in sorted(held, key=lambda one: one.tap.path)}
 
 
-def parameter_of(module: Any, name: str) -> Any:
-    """The parameter that a tap, of this name, is at."""
-    return getattr(module, name.removeprefix(f"{_TAP}_"))
+def taps_of(model: nnx.Module) -> dict[str, Tap]:
+    """The taps of a model by path."""
+    return {path: one.tap for path, one in held_taps(model).items()}
 
 
-def tap_parameters(model: nnx.Module) -> None:
-    """Puts taps between the parameters that have one and what reads them, in a copy of a model that is to run."""
-    for module, name, tap in holders_of(model):
-        if tap.place.kind == "parameter":
-            parameter = parameter_of(module, name)
+def remove_taps(held: dict[str, Held], paths: Iterable[str]) -> None:
+    """Undoes :func:`place_tap`."""
+    for module, name, _ in map(held.pop, paths):
+        _untap(module, name)
+
+
+def _untap(module: Any, name: str) -> None:
+    delattr(module, name)
+    if all(other.place.kind == "parameter" for other in own_taps(module).values()):
+        release(module)
+
+
+def set_taps(model: nnx.Module, act: Callable[[Tap], None]) -> None:
+    """Does something to all taps of a copy of a model that is to run, and puts those between that are at parameters."""
+    for one in held_taps(model).values():
+        act(one.tap)
+        if one.parameter is not None:
             # Named, lest an audit take it for weights.
-            parameter.set_value(tap(checkpoint_name(parameter.get_value(), ACTIVATION)))
+            one.parameter.set_value(one.tap(checkpoint_name(one.parameter.get_value(), ACTIVATION)))
 
 
 def first_input(own_call: Callable[..., Any], args: Any, kwargs: Any, function: Callable[[Any], Any]) -> Any:
@@ -222,11 +243,6 @@ def _tapped(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> Any:
     return output(own_call(self, *args, **kwargs))
 
 
-def taps_of(model: nnx.Module) -> dict[str, Tap]:
-    """The taps of a model by path."""
-    return {tap.path: tap for _, _, tap in sorted(holders_of(model), key=lambda holder: holder[2].path)}
-
-
 def plain_of(model: nnx.Module) -> Any:
     """A model without the rule that was put on it, which shares its variables."""
     model = nnx.clone(model, variables=False)
@@ -235,5 +251,6 @@ def plain_of(model: nnx.Module) -> Any:
         if hasattr(module, "unseen_path"):
             del module.unseen_path
             release(module)
-    remove_taps(model)
+        for name in own_taps(module):
+            _untap(module, name)
     return model

@@ -12,17 +12,15 @@ from jaxfa.nn.contraction import find_site
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.leaves import at_leaves, named_floats
 from jaxfa.nn.program import is_transformed
-from jaxfa.nn.tap import holders_of, remove_taps, taps_of
+from jaxfa.nn.tap import Held, remove_taps
 from jaxfa.nn.variables import Feedback, Recorder, init_at, init_stack, intercept, modules_of
 from jaxfa.paths import matches
 from jaxfa.rules.shared.local import LocalLoss
 
 
-def stacks_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+def stacks_of(held: dict[str, Held]) -> dict[str, tuple[int, ...]]:
     """For every tap the shape of the stack that it is in, ``()`` for a single module."""
-    return {
-        tap.path: () if tap.place.kind == "parameter" else _stack_of(module) for module, _, tap in holders_of(model)
-    }
+    return {path: () if one.parameter is not None else _stack_of(one.module) for path, one in held.items()}
 
 
 def _stack_of(module: Any) -> tuple[int, ...]:
@@ -34,31 +32,30 @@ def _stack_of(module: Any) -> tuple[int, ...]:
 
 
 def fill_taps(
-    model: nnx.Module, rule: Rule, rngs: nnx.Rngs, seen: dict[str, dict[str, Any]], error: Any, *, around: Any
+    held: dict[str, Held], rule: Rule, rngs: nnx.Rngs, seen: dict[str, dict[str, Any]], error: Any, *, around: Any
 ) -> None:
     """Makes every tap's feedback.
 
     Args:
-      model: with taps in it.
+      held: the taps.
       rule: a direct rule.
       rngs: for the feedback.
       seen: the shapes of the activations at every tap, by path and leaf.
       error: the output error's shape.
       around: what else a rule is told of a tap, by path.
     """
-    stacks = stacks_of(model)
-    owners, taps = {tap.path: module for module, _, tap in holders_of(model)}, taps_of(model)
-    keys = {path: rngs.feedback() for path, tap in taps.items() if tap.is_receiver}
+    stacks = stacks_of(held)
+    keys = {path: rngs.feedback() for path, one in held.items() if one.tap.is_receiver}
     shared = None
     for path in sorted(keys, key=lambda path: -max(one.size for one in seen[path].values())):
         # A shared feedback is made for the largest.
-        tap, stack = taps[path], stacks[path]
+        (module, _, tap), stack = held[path], stacks[path]
         tap.leaves = tuple(seen[path])
         if shared is None:
             split = jax.random.split(keys[path], len(tap.leaves)) if len(tap.leaves) > 1 else [keys[path]]
             value: Any = {}
             for (name, h), key in zip(seen[path].items(), split, strict=True):
-                init = init_at(rule, path=tap.place.path, layer=_layer(owners[path], h), **around.get(path, {}))
+                init = init_at(rule, path=tap.place.path, layer=_layer(module, h), **around.get(path, {}))
                 value[name] = init_stack(lambda key, init=init, h=h: init(key, h, error), key, stack)
             first = next(iter(value.values()))
             if first is None:
@@ -77,9 +74,9 @@ def _layer(module: Any, h: Any) -> Layer | None:
     return Layer(module.operation, h, module.kernel.get_value()) if isinstance(module, Factored) else None
 
 
-def check_calls(model: nnx.Module, calls: dict[str, list[Any]]) -> None:
+def check_calls(held: dict[str, Held], calls: dict[str, list[Any]]) -> None:
     """Refuses a tap that is called with several shapes, none of which has a feedback of its own."""
-    for path, tap in taps_of(model).items():
+    for path, (_, _, tap) in held.items():
         for name, feedback in tap.feedbacks().items():
             shapes = list(dict.fromkeys(seen[name].shape[1:] for seen in calls[path] if name in seen))
             if len(shapes) > 1 and not feedback.shared:
@@ -89,9 +86,9 @@ def check_calls(model: nnx.Module, calls: dict[str, list[Any]]) -> None:
                 )
 
 
-def check_followed(model: nnx.Module, recorder: Recorder) -> None:
+def check_followed(held: dict[str, Held], recorder: Recorder) -> None:
     """Refuses a local loss at the logits: nothing would learn from the loss itself."""
-    for path, tap in taps_of(model).items():
+    for path, (_, _, tap) in held.items():
         is_end = any(h is recorder.end for h in recorder.sources[path])
         if is_end and any(isinstance(feedback, LocalLoss) for feedback in tap.feedbacks().values()):
             raise ValueError(
@@ -100,40 +97,39 @@ def check_followed(model: nnx.Module, recorder: Recorder) -> None:
             )
 
 
-def follow(model: nnx.Module, recorder: Recorder) -> None:
+def follow(held: dict[str, Held], recorder: Recorder) -> None:
     """Lets one tap alone deliver the error where several are at one activation: at inputs of what reads it.
 
     Where it is a tapped output, that tap does it, and those at inputs go.
     """
     leaders: dict[Any, str] = {}
-    taps = taps_of(model)
-    inputs = [path for path, tap in taps.items() if tap.place.kind == "input"]
-    outputs = {tuple(map(id, recorder.sources[path])) for path in taps if path not in inputs}
+    inputs = [path for path, one in held.items() if one.tap.place.kind == "input"]
+    outputs = {tuple(map(id, recorder.sources[path])) for path in held if path not in inputs}
     for path, given in list(recorder.sources.items()):
         if path in inputs:
             source = tuple(map(id, given))
             leader = leaders.setdefault(source, path)
-            taps[path].follows = leader if leader != path else None
-            taps[path].leaves = ("",)
+            tap = held[path].tap
+            tap.follows, tap.leaves = leader if leader != path else None, ("",)
             if source in outputs:
                 del recorder.seen[path]
-    remove_taps(model, lambda tap: tap.path not in recorder.seen)
+    remove_taps(held, held.keys() - recorder.seen.keys())
 
 
-def drop_unused(model: nnx.Module, seen: Any, globs: Any, allow: Any) -> None:
+def drop_unused(held: dict[str, Held], seen: Any, globs: Any, allow: Any) -> None:
     """Takes the taps away that the forward pass does not come to; refuses a glob that names no other.
 
     The gradient of a call that comes there will be refused.
     """
-    names = {path: str(tap.place) for path, tap in taps_of(model).items()}
+    names = {path: str(one.tap.place) for path, one in held.items()}
     unused = [path for path in names if path not in seen]
     for glob in globs or ():
         if any(matches(names[path], (glob,)) for path in unused) and not any(
             matches(names[path], (glob,)) for path in seen
         ):
             raise ValueError(f"The forward pass never called the tapped modules {unused}; name modules that it calls.")
-    unseen = {tap.place.path: module for module, _, tap in holders_of(model) if tap.path in unused}
-    remove_taps(model, lambda tap: tap.path in unused)
+    unseen = {held[path].tap.place.path: held[path].module for path in unused}
+    remove_taps(held, unused)
     refuse_unseen(unseen, allow)
 
 
@@ -144,19 +140,18 @@ def refuse_unseen(modules: dict[str, Any], allow: Any) -> None:
             refuse_calls(module, path)
 
 
-def check_source(model: nnx.Module, source: str, order: list[str]) -> None:
+def check_source(held: dict[str, Held], source: str, order: list[str]) -> None:
     """Refuses a source that no tap comes before, or of which there are several."""
     if source in order[:1]:
         raise ValueError(f"No tapped module comes before the source {source!r}: {order} is the forward pass's order.")
-    if stacks_of(model)[source]:
+    if stacks_of(held)[source]:
         raise ValueError(f"The source {source!r} is inside a stack of layers; name a module outside of it.")
 
 
-def end_at(model: nnx.Module, source: str, order: list[str]) -> None:
+def end_at(held: dict[str, Held], source: str, order: list[str]) -> None:
     """Lets the error be taken at the source; what comes after it needs no tap."""
-    above = order[order.index(source) + 1 :]
-    remove_taps(model, lambda tap: tap.path in above)
-    tap = taps_of(model)[source]
+    remove_taps(held, order[order.index(source) + 1 :])
+    tap = held[source].tap
     tap.is_source, tap.follows, tap.leaves = True, None, ("",)
 
 
