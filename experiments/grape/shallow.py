@@ -8,8 +8,9 @@ Command: ``python -m experiments run grape_shallow``, 10 minutes a data set; ``-
 The paper states neither networks nor rates. The network is that of its ancestor, two convolutions and a hidden layer.
 Every rule may have a rate of its own; none was tuned.
 
-Beside the literal rule stand the library's with a Kalman mean, on the full map and with tiles of 4 pixels; and forward
-gradients, another of the paper's baselines, of whose numbers we have none.
+Beside the literal rule stand the library's with a Kalman mean, on the full map and with tiles of 4 pixels; and the
+paper's other baselines, forward gradients and PEPITA, of whose numbers we have none. PEPITA's own paper trains by SGD:
+here it has Adam like the others.
 """
 
 import dataclasses
@@ -48,6 +49,8 @@ class Config(experiment.Config):
     """The learning rate of Adam under GrAPE."""
     forward_rate: float = 1e-3
     """The learning rate of Adam under forward gradients."""
+    pepita_rate: float = 1e-3
+    """The learning rate of Adam under PEPITA."""
 
     arms = ("datasets",)
 
@@ -66,11 +69,14 @@ def arms(config: Config) -> Iterator[Arm]:
         "full": ("GrAPE, Kalman mean", BEST, config.grape_rate),
         "tiled": ("GrAPE, Kalman mean and tiles", TILED, config.grape_rate),
         "forward": ("Forward gradients", jaxfa.forward_gradient(), config.forward_rate),
+        "pepita": ("PEPITA", jaxfa.pepita(), config.pepita_rate),
     }
     for name in config.datasets:
         dataset = experiment.load(config, name)
         for rule, (title, value, rate) in rules.items():
             task, number = _task(config, dataset, value, rate), PUBLISHED[name].get(rule)
+            if rule == "pepita":  # it compares the passes where the activation function begins: behind the norms
+                task = task._replace(at=("norms/*",))
             yield Arm(f"{name}-{rule}", TITLES[name], None, task, number, f"{name}-bp", title=title)
 
 
