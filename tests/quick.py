@@ -133,7 +133,7 @@ ROWS = {
     "test_stacked_layers_are_never_mixed": (),
     "test_resumed_run_has_the_bits_of_an_uninterrupted_one": ("training",),
     "test_both_shapes_of_the_loop_give_the_same_bits": (),
-    "test_seeds_side_by_side_train_as_they_do_alone": (),
+    "test_seeds_side_by_side_train_as_they_do_alone": ("True",),
     "test_calibrating_at_every_step_is_backpropagation": (),
     "test_the_pack_is_mnist": (),
     "test_the_example_of_an_experiment_writes_a_report": (),

@@ -82,7 +82,7 @@ def _epoch(trainer: Trainer, state: State, epoch: int) -> tuple[State, dict[str,
     losses: Any = []
     if epoch:
         state, losses = trainer.advance(state, trainer.shuffle(state), trainer.steps)
-        losses = np.asarray(jax.device_get(losses)).reshape(-1, len(trainer.seeds))
+        losses = np.asarray(jax.device_get(losses)).T
         _stop_unless_finite(trainer, epoch, "training", losses)
         state = trainer.task.between(state, epoch) if trainer.task.between else state
     found = trainer.evaluate(state)

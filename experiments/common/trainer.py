@@ -1,4 +1,4 @@
-"""The compiled functions of a training: all seeds at once, the data set on the device, augmentation inside the step.
+"""The compiled functions of a training: seeds side by side, the data set on the device, augmentation inside the step.
 
 Every random choice is a function of a seed's key and the step's number, so that a resumed run draws what the killed one
 would have drawn, and either shape of the loop draws the same, to the bit but for convolutions inside loops on a CPU.
@@ -19,7 +19,7 @@ import jaxfa
 import jaxfa.nn
 from experiments.common import diagnosis
 from experiments.common.data import normalize
-from experiments.common.seeds import side_by_side
+from experiments.common.seeds import in_turn, side_by_side
 from experiments.common.task import Task
 
 Loop = Literal["auto", "step", "scan"]
@@ -73,12 +73,14 @@ class Trainer:
         self._graph, example = jax.eval_shape(self.begin, jax.random.key(0))
         self.coverage = nnx.merge(self._graph, example.params, example.feedback, example.rest).coverage()
         self._start = jax.jit(self.begin)
-        self._shuffle = jax.jit(side_by_side(self._order, seeds))
+        self._shuffle = in_turn(jax.jit(side_by_side(self._order, seeds)), seeds)
         step = side_by_side(self._update, seeds, (0, 0, None))
         self._step = jax.jit(step, donate_argnums=0)
         self._scan = jax.jit(partial(_scan, step), static_argnums=3, donate_argnums=0)
-        self._score = jax.jit(side_by_side(self._scores, seeds, (0, None, None)))
-        self._align = jax.jit(side_by_side(self._alignment, seeds, (0, None)))
+        self._advance = in_turn(self._scan if self.scans else self._steps_of, seeds, (0, 0, None, None))
+        axes = (0, None, None)
+        self._score = in_turn(jax.jit(side_by_side(self._scores, seeds, axes)), seeds, axes)
+        self._align = in_turn(jax.jit(side_by_side(self._alignment, seeds, axes[:2])), seeds, axes[:2])
         hooks = (diagnosis.measure if task.diagnostics else None, task.measure)
         self._measures = [hook(self) for hook in hooks if hook]
 
@@ -92,7 +94,7 @@ class Trainer:
         """The order of the training examples in a state's epoch, ``(seeds, steps, batch)``."""
         return self._shuffle(state)
 
-    def advance(self, state: State, order: jax.Array, count: int) -> tuple[State, Any]:
+    def advance(self, state: State, order: jax.Array, count: int) -> tuple[State, jax.Array]:
         """Trains for ``count`` steps of one epoch, without waiting for them.
 
         Args:
@@ -101,15 +103,16 @@ class Trainer:
           count: how many steps; an epoch has ``self.steps``.
 
         Returns:
-          The state and the losses, ``(count, seeds)``, as an array or as a list of its rows.
+          The state and the losses, ``(seeds, count)``.
         """
-        if self.scans:
-            return self._scan(state, order, self.data, count)
-        losses: list[jax.Array] = []
+        return self._advance(state, order, self.data, count)
+
+    def _steps_of(self, state: State, order: jax.Array, data: Any, count: int) -> tuple[State, jax.Array]:
+        losses = []
         for _ in range(count):
-            state, loss = self._step(state, order, self.data)
+            state, loss = self._step(state, order, data)
             losses.append(loss)
-        return state, losses
+        return state, jnp.stack(losses, -1)
 
     def evaluate(self, state: State) -> dict[str, Any]:
         """Measures a state on the test images, and its alignment on one fixed batch of training images; waits for both.
@@ -235,4 +238,5 @@ def _split(model: jaxfa.nn.Attached) -> tuple[Any, Any, Any, Any]:
 
 
 def _scan(step: Any, state: State, order: jax.Array, train: Any, count: int) -> tuple[State, jax.Array]:
-    return lax.scan(lambda state, _: step(state, order, train), state, length=count)
+    state, losses = lax.scan(lambda state, _: step(state, order, train), state, length=count)
+    return state, losses.T

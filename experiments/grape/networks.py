@@ -107,7 +107,7 @@ class Rates(Size):
     """The learning rate of Adam under GrAPE."""
 
 
-# What presets share. One seed: on a CPU, XLA runs the convolutions of several seeds at once many times slower.
+# What presets share.
 CPU: dict[str, Any] = {
     "dataset": "cifar10",
     "shrink": 2,

@@ -99,7 +99,6 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {
-        # One seed: on a CPU, XLA runs the convolutions of several seeds at once many times slower.
         "cpu": Config(epochs=4, images=4000, test_images=2000, seeds=1),
         "gpu15": Config(datasets=("cifar10", "cifar100"), epochs=30, batch=128, seeds=1, apart=True, minutes=6.0),
         "paper": Config(epochs=100, seeds=5),

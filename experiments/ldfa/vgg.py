@@ -55,7 +55,6 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {
-        # One seed: on a CPU, XLA runs the convolutions of several seeds at once many times slower.
         "cpu": Config(
             ranks=(0.5,),
             variants=("both", "local", "hebbian", "fixed"),
@@ -65,7 +64,6 @@ EXPERIMENT = Experiment(
             images=8000,
             test_images=2000,
             learning_rate=2e-3,
-            seeds=1,
         ),
         "paper": Config(epochs=200, learning_rate=5e-4, seeds=5),
     },

@@ -122,8 +122,6 @@ class Config(Training):
     """How many numbers the trajectory keeps of each layer's update."""
     probe: int = 128
     """How many images the ranks within a batch are measured on."""
-    seeds: int = 1
-    """How many trainings each arm has, side by side."""
 
     arms = ("trainings",)
 
