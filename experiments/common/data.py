@@ -201,8 +201,8 @@ def tensorflow_datasets(path: Path, packages: str, otherwise: str) -> Any:
         return import_module("tensorflow_datasets")
     except ImportError as error:
         raise FileNotFoundError(
-            f"No cached data set at {path}. Where a network is, install TFDS (pip install {packages}) and run this again; "
-            f"or name the folder that holds {otherwise}."
+            f"No cached data set at {path}. Where a network is, install TFDS (pip install {packages}) and run this "
+            f"again; or name the folder that holds {otherwise}."
         ) from error
 
 
