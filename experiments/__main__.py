@@ -17,38 +17,18 @@ from rich.console import Console
 from experiments.common import apart, page, records, results, sweep
 from experiments.common.experiment import Experiment
 
-# Every experiment, FOLDER.FILE: a new one is one more.
-_FILES = (
-    "compare.compare",
-    "conservation.aligned_start",
-    "conservation.angle_against_depth",
-    "conservation.conservation",
-    "grape.bound",
-    "grape.deep",
-    "grape.resnet20",
-    "grape.shallow",
-    "grape.transformer",
-    "ldfa.autoencoder",
-    "ldfa.cnn",
-    "ldfa.cost",
-    "ldfa.linear",
-    "ldfa.rank_mlp",
-    "ldfa.representations",
-    "ldfa.retina",
-    "ldfa.rnn",
-    "ldfa.subsets",
-    "ldfa.vgg",
-    "ldfa.vit",
-    "benchmarks.memory",
-    "benchmarks.pipeline",
-    "benchmarks.steps",
-    "rank_collapse.rank_collapse",
-    "ssa.ablation",
-    "ssa.networks",
-    "ssa.transformer",
-)
-_FOUND: list[Experiment] = [import_module(f"experiments.{name}").EXPERIMENT for name in _FILES]
-EXPERIMENTS = {experiment.name: experiment for experiment in _FOUND}
+# Every experiment, the names of its file and of its folder: a new one is one more.
+_FILES = {
+    "compare": ("compare",),
+    "conservation": ("aligned_start", "angle_against_depth", "conservation"),
+    "grape": ("bound", "deep", "resnet20", "shallow", "transformer"),
+    "ldfa": ("autoencoder", "cnn", "cost", "linear", "rank_mlp", "representations", "retina", "rnn", "vgg", "vit"),
+    "benchmarks": ("memory", "pipeline", "steps"),
+    "rank_collapse": ("rank_collapse",),
+    "ssa": ("ablation", "networks", "transformer"),
+}
+_MODULES = [import_module(f"experiments.{folder}.{file}") for folder, files in _FILES.items() for file in files]
+EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in _MODULES}
 _COMMANDS = ("list", "run", "report", "results")
 
 

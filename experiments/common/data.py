@@ -11,7 +11,8 @@ which published accuracies are of.
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -156,40 +157,61 @@ def _digits() -> Dataset:
 
 
 def _read(name: str, path: Path) -> Dataset:
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            train_images, train_labels, test_images, test_labels = (file[key] for key in _ARRAYS)
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is not a complete data set ({error}): expected the arrays {', '.join(_ARRAYS)}. Delete the file "
-            f"and prepare it again."
-        ) from error
+    train_images, train_labels, test_images, test_labels = read_arrays(path, _ARRAYS)
     for images, labels in ((train_images, train_labels), (test_images, test_labels)):
         if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
             raise ValueError(
                 f"{path} must hold uint8 images (N, H, W, C) and labels (N,), got {images.dtype} {images.shape} and "
                 f"{labels.shape}. Delete the file and prepare it again."
             )
-    labels = (train_labels.astype(np.int32), test_labels.astype(np.int32))
-    return Dataset(train_images, labels[0], test_images, labels[1], _CLASSES[name], name in _NATURAL)
+    train, test = (labels.astype(np.int32) for labels in (train_labels, test_labels))
+    return Dataset(train_images, train, test_images, test, _CLASSES[name], name in _NATURAL)
+
+
+def read_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """The arrays of a cached file.
+
+    Raises:
+      ValueError: if it is damaged, or one of them is missing.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return [file[name] for name in names]
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): expected {', '.join(names)}. Delete the file and prepare it again."
+        ) from error
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Caches arrays in a file, which has its name when it is complete: a kill half way leaves no half one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, allow_pickle=False, **arrays)
+    partial.replace(path)
+
+
+def tensorflow_datasets(path: Path, packages: str, otherwise: str) -> Any:
+    """TFDS, to prepare a file that is not there.
+
+    Raises:
+      FileNotFoundError: if it is not installed.
+    """
+    try:
+        return import_module("tensorflow_datasets")
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"No cached data set at {path}. Where a network is, install TFDS (pip install {packages}) and run this "
+            f"again; or name the folder that holds {otherwise}."
+        ) from error
 
 
 def _prepare(name: str, path: Path) -> None:
-    try:
-        import tensorflow_datasets as tfds  # noqa: PLC0415 (only to prepare: training reads cached arrays)
-    except ImportError as error:
-        raise FileNotFoundError(
-            f"No cached data set at {path}. Where a network is, install TFDS (pip install 'jaxfa[tfds]') and run this "
-            f"again; or name the folder that holds {path.name} with --data FOLDER or JAXFA_DATA; or choose "
-            f"digits, which needs no file, if the experiment has it."
-        ) from error
+    otherwise = f"{path.name} with --data FOLDER or JAXFA_DATA; or choose digits, which needs no file"
+    tfds = tensorflow_datasets(path, "'jaxfa[tfds]'", otherwise)
     arrays: dict[str, np.ndarray] = {}
     source, test = _TFDS.get(name, (name, "test"))
     for split, found in (("train", "train"), ("test", test)):
         whole = tfds.as_numpy(tfds.load(source, split=found, batch_size=-1))
         arrays |= {f"{split}_images": whole["image"], f"{split}_labels": whole["label"].astype(np.int32)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete: a kill half way leaves no half file under the real name.
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, allow_pickle=False, **arrays)
-    partial.replace(path)
+    save_arrays(path, arrays)

@@ -149,7 +149,20 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training(Options):
+class Seeds(Options):
+    """What every experiment of several seeds can be told."""
+
+    seeds: int = 3
+    """How many trainings each arm has, side by side."""
+    seed: int = 0
+    """The first seed; the others follow it."""
+
+    def __post_init__(self) -> None:
+        records.refuse_below_one(self, "seeds")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(Seeds):
     """What every experiment that trains can be told."""
 
     epochs: int = 10
@@ -158,10 +171,6 @@ class Training(Options):
     """How many of the training images to take; None takes all."""
     test_images: int | None = None
     """How many of the test images to take; None takes all."""
-    seeds: int = 3
-    """How many trainings each arm has, side by side."""
-    seed: int = 0
-    """The first seed; the others follow it."""
     split: Literal["test", "validation"] = "test"
     """The images to test on: the test set, or a tenth of the training set held out, to tune a choice by."""
     loop: Loop = "auto"
@@ -180,7 +189,8 @@ class Training(Options):
     """The one arm that is trained, without a report; None trains all."""
 
     def __post_init__(self) -> None:
-        records.refuse_below_one(self, "epochs", "seeds", "save_every", "images", "test_images")
+        super().__post_init__()
+        records.refuse_below_one(self, "epochs", "save_every", "images", "test_images")
 
     def unread(self) -> tuple[str, ...]:
         return () if self.apart else ("minutes",)

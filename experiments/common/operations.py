@@ -4,13 +4,11 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
-import jaxfa
-import jaxfa.nn
 from experiments.common.task import Task
+from experiments.common.trainer import Trainer
 from jaxfa.measure.diagnostics import flops
 
 
@@ -58,18 +56,15 @@ def count(task: Task) -> Count:
     Returns:
       A :class:`Count`.
     """
-    x = jax.ShapeDtypeStruct((task.batch, *task.data.train_images.shape[1:]), jnp.float32)
-    labels = jax.ShapeDtypeStruct((task.batch,), jnp.int32)
-    plain = task.make(nnx.Rngs(0))
-    model = jaxfa.nn.attach(plain, task.rule, rngs=nnx.Rngs(1), at=task.at, allow=task.allow, example=x)
-    model.train()
-    graph, *trees = nnx.split(model, nnx.Param, jaxfa.nn.Feedback, ...)
-    params, feedback, rest = map(nnx.to_pure_dict, trees)
-    learned = (params, feedback)
-    optimizer = jaxfa.optimizer(task.optimizer, task.rule)
+    trainer = Trainer(task, [0])
+    state: Any = jax.eval_shape(trainer.begin, jax.random.key(0))[1]
+    images, labels = (array[: task.batch] for array in trainer.data)
+    batch = state.rest, jax.eval_shape(trainer.inputs, images), labels
+    optimizer = trainer.optimizer()
 
     def loss(learned: Any, rest: Any, x: jax.Array, labels: jax.Array) -> Any:
-        model = nnx.merge(graph, *learned, rest, copy=True)
+        model = trainer.model(state._replace(params=learned[0], feedback=learned[1], rest=rest), copy=True)
+        model.train()
         value = task.loss(model(x), labels)
         return value, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
@@ -77,10 +72,9 @@ def count(task: Task) -> Count:
         updates, state = optimizer.update(signals, state, learned)
         return optax.apply_updates(learned, updates), state
 
-    batch = (rest, x, labels)
-    forward = flops(loss, learned, *batch)
-    both = flops(jax.value_and_grad(loss, has_aux=True), learned, *batch)
-    return Count(forward, both - forward, flops(update, learned, optimizer.init(learned), learned))
+    learned = state.params, state.feedback
+    forward, both = flops(loss, learned, *batch), flops(jax.value_and_grad(loss, has_aux=True), learned, *batch)
+    return Count(forward, both - forward, flops(update, learned, state.optimizer, learned))
 
 
 def dense(batch: int, sizes: tuple[int, ...]) -> list[Product]:

@@ -14,14 +14,13 @@ import io
 import itertools
 import lzma
 import os
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from experiments.common.data import Dataset
+from experiments.common.data import Dataset, read_arrays, save_arrays, tensorflow_datasets
 
 TextName = Literal["shakespeare", "wikitext2_small", "wikitext2", "wikitext103"]
 
@@ -114,15 +113,8 @@ def read(name: TextName, folder: Path | None = None) -> Corpus:
         raise ValueError(f"Unknown text {name!r}; choose one of {', '.join(_SOURCES)}.")
     path = (folder or Path(os.environ.get("JAXFA_DATA", "data"))) / f"{name}.npz"
     if not path.exists():
-        _save(_prepare(name, path), path)
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            corpus = Corpus(*(file[key] for key in Corpus._fields))
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is not a complete text ({error}): expected the arrays {', '.join(Corpus._fields)}. Delete the "
-            f"file and prepare it again."
-        ) from error
+        save_arrays(path, _prepare(name, path)._asdict())
+    corpus = Corpus(*read_arrays(path, Corpus._fields))
     parts = (corpus.train, corpus.test)
     if any(part.ndim != 1 or part.dtype.kind != "u" or part.max(initial=0) >= len(corpus.vocabulary) for part in parts):
         raise ValueError(
@@ -184,25 +176,11 @@ def _prepare(name: TextName, path: Path) -> Corpus:
 
 
 def _download(source: Source, path: Path) -> list[Iterable[str]]:
-    try:
-        import tensorflow_datasets as tfds  # noqa: PLC0415 (only to prepare: training reads cached arrays)
-    except ImportError as error:
-        given = " or ".join(filter(None, (path.name, " and ".join(source.files))))
-        raise FileNotFoundError(
-            f"No cached text at {path}. Where a network is, install TFDS (pip install 'jaxfa[tfds]' datasets) and run "
-            f"this again; or name the folder that holds {given} with --data FOLDER or JAXFA_DATA."
-        ) from error
+    given = " or ".join(filter(None, (path.name, " and ".join(source.files))))
+    tfds = tensorflow_datasets(path, "'jaxfa[tfds]' datasets", f"{given} with --data FOLDER or JAXFA_DATA")
 
     def lines(split: str) -> Iterator[str]:
         for example in tfds.as_numpy(tfds.load(source.tfds, split=split)):
             yield example["text"].decode()
 
     return [lines(split) for split in source.splits]
-
-
-def _save(corpus: Corpus, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete: a kill half way leaves no half file under the real name.
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, allow_pickle=False, **corpus._asdict())
-    partial.replace(path)

@@ -13,7 +13,7 @@ import optax
 
 from experiments.common import data, methods, records
 from experiments.common.experiment import Arm, Experiment, Page, Training, load
-from experiments.common.methods import METHODS, MethodName
+from experiments.common.methods import METHODS
 from experiments.common.task import Task
 from experiments.models import networks
 
@@ -24,7 +24,7 @@ from experiments.models import networks
 # deviations of the best for every rule but drtp, whose signal never fades; pepita, later, in the deep network (1 seed,
 # validation split), where it soon falls back to chance at all others.
 RATE = 1e-3
-RATES: dict[MethodName, float] = {"drtp": 1e-4, "pepita": 1e-4}
+RATES: dict[str, float] = {"drtp": 1e-4, "pepita": 1e-4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Config(Training):
     """The network to train."""
     hidden: tuple[int, ...] = (16,) * 5
     """The widths of the hidden layers of mlp."""
-    methods: tuple[MethodName, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = tuple(METHODS)
     """The rules to train; bp, the reference, joins them where it is missing."""
     epochs: int = 60
     """Passes over the training images."""

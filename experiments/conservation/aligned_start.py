@@ -102,10 +102,7 @@ def _network(shape: models.Shape, classes: int, hidden: tuple[int, ...], rngs: n
 EXPERIMENT = Experiment(
     __name__,
     __doc__,
-    {
-        "cpu": Config(epochs=5, images=10_000),
-        "paper": Config(epochs=50, seeds=10),
-    },
+    {"cpu": Config(epochs=5, images=10_000), "paper": Config(epochs=50, seeds=10)},
     Page(
         "What does an aligned start buy?",
         "The alignment of weights with their feedback is bounded below by what feedback alignment conserves, so that "

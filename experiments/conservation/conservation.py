@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.common import plots, records
-from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
+from experiments.common.experiment import Experiment, Histories, Page, Seeds, Study, Table
 from experiments.conservation import laws
 from experiments.conservation.convergence import Convergence, convergence
 from experiments.conservation.laws import CASES, Followed
@@ -41,20 +41,17 @@ CAPTION = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class Config(Seeds):
     """How long the law and the regressions are followed."""
 
     steps: int = 500
     """How many steps of gradient descent the law is followed along."""
     iterations: int = 3000
     """How many steps the linear regression takes."""
-    seeds: int = 3
-    """How many regressions there are."""
-    seed: int = 0
-    """The first seed; the others follow it."""
 
     def __post_init__(self) -> None:
-        records.refuse_below_one(self, "steps", "iterations", "seeds")
+        super().__post_init__()
+        records.refuse_below_one(self, "steps", "iterations")
 
 
 def study(config: Config, _: Histories) -> Study:

@@ -35,42 +35,27 @@ RULES = {
 }
 
 
+WIDTH, DEPTH, CONTEXT, RANK, BATCH = 64, 2, 64, 4, 32
+RATE, ADAPTER_RATE = 3e-3, 1e-3
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The network, and for how long."""
+    """For how long, and where the files are."""
 
-    width: int = 64
-    """How many features a token has."""
-    depth: int = 2
-    """How many blocks the network has."""
-    context: int = 64
-    """How many letters it sees."""
-    rank: int = 4
-    """The rank of every adapter."""
-    batch: int = 32
-    """How many windows a step has."""
     pretraining: int = 500
     """How many steps of backpropagation come first."""
     steps: int = 200
     """How many steps each rule has."""
-    learning_rate: float = 3e-3
-    """The learning rate of Adam in pretraining."""
-    adapter_rate: float = 1e-3
-    """The learning rate of Adam for the adapters."""
-    seed: int = 0
-    """Everything is drawn from it."""
     data: Path | None = None
     """The folder of the texts; None is the one that JAXFA_DATA names, else ./data."""
     out: Path = Path("experiments/examples/lora.json")
     """The file of the results."""
 
 
-PRESETS = {"tiny": Config(width=8, depth=1, context=8, batch=4, pretraining=2, steps=2), "cpu": Config()}
-
-
-def letters(config: Config) -> tuple[text.Corpus, text.Corpus]:
+def letters(folder: Path | None) -> tuple[text.Corpus, text.Corpus]:
     """Shakespeare, and an encyclopedia in the letters that Shakespeare has."""
-    play, words = text.read("shakespeare", config.data), text.read("wikitext2_small", config.data)
+    play, words = text.read("shakespeare", folder), text.read("wikitext2_small", folder)
 
     def spelled(part: np.ndarray) -> np.ndarray:
         given = np.array(list(" ".join(words.vocabulary[part]).replace(text.UNKNOWN, "").replace(text.END, "\n")))
@@ -80,10 +65,10 @@ def letters(config: Config) -> tuple[text.Corpus, text.Corpus]:
     return play, text.Corpus(spelled(words.train), spelled(words.test), play.vocabulary)
 
 
-def windows(part: Any, rng: np.random.Generator, config: Config, count: int) -> tuple[jax.Array, jax.Array]:
+def windows(part: Any, rng: np.random.Generator, count: int) -> tuple[jax.Array, jax.Array]:
     """Windows of a text that begin anywhere, and the same one letter later."""
-    starts = rng.integers(len(part) - config.context, size=(count, 1))
-    tokens = part[starts + np.arange(config.context + 1)].astype(np.int32)
+    starts = rng.integers(len(part) - CONTEXT, size=(count, 1))
+    tokens = part[starts + np.arange(CONTEXT + 1)].astype(np.int32)
     return jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])
 
 
@@ -98,7 +83,7 @@ def with_adapters(model: GPT, rank: int, rngs: nnx.Rngs) -> GPT:
     return model
 
 
-def train(model: Any, optimizer: nnx.Optimizer, corpus: text.Corpus, steps: int, config: Config) -> list[float]:
+def train(model: Any, optimizer: nnx.Optimizer, corpus: text.Corpus, steps: int) -> list[float]:
     """Trains a model in place; its losses."""
 
     @nnx.jit
@@ -110,20 +95,20 @@ def train(model: Any, optimizer: nnx.Optimizer, corpus: text.Corpus, steps: int,
         optimizer.update(model, gradients)
         return value
 
-    rng, key = np.random.default_rng(config.seed), jax.random.key(config.seed)
-    batches = (windows(corpus.train, rng, config, config.batch) for _ in range(steps))
+    rng, key = np.random.default_rng(0), jax.random.key(0)
+    batches = (windows(corpus.train, rng, BATCH) for _ in range(steps))
     return [float(step(model, optimizer, jax.random.fold_in(key, i), *batch)) for i, batch in enumerate(batches)]
 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains and tests all; what is written."""
-    play, encyclopedia = letters(config)
-    size: dict[str, Any] = {"context": config.context, "width": config.width, "depth": config.depth, "heads": 2}
-    model = GPT(len(play.vocabulary), rngs=nnx.Rngs(config.seed), **size)
-    optimizer = nnx.Optimizer(model, optax.adam(config.learning_rate), wrt=nnx.Param)
-    before = train(model, optimizer, play, config.pretraining, config)
+    play, encyclopedia = letters(config.data)
+    size: dict[str, Any] = {"context": CONTEXT, "width": WIDTH, "depth": DEPTH, "heads": 2}
+    model = GPT(len(play.vocabulary), rngs=nnx.Rngs(0), **size)
+    optimizer = nnx.Optimizer(model, optax.adam(RATE), wrt=nnx.Param)
+    before = train(model, optimizer, play, config.pretraining)
     tests = {
-        name: windows(corpus.test, np.random.default_rng(1), config, 256)
+        name: windows(corpus.test, np.random.default_rng(1), 256)
         for name, corpus in (("play", play), ("encyclopedia", encyclopedia))
     }
 
@@ -136,12 +121,12 @@ def run(config: Config) -> dict[str, Any]:
 
     found: dict[str, Any] = {"pretrained": row(model) | {"loss": round(before[-1], 3)}}
     for name, (rule, at) in RULES.items():
-        adapted = with_adapters(model, config.rank, nnx.Rngs(config.seed + 1))
-        example, rngs = tests["play"][0][: config.batch], nnx.Rngs(config.seed + 2)
+        adapted = with_adapters(model, RANK, nnx.Rngs(1))
+        example, rngs = tests["play"][0][:BATCH], nnx.Rngs(2)
         attached = jaxfa.nn.attach(adapted, rule, rngs=rngs, at=at, example=example)
-        tx = jaxfa.optimizer(optax.adam(config.adapter_rate), rule)
+        tx = jaxfa.optimizer(optax.adam(ADAPTER_RATE), rule)
         start = time.perf_counter()
-        losses = train(attached, nnx.Optimizer(attached, tx, wrt=ADAPTERS), encyclopedia, config.steps, config)
+        losses = train(attached, nnx.Optimizer(attached, tx, wrt=ADAPTERS), encyclopedia, config.steps)
         seconds = round(time.perf_counter() - start, 1)
         found[name] = row(attached) | {"loss": round(losses[-1], 3), "seconds": seconds}
     return found
@@ -149,13 +134,13 @@ def run(config: Config) -> dict[str, Any]:
 
 def main(args: list[str]) -> None:
     """Runs it, prints the table and writes the file."""
-    config = tyro.extras.overridable_config_cli({name: (name, config) for name, config in PRESETS.items()}, args=args)
+    config = tyro.cli(Config, args=args, prog="python -m experiments.examples.lora", description=__doc__)
     found = run(config)
     print(f"{'perplexity of letters':<24}{'Shakespeare':>12}{'encyclopedia':>14}{'seconds':>9}")
     for name, row in found.items():
         print(f"{name:<24}{row['play']:>12.2f}{row['encyclopedia']:>14.2f}{row.get('seconds', ''):>9}")
-    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("data", "out")}
-    machine = records.environment() | {"command": f"python -m experiments.examples.lora {args[0]}"}
+    options = {"pretraining": config.pretraining, "steps": config.steps}
+    machine = records.environment() | {"command": "python -m experiments.examples.lora"}
     records.write_json(config.out, {"config": options, "run": machine, "arms": found})
 
 

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 import jaxfa
 from experiments.common import data, plots, records
-from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
+from experiments.common.experiment import Experiment, Histories, Page, Seeds, Study, Table
 from experiments.common.metrics import shown
 from experiments.common.task import cross_entropy
 from jaxfa.base import keep
@@ -48,20 +48,17 @@ CAPTION = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class Config(Seeds):
     """For how long the cosines are followed."""
 
     steps: int = 200
     """How many steps every network learns for."""
     batch: int = 64
     """How many examples a step has."""
-    seeds: int = 3
-    """How many networks learn by each rule."""
-    seed: int = 0
-    """The first seed; the others follow it."""
 
     def __post_init__(self) -> None:
-        records.refuse_below_one(self, "steps", "batch", "seeds")
+        super().__post_init__()
+        records.refuse_below_one(self, "steps", "batch")
 
 
 def study(config: Config, _: Histories) -> Study:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 import jaxfa
 from experiments.common import checkpoint, experiment, records
@@ -17,7 +18,7 @@ from experiments.common.experiment import Arm
 from experiments.common.optimizers import adam
 from experiments.common.task import Task
 from experiments.common.trainer import State
-from experiments.models.networks import MLP
+from experiments.models.networks import MLP, Shape
 from jaxfa.base import is_layer
 
 # The rate of P, chosen by accuracy on the validation split (width 256, 8000 images, 6 epochs, batch 128; all layers of
@@ -88,6 +89,8 @@ VARIANTS: dict[str, Variant] = {
     "normative": Variant("Fitted to the weights", lambda rank, rate: jaxfa.normative_ldfa(rank)),
 }
 
+# What presets share.
+CPU: dict[str, Any] = {"shrink": 2, "epochs": 6, "images": 8000, "test_images": 2000}
 RATELESS = {"fixed", "hebbian", "normative"}  # where P does not learn at a rate
 
 
@@ -168,15 +171,30 @@ def last_state(folder: Path, start: State) -> State:
         return (checkpoint.restore(manager, start) or (0, start))[1]
 
 
-def mlp(config: experiment.Config, dataset: Dataset, *, width: int, degrees: float) -> Task:
-    """Backpropagation in the paper's fully connected network, three hidden layers of a width, images turned."""
+def bp(
+    config: experiment.Config,
+    dataset: Dataset,
+    make: Callable[[Shape, int, nnx.Rngs], nnx.Module],
+    *,
+    weight_decay: float,
+    decay: float,
+    amsgrad: bool = False,
+    **options: Any,
+) -> Task:
+    """Backpropagation in a network ``make(shape, classes, rngs)`` by the paper's Adam, see :func:`adam`."""
     shape, classes = dataset.train_images.shape[1:], dataset.classes
     steps = len(dataset.train_labels) // config.batch
-    return Task(
-        make=lambda rngs: MLP(shape, classes, (width,) * 3, normalised=True, rngs=rngs),
-        rule=jaxfa.backprop(),
-        optimizer=adam(config.learning_rate, weight_decay=4e-4, decay=0.975, steps=steps, amsgrad=True),
-        data=dataset,
-        batch=config.batch,
-        augment=partial(flip_and_rotate, degrees=degrees),
-    )
+    optimizer = adam(config.learning_rate, weight_decay=weight_decay, decay=decay, steps=steps, amsgrad=amsgrad)
+    return Task(lambda rngs: make(shape, classes, rngs), jaxfa.backprop(), optimizer, dataset, config.batch, **options)
+
+
+def mlp(config: experiment.Config, dataset: Dataset, *, width: int, degrees: float) -> Task:
+    """Backpropagation in the paper's fully connected network, three hidden layers of a width, images turned."""
+    made = partial(wide, width)
+    turned = partial(flip_and_rotate, degrees=degrees)
+    return bp(config, dataset, made, weight_decay=4e-4, decay=0.975, amsgrad=True, augment=turned)
+
+
+def wide(width: int, shape: Shape, classes: int, rngs: nnx.Rngs) -> MLP:
+    """Three normalised hidden layers."""
+    return MLP(shape, classes, (width,) * 3, normalised=True, rngs=rngs)

@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 
-import jaxfa
 from experiments.common import data
 from experiments.common.experiment import Arm, Experiment, Page, load
-from experiments.common.optimizers import adam
-from experiments.common.task import Task
-from experiments.ldfa.arms import Varied, by_rank
+from experiments.ldfa.arms import Varied, bp, by_rank
 from experiments.models.autoencoder import Autoencoder
+from experiments.models.networks import Shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,15 +34,11 @@ class Config(Varied):
 def arms(config: Config) -> Iterator[Arm]:
     """Backpropagation; every variant and rank."""
     dataset = pixels(load(config, "mnist", config.shrink))
-    shape, steps = dataset.train_images.shape[1:], len(dataset.train_labels) // config.batch
-    bp = Task(
-        make=lambda rngs: Autoencoder(shape, config.hidden, rngs=rngs),
-        rule=jaxfa.backprop(),
-        optimizer=adam(config.learning_rate, weight_decay=0.0, decay=0.95, steps=steps),
-        data=dataset,
-        batch=config.batch,
-    )
-    yield from by_rank(config, bp)
+
+    def make(shape: Shape, classes: int, rngs: nnx.Rngs) -> Autoencoder:
+        return Autoencoder(shape, config.hidden, rngs=rngs)
+
+    yield from by_rank(config, bp(config, dataset, make, weight_decay=0.0, decay=0.95))
 
 
 def pixels(dataset: data.Dataset) -> data.Dataset:

@@ -24,12 +24,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-import jaxfa
 from experiments.common import data, experiment, records
 from experiments.common.experiment import Arm, Experiment, Page, prepare
-from experiments.common.optimizers import adam
 from experiments.common.task import Task
-from experiments.ldfa.arms import Varied, by_rank
+from experiments.ldfa.arms import CPU, Varied, bp, by_rank
 from experiments.models.retina import Retina
 
 PUBLISHED: dict[str, dict[float, float]] = {
@@ -75,9 +73,7 @@ class Network(experiment.Config):
 
     def task(self, dataset: data.Dataset) -> Task:
         """Its training by backpropagation."""
-        steps = len(dataset.train_labels) // self.batch
-        optimizer = adam(self.learning_rate, weight_decay=5e-5, decay=0.975, steps=steps)
-        return Task(lambda rngs: self.network(dataset, rngs), jaxfa.backprop(), optimizer, dataset, self.batch)
+        return bp(self, dataset, lambda *given: self.network(dataset, given[-1]), weight_decay=5e-5, decay=0.975)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,11 +107,8 @@ EXPERIMENT = Experiment(
             cortex=(16, 16, 16),
             hidden=128,
             window=5,
-            shrink=2,
-            epochs=6,
-            images=8000,
-            test_images=2000,
             seeds=1,
+            **CPU,
         ),
         "paper": Config(epochs=100, seeds=5),
     },

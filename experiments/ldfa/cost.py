@@ -1,4 +1,4 @@
-"""What low-dimensional feedback saves: operations of the backward pass, time of a step, operations to an accuracy.
+"""What low-dimensional feedback saves: operations of the backward pass and of a step, and operations to an accuracy.
 
 Claim (Hanut and Kadmon 2025): up to 20 % less computation; operations to a given accuracy against the rank make a U.
 
@@ -7,7 +7,8 @@ Command: ``python -m experiments run ldfa_cost``
 Operations are XLA's count on the compiled step (:func:`jaxfa.diagnostics.flops`): forward, backward with the signals of
 ``P`` and ``Q``, update. Two networks at the published sizes: a fully connected one, and a VGG-like one whose classifier
 keeps backpropagation. No rule can go below the floor, the weights' gradients alone: half of backpropagation's
-backward where every layer sends an error, more in a network whose first layer, which sends none, is the widest.
+backward where every layer sends an error, more in a network whose first layer, which sends none, is the widest. What
+a step takes of time, ``steps`` measures.
 
 To an accuracy: operations per step times steps to the first epoch at whose end the test accuracy reaches one target,
 the same for every rank. The published count lets each run aim at 0.9 of its own final accuracy, which favours ranks
@@ -15,64 +16,51 @@ that end low.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
-from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import jaxfa
-from experiments.common import data, operations, plots, records, timing
-from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, Training, load
+from experiments.common import data, experiment, operations, plots, records
+from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, load
 from experiments.common.metrics import shown
-from experiments.common.optimizers import adam
 from experiments.common.task import Task
-from experiments.common.trainer import Trainer
-from experiments.ldfa.arms import FEEDBACK_RATE, low_rank
-from experiments.models.networks import MLP
-from experiments.models.vgg import VGG
+from experiments.ldfa.arms import FEEDBACK_RATE, bp, low_rank, wide
+from experiments.ldfa.vgg import ALLOW, AT, network
 
 NetworkName = Literal["mlp", "vgg"]
-BATCHES: dict[NetworkName, int] = {"mlp": 128, "vgg": 64}
-LEARNED = {
-    "P and Q learned": (True, True),
-    "Q learned": (False, True),
-    "P learned": (True, False),
-    "both fixed": (False, False),
+PAPER: dict[str, Any] = {"batch": 128, "learning_rate": 6e-4}
+LEARNED: dict[str, dict[str, bool]] = {
+    "P and Q learned": {},
+    "Q learned": {"learn_p": False},
+    "P learned": {"learn_q": False},
+    "both fixed": {"learn_p": False, "learn_q": False},
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Training):
+class Config(experiment.Config):
     """The ranks, and what to reach."""
 
     networks: tuple[NetworkName, ...] = ("mlp", "vgg")
-    """The networks whose steps are counted and timed."""
+    """The networks whose steps are counted."""
     fractions: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125, 0.0625)
-    """Ranks at which steps are counted and timed, as fractions of each layer's outputs."""
+    """Ranks at which steps are counted, as fractions of each layer's outputs."""
     ranks: tuple[int, ...] = (2, 4, 10, 32, 64, 128)
     """Ranks at which the fully connected network is trained."""
     target: float = 0.42
     """The test accuracy to reach, from 0 to 1."""
-    images: int | None = 10_000
-    """How many of the training images to take; None takes all."""
-    test_images: int | None = 5_000
-    """How many of the test images to take; None takes all."""
-    epochs: int = 20
-    """Passes over the training images, at most."""
     width: int = 512
     """Units of a hidden layer of the fully connected network."""
     widths: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of each pair of convolutions in the VGG-like network."""
-    learning_rate: float = 6e-4
-    """The learning rate of Adam; each epoch multiplies it by 0.975."""
     feedback_rate: float = FEEDBACK_RATE
     """The learning rate of P, the projection of the error."""
-    seeds: int = 2
-    """How many trainings each rank has, side by side."""
-
     arms = ("networks", "ranks", "target")
 
     def unread(self) -> tuple[str, ...]:
@@ -99,15 +87,15 @@ def arms(config: Config) -> Iterator[Arm]:
 
 
 def study(config: Config, histories: Histories) -> Study:
-    """Counts and times the steps of every network, and what it took to reach the target."""
+    """Counts the steps of every network, and what it took to reach the target."""
     dataset, goal = load(config, "cifar10"), f"{100 * config.target:g} %"
     steps: dict[str, Any] = {name: step_costs(config, name, dataset) for name in config.networks}
     curve = reach(config, dataset, histories)
     caption = (
-        "Operations of the backward pass, and time of the whole step where both factors learn, as multiples of "
-        "backpropagation's, against the rank as a fraction of each layer's outputs; dashed, what theory says, dotted, "
-        f"the weights' gradients alone. Right, operations to {goal} test accuracy in the fully connected network, a "
-        "point per seed that reached it; grey is backpropagation."
+        "Operations of the backward pass as multiples of backpropagation's, against the rank as a fraction of each "
+        "layer's outputs; dashed, what theory says, dotted, the weights' gradients alone. Right, operations to "
+        f"{goal} test accuracy in the fully connected network, a point per seed that reached it; grey is "
+        "backpropagation."
     )
     tables = [Table(f"{name}, backpropagation = 1", step_rows(one)) for name, one in steps.items()]
     numbers = {"steps": steps, "reach": curve}
@@ -116,44 +104,27 @@ def study(config: Config, histories: Histories) -> Study:
 
 def task(config: Config, name: NetworkName, dataset: data.Dataset, rule: jaxfa.Rule | None) -> Task:
     """The training of one network by one rule; None is backpropagation."""
-    shape, classes, batch = dataset.train_images.shape[1:], dataset.classes, BATCHES[name]
-    makers: dict[NetworkName, Callable[[nnx.Rngs], nnx.Module]] = {
-        "mlp": lambda rngs: MLP(shape, classes, (config.width,) * 3, normalised=True, rngs=rngs),
-        "vgg": lambda rngs: VGG(shape, classes, widths=config.widths, rngs=rngs),
-    }
-    steps = len(dataset.train_labels) // batch
-    convolutions = name == "vgg" and rule is not None
-    return Task(
-        make=makers[name],
-        rule=rule or jaxfa.backprop(),
-        optimizer=adam(config.learning_rate, weight_decay=4e-4, decay=0.975, steps=steps),
-        data=dataset,
-        batch=batch,
-        at=("blocks/*",) if convolutions else None,
-        allow=("classifier", "head") if convolutions else (),
-    )
+    make: Any = partial(network, config.widths) if name == "vgg" else partial(wide, config.width)
+    plain = bp(config, dataset, make, weight_decay=4e-4, decay=0.975)
+    if rule is None:
+        return plain
+    return plain._replace(rule=rule, at=AT, allow=ALLOW) if name == "vgg" else plain._replace(rule=rule)
 
 
 def step_costs(config: Config, name: NetworkName, dataset: data.Dataset) -> dict[str, Any]:
-    """One network's operations and times, as multiples of backpropagation's, a number for each fraction."""
+    """One network's operations as multiples of backpropagation's, a number for each fraction."""
     sizes = (dataset.train_images[0].size, *[config.width] * 3, dataset.classes)
-    products = operations.dense(BATCHES[name], sizes)
+    products = operations.dense(config.batch, sizes)
     if name == "vgg":
-        products = operations.vgg(BATCHES[name], dataset.train_images.shape[1], config.widths, dataset.classes)
-    plain, whole = task(config, name, dataset, None), operations.theory(products, None)
-    reference, trainers = operations.count(plain), {"bp": Trainer(plain, [config.seed], config.loop)}
+        products = operations.vgg(config.batch, dataset.train_images.shape[1], config.widths, dataset.classes)
+    whole, plain = operations.theory(products, None), operations.count(task(config, name, dataset, None))
     found: dict[str, Any] = {label: [] for label in (*LEARNED, "theory", "step")}
-    for fraction in config.fractions:
-        for label, (learn_p, learn_q) in LEARNED.items():
-            chosen = low_rank(fraction, config.feedback_rate, learn_p=learn_p, learn_q=learn_q)
-            counted = operations.count(task(config, name, dataset, chosen))
-            found[label].append(counted.backward / reference.backward)
-            if learn_p and learn_q:
-                found["theory"].append(operations.theory(products, fraction) / whole)
-                found["step"].append(counted.step / reference.step)
-                trainers[str(fraction)] = Trainer(task(config, name, dataset, chosen), [config.seed], config.loop)
-    times = timing.measure(trainers, config.out / f"timing-{name}.json", reference="bp")["steps"]
-    found["time"] = [times[str(fraction)]["ratio"] for fraction in config.fractions]
+    for fraction, (label, learned) in product(config.fractions, LEARNED.items()):
+        counted = operations.count(task(config, name, dataset, low_rank(fraction, config.feedback_rate, **learned)))
+        found[label].append(counted.backward / plain.backward)
+        if not learned:
+            found["theory"].append(operations.theory(products, fraction) / whole)
+            found["step"].append(counted.step / plain.step)
     return found | {"fractions": config.fractions, "floor": operations.theory(products, 0.0) / whole}
 
 
@@ -176,13 +147,13 @@ def reach(config: Config, dataset: data.Dataset, histories: Histories) -> dict[s
 
 def step_rows(one: dict[str, Any]) -> list[list[str]]:
     """The table of a network's steps."""
-    labels = (*LEARNED, "theory", "step", "time")
+    labels = (*LEARNED, "theory", "step")
     rows = [
         [f"{fraction:g} m", *(f"{one[label][i]:.3f}" for label in labels)]
         for i, fraction in enumerate(one["fractions"])
     ]
     floor = ["floor", f"{one['floor']:.3f}", *[""] * (len(labels) - 1)]
-    return [["rank", *(f"backward, {label}" for label in LEARNED), *labels[-3:]], *rows, floor]
+    return [["rank", *(f"backward, {label}" for label in LEARNED), *labels[-2:]], *rows, floor]
 
 
 def reach_rows(curve: dict[str, Any]) -> list[list[str]]:
@@ -202,7 +173,7 @@ def figure(steps: dict[str, Any], curve: dict[str, Any]) -> Figure:
     drawn = Figure(figsize=(3.1 * (len(steps) + 1), 3.0), layout="constrained")
     *panels, last = drawn.subplots(1, len(steps) + 1, squeeze=False)[0]
     for axes, (name, one) in zip(panels, steps.items(), strict=True):
-        for color, label in zip(plots.COLORS, (*LEARNED, "time"), strict=False):
+        for color, label in zip(plots.COLORS, LEARNED, strict=False):
             axes.plot(one["fractions"], one[label], "o-", color=color, label=label, markersize=4, linewidth=1.4)
         axes.plot(one["fractions"], one["theory"], "--", color=plots.INK, linewidth=1, label="theory")
         axes.axhline(one["floor"], color=plots.INK, linewidth=1, linestyle=":")
@@ -238,12 +209,12 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {
-        "cpu": Config(),
-        "paper": Config(target=0.58, images=None, test_images=None, epochs=160, seeds=5),
+        "cpu": Config(epochs=20, images=10_000, test_images=5000, seeds=2, **PAPER),
+        "paper": Config(target=0.58, epochs=160, seeds=5, **PAPER),
     },
     Page(
         "What does low-dimensional feedback save?",
-        "Operations of the backward pass, time of a step, and operations to an accuracy, against the rank of the "
+        "Operations of the backward pass and of a step, and operations to an accuracy, against the rank of the "
         "feedback. The paper: up to 20 % less computation; operations to a given accuracy make a U.",
         "Hanut and Kadmon 2025",
     ),

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 import jaxfa
 from experiments.common import plots, records
-from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
+from experiments.common.experiment import Experiment, Histories, Page, Seeds, Study, Table
 from experiments.common.metrics import shown
 
 INPUTS, HIDDEN, OUTPUTS = 128, 64, 64
@@ -54,7 +54,7 @@ CLAIMS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class Config(Seeds):
     """The teacher, the ranks, and for how long."""
 
     ranks: tuple[int, ...] = (64, 2, 1)
@@ -70,12 +70,11 @@ class Config(Options):
     weight_decay: float = 1e-5
     """The decay of Q and of the weights at each step."""
     seeds: int = 5
-    """How many teachers and students there are, side by side."""
-    seed: int = 0
-    """The first seed; the others follow it."""
+    """How many trainings each arm has, side by side."""
 
     def __post_init__(self) -> None:
-        records.refuse_below_one(self, "iterations", "seeds")
+        super().__post_init__()
+        records.refuse_below_one(self, "iterations")
         if not self.strengths or min(self.strengths) <= 0 or len(self.strengths) > OUTPUTS:
             raise ValueError(f"strengths must be 1 to {OUTPUTS} positive numbers, got {self.strengths}.")
         if not self.ranks or min(self.ranks) < 1 or max(self.ranks) > OUTPUTS:
@@ -220,10 +219,7 @@ def figure(config: Config, steps: np.ndarray, found: dict[tuple[int, str], np.nd
 EXPERIMENT = Experiment(
     __name__,
     __doc__,
-    {
-        "cpu": Config(),
-        "paper": Config(iterations=PUBLISHED, seeds=20),
-    },
+    {"cpu": Config(), "paper": Config(iterations=PUBLISHED, seeds=20)},
     Page(
         "Which modes does low-rank feedback find?",
         "A two-layer linear network learns a teacher of rank d through feedback of rank r. The paper: learned "

@@ -14,12 +14,12 @@ import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
-import jaxfa
+from flax import nnx
+
 from experiments.common.augment import crop_flip_and_cutout
 from experiments.common.experiment import Arm, Experiment, Page, load
-from experiments.common.optimizers import adam
-from experiments.common.task import Task
-from experiments.ldfa.arms import Varied, by_rank
+from experiments.ldfa.arms import CPU, Varied, bp, by_rank
+from experiments.models.networks import Shape
 from experiments.models.vgg import VGG
 
 AT, ALLOW = ("blocks/*",), ("classifier", "head")
@@ -38,17 +38,14 @@ class Config(Varied):
 def arms(config: Config) -> Iterator[Arm]:
     """Backpropagation; every variant and fraction of the width."""
     dataset = load(config, "cifar10", config.shrink)
-    shape, classes = dataset.train_images.shape[1:], dataset.classes
-    steps = len(dataset.train_labels) // config.batch
-    bp = Task(
-        make=lambda rngs: VGG(shape, classes, widths=config.widths, rngs=rngs),
-        rule=jaxfa.backprop(),
-        optimizer=adam(config.learning_rate, weight_decay=5e-5, decay=0.98, steps=steps),
-        data=dataset,
-        batch=config.batch,
-        augment=partial(crop_flip_and_cutout, size=16 // config.shrink),
-    )
-    yield from by_rank(config, bp, at=AT, allow=ALLOW, axis="fraction of the width")
+    augment = partial(crop_flip_and_cutout, size=16 // config.shrink)
+    plain = bp(config, dataset, partial(network, config.widths), weight_decay=5e-5, decay=0.98, augment=augment)
+    yield from by_rank(config, plain, at=AT, allow=ALLOW, axis="fraction of the width")
+
+
+def network(widths: tuple[int, ...], shape: Shape, classes: int, rngs: nnx.Rngs) -> VGG:
+    """Pairs of convolutions of these widths."""
+    return VGG(shape, classes, widths=widths, rngs=rngs)
 
 
 EXPERIMENT = Experiment(
@@ -56,14 +53,7 @@ EXPERIMENT = Experiment(
     __doc__,
     {
         "cpu": Config(
-            ranks=(0.5,),
-            variants=("both", "local", "hebbian", "fixed"),
-            widths=(16, 32, 64),
-            shrink=2,
-            epochs=6,
-            images=8000,
-            test_images=2000,
-            learning_rate=2e-3,
+            ranks=(0.5,), variants=("both", "local", "hebbian", "fixed"), widths=(16, 32, 64), learning_rate=2e-3, **CPU
         ),
         "paper": Config(epochs=200, learning_rate=5e-4, seeds=5),
     },

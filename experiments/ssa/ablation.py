@@ -86,10 +86,7 @@ def without_cross_entropy(rule: jaxfa.Rule) -> jaxfa.Rule:
 EXPERIMENT = Experiment(
     __name__,
     __doc__,
-    {
-        "cpu": Config(network="mlp", **ssa_arms.CPU),
-        "paper": Config(**ssa_arms.PAPER),
-    },
+    {"cpu": Config(network="mlp", **ssa_arms.CPU), "paper": Config(**ssa_arms.PAPER)},
     Page(
         "What do SSA's local losses do?",
         "The gradient of the cross-entropy, alignment, orthogonality: all of them, and one left out at a time. The "

@@ -201,17 +201,19 @@ CASES = {
     "grape_bound": [{}],
     "grape_shallow": [SMALL | {"batch": 16, "datasets": ("cifar10",)}],
     "grape_transformer": [GPT | {"calibrations": (0, 1), "steps": 2}, GPT | {"calibrations": (0,)}],
-    "ldfa_cost": [SMALL | {"networks": networks, "fractions": (0.5,)} for networks in ((), ("mlp",), ("vgg",))],
+    "ldfa_cost": [
+        SMALL | {"networks": networks, "fractions": (0.5,), "batch": 16} for networks in ((), ("mlp",), ("vgg",))
+    ],
     "ldfa_linear": [{"ranks": (1,), "iterations": 1, "seeds": 1}],
     "ldfa_autoencoder": [SMALL | {"batch": 16}],
     "ldfa_cnn": [SMALL | {"batch": 16}],
     "ldfa_rank_mlp": [
-        SMALL | {"ranks": (1,), "variants": variants, "batch": 16} for variants in (("fixed",), ("B1", "direct"))
+        SMALL | {"ranks": (1,), "variants": variants, "classes": classes, "batch": 16}
+        for variants, classes in ((("fixed",), ()), (("B1", "direct"), (50,)))
     ],
     "ldfa_representations": [SMALL | {"batch": 16}],
     "ldfa_rnn": [SMALL | {"batch": 16}],
     "ldfa_retina": [SMALL | {"ranks": (1,), "batch": 16, "seeds": 1}],
-    "ldfa_subsets": [SMALL | {"classes": (50,), "ranks": (5,), "batch": 16}],
     "grape_resnet20": [SMALL | {"batch": 16, "variants": ("letter",)}],
     "ldfa_vgg": [SMALL],
     "ldfa_vit": [SMALL | {"variants": (name,), "ranks": (3,), "batch": 16} for name in ("both", "normative")],
@@ -283,7 +285,7 @@ def test_wrong_use_is_told_what_to_do(args, message, tmp_path, monkeypatch, caps
         (["compare", "--preset", "gpu"], ["gpu", "cpu", "paper"]),
         (["ldfa_rank_mlp", "--variants", "B4"], ["B4", "direct"]),
         (["ldfa_rank_mlp", "--images", "0"], ["images must be at least 1, got 0"]),
-        (["ldfa_subsets", "--classes", "1"], ["classes must be numbers from 2 to 100, got (1,)"]),
+        (["ldfa_rank_mlp", "--classes", "1"], ["classes must be numbers from 2 to 100, got (1,)"]),
         (["ldfa_vgg", "--learning-rate", "0"], ["learning_rate must be positive, got 0.0"]),
         (["ldfa_vit", "--variants", "oja"], ["oja", "normative"]),
         (["ldfa_linear", "--ranks", "65"], ["from 1 to 64, got (65,)"]),

@@ -13,7 +13,6 @@ from experiments.benchmarks import workloads
 from experiments.common import page, records, results, rows, sweep
 from experiments.conservation import angle_against_depth, laws
 from experiments.grape import networks as grape_networks
-from experiments.ldfa import cost as ldfa_cost
 from experiments.ldfa import linear as ldfa_linear
 from experiments.ldfa import vgg as ldfa_vgg
 from experiments.models.networks import MLP
@@ -40,7 +39,6 @@ SWEEPS = {
     "ldfa_cnn": {"variants": ("local",), "ranks": (2,), "retina": (2,), "cortex": (2,), "hidden": 4, "window": 3},
     "ldfa_rank_mlp": {"ranks": (2,), "variants": ("B3",), "width": 4, "narrow": 64, "shrink": 1},
     "ldfa_rnn": {"variants": ("rebuilt",), "ranks": (2,), "width": 4, "shrink": 4},
-    "ldfa_subsets": {"classes": (3,), "ranks": (2,), "width": 4},
     "ldfa_vgg": {"variants": ("both",), "widths": (4,), "shrink": 1},
     "ldfa_vit": {"variants": ("normative",), "width": 4, "depth": 1, "heads": 2, "patch": 4, "warmup": 0},
     "ssa_ablation": {"energy": 0.7, "multiple": 2, "shrink": 1},
@@ -50,7 +48,15 @@ STUDIES = {
     "conservation": {"steps": 2, "iterations": 2, "seeds": 1},
     "conservation_angle_against_depth": TRAINED | {"depths": (1,), "factors": (0.25,), "depth": 1},
     "grape_bound": {"steps": 4, "batch": 8, "seeds": 1},
-    "ldfa_cost": {"networks": ("mlp",), "fractions": (0.5,), "ranks": (2,), "width": 4, "epochs": 1, "seeds": 1},
+    "ldfa_cost": {
+        "networks": ("mlp",),
+        "fractions": (0.5,),
+        "ranks": (2,),
+        "width": 4,
+        "epochs": 1,
+        "seeds": 1,
+        "batch": 16,
+    },
     "ldfa_linear": {"ranks": (2,), "iterations": 4, "seeds": 1},
     "ldfa_representations": TRAINED | {"ranks": (2,), "variants": ("both",), "width": 4, "shrink": 1},
     "ldfa_retina": TRAINED | {"ranks": (2,), "retina": (3, 4), "cortex": (4,), "hidden": 4, "window": 3},
@@ -91,7 +97,6 @@ def tiny(mock, play, monkeypatch):
     monkeypatch.setattr(laws, "_digits", lambda: (jnp.ones((60, 8, 8, 1)), jnp.arange(60) % 10))
     monkeypatch.setattr(ldfa_vgg, "VGG", lambda shape, classes, *, widths, rngs: small(shape, classes, rngs=rngs))
     monkeypatch.setattr(ldfa_vgg, "AT", None)
-    monkeypatch.setattr(ldfa_cost, "BATCHES", {"mlp": 16, "vgg": 16})
     monkeypatch.setattr(ldfa_vgg, "ALLOW", ())
     monkeypatch.setattr(ldfa_linear, "VARIANTS", {"P and Q learned": ({}, "#0072b2")})
     return play

@@ -10,8 +10,8 @@ from flax import nnx
 from experiments.examples import lora
 from experiments.models.gpt import GPT
 
-PLAY = "To be, or not to be:\nthat is the question.\n" * 12
-PAGES = " a rose is a rose . \n\n that is the <unk> question\n" * 6
+PLAY = "To be, or not to be:\nthat is the question.\n" * 40
+PAGES = " a rose is a rose . \n\n that is the <unk> question\n" * 20
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 
 def test_the_second_text_has_the_letters_of_the_first(folder):
-    play, pages = lora.letters(lora.Config(data=folder))
+    play, pages = lora.letters(folder)
     spelled = "".join(pages.vocabulary[pages.train])
     assert spelled.startswith("a rose is a rose . \n \n that is the  question \n a rose")
     assert set(spelled) <= set(PLAY)
@@ -42,7 +42,7 @@ def test_adapters_add_nothing_at_first():
 @pytest.mark.long
 def test_every_rule_has_a_row(folder, capsys):
     out = folder / "lora.json"
-    lora.main(["tiny", "--data", str(folder), "--out", str(out)])
+    lora.main(["--pretraining", "2", "--steps", "2", "--data", str(folder), "--out", str(out)])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
         "pretrained", "backpropagation", "fa", "sign", "dfa", "grape",
     ]  # fmt: skip

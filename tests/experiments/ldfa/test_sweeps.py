@@ -11,7 +11,7 @@ import jaxfa
 from experiments.__main__ import EXPERIMENTS
 from experiments.common.trainer import Trainer
 from experiments.ldfa import arms as ldfa
-from experiments.ldfa import autoencoder, subsets
+from experiments.ldfa import autoencoder, rank_mlp
 
 TINY = {"epochs": 1, "batch": 16, "images": 32, "test_images": 12, "ranks": (2,)}
 SIZES = {
@@ -19,7 +19,6 @@ SIZES = {
     "ldfa_cnn": {"retina": (3,), "cortex": (3,), "hidden": 4, "window": 3, "shrink": 1},
     "ldfa_rank_mlp": {"width": 5, "narrow": 64},
     "ldfa_rnn": {"width": 5},
-    "ldfa_subsets": {"classes": (2,), "width": 5},
     "ldfa_vgg": {"ranks": (0.5,), "widths": (4,), "shrink": 1},
     "ldfa_vit": {"width": 4, "depth": 1, "heads": 2, "patch": 4, "warmup": 0},
 }
@@ -42,7 +41,7 @@ def configured(name, **options):
         ("ldfa_rank_mlp", {"variants": ("B3-exact",)}, {"B3-exact-2": None, "narrow": 58.1}),
         ("ldfa_rank_mlp", {"variants": DIRECT[2:]}, {"direct-output-2": None}),
         ("ldfa_rank_mlp", {"variants": DIRECT[:2]}, {"direct-2": 49.2, "direct-local-2": None}),
-        ("ldfa_subsets", {"classes": (2, 3)}, {"2-classes-both-2": None, "3-classes-bp": None}),
+        ("ldfa_rank_mlp", {"classes": (2, 3), "variants": ("both",)}, {"2-classes-both-2": None, "3-classes-bp": None}),
         ("ldfa_autoencoder", {}, {"both-2": None}),
         ("ldfa_cnn", {"retina": (32,) * 2, "cortex": (32,) * 3, "ranks": (4,)}, {"bp": 84.3, "hebbian-4": 75.2}),
         ("ldfa_cnn", {"ranks": (4,)}, {"bp": None, "hebbian-4": None}),
@@ -74,7 +73,7 @@ def test_all_other_layers_learn_a_feedback_of_full_rank_as_in_the_authors_code(m
 
 
 def test_the_first_classes_keep_their_order(mock):
-    found = subsets.first_classes(mock, 2)
+    found = rank_mlp.first_classes(mock, 2)
     np.testing.assert_array_equal(found.train_labels, mock.train_labels[mock.train_labels < 2])
     assert found.classes == 2
 
