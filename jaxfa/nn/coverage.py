@@ -28,8 +28,10 @@ def cover(attached: Any, example: Example, seen: Callable[[], Survey] | None = N
         table = _Cover(attached, traced(attached, example, local=True), example)
     if not table.hides():
         return table.table(None)
+    if seen:
+        return table.table(seen())
     model = plain_of(attached.model) if is_direct(attached.rule) else attached.model
-    return table.table(seen() if seen else survey(model, method_of(attached.method), example))
+    return table.table(survey(model, method_of(attached.method), example))
 
 
 class _Cover:

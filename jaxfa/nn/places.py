@@ -136,10 +136,12 @@ class _Watched(NamedTuple):
 
 
 def _watch(model: nnx.Module) -> tuple[Any, _Places]:
-    model, places = nnx.clone(model, variables=False), _Places()
-    for path, module in list(modules_of(model)):
+    model, places, learning = nnx.clone(model, variables=False), _Places(), list[str]()
+    for path, module in list(modules_of(model)):  # what is in a module comes before it
+        learns = any(_inside(one, path) for one in learning) or bool(jax.tree.leaves(nnx.state(module, nnx.Param)))
+        learning += [path] * learns
         if callable(module) and isinstance(module, nnx.Module) and not isinstance(module, nnx.bridge.ToNNX):
-            module.watched = nnx.static(_Watched(path, bool(jax.tree.leaves(nnx.state(module, nnx.Param))), places))
+            module.watched = nnx.static(_Watched(path, learns, places))
             intercept(module, _watched)
     return model, places
 

@@ -119,9 +119,11 @@ def traced(attached: Any, example: Example, *, local: bool = False) -> Audit:
     """
     # Layer-wise rules are in the model itself; a direct one, and a model's own contractions, need its root.
     if is_direct(attached.rule):
-        of, copy = partial(_sorted, attached.logits), nnx.clone(attached)
-        copy.is_local = local
-        return _audit(_traced(copy, "__call__", example, skip=1, of=of), local=False)
+        if local:
+            attached = nnx.clone(attached)
+            attached.is_local = True
+        of = partial(_sorted, attached.logits)
+        return _audit(_traced(attached, "__call__", example, skip=1, of=of), local=False)
     if attached.own:
         return _audit(_traced(attached, "__call__", example, skip=1), local=local)
     return trace(attached.model, attached.method, example, local=local)
