@@ -88,7 +88,7 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
     around = surroundings(model, order, method, example) if asks(rule, "above") else {}
     fill_taps(model, rule, rngs, that_are_read(model, call, found), error, around=around)
     check_calls(model, recorder.calls)
-    check_followed(model, recorder)
+    check_followed(model, recorder, needed=rule.modulate is not None)
     return Placed(above, note=note, seen=partial(forward.survey, places), error=error)
 
 
