@@ -38,8 +38,8 @@ class TargetProjection(DirectFeedback):
 def drtp(*, examples: float | None = None, distribution: Initializer | None = None, scale: float = 1.0) -> DirectRule:
     """Direct random target projection: ``dh_l = -y* B_l^T / N`` with the one-hot target ``y*``.
 
-    For classification by softmax or sigmoid cross-entropy with hard targets (no label smoothing, no mixing of
-    examples): the target is read off the error's sign, which is the same whatever the loss is multiplied by. So the
+    For classification by cross-entropy of one softmax, or of sigmoids, with hard targets (no label smoothing, no mixing
+    of examples): the target is read off the error's sign, which is the same whatever the loss is multiplied by. So the
     loss must be the mean over the examples in the array at hand, or ``examples`` must say what it is. What the error
     shows to be a sum, or of soft labels, is refused, under ``jit`` by gradients that are NaN.
 

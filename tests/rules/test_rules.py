@@ -177,6 +177,7 @@ TOLD = {
     "one-hot, softmax": (mean_softmax, ONE_HOT, None),
     "one-hot, sigmoid": (multi_label, ONE_HOT, None),
     "several labels": (multi_label, SEVERAL, None),
+    "certain and wrong": (lambda z, y: mean_softmax(z - 100 * y, y), ONE_HOT, None),
     "one example alone, whose sum may be zero by chance": (
         lambda z, y: jnp.sum(z[:1] * jnp.array([[0.1, 0.02, -0.1, -0.02]])),
         np.array([[0, 0, 1, 1]] + 5 * [[0, 0, 0, 0]]),
@@ -198,6 +199,8 @@ def test_drtp_learns_from_targets_that_the_error_tells_or_refuses_it(name, x64):
     if refused is None:
         np.testing.assert_allclose(feedback.deliver(h, e), -y @ feedback.b.T / 6, atol=1e-13)
         np.testing.assert_allclose(traced, -y @ feedback.b.T / 6, atol=1e-13)
+        # 1/6, too, has no exact bits in half precision.
+        np.testing.assert_allclose(feedback.deliver(h, e.astype(jnp.bfloat16)), -y @ feedback.b.T / 6, rtol=0.05)
     else:
         with pytest.raises(ValueError, match=refused):
             feedback.deliver(h, e)

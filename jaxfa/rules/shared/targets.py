@@ -62,17 +62,18 @@ def targets(h: jax.Array, e: jax.Array, examples: float) -> jax.Array:
 def signed_targets(e: jax.Array, examples: float) -> jax.Array:
     """The same of a softmax or sigmoid cross-entropy, of which an example may have several classes, or none.
 
-    That labels are soft is told by softmax errors alone, whose sum is zero: two of them are negative. A sigmoid's sums
-    are zero by chance, but not those of all examples; so the whole batch is NaN, or nothing.
+    That labels are soft is told by a softmax's errors alone, whose sum is zero: two of them are negative. The sum of
+    sigmoids' errors is zero by chance, but not for all examples; so the whole batch is NaN, or nothing.
     """
-    e, tiny = e.astype(jnp.promote_types(e.dtype, jnp.float32)), math.sqrt(jnp.finfo(jnp.float32).eps)
+    slack, tiny = (math.sqrt(jnp.finfo(dtype).eps) for dtype in (e.dtype, jnp.float32))
+    e = e.astype(jnp.promote_types(e.dtype, jnp.float32))
     negative = e < 0
-    sizes, mean = jnp.abs(e).sum(-1), jnp.abs(e).max(-1) <= 1 / examples + math.sqrt(jnp.finfo(e.dtype).eps) / examples
+    sizes, mean = jnp.abs(e).sum(-1), jnp.abs(e).max(-1) <= (1 + slack) / examples
     learns = sizes > tiny / examples
     soft = learns & (negative.sum(-1) > 1)
     hard = ~(soft.any() & (~learns | (jnp.abs(e.sum(-1)) <= tiny * sizes)).all()) | (learns.sum() < 2)
     _say(mean, _SUMMED.format(examples))
-    _say(hard, _UNTOLD.format("softmax or sigmoid cross-entropy"))
+    _say(hard, _UNTOLD.format("cross-entropy of one softmax, or of sigmoids,"))
     return jnp.where(hard & mean[..., None], negative.astype(e.dtype), jnp.nan)
 
 
