@@ -113,7 +113,9 @@ def advise(model: Any, rule: Rule, call: Call) -> str:
     if not isinstance(rule, DirectRule) or rule.weights is not None or rule.source is not None or call.example is None:
         return ""
     if rule.modulate is not None:
-        return "A norm learns where at= names it, beside layers, in the place of the layer below it."
+        return (
+            "at= names what learns: layers, or blocks, and beside them what makes no product, as norms and embeddings."
+        )
     forward = look(model, call.method, call.example, call.logits)
     choice = choose(model, forward, call.allow)
     if not choice.faults:
