@@ -23,6 +23,8 @@ ROWS = {
     "test_gradients_are_those_of_a_numpy_reference": ("together",),
     "test_errors_have_no_bias_and_the_variance_of_the_closed_form": ("signs",),
     "test_the_mean_over_draws_is_the_true_gradient": (),
+    "test_gradients_of_weights_have_no_bias_and_the_same_variance": (),
+    "test_drtp_learns_from_targets_that_the_error_tells_or_refuses_it": ("mixed", "several labels"),
     "test_a_streamed_model_learns_the_same": (),
     "test_models_train_and_what_a_pass_writes_is_written_once": ("norms",),
     # models

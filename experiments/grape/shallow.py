@@ -75,8 +75,6 @@ def arms(config: Config) -> Iterator[Arm]:
         dataset = experiment.load(config, name)
         for rule, (title, value, rate) in rules.items():
             task, number = _task(config, dataset, value, rate), PUBLISHED[name].get(rule)
-            if rule == "pepita":  # it compares the passes where the activation function begins: behind the norms
-                task = task._replace(at=("norms/*",))
             yield Arm(f"{name}-{rule}", TITLES[name], None, task, number, f"{name}-bp", title=title)
 
 

@@ -33,10 +33,12 @@ def tappable(
         leaves = {name: h for name, h in seen[path].items() if h.shape[:1] == error.shape[:1]}
         if not leaves:
             given, wanted = [true_size(h, factor).shape for h in seen[path].values()], true_size(error, factor).shape
+            where, way = f"at the tap {path!r}", "Tap a module before the batch axis is merged with others, or moved."
+            if not path:  # the input, which is modulated
+                where, way = "as the input", "Say modulate= with the path of a module that returns such a one."
             raise ValueError(
                 f"Direct feedback needs an activation with the logits' batch axis first: expected h of shape "
-                f"({wanted[0]}, ..., n) at the tap {path!r} for logits {wanted}, got {given}. "
-                f"Tap a module before the batch axis is merged with others, or moved."
+                f"({wanted[0]}, ..., n) {where} for logits {wanted}, got {given}. {way}"
             )
         found[path] = {name: true_size(h, factor) for name, h in leaves.items()}
         ambiguous = [h.shape for h in leaves.values() if not factor and error.shape[0] in h.shape[1:]]

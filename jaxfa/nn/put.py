@@ -87,7 +87,7 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
     around = surroundings(model, held, seen, method, example) if asks(rule, "above") else {}
     fill_taps(held, rule, rngs, that_are_read(model, call, found), error, around=around)
     check_calls(held, recorder.calls)
-    check_followed(held, recorder)
+    check_followed(held, recorder, needed=rule.modulate is not None)
     return Placed(above, note=note, seen=partial(forward.survey, places), error=error)
 
 
@@ -112,7 +112,9 @@ def advise(model: Any, rule: Rule, call: Call) -> str:
     if not isinstance(rule, DirectRule) or rule.weights is not None or rule.source is not None or call.example is None:
         return ""
     if rule.modulate is not None:
-        return "A norm learns where at= names it, beside layers, in the place of the layer below it."
+        return (
+            "at= names what learns: layers, or blocks, and beside them what makes no product, as norms and embeddings."
+        )
     forward = look(model, call.method, call.example, call.logits)
     choice = choose(model, forward, call.allow)
     if not choice.faults:

@@ -154,7 +154,12 @@ def _beside(program: Program, tap: Tap, found: Any) -> Any:
 
 def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
     """Refuses what no sweep can teach block after block: other rules, and taps inside each other or inside a stack."""
-    if not isinstance(rule, DirectRule) or rule.source is not None or rule.modulate is not None:
+    if isinstance(rule, DirectRule) and rule.modulate is not None:
+        raise ValueError(
+            f"schedule={schedule!r} teaches block after block, from the last to the first, and this rule compares "
+            f"two passes forward: take jaxfa.stacks.stored."
+        )
+    if not isinstance(rule, DirectRule) or rule.source is not None:
         raise ValueError(
             f"schedule={schedule!r} is for direct rules whose error is the logits'; take jaxfa.stacks.stored."
         )

@@ -86,14 +86,14 @@ def check_calls(held: dict[str, Held], calls: dict[str, list[Any]]) -> None:
                 )
 
 
-def check_followed(held: dict[str, Held], recorder: Recorder) -> None:
-    """Refuses a local loss at the logits: nothing would learn from the loss itself."""
+def check_followed(held: dict[str, Held], recorder: Recorder, *, needed: bool) -> None:
+    """Refuses a tap at the logits, where one must be followed: nothing would learn from the loss itself."""
     for path, (_, _, tap) in held.items():
-        is_end = any(h is recorder.end for h in recorder.sources[path])
-        if is_end and any(isinstance(feedback, LocalLoss) for feedback in tap.feedbacks().values()):
+        is_local = needed or any(isinstance(feedback, LocalLoss) for feedback in tap.feedbacks().values())
+        if is_local and any(h is recorder.end for h in recorder.sources[path]):
             raise ValueError(
                 f"The tapped module {path!r} returns the logits themselves, and no layer follows that learns from the "
-                f"loss: leave it out of at=, since a local loss is for what comes before the last layer."
+                f"loss: leave it out of at=, since this rule is for what comes before the last layer."
             )
 
 

@@ -23,7 +23,7 @@ def places_for(model: Any, rule: DirectRule, at: Any, forward: Forward, call: An
     note = ""
     if rule.modulate is not None:
         places = _modulated(rule.modulate, _named(model, at) if at else _hidden(model, forward), call.method)
-        note = "" if at else "tapped: the output of every layer but the last"
+        note = "" if at else "tapped: the output of every layer but the last, or of the norm behind it"
     elif rule.parameters:
         places = _parameters(model, at, call.allow)
     elif rule.weights is not None or (at is None and rule.source is not None):
@@ -73,13 +73,29 @@ def _params(model: Any) -> list[str]:
 
 
 def _hidden(model: Any, forward: Forward) -> tuple[Place, ...]:
-    """The outputs of the layers that a forward pass calls, but for those that lead to the logits through no other."""
-    sites = sites_of(model)
-    places = [Place("output", path) for path in forward.modules if path in sites]
-    names = {place: f"output of {place.path}" for place in places}
-    cuts = Cuts([name for name in names.values() if forward.holds_examples(name)], forward.learns, [])
+    """The outputs of the layers that a forward pass calls, but for those that lead to the logits through no other.
+
+    Where a layer's output goes to a norm alone, that norm's is taken in its place.
+    """
+    sites, modules = sites_of(model), dict(modules_of(model))
+    layers = [f"output of {path}" for path in forward.modules if path in sites]
+    norms = [f"output of {path}" for path in forward.modules if path not in sites and _has_own(modules[path])]
+    ends = _ends([*layers, *norms], forward)
+    behind = {layer: norm for layer in layers for norm in norms if ends[layer] == {norm}}
+    taps = list(dict.fromkeys(behind.get(layer, layer) for layer in layers))
+    ends = _ends(taps, forward)
+    return tuple(Place("output", tap.removeprefix("output of ")) for tap in taps if ends[tap] != {OUTPUT})
+
+
+def _has_own(module: Any) -> bool:
+    return any(isinstance(value, nnx.Param) for value in vars(module).values())
+
+
+def _ends(taps: list[str], forward: Forward) -> dict[str, set[str]]:
+    """To which of the taps, or to the logits, each one's value goes first."""
+    cuts = Cuts([tap for tap in taps if forward.holds_examples(tap)], forward.learns, [])
     starts = cuts.run(forward.to_logits, forward.names()).starts
-    return tuple(place for place in places if set(starts.get(Read((names[place],)), {})) != {OUTPUT})
+    return {tap: set(starts.get(Read((tap,)), {})) for tap in taps}
 
 
 def _modulated(path: str, places: tuple[Place, ...], method: str) -> tuple[Place, ...]:

@@ -12,7 +12,7 @@ from jax.nn import initializers
 
 from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
 from jaxfa.rules.shared.projection import direct_matrix, project
-from jaxfa.rules.shared.targets import check_examples, examples_in
+from jaxfa.rules.shared.targets import check_examples, examples_in, signed_targets
 
 
 @feedback_dataclass
@@ -32,15 +32,16 @@ class TargetProjection(DirectFeedback):
         # sign of the error is known from the label, which is the paper's argument. (A target fitted to the last bit
         # has e = 0 and teaches nothing.) The signs do not tell by what the loss was divided.
         examples = examples_in(h, e, self.examples, "drtp")
-        return project(self.b, h, -(e < 0).astype(e.dtype) / examples)
+        return project(self.b, h, -signed_targets(e, examples).astype(e.dtype) / examples)
 
 
 def drtp(*, examples: float | None = None, distribution: Initializer | None = None, scale: float = 1.0) -> DirectRule:
     """Direct random target projection: ``dh_l = -y* B_l^T / N`` with the one-hot target ``y*``.
 
-    For classification by softmax or sigmoid cross-entropy with hard targets (no label smoothing, no mixing of
-    examples): the target is read off the error's sign, which is the same whatever the loss is multiplied by. So the
-    loss must be the mean over the examples in the array at hand, or ``examples`` must say what it is.
+    For classification by cross-entropy of one softmax, or of sigmoids, with hard targets (no label smoothing, no mixing
+    of examples): the target is read off the error's sign, which is the same whatever the loss is multiplied by. So the
+    loss must be the mean over the examples in the array at hand, or ``examples`` must say what it is. What the error
+    shows to be a sum, or of soft labels, is refused, under ``jit`` by gradients that are NaN.
 
     Args:
       examples: ``N``, by which the loss divides its sum over the examples, or tokens: 1 for a sum; under ``shard_map``,
@@ -53,7 +54,8 @@ def drtp(*, examples: float | None = None, distribution: Initializer | None = No
       A :class:`jaxfa.DirectRule`.
 
     Raises:
-      ValueError: if ``examples`` is not positive; by the backward pass, under ``shard_map`` without ``examples``.
+      ValueError: if ``examples`` is not positive; by the backward pass, under ``shard_map`` without ``examples``, and
+        if the error does not tell the targets.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa

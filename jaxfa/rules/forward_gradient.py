@@ -7,7 +7,8 @@ which perturbs weights; activations, which have fewer dimensions, are perturbed 
 With ``a_l`` the true error of one example at layer ``l``, of ``n_l`` units, and perturbations of independent entries of
 variance 1 and kurtosis ``k`` (1 for random signs, 3 for normal draws), the error that an example gets has the mean
 ``a_l`` and, summed over its entries, the variance ``(n_l + k - 2) |a_l|^2 + n_l sum_m |a_m|^2`` over the other layers
-``m``; with a derivative for each layer that sum is not there.
+``m``; with a derivative for each layer that sum is not there. The same holds for parameters, of ``n_l`` entries, and
+their gradients ``a_l`` of the batch.
 
 :func:`jaxfa.grape` is its linear regression on the output error: the matrix ``B`` that predicts ``p_l (y' . e)`` from
 ``e`` best, for errors that are independent of the perturbations, is ``<p_l y'^T>``, GrAPE's estimate of the Jacobian.

@@ -97,8 +97,9 @@ def pepita(
     """PEPITA: ``dW_l = (h_l - h_l') h_{l-1}'^T / N``, with ``h'`` of a second pass on ``x' = x + F e``.
 
     Where the loss is the mean over ``N`` examples, ``e`` is what one example's own loss would give. The second pass
-    runs in the backward pass, on any batch. With :func:`jaxfa.nn.attach` each layer but the last is tapped at its
-    output, before its activation function; :func:`jaxfa.rules.modulated` is for networks without Flax.
+    runs in the backward pass, on any batch. A sum that is taken for a mean can't be told: it makes ``F`` larger. With
+    :func:`jaxfa.nn.attach` each layer but the last is tapped before its activation function, at its output or the norm
+    behind that; :func:`jaxfa.rules.modulated` is for networks without Flax.
 
     Args:
       activation: the model's activation function, or the identity for ``at=`` that names modules which end in it.
@@ -115,7 +116,7 @@ def pepita(
 
     Raises:
       ValueError: if ``examples`` is not positive or ``mirror`` not in (0, 1]; by ``attach``, if the input is not of
-        floats, such as tokens.
+        floats, such as tokens, or a tap is in a transformation, such as a scanned stack, or at the logits.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa

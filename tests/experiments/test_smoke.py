@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-from functools import partial
 
 import jax.numpy as jnp
 import pytest
@@ -78,9 +77,9 @@ STUDIES = {
 QUICK = ("compare", "ldfa_linear")
 
 
-def small(shape, classes, *_, normalised=False, rngs=None, **__):
+def small(shape, classes, *_, rngs=None, **__):
     """The same network in the place of many."""
-    return MLP(shape, classes, (4,), normalised=normalised, rngs=rngs or _[-1])
+    return MLP(shape, classes, (4,), rngs=rngs or _[-1])
 
 
 @pytest.fixture
@@ -89,7 +88,7 @@ def tiny(mock, play, monkeypatch):
     for name, network in grape_networks.NETWORKS.items():
         monkeypatch.setitem(grape_networks.NETWORKS, name, network._replace(make=small, taps=None))
     monkeypatch.setattr(ssa_arms, "maker", lambda name, config, found: lambda rngs: small((8, 8, 3), 3, rngs=rngs))
-    monkeypatch.setattr("experiments.grape.shallow.ShallowCNN", partial(small, normalised=True))
+    monkeypatch.setattr("experiments.grape.shallow.ShallowCNN", small)
     workload = workloads.Workload(lambda rngs: MLP((2, 2, 1), workloads.CLASSES, (4, 4), rngs=rngs), (2, 2, 1), batch=4)
     for name in ("mlp", "lenet"):
         monkeypatch.setitem(workloads.WORKLOADS, name, workload)

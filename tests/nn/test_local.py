@@ -222,6 +222,10 @@ def test_what_can_not_learn_by_a_loss_of_its_own_is_refused():
         jaxfa.nn.attach(
             Scanned(nnx.Rngs(0)), jaxfa.auglocal(), rngs=nnx.Rngs(1), example=inputs(9, 6), at=("stem", "blocks")
         )
+    regression = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 1, rngs=nnx.Rngs(0)))
+    for rule in RULES.values():
+        with pytest.raises(ValueError, match=r"logits \(N, ..., C\) of two classes or more"):
+            jaxfa.nn.attach(regression, rule, rngs=nnx.Rngs(1), example=inputs(9, 6))
     # A classifier for each layer of a stack does.
     stack = jaxfa.nn.attach(
         Scanned(nnx.Rngs(0)), jaxfa.local_classifier(), rngs=nnx.Rngs(1), example=inputs(9, 6), at=("stem", "blocks")

@@ -54,10 +54,20 @@ def test_a_convolution_learns_as_a_numpy_reference(x64):
     np.testing.assert_allclose(got.head.bias[...], e.mean(0), rtol=1e-10, atol=1e-13)
 
 
+class TimeMajor(nnx.Module):
+    """Takes ``(T, N, n)``."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, x):
+        return self.model(x.swapaxes(0, 1)).mean(1)
+
+
 CASES = {
     "mlp": (MLP, inputs(9, 6), jaxfa.pepita(scale=1.0), None, ()),
     "mirrored": (MLP, inputs(9, 6), jaxfa.pepita(mirror=0.1), None, ()),
-    "norms": (ConvNet, inputs(9, 8, 8, 3), jaxfa.pepita(scale=1.0), ("norm", "conv2"), ()),
+    "norms": (ConvNet, inputs(9, 8, 8, 3), jaxfa.pepita(scale=1.0), None, ()),
     "blocks": (Residual, inputs(9, 6), jaxfa.pepita(activation=same, scale=1.0), ("stem", "blocks/*"), ()),
     "recurrent": (Recurrent, inputs(9, 4, 6), jaxfa.pepita(activation=same, scale=1.0), "rnn", ()),
     "tokens": (
@@ -134,17 +144,34 @@ def test_the_table_says_where_errors_begin():
     assert not aligned.coverage().violations
 
 
+def test_a_norm_is_tapped_in_the_place_of_the_layer_that_it_follows():
+    at = ("norm", "conv2")
+    found, named = (attach(ConvNet(nnx.Rngs(0)), jaxfa.pepita(), inputs(9, 8, 8, 3), one) for one in (None, at))
+    assert found.coverage().rows == named.coverage().rows
+    assert found.note == "tapped: the output of every layer but the last, or of the norm behind it"
+    # One that follows none is the user's to name.
+    first = nnx.Sequential(nnx.LayerNorm(6, rngs=nnx.Rngs(0)), nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu)
+    model = nnx.Sequential(*first.layers, nnx.Linear(8, 3, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"at= names what learns: layers, or blocks, and beside them .* norms"):
+        attach(model, jaxfa.pepita(), inputs(9, 6))
+
+
 def test_what_has_no_second_pass_is_refused():
     rule = jaxfa.pepita()
     with pytest.raises(ValueError, match=r"must be of floats. Of tokens, modulate what embeds them"):
         attach(Transformer(nnx.Rngs(0)), rule, jnp.zeros((9, 4), int), "block")
-    with pytest.raises(ValueError, match="'blocks/up' inside a transformation"):
+    with pytest.raises(ValueError, match="'blocks/norm' inside a transformation"):
         attach(Scanned(nnx.Rngs(0)), rule, inputs(9, 6))
     with pytest.raises(ValueError, match="'conv2' sends the error on to 'norm/bias'"):
-        attach(ConvNet(nnx.Rngs(0)), rule, inputs(9, 8, 8, 3))
+        attach(ConvNet(nnx.Rngs(0)), rule, inputs(9, 8, 8, 3), ("conv1", "conv2"))
+    with pytest.raises(ValueError, match="'fc3' returns the logits themselves, and no layer follows"):
+        attach(MLP(nnx.Rngs(0)), rule, inputs(9, 6), "fc*")
+    with pytest.raises(ValueError, match=r"\(4, ..., n\) as the input .* Say modulate= with the path of a module"):
+        attach(TimeMajor(MLP(nnx.Rngs(0))), rule, inputs(5, 4, 6))
     with pytest.raises(ValueError, match=r"at= names modules, not \['input of fc2'\]"):
         attach(MLP(nnx.Rngs(0)), rule, inputs(9, 6), "input of fc2")
     with pytest.raises(ValueError, match=r"\['fc1'\] come before the modulated 'fc2'"):
         attach(MLP(nnx.Rngs(0)), jaxfa.pepita(modulate="fc2"), inputs(9, 6), "fc1")
-    with pytest.raises(ValueError, match=r"take jaxfa\.stacks\.stored"):
-        attach(Residual(nnx.Rngs(0)), rule, inputs(9, 6), ("stem", "blocks/*"), schedule=jaxfa.stacks.stream)
+    for schedule in (jaxfa.stacks.stream, jaxfa.stacks.dispatch(jaxfa.stacks.mesh(layer=1))):
+        with pytest.raises(ValueError, match=r"two passes forward: take jaxfa\.stacks\.stored"):
+            attach(Residual(nnx.Rngs(0)), rule, inputs(9, 6), ("stem", "blocks/*"), schedule=schedule)

@@ -94,6 +94,40 @@ def test_errors_have_no_bias_and_the_variance_of_the_closed_form(name, x64):
         np.testing.assert_allclose(float(jnp.sum(samples.var(0))), variance, rtol=0.06)
 
 
+@pytest.mark.parametrize("separate", [False, True], ids=["together", "separate"])
+def test_gradients_of_weights_have_no_bias_and_the_same_variance(separate, x64):
+    rule = jaxfa.forward_gradient(weights=True, separate=separate)
+    params, _ = create(rule, KEY)
+    x, y = batch(examples=4)
+    w = [p["w"] for p in params]
+
+    def plain(taps):
+        moved = [
+            p | {"w": p["w"] + tap.reshape(tap.shape and p["w"].shape)} for p, tap in zip(params, taps, strict=True)
+        ]
+        return forward(moved, None, x)
+
+    def total(logits):
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    logits = plain([jnp.zeros(())] * 3)
+    e = jax.grad(total)(logits)
+
+    def gradients(key):
+        keys = jax.random.split(key, 3)
+        bound = bind(plain, [rule.init(k, one[None], logits) for k, one in zip(keys, w, strict=True)])
+        return [node.deliver(one, e) for node, one in zip(bound, w, strict=True)]
+
+    found = jax.jit(jax.vmap(gradients))(jax.random.split(jax.random.key(0), 40_000))
+    true = jax.grad(lambda taps: total(plain(taps)))([jnp.zeros_like(one) for one in w])
+    powers = [float(jnp.sum(a**2)) for a in true]
+    for samples, a, own in zip(found, true, powers, strict=True):
+        variance = (a.size - 1) * own + (0 if separate else a.size * (sum(powers) - own))
+        off = float(jnp.sum((samples.mean(0) - a) ** 2)) * len(samples) / variance
+        assert 0.02 < off < 4
+        np.testing.assert_allclose(float(jnp.sum(samples.var(0))), variance, rtol=0.06)
+
+
 def test_a_derivative_along_other_draws_than_the_error_s_has_mean_zero(x64):
     def later(bound):
         return [replace(node, step_bytes=node.step_bytes + 1) for node in bound]

@@ -77,7 +77,7 @@ def test_rules_are_the_gradient_of_a_surrogate(name, x64):
     ids=["dense", "image", "token_logits", "sequence_one_output", "token_heads", "vector_to_sequence"],
 )
 def test_direct_feedback_of_every_shape(h_shape, e_shape, b_shape, spec, x64):
-    h, e = normal(*h_shape), normal(*e_shape)
+    h, e = normal(*h_shape), normal(*e_shape) / 100  # as small as the errors of a mean over so many examples
 
     def delivered(rule):
         feedback = rule.init(KEY, h, e)
@@ -161,6 +161,50 @@ def test_drtp_sees_the_labels_and_not_the_logits(x64):
         np.testing.assert_array_equal(a[layer]["w"], b[layer]["w"])
         assert np.any(signals(params, feedback, x, (y + 1) % 3)[0][layer]["w"] != a[layer]["w"])
     assert np.any(a[2]["w"] != b[2]["w"])
+
+
+def multi_label(logits, y):
+    return optax.sigmoid_binary_cross_entropy(logits, y).sum(-1).mean()
+
+
+def mean_softmax(logits, y):
+    return optax.softmax_cross_entropy(logits, y).mean()
+
+
+ONE_HOT = np.eye(4)[[0, 1, 2, 3, 1, 0]]
+SEVERAL = np.array([[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 1, 1], [0, 0, 1, 1]])
+TOLD = {
+    "one-hot, softmax": (mean_softmax, ONE_HOT, None),
+    "one-hot, sigmoid": (multi_label, ONE_HOT, None),
+    "several labels": (multi_label, SEVERAL, None),
+    "certain and wrong": (lambda z, y: mean_softmax(z - 100 * y, y), ONE_HOT, None),
+    "one example alone, whose sum may be zero by chance": (
+        lambda z, y: jnp.sum(z[:1] * jnp.array([[0.1, 0.02, -0.1, -0.02]])),
+        np.array([[0, 0, 1, 1]] + 5 * [[0, 0, 0, 0]]),
+        None,
+    ),
+    "smoothed": (lambda z, y: mean_softmax(z, 0.7 * y + 0.1), ONE_HOT, "does not tell the targets"),
+    "mixed": (lambda z, y: mean_softmax(z / 20, 0.6 * y + 0.4 * y[::-1]), ONE_HOT, "does not tell the targets"),
+    "summed": (lambda z, y: 6 * mean_softmax(z, y), ONE_HOT, "say with examples= by what it is divided"),
+    "squares": (lambda z, y: jnp.square(z - y).sum(-1).mean(), ONE_HOT, "say with examples= by what it is divided"),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_drtp_learns_from_targets_that_the_error_tells_or_refuses_it(name, x64):
+    objective, y, refused = TOLD[name]
+    h, e = normal(6, 5), jax.grad(lambda z: objective(z, y))(2 * normal(6, 4))
+    feedback = jaxfa.drtp().init(KEY, h, e)
+    traced = jax.jit(feedback.deliver)(h, e)
+    if refused is None:
+        np.testing.assert_allclose(feedback.deliver(h, e), -y @ feedback.b.T / 6, atol=1e-13)
+        np.testing.assert_allclose(traced, -y @ feedback.b.T / 6, atol=1e-13)
+        # 1/6, too, has no exact bits in half precision.
+        np.testing.assert_allclose(feedback.deliver(h, e.astype(jnp.bfloat16)), -y @ feedback.b.T / 6, rtol=0.05)
+    else:
+        with pytest.raises(ValueError, match=refused):
+            feedback.deliver(h, e)
+        assert np.isnan(traced).all(1).any()
 
 
 @pytest.mark.parametrize("name", ["usf", "brsf", "frsf"])

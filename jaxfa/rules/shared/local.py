@@ -10,7 +10,7 @@ from jax.nn import initializers
 
 from jaxfa.base import DirectFeedback
 from jaxfa.rules.shared.projection import shared_axes
-from jaxfa.rules.shared.targets import targets
+from jaxfa.rules.shared.targets import check_classes, targets
 
 
 class LocalLoss(DirectFeedback):
@@ -53,6 +53,7 @@ def affine(x: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
 
 def classifier(key: jax.Array, features: int, h: Any, logits: Any, draw: Any = None) -> tuple[jax.Array, jax.Array]:
     """Weights ``(features, C)`` and biases of a classifier; never below single precision."""
+    check_classes(h, logits)
     dtype, classes = jnp.promote_types(h.dtype, jnp.float32), logits.shape[-1]
     return (draw or initializers.lecun_normal())(key, (features, classes), dtype), jnp.zeros(classes, dtype)
 

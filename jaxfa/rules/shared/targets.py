@@ -1,6 +1,7 @@
 """What a classification's output error tells of its targets, for rules that learn from these."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +46,7 @@ def targets(h: jax.Array, e: jax.Array, examples: float) -> jax.Array:
     Raises:
       ValueError: if the error is of no classes; outside of ``jit``, if a target can't be told, and why.
     """
-    if e.ndim != shared_axes(h, e) + 1 or e.shape[-1] < 2:
-        raise ValueError(
-            f"A local loss needs logits (N, ..., C) of two classes or more, one target for each example or token of "
-            f"the activation; got an error {e.shape} for an activation {h.shape}. Tap a module before the axis of "
-            f"tokens is merged or averaged, or say with logits= which of the outputs are a classifier's."
-        )
+    check_classes(h, e)
     # What rounding leaves of a sum that is zero, or of an error that is.
     slack = math.sqrt(jnp.finfo(e.dtype).eps) / examples
     e = e.astype(jnp.promote_types(e.dtype, jnp.float32))
@@ -58,16 +54,51 @@ def targets(h: jax.Array, e: jax.Array, examples: float) -> jax.Array:
     count, sizes = negative.sum(-1), jnp.abs(e).sum(-1)
     hard = ((count == 1) & (jnp.abs(e.sum(-1)) <= slack)) | ((count == 0) & (sizes <= slack))
     mean = jnp.abs(e).max(-1) <= 1 / examples + slack
-    _say(mean | ~hard, (
-        f"The output error is larger than that of a cross-entropy averaged over {examples:g} examples, to which a "
-        f"local loss is scaled: average the loss over the batch, or say with examples= by what it is divided."
-    ))  # fmt: skip
-    _say(hard, (
-        "The output error does not tell the targets, which a local loss needs: take the mean softmax cross-entropy of "
-        "the logits with hard labels (no smoothing, no mixing, no other loss), or a rule that uses the error itself, "
-        "such as jaxfa.dfa()."
-    ))  # fmt: skip
+    _say(mean | ~hard, _SUMMED.format(examples))
+    _say(hard, _UNTOLD.format("softmax cross-entropy of the logits"))
     return jnp.where((hard & mean)[..., None], negative.astype(e.dtype), jnp.nan)
+
+
+def signed_targets(e: jax.Array, examples: float) -> jax.Array:
+    """The same of a softmax or sigmoid cross-entropy, of which an example may have several classes, or none.
+
+    That labels are soft is told by a softmax's errors alone, whose sum is zero: two of them are negative. The sum of
+    sigmoids' errors is zero by chance, but not for all examples; so the whole batch is NaN, or nothing.
+    """
+    slack, tiny = (math.sqrt(jnp.finfo(dtype).eps) for dtype in (e.dtype, jnp.float32))
+    e = e.astype(jnp.promote_types(e.dtype, jnp.float32))
+    negative = e < 0
+    sizes, mean = jnp.abs(e).sum(-1), jnp.abs(e).max(-1) <= (1 + slack) / examples
+    learns = sizes > tiny / examples
+    soft = learns & (negative.sum(-1) > 1)
+    hard = ~(soft.any() & (~learns | (jnp.abs(e.sum(-1)) <= tiny * sizes)).all()) | (learns.sum() < 2)
+    _say(mean, _SUMMED.format(examples))
+    _say(hard, _UNTOLD.format("cross-entropy of one softmax, or of sigmoids,"))
+    return jnp.where(hard & mean[..., None], negative.astype(e.dtype), jnp.nan)
+
+
+def check_classes(h: Any, e: Any) -> None:
+    """Refuses logits of no classes, or of other examples and tokens than an activation's.
+
+    Raises:
+      ValueError: if they are.
+    """
+    if len(e.shape) != shared_axes(h, e) + 1 or e.shape[-1] < 2:
+        raise ValueError(
+            f"A local loss needs logits (N, ..., C) of two classes or more, one target for each example or token of "
+            f"the activation; got an error {e.shape} for an activation {h.shape}. Tap a module before the axis of "
+            f"tokens is merged or averaged, or say with logits= which of the outputs are a classifier's."
+        )
+
+
+_SUMMED = (
+    "The output error is larger than that of a cross-entropy averaged over {:g} examples, as which it is read: average "
+    "the loss over the batch, or say with examples= by what it is divided."
+)
+_UNTOLD = (
+    "The output error does not tell the targets, from which this rule learns: take the mean {} with hard labels (no "
+    "smoothing, no mixing, no other loss), or a rule that uses the error itself, such as jaxfa.dfa()."
+)
 
 
 def _say(holds: jax.Array, reason: str) -> None:
