@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxfa.base import DirectFeedback
 from jaxfa.ops import check_family, deliver
+from jaxfa.order import one_by_one
 from jaxfa.varying import vary_alike, zeros_of
 
 Run = Callable[[Any, Any], Any]  # (tree, ref) -> outputs
@@ -143,8 +144,12 @@ def _forward(run: Run, error_of: Callable[[Any], jax.Array], kind: Any, tree: An
 def _backward(run: Run, error_of: Callable[[Any], jax.Array], kind: Any, pullback: Any, cotangents: Any) -> Any:
     del run, kind
     cotangents = filled(cotangents)
-    ref = jax.new_ref(error_of(cotangents))
-    return jax.tree.map(lambda leaf: ref if _is_hole(leaf) else leaf, pullback, is_leaf=_is_hole)(cotangents)
+
+    def pull(ref: Any) -> Any:
+        return jax.tree.map(lambda leaf: ref if _is_hole(leaf) else leaf, pullback, is_leaf=_is_hole)(cotangents)
+
+    error = error_of(cotangents)
+    return one_by_one(pull, jax.new_ref(error)) if isinstance(error, jax.core.Tracer) else pull(jax.new_ref(error))
 
 
 def is_zero(cotangent: Any) -> bool:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from jaxfa.jaxprs.versions import opened
-from jaxfa.stacks.blocks import after
+from jaxfa.order import after
 from jaxfa.varying import zeros_of
 
 # The gradients that a piece waits for; those before were waited for by the pieces that made these.

@@ -25,7 +25,7 @@ from jaxfa.nn.refined import bound
 from jaxfa.nn.tap import Tap, held_taps, set_taps, taps_of
 from jaxfa.nn.taps import stacks_of
 from jaxfa.ops import deliver
-from jaxfa.stacks.blocks import after
+from jaxfa.order import after
 from jaxfa.stacks.schedules import Dispatch, Schedule
 from jaxfa.varying import zeros_of
 

@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxfa.base import DirectFeedback
 from jaxfa.ops import check_family, deliver
+from jaxfa.order import after
 
 Block = Callable[[Any, jax.Array], jax.Array]
 
@@ -45,18 +46,6 @@ def order(unroll: int) -> Callable[[Any, Any], Any]:
     which has its order, the values as they are.
     """
     return after if unroll > 1 else lambda values, known: values
-
-
-def after(values: Any, known: Any) -> Any:
-    """The values, bit for bit, but not before those in ``known`` are, for all that the compiler can tell.
-
-    An ``optimization_barrier`` would say so, too, but XLA drops it on a CPU before it looks for common subexpressions;
-    and elementwise operations it would fuse, with all that leads to them from block to block.
-    """
-    floats = [leaf for leaf in jax.tree.leaves(known) if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    first = sum(jnp.ravel(leaf)[0] for leaf in floats)
-    # Never true, which the compiler does not see.
-    return lax.cond(jnp.isnan(first) & (first == 0), partial(jax.tree.map, jnp.zeros_like), lambda tree: tree, values)
 
 
 def learn(block: Block, pair: tuple[Any, DirectFeedback], h: jax.Array, e: jax.Array) -> tuple[jax.Array, Any, Any]:

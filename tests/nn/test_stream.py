@@ -172,6 +172,20 @@ def test_memory_does_not_grow_with_depth(make, options, schedule):
     assert (temporary(8) < 1.3 * temporary(2)) == (schedule is jaxfa.stacks.stream)
 
 
+@pytest.mark.parametrize("depth", [4, 8])
+def test_stored_errors_take_no_more_memory_than_backpropagation(depth):
+    # Errors that were delivered to all blocks side by side would take as much as the activations of half of them.
+    make, x = Deep(nnx.Rngs(0), depth, 0.0), inputs(2048, 16)
+
+    def temporary(model):
+        graphdef, state = nnx.split(model)
+        step = jax.jit(lambda state, x: nnx.grad(loss)(nnx.merge(graphdef, state), x))
+        return step.lower(state, x).compile().memory_analysis().temp_size_in_bytes
+
+    direct = jaxfa.nn.attach(make, jaxfa.dfa(), rngs=nnx.Rngs(1), example=x)
+    assert temporary(direct) < 1.01 * temporary(make)
+
+
 class Deep(nnx.Module):
     """Equal layers, each with dropout and normalisation behind it."""
 

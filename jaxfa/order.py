@@ -1,0 +1,60 @@
+"""The order of what does not depend on each other in a compiled program, and with it the memory that this takes."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+
+from jaxfa.varying import varying_axes
+
+
+def after(values: Any, known: Any) -> Any:
+    """The values, bit for bit, but not before those in ``known`` are, for all that the compiler can tell.
+
+    An ``optimization_barrier`` says so on a GPU, where a ``cond`` would cost much. On a CPU XLA drops it before it
+    looks for common subexpressions; elementwise operations it would fuse, with all that leads to them block by block.
+    """
+    floats = [leaf for leaf in jax.tree.leaves(known) if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    if jax.default_backend() != "cpu":
+        return lax.optimization_barrier((values, floats))[0]
+    first = sum(jnp.ravel(leaf)[0] for leaf in floats)
+    # Never true, which the compiler does not see.
+    return lax.cond(jnp.isnan(first) & (first == 0), partial(jax.tree.map, jnp.zeros_like), lambda tree: tree, values)
+
+
+def one_by_one(function: Callable[[Any], Any], ref: Any) -> Any:
+    """``function(ref)``, whose parts that read the ref each wait for the results that are made before them.
+
+    Errors are delivered in this way: no tap's gradient needs another's, so that the compiler would deliver to all of
+    them first, and keep all that is delivered.
+    """
+    program, shapes = jax.make_jaxpr(function, return_shape=True)(ref)
+    jaxpr: Any = getattr(program, "jaxpr", program)  # closed before JAX 0.12
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, ref], strict=True))
+    (own,), results = jaxpr.invars, {id(var) for var in jaxpr.outvars}
+    made: list[Any] = []
+    readers = [i for i, eqn in enumerate(jaxpr.eqns) if own in eqn.invars]
+    for start, stop in pairwise([0, *readers, len(jaxpr.eqns)]):
+        if made:
+            values[own], made = _renewed(values[own], made), []
+        eqns = jaxpr.eqns[start:stop]
+        new = [var for eqn in eqns for var in eqn.outvars]
+        read = [*dict.fromkeys(var for eqn in eqns for var in eqn.invars if not isinstance(var, Literal))]
+        ins = [var for var in read if var in values]
+        part = ClosedJaxpr(jaxpr.replace(constvars=[], invars=ins, outvars=new, eqns=eqns), ())
+        values |= dict(zip(new, jaxpr_as_fun(part)(*(values[var] for var in ins)), strict=True))
+        made += [values[var] for var in new if id(var) in results]
+    found = [var.val if isinstance(var, Literal) else values[var] for var in jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+def _renewed(ref: Any, known: list[jax.Array]) -> Any:
+    """Another ref that holds the same, after what is known; it varies over no more axes of a mesh than before."""
+    value = ref[...]
+    axes = varying_axes(jax.typeof(value))
+    return jax.new_ref(after(value, [one for one in known if varying_axes(jax.typeof(one)) <= axes]))
