@@ -165,3 +165,9 @@ def loss(model, x):
 
 def alignment(aligned, x):
     return nnx.jit(lambda aligned: jaxfa.nn.alignment(aligned, lambda model: loss(model, x)))(aligned)
+
+
+@nnx.jit
+def gradient(model, x):
+    """The loss and its gradient in all that learns."""
+    return nnx.value_and_grad(lambda model: loss(model, x), argnums=nnx.DiffState(0, TRAINED))(model)

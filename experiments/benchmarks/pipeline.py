@@ -13,14 +13,12 @@ derivatives need kept (``parallel``); and with a second sweep from each stage's 
 
 Then steps are timed for ``S = 2``: two CPU devices on two cores, against the same method on one core, each process
 bound to its cores and the rounds interleaved. The bound of the speed-up is the critical path's, if nothing but the
-bubbles were lost. ``cores`` is CPU time by wall time: below 1 on one core, others were using it, too.
+bubbles were lost.
 """
 
-import contextlib
 import dataclasses
-import statistics
 from collections.abc import Callable
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from rich.progress import track
 from experiments.benchmarks import pipeline_worker
 from experiments.benchmarks.pipeline_model import METHODS, cost
 from experiments.benchmarks.pipeline_steps import BASES, Network
-from experiments.common import plots, records
+from experiments.common import plots, records, timing
 from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
 
 COLORS = dict(zip(METHODS, (plots.GREY, plots.INK, plots.BLUE, plots.GREEN), strict=True))
@@ -69,6 +67,8 @@ class Config(Options):
         records.refuse_below_one(self, "layers", "width", "outputs", "examples", "timed_layers", "steps")
         if any(self.layers % stages for stages in self.stages):
             raise ValueError(f"stages must divide the {self.layers} layers, got {self.stages}.")
+        if self.rounds == 1:
+            raise ValueError("rounds must be 0, which leaves timing out, or at least 2, got 1.")
 
     def unread(self) -> tuple[str, ...]:
         """Without rounds nothing is timed."""
@@ -114,39 +114,23 @@ def _count(config: Config) -> list[dict[str, Any]]:
 
 def _time(config: Config) -> dict[str, Any]:
     network = Network(config.timed_layers, config.timed_width, config.outputs, config.timed_examples)
-    with contextlib.ExitStack() as stack:
-        runs: dict[tuple[str, int], Any] = {}
-        for which in product(BASES, (1, 2)):
-            task = network, which, config.timed_microbatches, config.steps
-            held = pipeline_worker.process(pipeline_worker.rounds, *task, devices=which[1], cores=which[1])
-            runs[which] = stack.enter_context(held)
-        # The first round of each, which waits for its compilation, does not count.
-        rounds = [
-            {which: _round(one) for which, one in runs.items()} for _ in track(range(config.rounds + 1), "timing")
-        ]
-    return {arm: _summary(arm, rounds[1:], config.timed_microbatches, network) for arm in BASES}
+    return {arm: _speedup(config, network, arm) for arm in track(BASES, "timing")}
 
 
-def _round(connection: Any) -> tuple[float, float]:
+def _speedup(config: Config, network: Network, arm: str) -> dict[str, Any]:
+    task = network, arm, config.timed_microbatches, config.steps
+    process = partial(pipeline_worker.process, pipeline_worker.rounds, *task)
+    with process(devices=1, cores=1) as alone, process(devices=2, cores=2) as both:
+        runs = {"one core": partial(_round, alone), "two cores": partial(_round, both)}
+        for run in runs.values():  # compiles
+            run()
+        times = timing.interleaved(runs, config.rounds, "two cores")
+    return times | {"bound": cost(METHODS[arm], 2, config.timed_microbatches, network).speedup}
+
+
+def _round(connection: Any) -> float:
     connection.send(True)
-    seconds, cpu = connection.recv()
-    return seconds, cpu
-
-
-def _summary(arm: str, rounds: list[Any], microbatches: int, network: Network) -> dict[str, Any]:
-    seconds = {cores: [one[arm, cores][0] for one in rounds] for cores in (1, 2)}
-    ratios = [alone / both for alone, both in zip(seconds[1], seconds[2], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {
-        "milliseconds": {cores: 1e3 * statistics.median(times) for cores, times in seconds.items()},
-        "cores": {
-            cores: statistics.median(one[arm, cores][1] / one[arm, cores][0] for one in rounds) for cores in (1, 2)
-        },
-        "speedup": middle,
-        "quartiles": [low, high],
-        "fastest": min(seconds[1]) / min(seconds[2]),
-        "bound": cost(METHODS[arm], 2, microbatches, network).speedup,
-    }
+    return connection.recv()
 
 
 def figure(config: Config, counts: list[dict[str, Any]]) -> Any:
@@ -197,12 +181,11 @@ def _counted(counts: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _timed(times: dict[str, Any]) -> list[list[str]]:
-    table = [["method", "one core", "two cores", "cores in use", "speed-up", "quartiles", "fastest", "bound"]]
+    table = [["method", "one core", "two cores", "speed-up", "quartiles", "bound"]]
     for arm, one in times.items():
-        ms, cores, (low, high) = one["milliseconds"], one["cores"], one["quartiles"]
-        used = f"{cores['1']:.2f}, {cores['2']:.2f}"
-        ends = f"{one['speedup']:.2f}", f"{low:.2f} to {high:.2f}", f"{one['fastest']:.2f}", f"{one['bound']:.2f}"
-        table.append([arm, f"{ms['1']:.0f} ms", f"{ms['2']:.0f} ms", used, *ends])
+        alone, both = one["one core"], one["two cores"]
+        row = [f"{alone['milliseconds']:.0f} ms", f"{both['milliseconds']:.0f} ms", f"{alone['ratio']:.2f}"]
+        table.append([arm, *row, f"{alone['low']:.2f} to {alone['high']:.2f}", f"{one['bound']:.2f}"])
     return table
 
 

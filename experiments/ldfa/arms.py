@@ -12,7 +12,7 @@ from flax import nnx
 
 import jaxfa
 from experiments.common import checkpoint, experiment, records
-from experiments.common.augment import flip_and_rotate
+from experiments.common.augment import crop_and_flip, flip_and_rotate
 from experiments.common.data import Dataset
 from experiments.common.experiment import Arm
 from experiments.common.optimizers import adam
@@ -27,6 +27,8 @@ from jaxfa.base import is_layer
 FEEDBACK_RATE = 0.5
 REBUILDING = 0.1  # how much of what is missing Q rebuilds in a step; ours
 
+Make = Callable[[Shape, int, nnx.Rngs], nnx.Module]
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
 VariantName = Literal["both", "local", "hebbian", "rebuilt", "fixed", "normative"]
 
 
@@ -36,7 +38,6 @@ class Variant(NamedTuple):
     Attributes:
       title: what the report calls it.
       rule: ``(rank, rate of P) -> rule``.
-      published: the published number by rank.
       at: where the rule goes.
       allow: the layers that may stay with backpropagation.
       most: the largest rank that there can be; None where layers set it.
@@ -44,7 +45,6 @@ class Variant(NamedTuple):
 
     title: str
     rule: Callable[[Any, float], jaxfa.Rule]
-    published: Mapping[float, float] = {}
     at: tuple[str, ...] | None = None
     allow: tuple[str, ...] = ()
     most: int | None = None
@@ -154,7 +154,7 @@ def by_rank(
     yield Arm(f"{start}bp", group or "Backpropagation", None, plain, (published or {}).get("bp", {}).get(0))
     for name in config.variants:
         chosen = variants[name]
-        numbers = (published or {}).get(name, chosen.published)
+        numbers = (published or {}).get(name, {})
         for rank in (rank for rank in config.ranks if rank <= (chosen.most or rank)):
             rate = FEEDBACK_RATE if name in RATELESS else config.feedback_rate
             rule = chosen.rule(rank if axis != "rank" else int(rank), rate)
@@ -172,20 +172,12 @@ def last_state(folder: Path, start: State) -> State:
 
 
 def bp(
-    config: experiment.Config,
-    dataset: Dataset,
-    make: Callable[[Shape, int, nnx.Rngs], nnx.Module],
-    *,
-    weight_decay: float,
-    decay: float,
-    amsgrad: bool = False,
-    **options: Any,
+    config: experiment.Config, dataset: Dataset, make: Make, *, augment: Augment = crop_and_flip, **options: Any
 ) -> Task:
-    """Backpropagation in a network ``make(shape, classes, rngs)`` by the paper's Adam, see :func:`adam`."""
+    """Backpropagation in a network ``make(shape, classes, rngs)`` by the paper's :func:`adam` with these options."""
     shape, classes = dataset.train_images.shape[1:], dataset.classes
-    steps = len(dataset.train_labels) // config.batch
-    optimizer = adam(config.learning_rate, weight_decay=weight_decay, decay=decay, steps=steps, amsgrad=amsgrad)
-    return Task(lambda rngs: make(shape, classes, rngs), jaxfa.backprop(), optimizer, dataset, config.batch, **options)
+    optimizer = adam(config.learning_rate, steps=len(dataset.train_labels) // config.batch, **options)
+    return Task(partial(make, shape, classes), jaxfa.backprop(), optimizer, dataset, config.batch, augment=augment)
 
 
 def mlp(config: experiment.Config, dataset: Dataset, *, width: int, degrees: float) -> Task:

@@ -95,7 +95,7 @@ class Config(ldfa.Config):
             raise ValueError(f"classes must be numbers from 2 to 100, got {self.classes}.")
 
     def unread(self) -> tuple[str, ...]:
-        """Of subsets there is no narrow network."""
+        """Subsets of classes are learned by no narrow network."""
         return (*super().unread(), *(("narrow",) if self.classes else ()))
 
 

@@ -1,14 +1,12 @@
 """What a unit of an image network looks at, and whether that prefers an orientation."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-
-from experiments.common import plots
 
 PAD = 64
 SHOWN = 8
@@ -108,12 +106,10 @@ def _explained(field: np.ndarray) -> float:
 
 
 def figure(results: dict[str, Result]) -> Figure:
-    """Receptive fields, a row per rank, and beside them their selectivity and symmetry."""
-    drawn = Figure(figsize=(9.5, 0.68 * len(results) + 0.4), layout="constrained")
-    halves: Any = drawn.subfigures(1, 2, width_ratios=(1.45, 1))
-    left, right = halves
+    """Receptive fields, a row per rank."""
     columns = min(SHOWN, *(one.fields.shape[1] for one in results.values()))
-    grid = left.subplots(len(results), columns, squeeze=False)
+    drawn = Figure(figsize=(5.8, 0.68 * len(results) + 0.4), layout="constrained")
+    grid = drawn.subplots(len(results), columns, squeeze=False)
     for row, (name, one) in zip(grid, results.items(), strict=True):
         for axes, field in zip(row, one.fields[0], strict=False):
             largest = abs(field).max() or 1.0
@@ -121,17 +117,4 @@ def figure(results: dict[str, Result]) -> Figure:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    panels = right.subplots(2, 1, sharex=True)
-    labels = ("orientation selectivity", "radial symmetry")
-    for axes, label, attribute in zip(panels, labels, ("selectivity", "symmetry"), strict=True):
-        for place, one in enumerate(results.values()):
-            values = getattr(one, attribute)
-            jitter = np.linspace(-0.22, 0.22, len(values))
-            axes.plot(place + jitter, values, ".", color=plots.GREY, markersize=3)
-            axes.plot([place - 0.3, place + 0.3], [np.nanmean(values)] * 2, color=plots.VERMILLION, linewidth=2)
-        axes.set_ylim(0, 1)
-        axes.set_ylabel(label)
-        axes.grid(axis="y")
-    short = [name.replace("backpropagation", "BP").replace("rank ", "r = ") for name in results]
-    panels[-1].set_xticks(range(len(results)), short)
     return drawn

@@ -117,7 +117,7 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {
-        "cpu": Config(ranks=(1, 4, 10), shrink=2, width=128, epochs=8, images=8000, batch=128, seeds=3),
+        "cpu": Config(ranks=(1, 4, 10), shrink=2, width=128, epochs=8, images=8000, batch=128),
         "full": Config(ranks=(1, 4, 10, 32, 128), epochs=160, batch=32, learning_rate=6e-4, seeds=5),
     },
     Page(

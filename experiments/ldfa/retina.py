@@ -35,8 +35,7 @@ from experiments.ldfa.receptive_fields import Result
 PROBES = 256
 CAPTION = (
     "Receptive fields of the retina's first output channels, first seed, each to its own scale: blue excites, red "
-    "inhibits. Right, every unit of every seed, and the mean over units. The numbers are means and deviations over "
-    "units; accuracy's are over seeds."
+    "inhibits. The numbers are means and deviations over the units of all seeds; accuracy's are over seeds."
 )
 
 

@@ -85,8 +85,6 @@ EXPERIMENT = Experiment(
             epochs=8,
             images=8000,
             test_images=4000,
-            batch=64,
-            learning_rate=1e-3,
         ),
         "paper": Config(epochs=250, batch=256, learning_rate=3e-4, seeds=5),
     },

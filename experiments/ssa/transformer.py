@@ -83,7 +83,7 @@ def arms(config: Config) -> Iterator[Arm]:
 EXPERIMENT = Experiment(
     __name__,
     __doc__,
-    {"cpu": Config(epochs=5, batch=16, test_images=256, learning_rate=3e-3, seeds=3)},
+    {"cpu": Config(epochs=5, batch=16, test_images=256, learning_rate=3e-3)},
     Page(
         "Can a transformer learn in SVD space?",
         "Attention's projections and the blocks' layers as factors, their errors through factored feedback. The paper "

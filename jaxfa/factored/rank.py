@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxfa.base import is_feedback
-from jaxfa.factored.svd import Factors, by_name, drift, is_factors, standardise, take
+from jaxfa.factored.svd import Factors, by_name, is_factors, matched, take, wide
 
 
 def hoyer(s: jax.Array) -> jax.Array:
@@ -165,6 +165,29 @@ def ranks(tree: Any) -> dict[str, int]:
     Source: as :func:`prune`, after which it is smaller.
     """
     return {name: w.s.shape[-1] for name, w in by_name(tree).items()}
+
+
+def drift(w: Factors) -> jax.Array:
+    """How far ``u`` and ``v`` are from orthonormal columns: the largest of ``|u^T u - 1|`` and ``|v^T v - 1|``."""
+
+    def off(a: jax.Array) -> jax.Array:
+        gram = a.mT @ a
+        return jnp.abs(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)).max((-2, -1))
+
+    whole = wide(w)
+    return jnp.maximum(off(whole.u), off(whole.v))
+
+
+def standardise(w: Factors) -> Factors:
+    """The decomposition anew, of factors that have drifted from orthonormal ones; the product stays.
+
+    Each column takes the place and the signs of the old one that it is nearest to, so that what is kept beside the
+    weights, column by column, still belongs to them; ``s`` are in no order then, and as negative as they were.
+    """
+    old = wide(w)
+    (q_u, r_u), (q_v, r_v) = jnp.linalg.qr(old.u), jnp.linalg.qr(old.v)
+    a, s, bt = jnp.linalg.svd((r_u * jnp.expand_dims(w.s, -2)) @ r_v.mT, full_matrices=False)
+    return matched(replace(old, u=q_u @ a, s=s, v=q_v @ bt.mT), old).astype(w.dtype)
 
 
 def _shrunk(w: Factors, energy: float, multiple: int, tolerance: float) -> Any:

@@ -128,36 +128,13 @@ def factorise(w: jax.Array | Factors, rank: float | None = None, *, name: str = 
     return Factors(u[:, :r], s[:r], vt[:r].T, w.shape, name).astype(w.dtype)
 
 
-def drift(w: Factors) -> jax.Array:
-    """How far ``u`` and ``v`` are from orthonormal columns: the largest of ``|u^T u - 1|`` and ``|v^T v - 1|``."""
-
-    def off(a: jax.Array) -> jax.Array:
-        gram = a.mT @ a
-        return jnp.abs(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)).max((-2, -1))
-
-    wide = _wide(w)
-    return jnp.maximum(off(wide.u), off(wide.v))
-
-
-def standardise(w: Factors) -> Factors:
-    """The decomposition anew, of factors that have drifted from orthonormal ones; the product stays.
-
-    Each column takes the place and the signs of the old one that it is nearest to, so that what is kept beside the
-    weights, column by column, still belongs to them; ``s`` are in no order then, and as negative as they were.
-    """
-    old = _wide(w)
-    (q_u, r_u), (q_v, r_v) = jnp.linalg.qr(old.u), jnp.linalg.qr(old.v)
-    a, s, bt = jnp.linalg.svd((r_u * jnp.expand_dims(w.s, -2)) @ r_v.mT, full_matrices=False)
-    return matched(replace(old, u=q_u @ a, s=s, v=q_v @ bt.mT), old).astype(w.dtype)
-
-
 def matched(b: Factors, w: Factors) -> Factors:
     """The same product ``b``, its columns in the order and of the signs that are nearest to those of ``w``.
 
     A decomposition leaves both open: ``(u_i, s_i, v_i)`` may stand anywhere, and two of the three may be negated. Of
     all these ``|w.u - u|^2 + |w.s - s|^2 + |w.v - v|^2`` is least for the one that is returned.
     """
-    own, to = _wide(b), _wide(w)
+    own, to = wide(b), wide(w)
     of_u, of_v, of_s = to.u.mT @ own.u, to.v.mT @ own.v, jnp.expand_dims(to.s, -1) * jnp.expand_dims(own.s, -2)
     signs = ((1, 1), (1, -1), (-1, 1), (-1, -1))
     overlaps = jnp.stack([x * of_u + y * of_v + x * y * of_s for x, y in signs])  # (4, ..., w's, b's)
@@ -181,7 +158,8 @@ def take(w: Factors, index: Any) -> Factors:
     return replace(w, u=u, s=jax.tree.map(lambda s: jnp.take_along_axis(s, index, -1), w.s), v=v)
 
 
-def _wide(w: Factors) -> Factors:
+def wide(w: Factors) -> Factors:
+    """The factors in single precision or more."""
     return w.astype(jnp.promote_types(w.dtype, jnp.float32))
 
 

@@ -19,7 +19,7 @@ from jaxfa.nn.variables import structs
 def tappable(
     held: dict[str, Held], seen: dict[str, Any], error: Any, factor: int
 ) -> tuple[dict[str, dict[str, Any]], Any]:
-    """Of what was seen at taps the arrays to which an error can be delivered, and the error; of true sizes.
+    """The arrays seen at taps to which an error can be delivered, and the error; in their true sizes.
 
     Raises:
       ValueError: if a tapped module has none.
@@ -52,7 +52,7 @@ def tappable(
 
 
 def that_are_read(model: nnx.Module, call: Any, found: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> dict[str, Any]:
-    """Of several arrays at a tap those that the logits depend on, such as a hidden state and not a cache."""
+    """The arrays on which the logits depend where a tap has several, such as a hidden state and not a cache."""
     several = {path: leaves for path, leaves in found.items() if len(leaves) > 1}
     if not several:
         return found

@@ -80,7 +80,7 @@ def _arrays(tree: Any) -> list[Any]:
 
 
 def _written(changed: Any) -> list[Any]:
-    """Of the state that a model writes what a loss may read, such as a penalty; statistics and caches it does not."""
+    """The state that a model writes and a loss may read, such as a penalty; not its statistics and caches."""
     return [
         value_of(leaf) for path, leaf in nnx.to_flat_state(changed) if path[0] == 0 and not isinstance(leaf, _STATE)
     ]

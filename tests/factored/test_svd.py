@@ -9,11 +9,10 @@ import pytest
 
 import jaxfa
 from jaxfa.factored import rank as ranks
-from jaxfa.factored import svd
 from jaxfa.factored.svd import Factors, by_name
 
 KEY = jax.random.PRNGKey(0)
-drift, standardise = jax.jit(svd.drift), jax.jit(svd.standardise)
+drift, standardise = jax.jit(ranks.drift), jax.jit(ranks.standardise)
 # name: (weights' shape, input's shape, options of jaxfa.conv)
 CONVOLUTIONS = {
     "one dimension": ((3, 4, 5), (2, 9, 4), {"strides": 2}),

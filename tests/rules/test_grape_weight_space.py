@@ -33,7 +33,7 @@ def jacobian(a, last):
 
 
 def expectation(estimator, shape):
-    """Of a function quadratic in white noise of a shape."""
+    """The expectation of a function that is quadratic in white noise of a shape."""
     units = jnp.eye(math.prod(shape)).reshape(-1, *shape)
     return jnp.sum(lax.map(estimator, units), 0)
 
