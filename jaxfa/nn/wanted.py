@@ -12,8 +12,8 @@ from jaxfa.nn.choose import choose
 from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.places import Forward
+from jaxfa.nn.survey import names_of, uses_in
 from jaxfa.nn.tap import Place
-from jaxfa.nn.trace import uses_of
 from jaxfa.nn.variables import modules_of
 
 
@@ -26,7 +26,7 @@ def places_for(model: Any, rule: DirectRule, at: Any, forward: Forward, call: An
     elif rule.parameters:
         places = _parameters(model, at, call.allow)
     elif rule.weights is not None or (at is None and rule.source is not None):
-        places = _layers(model, rule, at, uses_of(model, call.method, call.example))
+        places = _layers(model, rule, at, uses_in(forward.program, forward.jaxpr))
     elif at is None:
         places, note, _ = choose(model, forward, call.allow)
     else:
@@ -77,7 +77,7 @@ def _hidden(model: Any, forward: Forward) -> tuple[Place, ...]:
     places = [Place("output", path) for path in forward.modules if path in sites]
     names = {place: f"output of {place.path}" for place in places}
     cuts = Cuts([name for name in names.values() if forward.holds_examples(name)], forward.learns, [])
-    starts = cuts.run(forward.to_logits, forward.names()).starts
+    starts = cuts.run(forward.to_logits, names_of(forward.program)).starts
     return tuple(place for place in places if set(starts.get(Read((names[place],)), {})) != {OUTPUT})
 
 
