@@ -11,7 +11,7 @@ weights that were multiplied by data or looked up by it (a mixture's experts), w
 :mod:`jaxfa.jaxprs.follow` tells apart, in the forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from jaxfa.jaxprs.flows import ERROR, NONE, Flow, Passage, Use, Walker
+from jaxfa.jaxprs.flows import ERROR, Flow, Passage, Use, Walker
 from jaxfa.jaxprs.versions import opened
 
 
@@ -88,7 +88,8 @@ def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names:
         # With the outputs, lest the forward pass be taken for dead.
         return vjp([error, none[1]]), vjp([none[0], beside]) if beside else (), outputs
 
-    walker, ends = _walked(program, params, rest, data, names)
+    traced = jax.make_jaxpr(program)(params, rest, data)
+    walker, ends = _walked(traced, [*jax.tree.leaves(names), *[None] * len(jax.tree.leaves(data))])
     keys = jax.tree.leaves(names[0])
     own, others = dict(zip(keys, ends, strict=False)), ends[len(keys) :] if kinds[0] else []
     arrivals = {name: end.way for name, end in own.items()}
@@ -97,18 +98,15 @@ def audit(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names:
     return Audit(list(walker.uses.values()), arrivals, frozenset(walker.passages), beside, ways)
 
 
-def uses(forward: Callable[..., Any], params: Any, rest: Any, data: Any, names: tuple[Any, Any]) -> list[Use]:
-    """The uses alone, of which the forward pass tells; arguments as for :func:`audit`."""
-    walker, _ = _walked(lambda *args: _floats(forward(*args)), params, rest, data, names)
-    return list(walker.uses.values())
+def uses(program: Any, names: Sequence[str | None]) -> list[Use]:
+    """The uses alone, of which the forward pass tells: a traced one whose arguments have these names, data None."""
+    return list(_walked(program, names)[0].uses.values())
 
 
-def _walked(program: Callable[..., Any], params: Any, rest: Any, data: Any, names: Any) -> tuple["Walker", Any]:
-    jaxpr = opened(jax.make_jaxpr(program)(params, rest, data))
+def _walked(program: Any, names: Sequence[str | None]) -> tuple["Walker", Any]:
     # Without what nothing uses: a tap ignores the error that comes from above.
-    jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    flows = [Flow(frozenset([name]) if name else NONE) for name in jax.tree.leaves(names)]
-    flows += [Flow(data=True)] * len(jax.tree.leaves(data))
+    jaxpr, _ = dce_jaxpr(opened(program), [True] * len(opened(program).outvars), instantiate=True)
+    flows = [Flow(frozenset(filter(None, [name])), data=name is None) for name in names]
     walker = Walker()
     return walker, walker.walk(jaxpr, flows, "")
 

@@ -1,6 +1,7 @@
 """What is a contraction of an activation with weights, and what is not."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from jax.extend.core import JaxprEqn
@@ -10,6 +11,7 @@ from jaxfa.jaxprs.weights import Value, Weight, base, marked, moved
 from jaxfa.ops import FORWARD
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
+_LAYER = re.compile(r"layer\[(.*?)\]")
 
 
 class Contraction(NamedTuple):
@@ -85,7 +87,14 @@ def scaled_and_summed(eqn: JaxprEqn, ins: list[Value]) -> str | None:
     return weight.name if any(gone) and any(kept) else None
 
 
-def is_covered(eqn: JaxprEqn) -> bool:
-    """Whether an equation is a layer that has feedback already."""
-    body = opened(eqn.params["call_jaxpr"])
-    return any(FORWARD in str(inner.source_info.name_stack) for inner in body.eqns)
+def layer_scope(path: str) -> str:
+    """The name scope of a layer that may get feedback."""
+    return f"layer[{path}]"
+
+
+def is_covered(eqn: JaxprEqn, layers: Collection[str]) -> bool:
+    """Whether an equation is of a layer that has feedback already, or that is one of these, by path, in its scope."""
+    if eqn.primitive.name == "custom_vjp_call":
+        body = opened(eqn.params["call_jaxpr"])
+        return any(FORWARD in str(inner.source_info.name_stack) for inner in body.eqns)
+    return bool(layers) and any(path in layers for path in _LAYER.findall(str(eqn.source_info.name_stack)))

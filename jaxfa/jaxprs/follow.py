@@ -1,6 +1,6 @@
 """Looks through a traced program for contractions with weights, or runs it with something else in their place."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ class Follower:
       lost: called with the name of weights that are multiplied with an activation and summed, without a contraction.
       live: whether to run the program; else it is looked through.
       local: the contractions, by their ids, to run in the scope of what is a layer's own.
+      layers: the paths of layers, in their scopes, to be taken for such as have feedback.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class Follower:
         *,
         live: bool,
         local: frozenset[int] = frozenset(),
+        layers: Collection[str] = (),
     ) -> None:
-        self.act, self.lost, self.live, self.local = act, lost, live, local
+        self.act, self.lost, self.live, self.local, self.layers = act, lost, live, local, layers
         self.tables: set[str] = set()  # parameters that data looked something up in
         self.stacks: dict[str, int] = {}  # over how many axes of a parameter scans run
         self.products: set[int] = set()
@@ -65,7 +67,8 @@ class Follower:
         return [read(var) for var in jaxpr.outvars]
 
     def equation(self, jaxpr: Any, eqn: JaxprEqn, ins: list[Value], held: Any) -> list[Value]:
-        if any(value.weight is not None for value in ins):
+        covered = is_covered(eqn, self.layers)
+        if not covered and any(value.weight is not None for value in ins):
             match eqn.primitive.name:
                 case "jit" | "pjit" | "closed_call":
                     return self.run(eqn.params["jaxpr"], ins, held)
@@ -80,7 +83,7 @@ class Follower:
                 case "scan":
                     return self.scan(eqn, ins, held)
         values: list[Any] = [None] * len(eqn.outvars)
-        found = contraction(eqn, ins)
+        found = None if covered else contraction(eqn, ins)
         if found is not None:
             values = [self.act(found, held)]
         elif (name := scaled_and_summed(eqn, ins)) is not None:
@@ -91,10 +94,11 @@ class Follower:
         if self.live and values[0] is None:
             with jax.named_scope(LOCAL) if id(eqn) in self.local else nullcontext():
                 values = bind(*(value.here for value in ins))
-        return self.results(eqn, ins, values, bind)
+        return self.results(eqn, ins, values, bind, covered=covered)
 
-    def results(self, eqn: JaxprEqn, ins: list[Value], values: list[Any], bind: Callable[..., Any]) -> list[Value]:
-        covered = eqn.primitive.name == "custom_vjp_call" and is_covered(eqn)
+    def results(
+        self, eqn: JaxprEqn, ins: list[Value], values: list[Any], bind: Callable[..., Any], *, covered: bool
+    ) -> list[Value]:
         data, learns = any(value.data for value in ins) or covered, any(value.learns for value in ins)
         products = frozenset[int]().union(*(value.products for value in ins))
         if data and not covered and eqn.primitive.name not in (*CONTRACTIONS, "mul", "div"):
@@ -127,7 +131,7 @@ class Follower:
 
     def quietly(self, program: Any, ins: list[Value]) -> list[Value]:
         """What is known of the values that a program returns."""
-        return Follower(live=False).run(program, [value._replace(here=None) for value in ins], None)
+        return Follower(live=False, layers=self.layers).run(program, [value._replace(here=None) for value in ins], None)
 
     def scan(self, eqn: JaxprEqn, ins: list[Value], held: Any) -> list[Value]:
         _, consts, carried = scan_parts(eqn)

@@ -26,9 +26,8 @@ from jaxfa.nn.learning import quiet
 from jaxfa.nn.program import Example, method_of
 from jaxfa.nn.put import Call, Placed, advise, put_direct
 from jaxfa.nn.schedules import forward_by
-from jaxfa.nn.survey import Survey, put_own, survey
+from jaxfa.nn.survey import Survey, look_at_layers, look_through, put_own, uses_in
 from jaxfa.nn.tap import Tap, plain_of
-from jaxfa.nn.trace import uses_of
 from jaxfa.nn.variables import init_at, init_stack, modules_of
 from jaxfa.nn.wanted import refuse_unmatched
 from jaxfa.paths import matches, path_name
@@ -143,9 +142,9 @@ def _chooser(globs: Any) -> Callable[[str], bool]:
 def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) -> Placed:
     """Puts a layer-wise rule on a model."""
     sites = sites_of(model)
-    used = {} if call.example is None else uses_of(model, call.method, call.example)
-    first = {path for path, use in used.items() if use.first}
-    backprop = []
+    forward = look_at_layers(model, method_of(call.method), call.example) if call.example else None
+    first = {path for path, use in uses_in(*forward).items() if use.first} if forward else set()
+    backprop, placed = [], []
     for path, (module, site) in sites.items():
         if rule.weights is not None and not isinstance(module, Factored):
             continue
@@ -157,8 +156,9 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) 
             backprop.append(path)
         else:
             place(module, Contraction(site, feedback, path))
-    looked = call.example if rule.weights is None else None
-    found = survey(model, method_of(call.method), looked) if looked else Survey({}, set(), set(), {})
+            placed.append(path)
+    looks = forward is not None and rule.weights is None
+    found = look_through(*forward, layers=placed) if forward and looks else Survey({}, set(), set(), {})
     names = dict.fromkeys(site.name for site in found.sites)
     paths = [*sites, *names]
     refuse_unmatched("at", at, paths, under=True)
@@ -167,4 +167,4 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) 
     own, exact = put_own(rule, rngs, {site: one for site, one in found.sites.items() if site.name in free})
     left = found.sites.keys() - {one.site for one in own}
     others = tuple(site for site in found.sites if site in left)
-    return Placed([*backprop, *exact], (own, others), seen=(lambda: found) if looked else None)
+    return Placed([*backprop, *exact], (own, others), seen=(lambda: found) if looks else None)

@@ -18,6 +18,7 @@ from jaxfa.jaxprs.cuts import OUTPUT, Cuts, Use
 from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.describe import layer_name
 from jaxfa.nn.places import Forward
+from jaxfa.nn.survey import names_of
 from jaxfa.nn.tap import Place
 from jaxfa.nn.variables import modules_of
 from jaxfa.paths import matches
@@ -82,7 +83,7 @@ class _Chooser:
     def __init__(self, forward: Forward, allow: tuple[str, ...]) -> None:
         self.forward, self.allow = forward, allow
         self.known: dict[Any, Cuts] = {}
-        self.names = forward.names()
+        self.names = names_of(forward.program)
 
     def cuts(self, taps: Iterable[str], watched: Iterable[str] = ()) -> Cuts:
         """What becomes of the uses of parameters with these taps."""

@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxfa.base import Layer, LayerFeedback
 from jaxfa.delivery import undifferentiated
+from jaxfa.jaxprs.contractions import layer_scope
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.program import is_transformed
 from jaxfa.nn.variables import REFUSAL, Feedback, Recorder, intercept, modules_of, release
@@ -103,17 +104,23 @@ class BareConvTranspose:
 
 
 class Contraction(nnx.Module):
-    """Takes the place of a layer's ``dot_general``, ``einsum`` or convolution and gives it the rule's backward."""
+    """Takes the place of a layer's ``dot_general``, ``einsum`` or convolution and gives it the rule's backward.
 
-    def __init__(self, site: Site, feedback: LayerFeedback, path: str) -> None:
+    Without feedback it says in a traced program what the layer's operation is.
+    """
+
+    def __init__(self, site: Site, feedback: LayerFeedback | None, path: str) -> None:
         self.site = nnx.static(site)
         self.path = path
-        self.feedback = Feedback(feedback)
+        self.feedback: Any = nnx.data(None) if feedback is None else Feedback(feedback)
         self.is_audited = False  # in a run of the attached model
         self.recorder: Recorder | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Runs the layer's own operation on ``(x, kernel, ...)``, an einsum's on ``(subscripts, x, kernel, ...)``."""
+        if self.feedback is None:
+            with jax.named_scope(layer_scope(self.path)):
+                return self.site.operation(*args, **kwargs)
         lead = int(isinstance(args[0], str))
         before, (x, kernel), after = args[:lead], args[lead : lead + 2], args[lead + 2 :]
         call = Call(self.site.operation, before, after, kwargs)

@@ -118,7 +118,7 @@ class _Cover:
 
     def row(self, name: str) -> Row:
         way = self.result.arrivals.get(name, frozenset())
-        taps = [self.taps[step.name] for step in way if step.name in self.taps and step.kind == "direct"]
+        taps = [self.taps[step.name] for step in sorted(way) if step.name in self.taps and step.kind == "direct"]
         # A direct feedback stands where it brings an error, a layer's own where it sends one on.
         holders = dict.fromkeys(taps) if self.taps else [layer_name(name)]
         feedback = " ".join(self.feedback.get(path, "") for path in holders)

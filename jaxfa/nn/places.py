@@ -48,11 +48,6 @@ class Forward(NamedTuple):
         tapped = {place.path for place in places if place.kind == "parameter"}
         return look_through(self.program, self.jaxpr, tapped)
 
-    def names(self) -> list[str | None]:
-        """The paths of the program's arrays; None for what is data."""
-        params, rest, data = (jax.tree_util.tree_flatten_with_path(state)[0] for state in self.program.states)
-        return [*[leaf_name(path) for path, _ in (*params, *rest)], *[None] * len(data)]
-
     def holds_examples(self, place: str) -> bool:
         """Whether an error can be delivered there: examples come first, in every call alike."""
         first, *others = self.seen.calls.get(place, [{}])

@@ -8,10 +8,14 @@ import jax
 from flax import nnx
 
 from jaxfa.base import LayerFeedback, Rule, keep
+from jaxfa.jaxprs.audit import uses
 from jaxfa.jaxprs.contractions import Contraction
+from jaxfa.jaxprs.flows import Use
 from jaxfa.jaxprs.follow import Follower
-from jaxfa.jaxprs.weights import Value, base
-from jaxfa.nn.contraction import audited
+from jaxfa.jaxprs.versions import opened
+from jaxfa.jaxprs.weights import Value, base, is_float
+from jaxfa.nn.contraction import Contraction as OfLayer
+from jaxfa.nn.contraction import audited, place, sites_of
 from jaxfa.nn.own import OwnSite, contract, site_of, weights_of
 from jaxfa.nn.program import Example, Program
 from jaxfa.nn.variables import Feedback, init_at, init_stack, leaf_name, structs
@@ -45,16 +49,41 @@ class Survey(NamedTuple):
 def survey(model: nnx.Module, call: Callable[..., Any], example: Example) -> Survey:
     """Looks through a model's forward pass."""
     program = program_of(model, call, *example.arguments())
-    return look_through(program, jax.make_jaxpr(lambda *states: program.run(*states)[0])(*structs(program.states)))
+    return look_through(program, jax.make_jaxpr(program.run)(*structs(program.states)))
 
 
-def look_through(program: Program, jaxpr: Any, tapped: Collection[str] = ()) -> Survey:
+def look_at_layers(model: nnx.Module, call: Callable[..., Any], example: Example) -> tuple[Program, Any]:
+    """A traced forward pass, as :func:`look_through` takes it, whose layers are in their scopes."""
+    model = nnx.clone(model, variables=False)
+    for path, (module, site) in sites_of(model).items():
+        place(module, OfLayer(site, None, path))
+    program = program_of(model, call, *example.arguments())
+    return program, jax.make_jaxpr(program.run)(*structs(program.states))
+
+
+def uses_in(program: Program, jaxpr: Any) -> dict[str, Use]:
+    """The weight contractions of a forward pass, by the path of the layer that owns the weights."""
+    named = zip(names_of(program), opened(jaxpr).invars, strict=True)
+    found = uses(jaxpr, [name if name is None or is_float(var) else "" for name, var in named])
+    # A model that is itself a layer has the empty path.
+    layers = {name: f"/{name}".removesuffix("/kernel").removeprefix("/") for use in found for name in use.weights}
+    return {layers[name]: use for use in found for name in sorted(use.weights)}
+
+
+def names_of(program: Program) -> list[str | None]:
+    """The paths of the arrays of a program that :func:`program_of` made; None for what is data."""
+    params, rest, data = (jax.tree_util.tree_flatten_with_path(state)[0] for state in program.states)
+    return [*[leaf_name(path) for path, _ in (*params, *rest)], *[None] * len(data)]
+
+
+def look_through(program: Program, jaxpr: Any, tapped: Collection[str] = (), layers: Collection[str] = ()) -> Survey:
     """Looks through the forward pass of a program that :func:`program_of` made and that was traced already.
 
     Args:
       program: the program.
       jaxpr: what it was traced to.
       tapped: the parameters that are tapped, and so are activations.
+      layers: the paths of layers that get feedback.
     """
     found = Survey({}, set(), set(), {})
 
@@ -65,7 +94,7 @@ def look_through(program: Program, jaxpr: Any, tapped: Collection[str] = ()) -> 
         else:
             found.sites.setdefault(site, one)
 
-    follower = Follower(see, found.lost.add, live=False)
+    follower = Follower(see, found.lost.add, live=False, layers=layers)
     follower.run(jaxpr, _values(program.states, tapped, live=False), None)
     return found._replace(tables=follower.tables, stacks=follower.stacks)
 

@@ -34,12 +34,7 @@ class Channel:
 
 
 class Place(NamedTuple):
-    """Where a tap is.
-
-    Attributes:
-      kind: the module's ``"output"``, or its ``"input"``, or a ``"parameter"``.
-      path: the path of that.
-    """
+    """Where a tap is: the ``"output"`` or ``"input"`` of the module at a path, or the ``"parameter"`` there."""
 
     kind: str
     path: str
@@ -171,13 +166,7 @@ def own_taps(module: Any) -> dict[str, Tap]:
 
 
 class Held(NamedTuple):
-    """A tap of a model.
-
-    Attributes:
-      module: what carries it.
-      name: the attribute that it is.
-      tap: the tap.
-    """
+    """A tap of a model with the module that carries it, as the attribute of this name."""
 
     module: Any
     name: str

@@ -10,11 +10,9 @@ from flax import nnx
 from jax.tree_util import DictKey
 
 from jaxfa.base import is_direct
-from jaxfa.jaxprs.audit import Audit, Outputs, audit, uses
-from jaxfa.jaxprs.flows import Use
+from jaxfa.jaxprs.audit import Audit, Outputs, audit
 from jaxfa.jaxprs.follow import with_local_products
 from jaxfa.nn.contraction import audited
-from jaxfa.nn.describe import layer_name
 from jaxfa.nn.leaves import error_in, named_floats
 from jaxfa.nn.program import Example, Program, method_of
 from jaxfa.nn.tap import plain_of, taps_of
@@ -22,13 +20,6 @@ from jaxfa.nn.variables import Feedback, structs, value_of
 from jaxfa.paths import path_name
 
 _STATE = (nnx.Param, nnx.BatchStat, nnx.Cache, nnx.RngState, Feedback)
-
-
-def uses_of(model: nnx.Module, method: str, example: Example) -> dict[str, Use]:
-    """The weight contractions of a model's forward pass, by the path of the layer that owns the weights."""
-    found = uses(*_traced(model, method, example))
-    # A model that is itself a layer has the empty path.
-    return {"" if name == "kernel" else layer_name(name): use for use in found for name in sorted(use.weights)}
 
 
 def trace(model: nnx.Module, method: str, example: Example, *, local: bool = False) -> Audit:

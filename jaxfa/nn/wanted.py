@@ -12,8 +12,8 @@ from jaxfa.nn.choose import choose
 from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.places import Forward
+from jaxfa.nn.survey import names_of, uses_in
 from jaxfa.nn.tap import Place
-from jaxfa.nn.trace import uses_of
 from jaxfa.nn.variables import modules_of
 from jaxfa.paths import matches
 
@@ -27,7 +27,7 @@ def places_for(model: Any, rule: DirectRule, at: Any, forward: Forward, call: An
     elif rule.parameters:
         places = _parameters(model, at, call.allow)
     elif rule.weights is not None or (at is None and rule.source is not None):
-        places = _layers(model, rule, at, uses_of(model, call.method, call.example))
+        places = _layers(model, rule, at, uses_in(forward.program, forward.jaxpr))
     elif at is None:
         places, note, _ = choose(model, forward, call.allow)
     else:
@@ -94,7 +94,7 @@ def _has_own(module: Any) -> bool:
 def _ends(taps: list[str], forward: Forward) -> dict[str, set[str]]:
     """To which of the taps, or to the logits, each one's value goes first."""
     cuts = Cuts([tap for tap in taps if forward.holds_examples(tap)], forward.learns, [])
-    starts = cuts.run(forward.to_logits, forward.names()).starts
+    starts = cuts.run(forward.to_logits, names_of(forward.program)).starts
     return {tap: set(starts.get(Read((tap,)), {})) for tap in taps}
 
 
