@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from tests.zoo import MODELS, outcomes
-from tests.zoo.cell import COLUMNS, study, unstacked
+from tests.zoo.cell import COLUMNS, PLAIN, study, unstacked
 
 FIRST = ("fa", "dfa(at=)")
 REST = tuple(name for name in COLUMNS if name != "fa")
+CLASSES = (PLAIN[True], *(name for name, column in COLUMNS.items() if column.classes))
 
 
 @pytest.fixture(autouse=True)
@@ -47,17 +48,19 @@ def check(name, columns):
 
 def holds(found):
     """What is claimed of cells that work."""
-    plain = found["plain"]
     for column, cell in found.items():
+        plain = found[PLAIN[column in CLASSES]]
         # SSA's layers are factors; around blocks that stream the compiler fuses other operations.
         agree = close if "ssa" in column or "streamed" in column else same
         agree(cell.outputs, plain.outputs)
         close(cell.learnt.outputs, plain.outputs)
         close(cell.learnt.written, plain.learnt.written)
         learns(cell.learnt, plain.learnt)
-        if cell.aligned is not None and "ssa" not in column:
+        # PEPITA's last layer gets the true error, but its activities are the second pass's.
+        if cell.aligned is not None and "ssa" not in column and "pepita" not in column:
             table_is_true(cell.aligned.coverage().rows, cell.learnt.gradients, plain.learnt.gradients)
-        if cell.reference and "grape" not in column:  # whose noise is drawn for each feedback, stacked or not
+        # What is drawn for each feedback differs where that is stacked.
+        if cell.reference and column not in ("grape(at=)", "forward_gradient(at=)"):
             close(unstacked(cell.learnt.gradients, cell.reference.gradients), cell.reference.gradients)
     if "streamed dfa(at=)" in found:
         close(found["streamed dfa(at=)"].learnt.gradients, found["dfa(at=)"].learnt.gradients)

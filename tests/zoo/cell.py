@@ -16,6 +16,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from jaxfa.base import is_direct, keep
+from jaxfa.nn.leaves import error_in
 from tests.zoo.model import Model, Penalty
 
 LIBRARY = str(pathlib.Path(jaxfa.__file__).parent)
@@ -29,11 +30,13 @@ class Column(NamedTuple):
       rule: the rule.
       at: whether it taps where the model's row says.
       schedule: of :func:`jaxfa.nn.attach`.
+      classes: whether the loss is the cross-entropy of hard labels, which alone tells a local loss its targets.
     """
 
     rule: jaxfa.Rule
     at: bool = False
     schedule: jaxfa.stacks.Schedule = jaxfa.stacks.stored
+    classes: bool = False
 
 
 COLUMNS = {
@@ -46,7 +49,13 @@ COLUMNS = {
     "dfa(at=)": Column(jaxfa.dfa(), at=True),
     "grape(at=)": Column(jaxfa.grape(), at=True),
     "streamed dfa(at=)": Column(jaxfa.dfa(), at=True, schedule=jaxfa.stacks.stream),
+    "forward_gradient(at=)": Column(jaxfa.forward_gradient(), at=True),
+    # By less than that both passes of the VQ-VAE find the same codes, and nothing behind them learns.
+    "pepita(scale=3)": Column(jaxfa.pepita(scale=3.0)),
+    "local_classifier(at=)": Column(jaxfa.local_classifier(), at=True, classes=True),
+    "auglocal(at=)": Column(jaxfa.auglocal(), at=True, classes=True),
 }
+PLAIN = {False: "plain", True: "plain, classes"}
 
 
 class Learnt(NamedTuple):
@@ -111,25 +120,34 @@ def refusal(error: BaseException) -> str | None:
         return None
     lines = str(error).splitlines()
     reason = next((line for line in lines if line.startswith("- ")), lines[0]).removeprefix("- ")
-    advice = [line for line in lines if re.match(r"(No )?at=.* would do", line)]
+    advice = [line for line in lines if re.match(r"(No )?at=.* (would do|names what)", line)]
     return " ".join(" ".join([reason, *advice]).split())
 
 
-def loss_of(row: Model, model: Any, method: str) -> Any:
+def loss_of(row: Model, model: Any, method: str, *, classes: bool = False) -> Any:
     """A number: every output has a target, and the model's own penalties count; what the model returned, too."""
     outputs = getattr(model, method)(*row.args(), **row.kwargs())
+    if classes:
+        logits = error_in(outputs, row.logits)
+        labels = jnp.arange(logits[..., 0].size).reshape(logits.shape[:-1]) % logits.shape[-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean() + penalties(model), outputs
     leaves = map(jnp.asarray, jax.tree.leaves(outputs if row.logits is None else row.logits(outputs)))
     floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    own = jax.tree.leaves(nnx.pop(model, Penalty))
-    return sum(jnp.mean((leaf - 1) ** 2) for leaf in floats) + sum(map(jnp.sum, own)), outputs
+    return sum(jnp.mean((leaf - 1) ** 2) for leaf in floats) + penalties(model), outputs
 
 
-def learn(row: Model, model: Any, rule: jaxfa.Rule | None = None) -> Learnt:
+def penalties(model: Any) -> Any:
+    """The sum of the terms that a model has written down in its forward pass."""
+    return sum(map(jnp.sum, jax.tree.leaves(nnx.pop(model, Penalty))))
+
+
+def learn(row: Model, model: Any, column: Column | None = None, *, classes: bool = False) -> Learnt:
     """Gradients and a step, of a copy, to be traced."""
-    model = nnx.clone(model)
+    model, rule = nnx.clone(model), column and column.rule
     if rule is not None and rule.refine is not keep:
         model.refine(jax.random.key(0), *row.args(), **row.kwargs())
-    grad = nnx.grad(loss_of, argnums=nnx.DiffState(1, TRAINED), has_aux=True)
+    loss = functools.partial(loss_of, classes=column.classes if column else classes)
+    grad = nnx.grad(loss, argnums=nnx.DiffState(1, TRAINED), has_aux=True)
     gradients, outputs = grad(row, model, row.method if rule is None else "__call__")
     written = flat(nnx.state(model if rule is None else model.model, nnx.Not(nnx.Any(*TRAINED))))
     before = flat(nnx.state(model, nnx.Param))
@@ -178,7 +196,7 @@ def twin(row: Model, column: Column, aligned: Any) -> Any:
 
 
 def study(row: Model, names: Iterable[str]) -> dict[str, str | Cell]:
-    """For each column the words of its refusal, or what the model has learnt; the plain model is there as ``plain``.
+    """For each column the words of its refusal, or what the model has learnt; the plain model is there, by each loss.
 
     All is two programs, since most time goes to compiling.
     """
@@ -190,15 +208,17 @@ def study(row: Model, names: Iterable[str]) -> dict[str, str | Cell]:
             attached[name] = aligned, row.reference and twin(row, COLUMNS[name], aligned)
 
     def forward() -> dict[str, Any]:
-        outputs = {"plain": loss_of(row, nnx.clone(plain(row)), row.method)[1]}
+        own = loss_of(row, nnx.clone(plain(row)), row.method)[1]
+        outputs = {name: own for name in PLAIN.values() if name in found}
         models = {name: nnx.clone(attached[name][0]) for name in found if name in attached}
         return outputs | {name: loss_of(row, model, "__call__")[1] for name, model in models.items()}
 
     def program() -> dict[str, Any]:
-        learnt = {"plain": Cell(learn(row, plain(row)))}
+        losses = {False} | {COLUMNS[name].classes for name in attached}
+        learnt = {PLAIN[classes]: Cell(learn(row, plain(row), classes=classes)) for classes in sorted(losses)}
         for name, models in attached.items():
             with refused(refusals, name):
-                learnt[name] = Cell(*(model and learn(row, model, COLUMNS[name].rule) for model in models))
+                learnt[name] = Cell(*(model and learn(row, model, COLUMNS[name]) for model in models))
         return learnt
 
     found = jax.jit(program)()
