@@ -34,7 +34,7 @@ class Channel:
 
 
 class Place(NamedTuple):
-    """Where a tap is: the ``"output"`` or ``"input"`` of the module at a path, or the ``"parameter"`` there."""
+    """Where a tap is: at the ``"output"`` or ``"input"`` of the module at a path, or at the ``"parameter"`` there."""
 
     kind: str
     path: str
