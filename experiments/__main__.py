@@ -39,6 +39,7 @@ _FILES = (
     "ldfa.subsets",
     "ldfa.vgg",
     "ldfa.vit",
+    "benchmarks.growth",
     "benchmarks.memory",
     "benchmarks.pipeline",
     "benchmarks.steps",
