@@ -23,7 +23,7 @@ _FILES = {
     "conservation": ("aligned_start", "angle_against_depth", "conservation"),
     "grape": ("bound", "deep", "resnet20", "shallow", "transformer"),
     "ldfa": ("autoencoder", "cnn", "cost", "linear", "rank_mlp", "representations", "retina", "rnn", "vgg", "vit"),
-    "benchmarks": ("memory", "pipeline", "steps"),
+    "benchmarks": ("growth", "memory", "pipeline", "steps"),
     "rank_collapse": ("rank_collapse",),
     "ssa": ("ablation", "networks", "transformer"),
 }

@@ -69,6 +69,7 @@ RULES: dict[str, tuple[jaxfa.Rule | None, jaxfa.stacks.Schedule]] = {
     "LDFA, n/4": (jaxfa.ldfa(0.25), jaxfa.stacks.stored),
     "LDFA, n/16": (jaxfa.ldfa(0.0625), jaxfa.stacks.stored),
     "DFA": (jaxfa.dfa(), jaxfa.stacks.stored),
+    "DFA, shared": (jaxfa.dfa(shared=True), jaxfa.stacks.stored),
     "DFA, streamed": (jaxfa.dfa(), jaxfa.stacks.stream),
     "GrAPE": (jaxfa.grape(), jaxfa.stacks.stored),
     "GrAPE, Kalman": (jaxfa.grape(averaging=jaxfa.rules.kalman()), jaxfa.stacks.stored),
@@ -83,12 +84,14 @@ class Started(NamedTuple):
       seconds: of ``make``, ``attach``, ``trace`` and ``compile``.
       flops: operations of a step, by XLA's count.
       temporary: bytes that the program allocates beside inputs and outputs.
+      given: bytes of its inputs.
     """
 
     run: Callable[[], float]
     seconds: dict[str, float]
     flops: float
     temporary: int
+    given: int
 
 
 def start(workload: Workload, name: str) -> Started | None:
@@ -125,7 +128,8 @@ def start(workload: Workload, name: str) -> Started | None:
         return time.perf_counter() - started
 
     cost = compiled.cost_analysis() or {}
-    return Started(run, seconds, cost.get("flops", 0.0), compiled.memory_analysis().temp_size_in_bytes)
+    memory = compiled.memory_analysis()
+    return Started(run, seconds, cost.get("flops", 0.0), memory.temp_size_in_bytes, memory.argument_size_in_bytes)
 
 
 def _step(graph: Any, learned: Any, refines: bool, arrays: Any, batch: Any) -> Any:

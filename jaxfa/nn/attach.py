@@ -23,7 +23,7 @@ from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import cover
 from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.learning import quiet
-from jaxfa.nn.program import Example, method_of
+from jaxfa.nn.program import Example, at_once, method_of
 from jaxfa.nn.put import Call, Placed, advise, put_direct
 from jaxfa.nn.schedules import forward_by
 from jaxfa.nn.survey import Survey, look_at_layers, look_through, put_own, uses_in
@@ -128,7 +128,7 @@ def _check(model: Any, rule: Any, rngs: Any) -> None:
 
 def _copy(model: nnx.Module) -> Any:
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(lambda a: a.copy(), state))
+    return nnx.merge(graphdef, jax.device_put(state, may_alias=False))  # no array's copy is compiled
 
 
 def _globs(patterns: str | tuple[str, ...] | None) -> Any:
@@ -144,14 +144,24 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) 
     sites = sites_of(model)
     forward = look_at_layers(model, method_of(call.method), call.example) if call.example else None
     first = {path for path, use in uses_in(*forward).items() if use.first} if forward else set()
+    chosen = {
+        path: (module, site)
+        for path, (module, site) in sites.items()
+        if (rule.weights is None or isinstance(module, Factored)) and path not in first and _chooser(at)(path)
+    }
+
+    def draw(keys: dict[str, Any], kernels: dict[str, Any]) -> dict[str, Any]:
+        found = {}
+        for path, (_, site) in chosen.items():
+            layers, w = site.layers(kernels[path]), site.matrices(kernels[path])
+            found[path] = init_stack(init_at(rule, path=path), keys[path], layers, w)
+        return found
+
     backprop, placed = [], []
-    for path, (module, site) in sites.items():
-        if rule.weights is not None and not isinstance(module, Factored):
-            continue
-        if path in first or (at is not None and not matches(path, at, under=True)):
-            continue
-        kernel = module.kernel.get_value()
-        feedback = init_stack(init_at(rule, path=path), rngs.feedback(), site.layers(kernel), site.matrices(kernel))
+    keys = {path: rngs.feedback() for path in chosen}
+    drawn = at_once(draw, keys, {path: module.kernel.get_value() for path, (module, _) in chosen.items()})
+    for path, (module, site) in chosen.items():
+        feedback = drawn[path]
         if feedback is None:
             backprop.append(path)
         else:

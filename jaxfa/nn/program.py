@@ -21,6 +21,16 @@ def is_transformed() -> bool:
     return bool(get_opaque_trace_state() != _OUTSIDE)
 
 
+def at_once(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, compiled as one program, and quickly: it runs once.
+
+    Feedback is drawn in this way. Compiled for itself, each of a model's draws would take longer than all together.
+    """
+    if is_transformed():
+        return function(*args)  # JAX takes options at the outermost jit alone
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 1})(*args)
+
+
 def method_of(name: str) -> Callable[..., Any]:
     """The function ``(model, ...)`` that calls a model's method."""
     return lambda model, *args, **kwargs: getattr(model, name)(*args, **kwargs)

@@ -11,7 +11,7 @@ from jaxfa.delivery import undifferentiated
 from jaxfa.nn.contraction import find_site
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.leaves import at_leaves, named_floats
-from jaxfa.nn.program import is_transformed
+from jaxfa.nn.program import at_once, is_transformed
 from jaxfa.nn.tap import Held, remove_taps
 from jaxfa.nn.variables import Feedback, Recorder, init_at, init_stack, intercept, modules_of
 from jaxfa.paths import matches
@@ -46,18 +46,27 @@ def fill_taps(
     """
     stacks = stacks_of(held)
     keys = {path: rngs.feedback() for path, one in held.items() if one.tap.is_receiver}
-    shared = None
-    for path in sorted(keys, key=lambda path: -max(one.size for one in seen[path].values())):
-        # A shared feedback is made for the largest.
-        (module, _, tap), stack = held[path], stacks[path]
-        tap.leaves = tuple(seen[path])
-        if shared is None:
-            split = jax.random.split(keys[path], len(tap.leaves)) if len(tap.leaves) > 1 else [keys[path]]
-            value: Any = {}
+    order = sorted(keys, key=lambda path: -max(one.size for one in seen[path].values()))
+
+    def draw(keys: dict[str, jax.Array]) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for path in order:
+            module, _, tap = held[path]
+            split = jax.random.split(keys[path], len(seen[path])) if len(seen[path]) > 1 else [keys[path]]
+            found[path] = {}
             for (name, h), key in zip(seen[path].items(), split, strict=True):
                 init = init_at(rule, path=tap.place.path, layer=_layer(module, h), **around.get(path, {}))
-                value[name] = init_stack(lambda key, init=init, h=h: init(key, h, error), key, stack)
-            first = next(iter(value.values()))
+                found[path][name] = init_stack(lambda key, init=init, h=h: init(key, h, error), key, stacks[path])
+            if getattr(next(iter(found[path].values())), "shared", False):
+                return found  # made for the largest
+        return found
+
+    shared, drawn = None, at_once(draw, keys)
+    for path in order:
+        tap, value = held[path].tap, drawn.get(path)
+        tap.leaves = tuple(seen[path])
+        if value is not None:
+            first = value[tap.leaves[0]]
             if first is None:
                 tap.leaves = ()
                 continue
@@ -65,7 +74,7 @@ def fill_taps(
             shared = tap.feedback if first.shared else None
         else:
             tap.feedback = nnx.data(shared)
-        if shared is not None and stack:
+        if shared is not None and stacks[path]:
             raise ValueError(f"A feedback shared by all layers can't be inside the stack {path!r}; use one per layer.")
 
 
