@@ -266,3 +266,30 @@ def test_a_tapped_parameter_is_an_activation_and_need_not_be_followed():
     aligned = attach(Queries(nnx.Rngs(0)), jaxfa.dfa(), x, ("queries", "decoder"))
     grads = nnx.grad(lambda aligned: jnp.sum(aligned(x) ** 2))(aligned)
     assert np.any(grads["model"]["queries"][...])
+
+
+class Widened(nnx.Module):
+    """A block whose output has a size that no parameter or argument has: 9, three times the factor for a batch of 2."""
+
+    def __init__(self, rngs):
+        self.below, layer, self.head = (nnx.Linear(n, m, rngs=rngs) for n, m in ((4, 8), (8, 8), (8, 4)))
+        self.block = Joined(layer)
+
+    def __call__(self, x):
+        return self.head(self.block(nnx.relu(self.below(x)))[:, :8])
+
+
+class Joined(nnx.Module):
+    """A layer's output beside a one."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x):
+        return jnp.concatenate([self.layer(x), jnp.ones((x.shape[0], 1))], axis=1)
+
+
+def test_a_size_that_the_factor_divides_by_accident_is_no_batch():
+    attached = attach(Widened(nnx.Rngs(0)), jaxfa.dfa(), jnp.ones((2, 4)), at=("below", "block"))
+    shapes = {path: jax.tree.leaves(tap.feedback.get_value())[0].shape for path, tap in taps_of(attached.model).items()}
+    assert shapes == {"below": (8, 4), "block": (9, 4)}
