@@ -10,7 +10,7 @@ JAX's documentation, "Ref: mutable arrays for data plumbing and memory control",
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,28 +107,41 @@ class Hole:
         return hash(Hole)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def with_error(run: Run, error_of: Callable[[Any], jax.Array], kind: Any, tree: Any) -> Any:
+class Error(NamedTuple):
+    """How the error of a run is found and read.
+
+    Attributes:
+      of: the error of a tree shaped as the outputs, holding their cotangents.
+      kind: its type, or None: then the run is traced once more for it.
+      in_turn: whether taps wait for each other; not where they share a product with the error, which is made once.
+    """
+
+    of: Callable[[Any], jax.Array]
+    kind: Any
+    in_turn: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def with_error(run: Run, error: Error, tree: Any) -> Any:
     """``run(tree, None)``, differentiated as ``run(tree, ref)`` whose ref holds the error in the backward pass.
 
     Args:
       run: ``(tree, ref) -> outputs``; it may close over no value that is differentiated.
-      error_of: the error of a tree shaped as the outputs, holding their cotangents.
-      kind: the error's type, or None: then the run is traced once more for it.
+      error: how the error is found.
       tree: what is differentiated.
 
     Returns:
       The outputs.
     """
-    del error_of, kind
+    del error
     return run(tree, None)
 
 
-def _forward(run: Run, error_of: Callable[[Any], jax.Array], kind: Any, tree: Any) -> tuple[Any, Any]:
+def _forward(run: Run, error: Error, tree: Any) -> tuple[Any, Any]:
     values = jax.tree.map(lambda leaf: leaf.value, tree)
-    kinds = [kind]
-    if kind is None:
-        jax.eval_shape(lambda tree: kinds.append(jax.typeof(error_of(run(tree, None)))), values)
+    kinds = [error.kind]
+    if error.kind is None:
+        jax.eval_shape(lambda tree: kinds.append(jax.typeof(error.of(run(tree, None)))), values)
     ref = jax.new_ref(zeros_of(kinds[-1]))
 
     def moving(learning: Any) -> Any:
@@ -141,15 +154,16 @@ def _forward(run: Run, error_of: Callable[[Any], jax.Array], kind: Any, tree: An
     return outputs, jax.tree.map(lambda leaf: Hole() if leaf is ref else leaf, pullback)
 
 
-def _backward(run: Run, error_of: Callable[[Any], jax.Array], kind: Any, pullback: Any, cotangents: Any) -> Any:
-    del run, kind
+def _backward(run: Run, error: Error, pullback: Any, cotangents: Any) -> Any:
+    del run
     cotangents = filled(cotangents)
 
     def pull(ref: Any) -> Any:
         return jax.tree.map(lambda leaf: ref if _is_hole(leaf) else leaf, pullback, is_leaf=_is_hole)(cotangents)
 
-    error = error_of(cotangents)
-    return one_by_one(pull, jax.new_ref(error)) if isinstance(error, jax.core.Tracer) else pull(jax.new_ref(error))
+    e = error.of(cotangents)
+    in_turn = error.in_turn and isinstance(e, jax.core.Tracer)
+    return one_by_one(pull, jax.new_ref(e)) if in_turn else pull(jax.new_ref(e))
 
 
 def is_zero(cotangent: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxfa.delivery import with_error
+from jaxfa.delivery import Error, with_error
 from jaxfa.jaxprs.follow import with_local_products
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program, method_of
@@ -42,8 +42,10 @@ def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             return _zeros(channels[-1].source, attached.rule.source)  # the source will write it
         return error_in(program.returned(outputs[0]), attached.logits)
 
+    taps = taps_of(attached.model).values()
+    in_turn = not any(one.shared for tap in taps for one in tap.feedbacks().values())
     try:
-        return program.finish(*with_error(run, error_of, attached.error, tuple(program.states)))
+        return program.finish(*with_error(run, Error(error_of, attached.error, in_turn), tuple(program.states)))
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
             "The model uses a traced value that is none of its own: a direct rule follows what is an argument, a "

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxfa
 import jaxfa.nn
+from experiments.models import networks
 from experiments.models.vgg import VGG
 from jaxfa.jaxprs.versions import bodies, equations, opened
 from tests.networks import BLOCKS, MLP, TRAINED, Residual, Scanned, Transformer, gradient, inputs, loss
@@ -180,6 +181,19 @@ def test_stored_errors_take_no_more_memory_than_backpropagation(depth):
 
     direct = jaxfa.nn.attach(make, jaxfa.dfa(), rngs=nnx.Rngs(1), example=x)
     assert temporary(direct) < 1.01 * temporary(make)
+
+
+def test_layers_that_share_a_matrix_share_its_product_with_the_error():
+    model, x = networks.MLP((4, 4, 1), 500, (16,) * 4, rngs=nnx.Rngs(0)), inputs(32, 4, 4, 1)
+
+    def operations(rule):
+        graphdef, state = nnx.split(jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=x))
+        step = jax.jit(lambda state, x: nnx.grad(loss)(nnx.merge(graphdef, state), x))
+        return step.lower(state, x).compile().cost_analysis()["flops"]
+
+    # Of four layers' products one is left.
+    products = 3 * 2 * 32 * 500 * 16
+    assert operations(jaxfa.dfa()) - operations(jaxfa.dfa(shared=True)) > 0.9 * products
 
 
 class Deep(nnx.Module):
