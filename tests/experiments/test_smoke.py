@@ -46,6 +46,7 @@ SWEEPS = {
 STUDIES = {
     "conservation": {"steps": 2, "iterations": 2, "seeds": 1},
     "conservation_angle_against_depth": TRAINED | {"depths": (1,), "factors": (0.25,), "depth": 1},
+    "growth": {"depth": (1,), "width": (8,), "batch": (4,), "classes": (3,), "length": (4,), "rounds": 2},
     "grape_bound": {"steps": 4, "batch": 8, "seeds": 1},
     "ldfa_cost": {
         "networks": ("mlp",),
