@@ -30,10 +30,15 @@ class Config(Options):
     """What is varied, and how often each step is timed."""
 
     depth: tuple[int, ...] = (4, 16)
+    """Numbers of hidden layers."""
     width: tuple[int, ...] = (128, 1024)
+    """Units of every hidden layer."""
     batch: tuple[int, ...] = (128, 2048)
+    """Examples of a step."""
     classes: tuple[int, ...] = (10, 1000, 50000)
+    """Numbers of outputs."""
     length: tuple[int, ...] = (32, 256)
+    """Tokens of a sequence, in a decoder."""
     rounds: int = 9
     """How many rounds of timing there are."""
 

@@ -3,10 +3,12 @@
 Claim (Caillon et al. 2026): on MNIST, CIFAR-10 and CIFAR-100 learned direct feedback is ahead of fixed, direct or layer
 by layer, and .2, 1.6 and 6.2 points below backpropagation.
 
-Command: ``python -m experiments run grape_shallow``, 10 minutes a data set; ``--preset paper`` for all images.
+Command: ``python -m experiments run grape_shallow``, 7 minutes a data set; ``--preset paper`` for all images.
 
 The paper states neither networks nor rates. The network is that of its ancestor, two convolutions and a hidden layer.
-Every rule may have a rate of its own; none was tuned.
+Every rule may have a rate of its own; none was tuned. In the preset ``cpu``, 250 steps of one seed, learned feedback is
+ahead of fixed on all three, and forward gradients and PEPITA are behind all others or level with FA. Tiles, though they
+are biased, end first of what is learned on both CIFARs; after 160 epochs of ``grape_resnet20`` they do not.
 
 Beside the literal rule stand the library's with a Kalman mean, on the full map and with tiles of 4 pixels; and the
 paper's other baselines, forward gradients and PEPITA, of whose numbers we have none. PEPITA's own paper trains by SGD:

@@ -19,7 +19,6 @@ across, joins them after that. The paper names no number: the defaults are ours.
 """
 
 from dataclasses import field, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -169,7 +168,10 @@ def ssa(
         return (TransportedLift if pull_feedback else LiftedFeedback)(b, lift, layer.op)
 
     betas = beta if pull_weights else 0.0, beta if pull_feedback else None
-    learn = partial(_learn, alpha=alpha, betas=betas, gamma=gamma, project=project, retract=retract)
+
+    # No functools.partial: a copy of one equals it no more, and a model's deep copy would be another program.
+    def learn(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        return _learn(tx, alpha=alpha, betas=betas, gamma=gamma, project=project, retract=retract)
 
     def weights(w: jax.Array | Factors, path: str) -> Factors:
         return factorise(w, rank, name=path)

@@ -217,6 +217,7 @@ CASES = {
     "grape_resnet20": [SMALL | {"batch": 16, "variants": ("letter",)}],
     "ldfa_vgg": [SMALL],
     "ldfa_vit": [SMALL | {"variants": (name,), "ranks": (3,), "batch": 16} for name in ("both", "normative")],
+    "growth": [{"depth": (1,), "width": (8,), "batch": (4,), "classes": (3,), "length": (4,), "rounds": 2}],
     "memory": [{"depths": (2,), "timed": 2, "repeats": (1,), "timed_repeats": 1, "batch": 4, "images": 2}],
     "pipeline": [{"rounds": 0}],
     "steps": [{"networks": ("mlp",), "deep": (), "starts": 1, "rounds": 2}],
