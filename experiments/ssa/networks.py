@@ -5,14 +5,15 @@ four points below in ResNet-32, and about 13 points above DFA in a network of th
 brings the angles to backpropagation 40 to 45 degrees below DFA's; inference takes the fewest operations.
 
 Command: ``python -m experiments run ssa_networks`` (``--preset paper`` for the published set-up, ``--preset imagenet``
-for ImageNet at 64 x 64 pixels on one accelerator of 80 GB). In the preset ``cpu`` three small networks take 200 steps of
-16 x 16 images, 20 minutes: no number stands beside the paper's. SVD training is level with backpropagation, as claimed.
-Of SSA's readings the sequential one whose alignment pulls the feedback, which is weight transport, is the best: ahead of
-DFA in two networks, level with it in the third, and far behind SVD training in all. Only there do angles fall far below
-DFA's. Pulled to random matrices, weights learn less in both convolutional networks than DFA's or no more: ``L_align``
-leads the parallel reading's lift nowhere. AugLocal is ahead of DFA in two networks, PredSim behind it in all. Inference
-is not the cheapest: Hoyer's penalty on the paper's schedule, one epoch of these, with 95 % of the energy kept, leaves
-ranks above those at which factors save operations; and at the width of ``mlp`` the retractions take most of a step.
+for ImageNet at 64 x 64 pixels on one accelerator of 80 GB). In the preset ``cpu`` three small networks take 200 steps
+of 16 x 16 images, 20 minutes: no number stands beside the paper's. SVD training is level with backpropagation, as
+claimed. Of SSA's readings the sequential one whose alignment pulls the feedback, which is weight transport, is the
+best: ahead of DFA in two networks, level with it in the third, and far behind SVD training in all. Only there do
+angles fall far below DFA's. Pulled to random matrices, weights learn less in both convolutional networks than DFA's or
+no more: ``L_align`` leads the parallel reading's lift nowhere. AugLocal is ahead of DFA in two networks, PredSim
+behind it in all. Inference is not the cheapest: Hoyer's penalty on the paper's schedule, one epoch of these, with 95 %
+of the energy kept, leaves ranks above those at which factors save operations; and at the width of ``mlp`` the
+retractions take most of a step.
 
 The paper does not say how the output error reaches a layer, nor whether alignment moves the weights or the feedback:
 all four readings are arms. In residual networks the parallel one delivers to every convolution's input, and errors go
