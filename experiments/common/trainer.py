@@ -72,7 +72,8 @@ class Trainer:
         self._test = (jnp.asarray(data.test_images), jnp.asarray(data.test_labels))
         self._graph, example = jax.eval_shape(self.begin, jax.random.key(0))
         self.coverage = nnx.merge(self._graph, example.params, example.feedback, example.rest).coverage()
-        self._start = jax.jit(self.begin)
+        # Run once a seed: compiling it well would take many times longer than running it.
+        self._start = jax.jit(self.begin, compiler_options={"xla_backend_optimization_level": 1})
         self._shuffle = in_turn(jax.jit(side_by_side(self._order, seeds)), seeds)
         step = side_by_side(self._update, seeds, (0, 0, None))
         self._step = jax.jit(step, donate_argnums=0)
