@@ -8,6 +8,10 @@ Command: ``python -m experiments run ldfa_vgg``, 8 minutes; ``--preset paper`` f
 The classifier's two layers keep backpropagation, as in the paper's code. Three differences from it: errors are not
 clamped to [-1, 1]; ``P`` learns by plain steps, not by Adam; ``P`` starts orthonormal and ``Q`` as its product with
 random weights. ``Q`` shares the weights' Adam and L2 penalty, as there.
+
+In the preset ``cpu`` all errors have half the width, and the order is the one that the paper tells of ``Q`` and ``P``:
+``Q`` that learns turns the feedback to the weights and is worth most, ``P`` less, both together come next to
+backpropagation. At such widths no step costs less.
 """
 
 import dataclasses
