@@ -4,7 +4,7 @@ Every random choice is a function of a seed's key and the step's number, so that
 would have drawn, and either shape of the loop draws the same, to the bit but for convolutions inside loops on a CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ import jaxfa
 import jaxfa.nn
 from experiments.common import diagnosis
 from experiments.common.data import normalize
-from experiments.common.seeds import in_turn, side_by_side
+from experiments.common.seeds import in_turn, side_by_side, take_turns
 from experiments.common.task import Task
 
 Loop = Literal["auto", "step", "scan"]
@@ -74,16 +74,25 @@ class Trainer:
         self.coverage = nnx.merge(self._graph, example.params, example.feedback, example.rest).coverage()
         # Run once a seed: compiling it well would take many times longer than running it.
         self._start = jax.jit(self.begin, compiler_options={"xla_backend_optimization_level": 1})
-        self._shuffle = in_turn(jax.jit(side_by_side(self._order, seeds)), seeds)
-        step = side_by_side(self._update, seeds, (0, 0, None))
+        self._turns = take_turns(seeds, jax.make_jaxpr(self._scores)(example, *(array[:1] for array in self._test)))
+        self._shuffle = self.of_seeds(self._order)
+        step = self._together(self._update, (0, 0, None))
         self._step = jax.jit(step, donate_argnums=0)
         self._scan = jax.jit(partial(_scan, step), static_argnums=3, donate_argnums=0)
-        self._advance = in_turn(self._scan if self.scans else self._steps_of, seeds, (0, 0, None, None))
-        axes = (0, None, None)
-        self._score = in_turn(jax.jit(side_by_side(self._scores, seeds, axes)), seeds, axes)
-        self._align = in_turn(jax.jit(side_by_side(self._alignment, seeds, axes[:2])), seeds, axes[:2])
-        hooks = (diagnosis.measure if task.diagnostics else None, task.measure)
-        self._measures = [hook(self) for hook in hooks if hook]
+        self._advance = self._each(self._scan if self.scans else self._steps_of, (0, 0, None, None))
+        self._score = self.of_seeds(self._scores, (0, None, None))
+        self._align = self.of_seeds(self._alignment, (0, None))
+        self._measures = [hook(self) for hook in (task.diagnostics and diagnosis.measure, task.measure) if hook]
+
+    def of_seeds(self, function: Callable[..., Any], axes: Any = 0) -> Callable[..., Any]:
+        """What one seed does, compiled for all; axes are 0 for what they do not share, None for what they do."""
+        return self._each(jax.jit(self._together(function, axes)), axes)
+
+    def _together(self, function: Callable[..., Any], axes: Any) -> Callable[..., Any]:
+        return side_by_side(function, self._turns or len(self.seeds) == 1, axes)
+
+    def _each(self, function: Callable[..., Any], axes: Any) -> Callable[..., Any]:
+        return in_turn(function, len(self.seeds), axes) if self._turns else function
 
     def init(self) -> State:
         """The state before the first step."""
@@ -143,10 +152,8 @@ class Trainer:
 
     def _ranks(self, state: State) -> dict[str, Any]:
         ranks = jaxfa.factored.ranks(state.params)
-        found = {
-            row.layer: np.full(len(self.seeds), ranks[row.layer]) for row in self.coverage.rows if row.layer in ranks
-        }
-        return {"rank": found} if found else {}
+        layers = [row.layer for row in self.coverage.rows if row.layer in ranks]
+        return {"rank": {layer: np.full(len(self.seeds), ranks[layer]) for layer in layers}} if layers else {}
 
     def _rows(self, predictions: int) -> int:
         """How many examples hold so many predictions, one or one per token each; a training batch always fits."""

@@ -8,7 +8,6 @@ import numpy as np
 from flax import nnx
 
 import jaxfa.nn
-from experiments.common.seeds import in_turn, side_by_side
 from experiments.common.trainer import State, Trainer
 from experiments.rank_collapse.spectra import Trajectory
 
@@ -28,9 +27,7 @@ def ranks(trainer: Trainer, *, probe: int, blocks: tuple[str, ...]) -> Callable[
       blocks: the modules at the paths that begin with one of these hand activations on.
     """
     images = tuple(array[:probe] for array in trainer.data)
-    seeds, axes = trainer.seeds, (0, None, None)
-    signals = side_by_side(lambda state, x, y: _signals(trainer, state, x, y, blocks), seeds, axes)
-    signals_of = in_turn(jax.jit(signals), seeds, axes)
+    signals_of = trainer.of_seeds(lambda state, x, y: _signals(trainer, state, x, y, blocks), (0, None, None))
 
     def measure(state: State) -> dict[str, Any]:
         loss, found = jax.device_get(signals_of(state, *images))

@@ -182,7 +182,7 @@ def at_ranks(task: Task, ranks: dict[str, int]) -> Task:
 def cost(task: Task) -> dict[str, float]:
     """Operations of the forward pass and of a training step, and bytes kept from step to step."""
     counted = operations.count(task)
-    state: Any = jax.eval_shape(Trainer(task, [0]).init)
+    _, state = jax.eval_shape(Trainer(task, [0]).begin, jax.random.key(0))
     kept = jax.tree.leaves((state.params, state.feedback, state.rest, state.optimizer))
     arrays = [leaf for leaf in kept if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)

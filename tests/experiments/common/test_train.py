@@ -10,7 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments.common import checkpoint, records, seeds
+from experiments.common import checkpoint, records
+from experiments.common import trainer as trainer_module
 from experiments.common.data import Dataset
 from experiments.common.methods import METHODS
 from experiments.common.task import Task, cross_entropy
@@ -113,7 +114,7 @@ def test_both_shapes_of_the_loop_give_the_same_bits():
 
 @pytest.mark.parametrize("turns", [True, False])
 def test_seeds_side_by_side_train_as_they_do_alone(turns, monkeypatch):
-    monkeypatch.setattr(seeds, "_take_turns", lambda seeds: turns and len(seeds) > 1)
+    monkeypatch.setattr(trainer_module, "take_turns", lambda seeds, program: turns and len(seeds) > 1)
     both, alone = trainer(), trainer(seeds=(1,))
     states = [compiled.init() for compiled in (both, alone)]
     states = [c.advance(s, c.shuffle(s), 4)[0] for c, s in zip((both, alone), states, strict=True)]

@@ -116,7 +116,7 @@ def test_the_published_networks_take_both_readings(name, mock):
     assert layers[True] == layers[False]
     assert len(layers[True]) == {"vgg13": 12, "resnet32": 34}[name]
     svd = Trainer(ssa_arms.svd_bp(name, config, dataset), [0])
-    assert jax.eval_shape(svd.init).params
+    assert jax.eval_shape(svd.begin, jax.random.key(0))[1].params
 
 
 @pytest.mark.long
