@@ -117,7 +117,7 @@ def tokens(name, folder, *, context, vocabulary):
 
 def look(trainer, task, *_, **__):
     """In the place of a trainer's ``__init__``: asks the task for all that a training would, without a gradient."""
-    trainer.task, trainer._train = task, (np.zeros(4), np.zeros(4))
+    trainer.task, trainer.data = task, (np.zeros(4), np.zeros(4))
     model = nnx.eval_shape(lambda: task.make(nnx.Rngs(0)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     jax.eval_shape(lambda params: task.optimizer.update(params, task.optimizer.init(params), params), params)
