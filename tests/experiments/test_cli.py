@@ -19,7 +19,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from experiments.__main__ import EXPERIMENTS, main, run_all
-from experiments.benchmarks import memory, pipeline, pipeline_worker, steps
+from experiments.benchmarks import growth, memory, pipeline, pipeline_worker, steps
 from experiments.common import data, operations, plots, records, results, sweep, text, timing
 from experiments.common.train import DivergenceError
 from experiments.common.trainer import Trainer
@@ -147,6 +147,7 @@ def untrained(monkeypatch):
     monkeypatch.setattr(text, "load", tokens)
     monkeypatch.setattr(Trainer, "__init__", look)
     monkeypatch.setattr(Trainer, "init", lambda trainer: Trees())
+    monkeypatch.setattr(Trainer, "begin", lambda trainer, key: (None, Trees()))
     monkeypatch.setattr(jaxfa.factored, "prune", lambda *trees, **_: trees)
     monkeypatch.setattr(sweep, "train", diverging)
     count = operations.Count(1.0, 2.0, 0.5)
@@ -154,6 +155,8 @@ def untrained(monkeypatch):
     monkeypatch.setattr(memory, "_measure", lambda *_: [])
     monkeypatch.setattr(steps, "measure", lambda *_: {})
     monkeypatch.setattr(steps, "report", lambda *_: None)
+    for name in ("measure", "rows", "draw", "findings"):
+        monkeypatch.setattr(growth, name, lambda *_: [])
     monkeypatch.setattr(memory, "findings", lambda _: [])
     monkeypatch.setattr(rank_report, "study", lambda *_: None)
     for name in ("figure", "step_rows", "reach_rows"):
