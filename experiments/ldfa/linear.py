@@ -17,6 +17,11 @@ alike.
 A mode's factor is its rate of learning as a multiple of backpropagation's in the same student, ``(B u_i)^T (W_2 u_i)``
 over ``|W_2 u_i|^2`` for the feedback ``B = Q P^T`` and the mode's direction ``u_i`` at the output. Its share is
 ``|P^T u_i|^2``, what the projection keeps of it.
+
+A fixed projection is not stuck, since where the second layer has learned what it can, the error is
+``E = (1 - H) V S U^T``, ``H`` projecting on what the hidden layer sees. So ``E P = 0`` means ``E = 0`` as soon as
+``U^T P`` has rank ``d``, as it has for almost every ``P`` of rank ``d`` or more. Below ``d`` there are such points:
+mixtures of the modes.
 """
 
 import dataclasses
