@@ -2,8 +2,6 @@
 
 Claim (Hanut and Kadmon 2025): with a teacher of rank ``d``, learned feedback of rank ``r >= d`` recovers it as
 backpropagation does; ``r < d`` recovers the leading modes alone; a fixed projection gets stuck at spurious solutions.
-The first two hold where the paper stops. The third does not as said: a fixed projection is slow, since its factors, the
-rates at which modes are learned beside backpropagation's, stay near zero while a learned one's grow with its share.
 
 Command: ``python -m experiments run ldfa_linear`` (no data needed).
 
@@ -22,6 +20,10 @@ A fixed projection is not stuck, since where the second layer has learned what i
 ``E = (1 - H) V S U^T``, ``H`` projecting on what the hidden layer sees. So ``E P = 0`` means ``E = 0`` as soon as
 ``U^T P`` has rank ``d``, as it has for almost every ``P`` of rank ``d`` or more. Below ``d`` there are such points:
 mixtures of the modes.
+
+Verdict: the first two parts hold where the paper stops. The third does not as said: a fixed projection is slow, since
+its factors, the rates at which modes are learned beside backpropagation's, stay near zero while a learned one's grow
+with its share.
 """
 
 import dataclasses
