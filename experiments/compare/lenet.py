@@ -1,7 +1,7 @@
 """FA, DFA and sign-symmetry in LeNet on MNIST and CIFAR-10, beside the table of a third party, BioTorch.
 
-Claim (Sanfiz and Akrout 2021): in LeNet sign-symmetry, in all three forms, is level with backpropagation on MNIST and 2
-to 3 points below it on CIFAR-10, where feedback alignment and DFA, fixed and random, lose more than 30.
+Claim (Sanfiz and Akrout 2021): in LeNet sign-symmetry, in all three forms, is level with backpropagation on MNIST and
+some two points below it on CIFAR-10, where feedback alignment and DFA, fixed and random, lose more than 30.
 
 Command: ``python -m experiments run compare_lenet``, some 12 minutes on one core; ``--preset paper`` for all images.
 
