@@ -13,7 +13,7 @@ import pytest
 from experiments.common import records, rows
 
 ROOT = Path(__file__).parents[2]
-EPOCHS = 40
+EPOCHS = 8
 SMALL = ["--variants", "B3", "--ranks", "2", "--width", "4", "--narrow", "4", "--batch", "16", "--epochs", str(EPOCHS)]
 DEADLINE = 600
 
@@ -40,7 +40,7 @@ def courses(folder):
 def test_arms_that_train_apart_go_on_after_a_cut(cut, command, tmp_path):
     folder, end = tmp_path / "run", time.monotonic() + DEADLINE
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    while not any(epochs and epochs[-1] >= 4 for epochs in courses(folder).values()):
+    while not any(epochs and epochs[-1] >= 2 for epochs in courses(folder).values()):
         assert first.poll() is None
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -53,7 +53,7 @@ def test_arms_that_train_apart_go_on_after_a_cut(cut, command, tmp_path):
     assert left
     time.sleep(1)
     assert courses(folder) == before  # no arm's process was left behind
-    subprocess.run(command, cwd=ROOT, check=True, timeout=DEADLINE)
+    subprocess.run(command, cwd=ROOT, check=True)
     assert rows.unfinished(folder) == []
     assert courses(folder) == {name: list(range(EPOCHS + 1)) for name in ("bp", "B3-2", "narrow")}
     assert all(sentence.split()[0] in ("bp", "B3-2", "narrow") for sentence in left)

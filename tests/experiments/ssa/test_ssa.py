@@ -73,6 +73,29 @@ def test_every_reading_is_an_arm_and_says_what_alignment_moves(tiny):
         assert isinstance(arm.task.rule, jaxfa.DirectRule) == (way == "parallel")
 
 
+def test_every_reading_is_an_arm_at_each_of_several_betas_and_pulls_as_hard_as_they_say(tiny):
+    config = dataclasses.replace(networks.EXPERIMENT.presets["betas"], **TINY, networks=("mlp",), shrink=1)
+    found = {arm.name: arm for arm in networks.arms(config)}
+    one = {arm.name for arm in networks.arms(dataclasses.replace(config, betas=config.betas[:1]))}
+    readings = ("parallel-weights", "parallel-feedback", "sequential-weights", "sequential-feedback")
+    assert {name for name in found if name.count("-") > 1} == {
+        f"mlp-{reading}-{beta:g}" for reading in readings for beta in (0.001, 0.01, 0.1)
+    }
+    assert one == {*(name for name in found if name.count("-") == 1), *(f"mlp-{name}" for name in readings)}
+
+    def pull(name):
+        trainer = Trainer(found[name].task._replace(optimizer=optax.identity()), [0])
+        state = trainer.begin(jax.random.key(0))[1]
+        learned = (state.params, state.feedback)
+        zero = jax.tree.map(jnp.zeros_like, learned)
+        (updates, _), _ = trainer.optimizer().update(zero, trainer.optimizer().init(learned), learned)
+        return sum(float(jnp.abs(one).sum()) for one in jax.tree.leaves(updates))
+
+    strong, weak = (pull(f"mlp-sequential-weights-{beta:g}") for beta in (0.1, 0.01))
+    assert strong > 0
+    np.testing.assert_allclose(strong, 10 * weak, rtol=0.05)  # the way back onto the manifold bends a step
+
+
 def test_without_cross_entropy_hidden_factors_alone_lose_its_gradient():
     names = ("layers/0", "head")
     params = [{"w": jaxfa.factored.factorise(jnp.eye(3), name=name), "b": jnp.zeros(3)} for name in names]
