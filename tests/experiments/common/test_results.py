@@ -107,6 +107,24 @@ def test_of_perplexities_the_lower_is_ahead():
     assert other == "- The other way round: bp before dfa."
 
 
+def test_the_page_of_results_answers_every_question_and_holds_every_paper():
+    text = results.pages(EXPERIMENTS.values())[results.ROOT / "docs" / "results.md"]
+    for experiment in EXPERIMENTS.values():
+        assert (f"| [{experiment.page.title}](#{experiment.name}) | " in text) == bool(experiment.verdict)
+        assert text.count(f"{{include}} ../experiments/{experiment.paper}/README.md") == 1
+        assert f"\n## {experiment.name}\n" in (results.FOLDER / experiment.paper / "README.md").read_text()
+
+
+def test_a_glance_is_the_verdicts_first_two_sentences_and_the_order_of_every_table():
+    experiment = EXPERIMENTS["grape_resnet20"]._replace(about="A line.\n\nVerdict: holds. It does, ``x``. And more.")
+    arm = {"title": "bp", "group": "bp", "note": "", "reference": "bp", "last": {"mean": 9.0, "std": None}}
+    arm["published"] = {"value": 8.0, "from": "theirs", "ours": "another"}
+    other = arm | {"title": "dfa", "last": {"mean": 5.0, "std": None}, "published": arm["published"] | {"value": 2.0}}
+    found = {"metric": "accuracy", "published": "A paper", "arms": {"bp": arm, "dfa": other}}
+    row = verdicts.glance(experiment, [found, {"metric": "accuracy"}, found])
+    assert row == f"| [{experiment.page.title}](#grape_resnet20) | Holds. It does, `x`. | 1 of 1; 1 of 1 |"
+
+
 def test_presets_without_a_result_are_told_with_the_reason():
     experiment = EXPERIMENTS["grape_resnet20"]
     gpu, paper = (
