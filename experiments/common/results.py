@@ -178,7 +178,7 @@ def _result(experiment: Experiment, found: dict[str, Any], figure: Path) -> str:
         "",
         *verdict(found, experiment.page.epoch),
         *(f"- {name} {note}" for name, note in found["diverged"].items()),
-        *found["cut"],
+        *(f"- {sentence}" for sentence in found["cut"]),
     ]
     return "\n".join([*lines, "", _origin(found), ""])
 
