@@ -166,12 +166,24 @@ def ssa(
         lift = None if y.shape == logits.shape else direct_matrix(key_lift, draw, y, logits)
         return (TransportedLift if pull_feedback else LiftedFeedback)(b, lift, layer.op)
 
+    def weights(w: jax.Array | Factors, path: str) -> Factors:
+        return factorise(w, rank, name=path)
+
+    learn = _learn(alpha, beta, gamma, project=project, retract=retract, pull=(pull_weights, pull_feedback))
+    if parallel:
+        return DirectRule(init_parallel, transform=learn, weights=weights)
+    return LayerRule(init, transform=learn, weights=weights)
+
+
+def _learn(alpha: float, beta: float, gamma: float, *, project: bool, retract: bool, pull: tuple[bool, bool]) -> Local:
+    """The three losses and the steps on the manifold; ``pull`` says whether alignment moves weights and feedback."""
+
     def gradient(g: Any, w: Any, b: Factors | None) -> Any:
         g = jax.tree.map(lambda leaf: alpha * leaf, g)
         if not is_factors(w):
             return g
         if b is not None:
-            g = jax.tree.map(jnp.add, g, pull(w, b))
+            g = jax.tree.map(jnp.add, g, towards(w, b))
         if project:
             g = _columns(lambda d, u: kept(d, u, retract=False), g, w)
         return _columns(lambda d, u: d + gamma * _orthogonality(u), g, w) if gamma else g
@@ -179,16 +191,11 @@ def ssa(
     def step(d: Factors, w: Factors) -> Factors:
         return _columns(lambda d, u: kept(d, u, retract=True, project=project), d, w) if retract else d
 
-    def pull(w: Factors, to: Factors) -> Factors:
+    def towards(w: Factors, to: Factors) -> Factors:
         return jax.tree.map(lambda a, b: 2 * beta * (a - b.astype(a.dtype)), w, to)
 
-    def weights(w: jax.Array | Factors, path: str) -> Factors:
-        return factorise(w, rank, name=path)
-
-    learn = Local(is_factors, gradient, step, pull if pull_feedback else None, pull_weights and beta > 0)
-    if parallel:
-        return DirectRule(init_parallel, transform=learn, weights=weights)
-    return LayerRule(init, transform=learn, weights=weights)
+    pull_weights, pull_feedback = pull
+    return Local(is_factors, gradient, step, towards if pull_feedback else None, pull_weights and beta > 0)
 
 
 def _columns(change: Any, d: Factors, w: Factors) -> Factors:

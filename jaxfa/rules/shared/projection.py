@@ -46,10 +46,9 @@ def direct_matrix(key: jax.Array, distribution: Initializer, h: Any, logits: Any
 def project(b: jax.Array, h: Any, e: jax.Array) -> jax.Array:
     """``e B^T`` in the shape of ``h``: contracts the axes of ``e`` that ``h`` does not share."""
     k = (h.ndim + e.ndim - b.ndim) // 2
-    own = e.ndim - k
     if h.shape[k:] + e.shape[k:] != b.shape or h.shape[:k] != e.shape[:k]:
         raise ValueError(
             f"This feedback of shape {b.shape} is not from an error of shape {e.shape} to an activation of shape "
             f"{h.shape}. Make it with rule.init(key, h, logits) from one batch of that layer."
         )
-    return jnp.tensordot(e, b.astype(e.dtype), axes=(tuple(range(k, e.ndim)), tuple(range(b.ndim - own, b.ndim))))
+    return jnp.tensordot(e, b.astype(e.dtype), axes=(tuple(range(k, e.ndim)), tuple(range(h.ndim - k, b.ndim))))
