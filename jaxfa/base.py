@@ -20,15 +20,15 @@ feedback means the plain operation with ordinary autodiff.
 
 import dataclasses
 import inspect
-import typing
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import optax
 
-T = TypeVar("T")
+from jaxfa.pytree import feedback_dataclass
+
 Operation = Callable[[jax.Array, Any], jax.Array]
 Initializer = Callable[..., jax.Array]
 # The mesh axis along which jaxfa itself lays out layers: every device along it has the whole batch.
@@ -65,41 +65,6 @@ class LayerFeedback:
         Only terms that depend on the batch: cotangents are summed over uses, so that a decay would count once per use.
         """
         return jax.tree.map(jnp.zeros_like, self)
-
-
-@typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
-def feedback_dataclass(cls: type[T]) -> type[T]:
-    """Class decorator: makes a feedback a frozen dataclass and a pytree of its fields.
-
-    Args:
-      cls: a subclass of :class:`LayerFeedback` or :class:`DirectFeedback` with annotated fields. Fields with
-        ``metadata={"static": True}`` are part of the tree's structure.
-
-    Example:
-      >>> import jax, jaxfa
-      >>> @jaxfa.feedback_dataclass
-      ... class Scaled(jaxfa.LayerFeedback):
-      ...     b: jax.Array
-      >>> jax.tree.leaves(Scaled(1.0))
-      [1.0]
-
-    Source: JAX's documentation, "Custom pytree nodes", https://docs.jax.dev/en/latest/custom_pytrees.html
-    """
-    # By jax.tree_util.register_dataclass (JAX 0.10) two classes have equal structures if their static fields are: a
-    # jitted function would at times run one rule's program on another's feedback.
-    made: Any = dataclasses.dataclass(frozen=True)(cls)
-    static = [field.name for field in dataclasses.fields(made) if field.metadata.get("static")]
-    arrays = [field.name for field in dataclasses.fields(made) if field.name not in static]
-
-    def flatten(node: T) -> tuple[Any, Any]:
-        children = [(jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in arrays]
-        return children, tuple(getattr(node, name) for name in static)
-
-    def unflatten(meta: tuple[Any, ...], leaves: Any) -> T:
-        return made(**dict(zip(static, meta, strict=True)), **dict(zip(arrays, leaves, strict=True)))
-
-    jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
-    return made
 
 
 @feedback_dataclass
@@ -163,6 +128,26 @@ class Alike(NamedTuple):
     learning_rate: float = 0.0
 
 
+class Local(NamedTuple):
+    """Weights learn from losses of their own layer, too, and feedback may learn by the parameters' own optimizer.
+
+    Weights and the feedback's ``b`` belong together if they have the same ``name``.
+
+    Attributes:
+      is_weights: whether a node of a tree is such weights.
+      gradient: ``(g, w, b) -> `` what the optimizer is given for a parameter ``w``; ``b`` is None where it has none.
+      step: ``(step, w) -> `` what is made of a step of weights.
+      pull: ``(b, w) -> `` the gradient of the feedback; None leaves it fixed.
+      aligns: whether ``gradient`` is given ``b`` at all.
+    """
+
+    is_weights: Callable[[Any], bool]
+    gradient: Callable[[Any, Any, Any], Any]
+    step: Callable[[Any, Any], Any]
+    pull: Callable[[Any, Any], Any] | None
+    aligns: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What all learning rules have. A rule is made as a :class:`LayerRule` or a :class:`DirectRule`.
@@ -172,8 +157,8 @@ class Rule:
         shapes, not for values. With a keyword ``path`` it is told the layer's path.
       refine: ``(forward, feedback, key) -> feedback`` on the whole tree of feedbacks, before the gradient step.
       transform: the optax transformation of the feedback's signals, run in the steps that move the parameters, or None;
-        for a rule whose weights and feedback learn together, :class:`Alike` or a function ``tx -> `` the transformation
-        of the pair ``(params, feedback)``.
+        for a rule whose weights and feedback learn together, :class:`Alike`, :class:`Local`, or a function ``tx -> ``
+        the transformation of the pair ``(params, feedback)``.
       globs: the globs of layer paths that the rule was given, of which none may match nothing.
       weights: ``(w, path) -> `` what a layer learns in the place of ``w``, such as its factors; None is ``w`` itself.
     """
@@ -181,7 +166,7 @@ class Rule:
     arguments: ClassVar[tuple[str, ...]] = ()
     init: Callable[..., Any]
     refine: Callable[..., Any] = keep
-    transform: optax.GradientTransformation | Alike | Callable[..., Any] | None = None
+    transform: optax.GradientTransformation | Alike | Local | Callable[..., Any] | None = None
     globs: tuple[str, ...] = ()
     weights: Callable[[jax.Array, str], Any] | None = None
 

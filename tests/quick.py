@@ -46,7 +46,13 @@ ROWS = {
     "test_layers_factored_before_obey_at_and_refuse_a_rank": ("parallel",),
     "test_attention_and_einsums_are_factored_and_come_back": (),
     "test_residual_networks_take_errors_by_the_shortcut_if_allowed": (),
+    "test_the_table_says_how_each_feedback_learns": (
+        "backprop", "fa", "brsf", "kolen_pollack", "weight_mirror", "dfa", "ldfa", "grape", "forward_gradient",
+        "pepita_mirrored", "ssa_transported", "local_classifier",
+    ),
     # layers
+    "test_plain_is_the_users_model_with_true_gradients_and_forward_mode": LAYERS,
+    "test_coverage_lists_both_layers": LAYERS,
     "test_forward_is_bit_identical_and_w_as_feedback_is_backprop": (
         "linear", "linear, bfloat16", "einsum, batch axis moved", "conv, grouped", "conv transpose, strided",
         "conv transpose, transposed kernel",

@@ -25,7 +25,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 import jaxfa
 from experiments.common.experiment import Arm, Experiment, Page, load
@@ -74,22 +73,13 @@ def arms(config: Config) -> Iterator[Arm]:
 def without_cross_entropy(rule: jaxfa.Rule) -> jaxfa.Rule:
     """The same rule, by which all factors but the head's learn from their local losses alone."""
 
-    transform: Any = rule.transform
+    local: Any = rule.transform
 
-    def learn(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-        inner = transform(tx)
+    def gradient(g: Any, w: Any, b: Any) -> Any:
+        hidden = is_factors(w) and w.name != "head"
+        return local.gradient(jax.tree.map(jnp.zeros_like, g) if hidden else g, w, b)
 
-        def only_local(node: Any) -> Any:
-            hidden = is_factors(node) and node.name != "head"
-            return jax.tree.map(jnp.zeros_like, node) if hidden else node
-
-        def update(updates: Any, state: Any, both: Any, **extra: Any) -> tuple[Any, Any]:
-            local = jax.tree.map(only_local, updates[0], is_leaf=is_factors)
-            return inner.update((local, updates[1]), state, both, **extra)
-
-        return optax.GradientTransformationExtraArgs(inner.init, update)
-
-    return dataclasses.replace(rule, transform=learn)
+    return dataclasses.replace(rule, transform=local._replace(gradient=gradient))
 
 
 EXPERIMENT = Experiment(

@@ -46,15 +46,6 @@ def stiefel(*, retract: bool = True, project: bool = True) -> optax.GradientTran
     https://press.princeton.edu/absil
     """
 
-    def move(d: jax.Array, u: jax.Array) -> jax.Array:
-        _check(u)
-        wide = jnp.promote_types(u.dtype, jnp.float32)
-        d, own = d.astype(wide), u.astype(wide)
-        with jax.default_matmul_precision("highest"):
-            base = orthonormal(own) if retract else own
-            d = tangent(base, d) if project else d
-            return (polar(base, d) - own if retract else d).astype(u.dtype)
-
     def init(params: Any) -> optax.EmptyState:
         jax.tree.map(_check, params)
         return optax.EmptyState()
@@ -62,9 +53,20 @@ def stiefel(*, retract: bool = True, project: bool = True) -> optax.GradientTran
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("stiefel needs the parameters: call update(updates, state, params).")
-        return jax.tree.map(move, updates, params), state
+        return jax.tree.map(partial(kept, retract=retract, project=project), updates, params), state
 
     return optax.GradientTransformation(init, update)
+
+
+def kept(d: jax.Array, u: jax.Array, *, retract: bool, project: bool = True) -> jax.Array:
+    """A step ``d`` of ``u`` as :func:`stiefel` takes it."""
+    _check(u)
+    wide = jnp.promote_types(u.dtype, jnp.float32)
+    d, own = d.astype(wide), u.astype(wide)
+    with jax.default_matmul_precision("highest"):
+        base = orthonormal(own) if retract else own
+        d = tangent(base, d) if project else d
+        return (polar(base, d) - own if retract else d).astype(u.dtype)
 
 
 def _check(u: Any) -> None:
@@ -81,80 +83,62 @@ def tangent(u: jax.Array, step: jax.Array) -> jax.Array:
 
 
 def polar(u: jax.Array, step: jax.Array) -> jax.Array:
-    """The polar retraction: the nearest orthonormal columns, ``y (y^T y)^(-1/2)`` with ``y = u + d``.
-
-    By Newton and Schulz's iteration, matrix products alone, so that it runs anywhere: ``y <- y (3 - y^T y) / 2`` once
-    the largest singular value is at most one. A ``y`` that has lost rank has several nearest, of which it takes one.
-    (Higham, "Functions of Matrices", 2008, https://epubs.siam.org/doi/book/10.1137/1.9780898717778)
-
-    Args:
-      u: orthonormal columns, ``(..., n, r)``.
-      step: ``d``, of the same shape.
-    """
-    return _nearest(u + step, rounds=1)
+    """The polar retraction: the nearest orthonormal columns to ``u + d``, of orthonormal ``u`` and any ``d``."""
+    return _nearest(u + step)
 
 
+@jax.jit
 def orthonormal(u: jax.Array) -> jax.Array:
     """The nearest orthonormal columns to ``u``; ``u`` itself, bit for bit, if its own are orthonormal to 1e-4.
 
     Args:
       u: any columns, ``(..., n, r)`` with ``r <= n``; they may be dependent, or zero.
     """
-    return _nearest(u, rounds=0)
+
+    def is_off(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        u, is_first = state
+        return is_first & ~_is_near(u.mT @ u)
+
+    # A loop of one round at most: under vmap a cond would run it for all, though none needs it.
+    return lax.while_loop(is_off, lambda state: (_nearest(state[0]), jnp.array(False)), (u, jnp.array(True)))[0]
 
 
-@partial(jax.jit, static_argnames="rounds")
-def _nearest(y: jax.Array, *, rounds: int) -> jax.Array:
-    """The nearest orthonormal columns after ``rounds`` of iterations, or as many more as it takes, up to 4."""
+@jax.jit
+def _nearest(y: jax.Array) -> jax.Array:
+    """The nearest orthonormal columns, ``y (y^T y)^(-1/2)``, by Newton and Schulz's iteration.
 
-    def goes_on(state: tuple[jax.Array, jax.Array]) -> jax.Array:
-        y, count = state
-        return (count < rounds) | (~_is_near(y.mT @ y) & (count < 4))
-
-    def fill(y: jax.Array, count: jax.Array) -> jax.Array:
-        # Columns that the round before has found to be dependent get a part outside of all others: a hash of the place,
-        # which does as well as random numbers and costs nothing.
-        place = lax.iota(jnp.uint32, y.size).reshape(y.shape) + count.astype(jnp.uint32) * jnp.uint32(40503)
-        drawn = (place * place * jnp.uint32(2654435761) >> 8).astype(y.dtype) / 2**23 - 1
-        drawn = drawn - y @ (y.mT @ drawn)
-        return y + drawn - drawn @ (y.mT @ y)
-
-    def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        y, count = state
-        return _newton_schulz(lax.cond(count > 0, fill, lambda y, _: y, y, count)), count + 1
-
-    with jax.default_matmul_precision("highest"):
-        return lax.while_loop(goes_on, again, (y, jnp.zeros((), int)))[0]
-
-
-def _newton_schulz(y: jax.Array) -> jax.Array:
-    eye = jnp.broadcast_to(jnp.eye(y.shape[-1], dtype=y.dtype), (*y.shape[:-2], y.shape[-1], y.shape[-1]))
-
-    def closer(y: jax.Array, gram: jax.Array) -> jax.Array:
-        return y @ (3 * eye - gram) / 2
+    ``y <- y (3 - y^T y) / 2``, matrix products alone, once the largest singular value is at most one. A ``y`` that has
+    lost rank has several nearest, of which it takes one.
+    (Higham, "Functions of Matrices", 2008, https://epubs.siam.org/doi/book/10.1137/1.9780898717778)
+    """
 
     def is_far(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         _, gram, count = state
-        return (count < 100) & ~_is_near(gram)
+        return (count < 200) & ~_is_near(gram)
 
-    def iterate(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def closer(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         y, gram, count = state
-        y = closer(y, gram)
+        y = y @ (3 * _identity(gram) - gram) / 2
         return y, y.mT @ y, count + 1
 
-    # Divided by its size, nothing is squared to zero or infinity.
-    y = _divided(y, jnp.abs(y).max((-2, -1), keepdims=True))
-    # The largest row sum bounds the largest eigenvalue of y^T y.
-    y = _divided(y, jnp.sqrt(jnp.abs(y.mT @ y).sum(-1, keepdims=True).max(-2, keepdims=True)))
-    y, gram, _ = lax.while_loop(is_far, iterate, (y, y.mT @ y, jnp.zeros((), int)))
-    for _ in range(2):  # each squares what is left of the distance
-        y = closer(y, gram)
-        gram = y.mT @ y
-    return y
+    # A hash of the place, which does as well as random numbers: of the size of rounding, it parts dependent columns.
+    place = lax.iota(jnp.uint32, y.size).reshape(y.shape)
+    noise = (place * place * jnp.uint32(2654435761) >> 8).astype(y.dtype) / 2**23 - 1
+    with jax.default_matmul_precision("highest"):
+        # Divided by its size, nothing is squared to zero or infinity.
+        y = _divided(y, jnp.abs(y).max((-2, -1), keepdims=True)) + 2 * jnp.finfo(y.dtype).eps * noise
+        # The largest row sum bounds the largest eigenvalue of y^T y.
+        y = _divided(y, jnp.sqrt(jnp.abs(y.mT @ y).sum(-1, keepdims=True).max(-2, keepdims=True)))
+        state = lax.while_loop(is_far, closer, (y, y.mT @ y, jnp.zeros((), int)))
+        return closer(closer(state))[0]  # each squares what is left of the distance
 
 
 def _is_near(gram: jax.Array) -> jax.Array:
-    return jnp.abs(gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)).max() <= _NEAR
+    return jnp.abs(gram - _identity(gram)).max() <= _NEAR
+
+
+def _identity(gram: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
 
 
 def _divided(y: jax.Array, size: jax.Array) -> jax.Array:

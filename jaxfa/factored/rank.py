@@ -14,7 +14,8 @@ import numpy as np
 import optax
 
 from jaxfa.base import is_feedback
-from jaxfa.factored.svd import Factors, by_name, is_factors, matched, take, wide
+from jaxfa.factored.svd import Factors, is_factors, matched, take, wide
+from jaxfa.optim.local import named
 
 
 def hoyer(s: jax.Array) -> jax.Array:
@@ -126,12 +127,12 @@ def prune(
     """
     if not 0.0 < energy <= 1.0 or multiple < 1:
         raise ValueError(f"prune needs energy in (0, 1] and multiple >= 1, got {energy} and {multiple}.")
-    named = by_name(params)
-    if not named:
+    layers = by_name(params)
+    if not layers:
         raise ValueError("prune found no factored weights in the parameters: attach jaxfa.ssa(...) or factorise first.")
     if energy == 1.0:
         return params, *others
-    shrunk = {name: found for name, w in named.items() if (found := _shrunk(w, energy, multiple, tolerance))}
+    shrunk = {name: found for name, w in layers.items() if (found := _shrunk(w, energy, multiple, tolerance))}
 
     def lead(w: Factors) -> Factors:
         return take(*shrunk[w.name]) if w.name in shrunk else w
@@ -139,7 +140,7 @@ def prune(
     def follow(w: Factors) -> Factors:
         if w.name not in shrunk:
             return w
-        _check_shapes(w, named[w.name])
+        _check_shapes(w, layers[w.name])
         return take(w, shrunk[w.name][1])
 
     return map_factors(lead, params), *(map_factors(follow, tree) for tree in others)
@@ -165,6 +166,11 @@ def ranks(tree: Any) -> dict[str, int]:
     Source: as :func:`prune`, after which it is smaller.
     """
     return {name: w.s.shape[-1] for name, w in by_name(tree).items()}
+
+
+def by_name(tree: Any) -> dict[str, Factors]:
+    """The factors in a tree by name; an error if two have one name."""
+    return named(tree, is_factors)
 
 
 def drift(w: Factors) -> jax.Array:

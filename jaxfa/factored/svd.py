@@ -12,7 +12,7 @@ import math
 from dataclasses import field, replace
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -75,14 +75,9 @@ class Factors:
         return first.reshape(height, *[1] * len(window), n, -1), jnp.expand_dims(second, 0)
 
 
-def is_factors(node: Any) -> bool:
+def is_factors(node: Any) -> TypeGuard[Factors]:
     """Whether a node of a tree is :class:`Factors`: the leaf test for trees that hold some."""
     return isinstance(node, Factors)
-
-
-def dense(w: Any) -> jax.Array:
-    """Weights as one array, whether they are factored or not."""
-    return w.dense() if is_factors(w) else w
 
 
 def factorise(w: jax.Array | Factors, rank: float | None = None, *, name: str = "") -> Factors:
@@ -204,17 +199,3 @@ def orthonormal_factors(tree: Any) -> Any:
         return replace(none, u=True, v=True) if is_factors(node) and jax.tree.leaves(node) else none
 
     return jax.tree.map(mark, tree, is_leaf=lambda node: is_factors(node) or is_feedback(node))
-
-
-def by_name(tree: Any) -> dict[str, Factors]:
-    """The factors in a tree by name.
-
-    Raises:
-      ValueError: if two have one name.
-    """
-    found = [node for node in jax.tree.leaves(tree, is_leaf=is_factors) if is_factors(node)]
-    named = {node.name: node for node in found}
-    if len(named) < len(found):
-        names = [node.name for node in found]
-        raise ValueError(f"Every factored layer needs a name of its own, factorise(w, name=...); got {names}.")
-    return named

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.special import entr
 
 from jaxfa.base import LayerFeedback
-from jaxfa.factored.svd import dense
+from jaxfa.factored.svd import is_factors
 from jaxfa.measure.pair import matrix_of
 
 
@@ -101,7 +101,8 @@ def weight_angle(w: jax.Array, feedback: LayerFeedback) -> jax.Array:
 
     Source: as :func:`angle`.
     """
-    return angle(dense(matrix_of(feedback, w)), dense(w))
+    arrays = [one.dense() if is_factors(one) else one for one in (matrix_of(feedback, w), w)]
+    return angle(*arrays)
 
 
 def entropy_rank(matrix: jax.Array) -> jax.Array:

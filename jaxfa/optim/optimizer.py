@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfa.base import Alike, Rule, is_feedback
+from jaxfa.base import Alike, Local, Rule, is_feedback
 from jaxfa.optim.alike import alike
+from jaxfa.optim.local import local
 from jaxfa.optim.steps import OptimizerState, init_on, refuse_accumulation, stepped, with_extra
 from jaxfa.optim.trees import join, nodes_of, split, unboxed
 from jaxfa.optim.unattached import for_unattached
@@ -83,6 +84,8 @@ def of_pair(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTrans
     transform = rule.transform
     if isinstance(transform, Alike):
         return alike(tx, *transform)
+    if isinstance(transform, Local):
+        return local(tx, transform)
     if transform is None or isinstance(transform, optax.GradientTransformation):
         return _apart(tx, transform)
     return transform(tx)

@@ -13,14 +13,13 @@ The paper's rule to the letter is :func:`published_grape`; the defaults of :func
 layer's perturbation for the least noise. Weights are never perturbed, though the paper does so where they have fewer
 dimensions. A dense layer's never have, and examples share the noise that they make: more variance at the same cost. A
 kernel has if it is smaller than the map, and then tells nothing of that part of the Jacobian that its patches don't
-see: a bias. In a small network on digits its expectation has a cosine of .35 with the Jacobian (``grape_bound``).
+see: a bias, which the experiment ``grape_bound`` measures.
 
 A ``tile`` trades bias for noise. What is learned is the Jacobian's mean over the tiles: its relative variance is lower
 by the number of repeats or more, and what differs from tile to tile is lost. Below a global average pool a linear
 network loses nothing, since the Jacobian repeats with the stride from the layer to the pool (borders aside). Below a
-dense layer most is lost: in a shallow network on CIFAR-10 a tile of 4 holds a fifth of the square of the first layer's
-mean Jacobian. Short trainings gain by a tile, long ones lose: it is an option, no default. Tokens and other axes before
-the last count as pixels do.
+dense layer most is lost. Short trainings gain by a tile, long ones lose: it is an option, no default. Tokens and other
+axes before the last count as pixels do.
 """
 
 import math

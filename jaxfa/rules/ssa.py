@@ -24,7 +24,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.nn import initializers
 
 from jaxfa.base import (
@@ -33,14 +32,14 @@ from jaxfa.base import (
     Layer,
     LayerFeedback,
     LayerRule,
+    Local,
     Operation,
     Rule,
     feedback_dataclass,
     transpose,
 )
-from jaxfa.factored.local_losses import learn_aligned, orthogonal
-from jaxfa.factored.manifold import orthonormal, stiefel
-from jaxfa.factored.svd import Factors, factorise, is_factors, matched, orthonormal_factors, rank_of
+from jaxfa.factored.manifold import kept, orthonormal
+from jaxfa.factored.svd import Factors, factorise, is_factors, matched, rank_of
 from jaxfa.rules.shared.projection import direct_matrix, project
 
 
@@ -167,27 +166,46 @@ def ssa(
         lift = None if y.shape == logits.shape else direct_matrix(key_lift, draw, y, logits)
         return (TransportedLift if pull_feedback else LiftedFeedback)(b, lift, layer.op)
 
-    betas = beta if pull_weights else 0.0, beta if pull_feedback else None
-
-    # No functools.partial: a copy of one equals it no more, and a model's deep copy would be another program.
-    def learn(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        return _learn(tx, alpha=alpha, betas=betas, gamma=gamma, project=project, retract=retract)
-
     def weights(w: jax.Array | Factors, path: str) -> Factors:
         return factorise(w, rank, name=path)
 
+    learn = _learn(alpha, beta, gamma, project=project, retract=retract, pull=(pull_weights, pull_feedback))
     if parallel:
         return DirectRule(init_parallel, transform=learn, weights=weights)
     return LayerRule(init, transform=learn, weights=weights)
 
 
-def _learn(
-    tx: optax.GradientTransformation, *, alpha: float, betas: Any, gamma: float, project: bool, retract: bool
-) -> optax.GradientTransformation:
-    nothing = optax.identity()
-    gradients = optax.masked(stiefel(retract=False) if project else nothing, orthonormal_factors)
-    steps = optax.masked(stiefel(project=project) if retract else nothing, orthonormal_factors)
-    return learn_aligned(tx, (optax.chain(gradients, orthogonal(gamma)), steps), alpha, betas)
+def _learn(alpha: float, beta: float, gamma: float, *, project: bool, retract: bool, pull: tuple[bool, bool]) -> Local:
+    """The three losses and the steps on the manifold; ``pull`` says whether alignment moves weights and feedback."""
+
+    def gradient(g: Any, w: Any, b: Factors | None) -> Any:
+        g = jax.tree.map(lambda leaf: alpha * leaf, g)
+        if not is_factors(w):
+            return g
+        if b is not None:
+            g = jax.tree.map(jnp.add, g, towards(w, b))
+        if project:
+            g = _columns(lambda d, u: kept(d, u, retract=False), g, w)
+        return _columns(lambda d, u: d + gamma * _orthogonality(u), g, w) if gamma else g
+
+    def step(d: Factors, w: Factors) -> Factors:
+        return _columns(lambda d, u: kept(d, u, retract=True, project=project), d, w) if retract else d
+
+    def towards(w: Factors, to: Factors) -> Factors:
+        return jax.tree.map(lambda a, b: 2 * beta * (a - b.astype(a.dtype)), w, to)
+
+    pull_weights, pull_feedback = pull
+    return Local(is_factors, gradient, step, towards if pull_feedback else None, pull_weights and beta > 0)
+
+
+def _columns(change: Any, d: Factors, w: Factors) -> Factors:
+    """The same change of ``u`` and of ``v``; by jax.tree, since optax may have masked them."""
+    return replace(d, u=jax.tree.map(change, d.u, w.u), v=jax.tree.map(change, d.v, w.v))
+
+
+def _orthogonality(u: jax.Array) -> jax.Array:
+    """The gradient of ``|u^T u - 1|^2``."""
+    return 4 * u @ (u.mT @ u - jnp.eye(u.shape[-1], dtype=u.dtype))
 
 
 def _turned(key: jax.Array, w: Factors, scale: float) -> Factors:

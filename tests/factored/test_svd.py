@@ -9,7 +9,8 @@ import pytest
 
 import jaxfa
 from jaxfa.factored import rank as ranks
-from jaxfa.factored.svd import Factors, by_name
+from jaxfa.factored.rank import by_name
+from jaxfa.factored.svd import Factors
 
 KEY = jax.random.PRNGKey(0)
 drift, standardise = jax.jit(ranks.drift), jax.jit(ranks.standardise)

@@ -61,20 +61,27 @@ def create(kind, rule):
     if rule.weights is not None:
         params = [p | {"w": rule.weights(p["w"], f"layer {i}")} for i, p in enumerate(params)]
     xs = Network(layers, [plain(p) for p in params], np.asarray(x), labels).xs
-    ops = [
-        jaxfa.Layer(operation(one), jax.ShapeDtypeStruct(x.shape, x.dtype), p["w"])
-        for one, x, p in zip(layers, xs, params, strict=False)
-    ]
-    keys, logits = jax.random.split(KEY, len(layers)), jax.ShapeDtypeStruct((IMAGES, CLASSES), jnp.float64)
-    if is_direct(rule):
-        hidden = [jaxfa.Layer(block(one.op), one.x, (p, {})) for one, p in zip(ops[:-1], params, strict=False)]
-        known = [{"layer": one, "above": tuple(hidden[i:]), "below": i - 1} for i, one in enumerate(ops)]
-        feedback = [init_at(rule, **own)(k, own["layer"].x, logits) for k, own in zip(keys, known, strict=True)][1:]
-        if feedback[0].shared:
-            feedback = [max(feedback, key=lambda f: f.b.size)] * len(feedback)
-    else:
-        feedback = [rule.init(k, one.w) for k, one in zip(keys, ops, strict=True)][1:]
-    return layers, params, (x, labels), ops, [None, *feedback]
+
+    def ops(params):
+        return [
+            jaxfa.Layer(operation(one), jax.ShapeDtypeStruct(x.shape, x.dtype), p["w"])
+            for one, x, p in zip(layers, xs, params, strict=False)
+        ]
+
+    # One program, which compiles sooner than as many as there are operations.
+    feedback = jax.jit(lambda params: feedback_of(rule, ops(params), params))(params)
+    return layers, params, (x, labels), ops(params), [None, *feedback]
+
+
+def feedback_of(rule, ops, params):
+    """Feedback for the input of every layer but the first."""
+    keys, logits = jax.random.split(KEY, len(ops)), jax.ShapeDtypeStruct((IMAGES, CLASSES), jnp.float64)
+    if not is_direct(rule):
+        return [rule.init(k, one.w) for k, one in zip(keys, ops, strict=True)][1:]
+    hidden = [jaxfa.Layer(block(one.op), one.x, (p, {})) for one, p in zip(ops[:-1], params, strict=False)]
+    known = [{"layer": one, "above": tuple(hidden[i:]), "below": i - 1} for i, one in enumerate(ops)]
+    feedback = [init_at(rule, **own)(k, own["layer"].x, logits) for k, own in zip(keys, known, strict=True)][1:]
+    return [max(feedback, key=lambda f: f.b.size)] * len(feedback) if feedback[0].shared else feedback
 
 
 def forward(layers, params, feedback, x, taps=None):
