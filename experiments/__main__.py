@@ -14,12 +14,12 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from experiments.common import apart, page, records, results, sweep
+from experiments.common import apart, page, records, results, rows, sweep
 from experiments.common.experiment import Experiment
 
 # Every experiment, the names of its file and of its folder: a new one is one more.
 _FILES = {
-    "compare": ("compare",),
+    "compare": ("compare", "lenet"),
     "conservation": ("aligned_start", "angle_against_depth", "conservation"),
     "grape": ("bound", "deep", "resnet20", "shallow", "transformer"),
     "ldfa": ("autoencoder", "cnn", "cost", "linear", "rank_mlp", "representations", "retina", "rnn", "vgg", "vit"),
@@ -134,8 +134,7 @@ def run_all(options: list[str], run: Callable[[str, str], int] = _apart) -> None
 
 def _is_done(folder: Path) -> bool:
     """Whether a run came to its report, with nothing cut."""
-    cut = folder / "cut.json"
-    return (folder / "report.html").exists() and not (cut.exists() and records.read_json(cut))
+    return (folder / "report.html").exists() and not rows.unfinished(folder)
 
 
 def _about(experiment: Experiment) -> str:

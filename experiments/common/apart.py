@@ -5,6 +5,7 @@ Every process records and checkpoints as if it were alone, so that a cut loses l
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,17 +35,22 @@ def train_apart(folder: Path, arms: Sequence[str], epochs: int, minutes: float |
       A sentence for each arm that was stopped or failed.
     """
     end = time.monotonic() + 60 * minutes if minutes else float("inf")
-    processes = {arm: _start(folder, arm) for arm in arms}
     bars = {arm: progress.add_task(arm, total=epochs) for arm in arms}
-    while any(process.poll() is None for process in processes.values()) and time.monotonic() < end:
-        time.sleep(_POLL_SECONDS)
-        for arm, bar in bars.items():
-            progress.update(bar, completed=reached(folder / arm))
-    stopped = [arm for arm, process in processes.items() if process.poll() is None]
-    for arm in stopped:
-        processes[arm].terminate()
-    for process in processes.values():
-        _wait(process)
+    # Else what ends this process would leave the arms' behind, to write beside those of the next.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    processes = {arm: _start(folder, arm) for arm in arms}
+    try:
+        while any(process.poll() is None for process in processes.values()) and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+            for arm, bar in bars.items():
+                progress.update(bar, completed=records.reached(folder / arm))
+    finally:
+        stopped = [arm for arm, process in processes.items() if process.poll() is None]
+        for arm in stopped:
+            processes[arm].terminate()
+        for process in processes.values():
+            _wait(process)
+        signal.signal(signal.SIGTERM, before)
     unfinished = [arm for arm in arms if processes[arm].returncode and not _is_done(folder / arm, epochs)]
     return [_told(folder, arm, processes[arm], stopped, epochs) for arm in unfinished]
 
@@ -57,14 +63,9 @@ def share_device() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-def reached(folder: Path) -> int:
-    """The last epoch that an arm's folder has a record of."""
-    return max((record["epoch"] for record in records.read(folder)), default=0)
-
-
 def _is_done(folder: Path, epochs: int) -> bool:
     # A process also fails for another arm's divergence.
-    return reached(folder) == epochs or (folder / records.DIVERGED).exists()
+    return records.reached(folder) == epochs or (folder / records.DIVERGED).exists()
 
 
 def _start(folder: Path, arm: str) -> subprocess.Popen[bytes]:
@@ -83,5 +84,5 @@ def _wait(process: "subprocess.Popen[bytes]") -> None:
 
 def _told(folder: Path, arm: str, process: "subprocess.Popen[bytes]", stopped: Sequence[str], epochs: int) -> str:
     if arm in stopped:
-        return f"{arm} was cut at epoch {reached(folder / arm)} of {epochs}; the same command goes on."
+        return f"{arm} was cut at epoch {records.reached(folder / arm)} of {epochs}; the same command goes on."
     return f"{arm} failed with exit status {process.returncode}; {folder / arm}.log says why."

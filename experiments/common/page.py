@@ -45,6 +45,7 @@ def write(folder: Path) -> Path:
         rows=rows,
         published=any(row.arm["published"] is not None for row in rows),
         diverged=lost,
+        unfinished=rows_of.unfinished(folder),
         groups=rows_of.groups(rows),
         scale=_scale(rows, metric),
         angle_top=max([90.0, *(angle for row in rows for angle in row.layers.values() if not np.isnan(angle))]),

@@ -114,6 +114,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def reached(folder: Path) -> int:
+    """The last epoch that a run has a record of."""
+    return max((record["epoch"] for record in read(folder)), default=0)
+
+
 def truncate(folder: Path, epoch: int) -> list[dict[str, Any]]:
     """Drops what a killed run wrote after the checkpoint of ``epoch`` (-1: everything); returns what stays."""
     records = [record for record in read(folder) if record["epoch"] <= epoch]

@@ -40,7 +40,6 @@ def write(folder: Path, experiments: Mapping[str, Experiment], name: str) -> Pat
     config, starts = records.read_json(folder / "config.json"), records.read_json(folder / "environment.json")
     experiment = experiments[config["experiment"]]
     page, study = records.read_json(folder / "sweep.json"), folder / "study.json"
-    lost, cut = rows.diverged(folder), folder / "cut.json"
     found: dict[str, Any] = {
         "experiment": experiment.name,
         "kind": "run",
@@ -50,8 +49,8 @@ def write(folder: Path, experiments: Mapping[str, Experiment], name: str) -> Pat
         "runs": [_known(start) for start in starts],
         "metric": page["metric"],
         "published": page["published"],
-        "diverged": lost,
-        "cut": records.read_json(cut) if cut.exists() else [],
+        "diverged": rows.diverged(folder),
+        "cut": rows.unfinished(folder),
     }
     if study.exists():
         shown = records.read_json(study)

@@ -130,6 +130,19 @@ def diverged(folder: Path) -> dict[str, str]:
     return {name: notes[name] for name in names if name in notes}
 
 
+def unfinished(folder: Path) -> list[str]:
+    """A sentence for each of the experiment's arms that neither came to its last epoch nor diverged."""
+    path = folder / "sweep.json"
+    arms = [arm["name"] for arm in records.read_json(path)["arms"]] if path.exists() else []
+    lost, epochs = records.diverged(folder), records.read_json(folder / "config.json")["epochs"] if arms else 0
+    reached = {name: records.reached(folder / name) for name in arms if name not in lost}
+    return [
+        f"{name} was cut at epoch {epoch} of {epochs}; the same command goes on."
+        for name, epoch in reached.items()
+        if epoch < epochs
+    ]
+
+
 def by_part(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records whose angles are means over the layers of a part: over ``blocks/0`` for ``blocks/0/attention/query``."""
 

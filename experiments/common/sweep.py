@@ -72,7 +72,6 @@ def _train(config: Training, known: dict[str, Any], arms: Sequence[Arm], *, time
         names = [arm.name for arm in arms]
         with _progress() as progress:
             cut = apart.train_apart(config.out, names, config.epochs, config.minutes, progress)
-        records.write_json(config.out / "cut.json", cut)
         Console().print(*cut, sep="\n")
         return
     references = {arm.name: arm.reference or arms[0].name for arm in arms}

@@ -38,6 +38,8 @@ class Config(ssa_arms.Config):
     """The network to train."""
     parallel: bool = True
     """Errors reach all layers at once, else one after the other."""
+    beta: float = 0.1
+    """The weight of the alignment loss."""
     gamma: float = 1e-2
     """The weight of the orthogonality loss, in the arms without a retraction."""
 

@@ -49,10 +49,8 @@ def readings(beta: float, **options: Any) -> dict[str, tuple[str, jaxfa.Rule]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(experiment.Config):
-    """The training, the local losses and the rank; the paper names only the pruning."""
+    """The training and the rank; the paper names only the pruning."""
 
-    beta: float = 0.1
-    """The weight of the alignment loss."""
     hoyer: float = 1.0
     """The weight of Hoyer's penalty. At Yang et al.'s .03 and .005, in so few epochs, ranks hardly fall."""
     period: int = 10

@@ -65,12 +65,16 @@ class Config(ssa_arms.Config):
     """The images to learn."""
     networks: tuple[NetworkName, ...] = ("smallconv", "vgg13", "resnet32")
     """The networks to train."""
+    betas: tuple[float, ...] = (0.1,)
+    """The weights of the alignment loss, every reading once at each."""
+    costs: bool = True
+    """Operations and memory are counted at the end, for which every network is compiled anew."""
 
     arms = ("networks",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        records.refuse_empty(self, "networks")
+        records.refuse_empty(self, "networks", "betas")
 
 
 def arms(config: Config) -> Iterator[Arm]:
@@ -90,8 +94,11 @@ def _tasks(config: Config, name: NetworkName, dataset: data.Dataset) -> dict[str
         "predsim": ("PredSim", ssa_arms.dense(name, config, dataset, jaxfa.predsim(), taps=True)),
         "auglocal": ("AugLocal", ssa_arms.dense(name, config, dataset, jaxfa.auglocal(), taps=True)),
     }
-    for arm, (title, rule) in ssa_arms.readings(config.beta).items():
-        found[arm] = title, ssa_arms.ssa(name, config, dataset, rule)
+    for beta in config.betas:
+        several = len(config.betas) > 1
+        for arm, (title, rule) in ssa_arms.readings(beta).items():
+            called, said = (f"{arm}-{beta:g}", f"{title}, beta {beta:g}") if several else (arm, title)
+            found[called] = said, ssa_arms.ssa(name, config, dataset, rule)
     return found
 
 
@@ -100,9 +107,8 @@ def study(config: Config, histories: Histories) -> Study:
     every = [arm for arm in arms(config) if arm.name in histories]
     groups = {name: [arm for arm in every if arm.group == name] for name in config.networks}
     ends = {arm.name: _end(histories[arm.name]) for arm in every}
-    costs = {
-        arm.name: cost(at_ranks(arm.task, _ranks(histories[arm.name][-1]))) for arm in every if _kind(arm) in COUNTED
-    }
+    counted = [arm for arm in every if config.costs and _kind(arm) in COUNTED]
+    costs = {arm.name: cost(at_ranks(arm.task, _ranks(histories[arm.name][-1]))) for arm in counted}
     return Study(
         draw(groups, histories),
         "The hidden layers' mean angle to backpropagation and, of factored networks, their mean rank as a part of "
@@ -194,14 +200,15 @@ def draw(groups: Mapping[NetworkName, list[Arm]], histories: Histories) -> Figur
     drawn = Figure(figsize=(10.4, 4.8), layout="constrained")
     panels = drawn.subplots(2, len(groups), squeeze=False, sharex=True)
     for (name, group), (top, bottom) in zip(groups.items(), panels.T, strict=True):
-        for color, arm in zip(plots.COLORS, group, strict=False):
+        for i, arm in enumerate(group):
+            color, dashes = plots.COLORS[i % len(plots.COLORS)], ("-", "--", ":")[i // len(plots.COLORS) % 3]
             history, full = histories[arm.name], _ranks(histories[arm.name][0])
             epochs = [record["epoch"] for record in history]
             if "ackpropagation" not in arm.title:
-                top.plot(epochs, [_angle(record).mean() for record in history], color=color, label=arm.title)
+                top.plot(epochs, [_angle(record).mean() for record in history], dashes, color=color, label=arm.title)
             if full:
                 parts = [np.mean([rank / full[one] for one, rank in _ranks(record).items()]) for record in history]
-                bottom.plot(epochs, parts, color=color)
+                bottom.plot(epochs, parts, dashes, color=color)
         top.set_title(name)
         top.set_ylim(0, 110)
         bottom.set_ylim(0, 1.05)
@@ -217,6 +224,13 @@ EXPERIMENT = Experiment(
     __doc__,
     {
         "cpu": Config(networks=("mlp", "vgg5", "resnet8"), **ssa_arms.CPU),
+        "betas": Config(networks=("resnet8",), betas=(0.001, 0.01, 0.1), costs=False, **ssa_arms.CPU),
+        # A step of 256 images is some 3 ms on an H100, where ResNet-18 takes 8.2 for 2.4 times the operations; factors
+        # take twice that, and 6 ms more of retractions: 15 s for an epoch of all nine arms, 5 minutes for 20. Ranks in
+        # multiples of 128 change a few times, and each time the five arms compile anew for a minute, side by side.
+        "gpu15": Config(
+            networks=("vgg13",), costs=False, epochs=20, batch=256, multiple=128, seeds=1, apart=True, minutes=11.0
+        ),
         "paper": Config(**ssa_arms.PAPER),
         "imagenet": Config(
             dataset="imagenet64", networks=("vgg13", "resnet32"), epochs=90, batch=256, seeds=1, save_every=1

@@ -21,6 +21,7 @@ from experiments.ssa import arms as ssa_arms
 TRAINED = {"epochs": 1, "images": 32, "test_images": 16, "batch": 16, "seeds": 1, "loop": "step"}
 SWEEPS = {
     "compare": {"methods": ("ssa",), "hidden": (4,)},
+    "compare_lenet": {"datasets": ("mnist",)},
     "conservation_aligned_start": {"datasets": ("mnist",), "hidden": (4,)},
     "grape_deep": {"networks": ("alexnet",), "shrink": 1},
     "grape_resnet20": {"shrink": 1, "variants": ("letter",)},
@@ -89,7 +90,8 @@ def tiny(mock, play, monkeypatch):
     for name, network in grape_networks.NETWORKS.items():
         monkeypatch.setitem(grape_networks.NETWORKS, name, network._replace(make=small, taps=None))
     monkeypatch.setattr(ssa_arms, "maker", lambda name, config, found: lambda rngs: small((8, 8, 3), 3, rngs=rngs))
-    monkeypatch.setattr("experiments.grape.shallow.ShallowCNN", small)
+    for network in ("compare.lenet.LeNet", "grape.shallow.ShallowCNN"):
+        monkeypatch.setattr(f"experiments.{network}", small)
     workload = workloads.Workload(lambda rngs: MLP((2, 2, 1), workloads.CLASSES, (4, 4), rngs=rngs), (2, 2, 1), batch=4)
     for name in ("mlp", "lenet"):
         monkeypatch.setitem(workloads.WORKLOADS, name, workload)

@@ -9,7 +9,7 @@ import pytest
 from rich.progress import Progress
 
 from experiments.__main__ import EXPERIMENTS
-from experiments.common import apart, data, records, results, sweep
+from experiments.common import apart, data, records, results, rows, sweep
 
 
 def test_what_is_made_of_results_is_what_the_committed_files_say():
@@ -89,6 +89,23 @@ def test_arms_that_fail_or_are_cut_are_told_and_the_others_go_on(tmp_path, monke
     assert told == [
         f"bad failed with exit status 1; {tmp_path}/bad.log says why.",
         "slow was cut at epoch 0 of 5; the same command goes on.",
+    ]
+
+
+def test_after_a_cut_at_any_moment_a_folder_tells_which_arms_are_not_done(tmp_path):
+    records.write_json(tmp_path / "config.json", {"epochs": 2})
+    assert rows.unfinished(tmp_path) == []  # before there are arms
+    records.write_json(tmp_path / "sweep.json", {"arms": [{"name": name} for name in ("done", "half", "none", "lost")]})
+    for name, epochs in {"done": 3, "half": 2, "lost": 1}.items():
+        (tmp_path / name).mkdir()
+        for epoch in range(epochs):
+            records.append(tmp_path / name, {"epoch": epoch})
+    with (tmp_path / "half" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2')  # the kill fell into this line
+    records.replace(tmp_path / "lost" / records.DIVERGED, "diverged")
+    assert rows.unfinished(tmp_path) == [
+        "half was cut at epoch 1 of 2; the same command goes on.",
+        "none was cut at epoch 0 of 2; the same command goes on.",
     ]
 
 
