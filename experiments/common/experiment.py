@@ -98,7 +98,8 @@ class Experiment(NamedTuple):
 
     Attributes:
       module: ``__name__`` of its file, from which its name comes.
-      about: ``__doc__`` of its file: a line, a paragraph with the claim, and one with the command.
+      about: ``__doc__`` of its file: a line, a paragraph with the claim, one with the command, and, once there are
+        results, one that begins with "Verdict:" and holds no number, since numbers are in the tables.
       presets: configurations by name; ``cpu`` is the default.
       page: what the report says before any number.
       arms: ``configuration -> arms``; the first is the reference of all that name no other.
@@ -125,6 +126,12 @@ class Experiment(NamedTuple):
     def paragraphs(self) -> list[str]:
         """The docstring's, each in one line."""
         return [" ".join(one.split()) for one in (self.about or "").strip().split("\n\n")]
+
+    @property
+    def verdict(self) -> str:
+        """The docstring's paragraph on whether the claim holds here, and if not, why; empty if it has none."""
+        found = (one for one in self.paragraphs() if one.startswith("Verdict: "))
+        return next(found, "").removeprefix("Verdict: ")
 
     def preset(self, name: str) -> Any:
         """A preset's configuration, its results in a folder of that name."""

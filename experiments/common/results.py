@@ -1,11 +1,11 @@
 """Results as data: what was run, on what, and what came of every arm, in one JSON file to be committed.
 
-``python -m experiments results`` makes of all such files the README of each paper's folder, the figures beside it and
-the numbers in the main README, where nobody types one.
+``python -m experiments results`` makes of all such files the README of each paper's folder, the figures beside it, the
+page of results and the numbers in the main README, where nobody types one.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,18 @@ from experiments.common import readme, records, rows, strips
 from experiments.common.experiment import Experiment
 from experiments.common.metrics import METRICS, Estimate
 from experiments.common.rows import Row
+from experiments.common.verdicts import full_title, glance, not_run, verdict
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
 OLDER = "older measurement"
+_HEAD = """# Results
+
+What was run, by which command, with seeds, spread, versions and device. `make results` makes this page of the data in
+`experiments/*/results/`. The order counts the pairs of arms that stand as published, in each table in turn.
+
+| question | does the claim hold here? | order |
+| --- | --- | --- |"""
 # The results that the main README shows beside the rules.
 COLUMNS = {
     "400 digits, MLP": "compare/results/compare-cpu.json",
@@ -111,8 +119,28 @@ def pages(experiments: Iterable[Experiment]) -> dict[Path, str]:
         sections = [_section(experiment, made) for experiment in members]
         made[FOLDER / paper / "README.md"] = "\n".join([_title(paper), *sections])
     columns = {one: records.read_json(FOLDER / path) for one, path in COLUMNS.items() if (FOLDER / path).exists()}
+    made[ROOT / "docs" / "results.md"] = _all(papers)
     made[ROOT / "README.md"] = readme.fill((ROOT / "README.md").read_text(), columns)
     return made
+
+
+def _all(papers: Mapping[str, Sequence[Experiment]]) -> str:
+    """The page of all results: every question with its answer, then the papers' own pages, the benchmarks' last."""
+    lines = [_HEAD]
+    last = sorted(papers, key=lambda paper: paper == "benchmarks")
+    for experiment in (one for paper in last for one in papers[paper] if one.verdict):
+        lines.append(glance(experiment, (found for _, found in _results(experiment) if found["kind"] != OLDER)))
+    for paper in last:
+        include = f"{{include}} ../experiments/{paper}/README.md"
+        lines.append(f"\n```{include}\n:heading-offset: 1\n:relative-images:\n```")
+    return "\n".join([*lines, ""])
+
+
+def _results(experiment: Experiment) -> list[tuple[Path, dict[str, Any]]]:
+    """An experiment's files and what they hold."""
+    folder, stem = FOLDER / experiment.paper / "results", experiment.module.rpartition(".")[2]
+    # A name may begin with another's: resnet20-cpu with none, so that the dash tells them apart.
+    return [(path, records.read_json(path)) for path in sorted(folder.glob(f"{stem}-*.json"))]
 
 
 def _title(paper: str) -> str:
@@ -125,19 +153,19 @@ def _title(paper: str) -> str:
 
 def _section(experiment: Experiment, made: dict[Path, str]) -> str:
     first, claim, command, *_ = experiment.paragraphs()
-    folder, stem = FOLDER / experiment.paper / "results", experiment.module.rpartition(".")[2]
-    parts = [f"## {experiment.name}\n\n{first}\n\n{claim}\n\n{command}\n".replace("``", "`")]
-    # A name may begin with another's: resnet20-cpu with none, so that the dash tells them apart.
-    for path in sorted(folder.glob(f"{stem}-*.json")):
-        found = records.read_json(path)
+    said = f"Verdict: {experiment.verdict}\n" if experiment.verdict else ""
+    parts = [f"## {experiment.name}\n\n{first}\n\n{claim}\n\n{command}\n\n{said}".replace("``", "`")]
+    every = _results(experiment)
+    for path, found in every:
         if found["kind"] == OLDER:
             parts.append(_older(found))
             continue
         parts.append(_result(experiment, found, path.with_suffix(".svg")))
         if "arms" in found:
             made[path.with_suffix(".svg")] = strips.figure(found)
-    if len(parts) == 1:
+    if not every:
         parts.append("Not measured.\n")
+    parts.append(not_run(experiment, (found["name"] for _, found in every if found["kind"] != OLDER)))
     return "\n".join(parts)
 
 
@@ -148,7 +176,7 @@ def _result(experiment: Experiment, found: dict[str, Any], figure: Path) -> str:
     lines += [_table(found)] if "arms" in found else [f"{_cells(table)}\n" for table in found["tables"]]
     lines += [
         "",
-        *_verdict(found, experiment.page.epoch),
+        *verdict(found, experiment.page.epoch),
         *(f"- {name} {note}" for name, note in found["diverged"].items()),
         *found["cut"],
     ]
@@ -172,17 +200,13 @@ def _table(found: dict[str, Any]) -> str:
     lines = [[*head, *(["best epoch", "published"] if known else [])]]
     for arm in found["arms"].values():
         angle = f"{arm['angle']['mean']:.0f}°" if arm["angle"] else ""
-        cells = [_full_title(arm), _shown(arm["last"], metric.digits), angle]
+        cells = [full_title(arm), _shown(arm["last"], metric.digits), angle]
         cells.append(f"{arm['step']['ratio']:.2f} x" if arm["step"] else "")
         if known:
             published = f"{arm['published']['value']:.{metric.digits}f}" if "published" in arm else ""
             cells += [_shown(arm["best"], metric.digits), published]
         lines.append(cells)
     return _cells({"title": "", "rows": lines})
-
-
-def _full_title(arm: dict[str, Any]) -> str:
-    return arm["title"] if arm["title"] == arm["group"] or arm["note"] else f"{arm['group']}: {arm['title']}"
 
 
 def _cells(table: dict[str, Any]) -> str:
@@ -194,26 +218,6 @@ def _cells(table: dict[str, Any]) -> str:
 
 def _shown(value: dict[str, Any], digits: int) -> str:
     return str(Estimate(value["mean"], value["std"], digits))
-
-
-def _verdict(found: dict[str, Any], epoch: str) -> list[str]:
-    """Which published gaps to the reference are ours, too, and which are not, all of the same epoch."""
-    arms: dict[str, Any] = found.get("arms", {})
-    holds: list[str] = []
-    fails: list[str] = []
-    metric = METRICS[found["metric"]]
-    for arm in arms.values():
-        reference = arms.get(arm["reference"], arm)
-        if reference is arm or "published" not in arm or "published" not in reference:
-            continue
-        theirs = arm["published"]["value"] - reference["published"]["value"]
-        ours = arm[epoch]["mean"] - reference[epoch]["mean"]
-        text = f"{_full_title(arm)} {ours:+.{metric.digits}f} (published {theirs:+.{metric.digits}f})"
-        (holds if abs(ours - theirs) <= metric.close else fails).append(text)
-    source = f"Gaps to the reference between {epoch} epochs, published: {found['published']}."
-    lines = [source, ""] if holds or fails else []
-    lines += [f"- Holds within {metric.margin}: {'; '.join(holds)}."] if holds else []
-    return lines + ([f"- Does not hold: {'; '.join(fails)}."] if fails else [])
 
 
 def _origin(found: dict[str, Any]) -> str:

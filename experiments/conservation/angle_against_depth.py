@@ -9,6 +9,9 @@ All hidden layers of a network have one width: 64 units or 8 channels times the 
 pooling, and only the first convolution has a stride, 2. All learn MNIST averaged to 14 x 14 pixels by Adam at one rate
 for as many steps, so that angles are compared at equal time, not at equal accuracy. An angle is of a layer's kernel on
 512 training images after the last epoch.
+
+Verdict: holds. Dense, the angle grows with depth and falls with width; convolutional, it is near a right angle at
+almost every depth, though accuracy falls far behind only in deep and in thin networks.
 """
 
 import dataclasses

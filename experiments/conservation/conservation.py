@@ -9,6 +9,9 @@ The law is followed on scikit-learn's digits in double precision (two hidden lay
 rate .1), unit by unit: ``Q_j(T) - Q_j(0)`` must be half of the squared steps. Below the last hidden layer direct
 feedback has no matrix of the weights' shape; the one that fits the whole training best, unit by unit and in hindsight,
 stands in its place, and still fails.
+
+Verdict: holds. The law is exact to rounding where it should be, and all that should break it does; the linear network
+comes to the solution of minimum norm, exponentially, from the starts that the theory names and from no other.
 """
 
 import dataclasses

@@ -9,6 +9,9 @@ Two convolutions (3x3, 8 channels, the second strided) and a linear layer learn 
 the letter. The Jacobian is exact: the mean over the batch of every example's own, by reverse mode. The paper perturbs
 weights where they have fewer dimensions than the map, as the first kernel has (72 against 512). What that estimates in
 expectation is known exactly, too: each pixel's Jacobian smoothed by the products of patches; its angle is the bias.
+
+Verdict: the lemma holds and says nothing here. Its guarantee is empty in both layers to the end, where the feedback is
+close to the Jacobian; what perturbed weights estimate is far from it, also in expectation.
 """
 
 import dataclasses

@@ -11,6 +11,10 @@ mean and scales is ``full``, that with feedback that repeats over tiles ``ours``
 perturbations and are otherwise one option, or the few that their name tells, away from the letter. ``separate`` bounds
 what better scales could give: it has none of the noise that layers make for each other. All arms have one rate, since
 the paper states none. ResNets are tapped after every block, inside which the backward is exact.
+
+Verdict: the order holds at the published size, in one seed: learned feedback is far ahead of fixed, and backpropagation
+ahead of both. The letter learns more than published. What lowers its variance aligns better and learns no more, most
+likely since one linear map for all examples is then the limit, and no longer noise.
 """
 
 import dataclasses

@@ -2,8 +2,6 @@
 
 Claim (Hanut and Kadmon 2025): with a teacher of rank ``d``, learned feedback of rank ``r >= d`` recovers it as
 backpropagation does; ``r < d`` recovers the leading modes alone; a fixed projection gets stuck at spurious solutions.
-The first two hold where the paper stops. The third does not as said: a fixed projection is slow, since its factors, the
-rates at which modes are learned beside backpropagation's, stay near zero while a learned one's grow with its share.
 
 Command: ``python -m experiments run ldfa_linear`` (no data needed).
 
@@ -17,6 +15,10 @@ alike.
 A mode's factor is its rate of learning as a multiple of backpropagation's in the same student, ``(B u_i)^T (W_2 u_i)``
 over ``|W_2 u_i|^2`` for the feedback ``B = Q P^T`` and the mode's direction ``u_i`` at the output. Its share is
 ``|P^T u_i|^2``, what the projection keeps of it.
+
+Verdict: the first two parts hold where the paper stops. The third does not as said: a fixed projection is slow, since
+its factors, the rates at which modes are learned beside backpropagation's, stay near zero while a learned one's grow
+with its share.
 """
 
 import dataclasses

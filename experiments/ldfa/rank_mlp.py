@@ -20,6 +20,10 @@ deviation 1. ``Q`` shares the weights' Adam and L2 penalty, as there.
 ``--classes`` asks whether it is the number of classes that says which rank suffices, on the first so many of CIFAR-100,
 whose images turn by 5 degrees; presets ``classes``, 7 minutes, and ``classes-paper``. With 50, 75 and 100 classes the
 paper's accuracy levels off at about rank 50, 75 and 100, in a figure without numbers.
+
+Verdict: holds at this size. At the rank of the number of classes learned direct feedback is level with backpropagation
+and the layer-wise one close to it; a network as narrow as the error is far worse. Behind a ``P`` that learns a random
+``Q`` loses little; fixed factors lose much.
 """
 
 import dataclasses

@@ -1,15 +1,16 @@
 """What low-rank feedback makes of hidden layers: their likeness to backpropagation's, against the rank of the error.
 
 Claim (ours; Hanut and Kadmon 2025 show receptive fields alone): the higher the rank, the more alike are the hidden
-layers to those of backpropagation from the same start; a fixed feedback's are less so at the same rank. The first
-half holds. The second holds in no layer but the first, and in the last at the highest rank alone: below that rank fixed
-feedback leaves the last hidden layer more like backpropagation's than learned feedback does.
+layers to those of backpropagation from the same start; a fixed feedback's are less so at the same rank.
 
 Command: ``python -m experiments run ldfa_representations``, 5 minutes.
 
 Likeness is linear CKA on test images, layer by layer: 1 where one layer's activations are a rotation of the other's.
 Two backpropagations from other starts are the measure of what is alike by the task alone. The network is that of
 ``ldfa_rank_mlp``.
+
+Verdict: the first half holds. The second holds in no layer but the first, and in the last at the highest rank alone:
+below that rank fixed feedback leaves the last hidden layer more like backpropagation's than learned feedback does.
 """
 
 import dataclasses

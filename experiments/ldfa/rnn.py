@@ -3,11 +3,14 @@
 Claim (Hanut and Kadmon 2025, of feedforward networks; this one is ours): a rank of the number of classes suffices, and
 behind a learned P a random Q will do.
 
-Command: ``python -m experiments run ldfa_rnn``, 6 minutes. Neither holds in these few steps: every arm of rank 10 stays
-far behind backpropagation, and behind a learned ``P`` a random ``Q`` is hardly better than fixed factors.
+Command: ``python -m experiments run ldfa_rnn``, 6 minutes.
 
 The state's layer is used once for every row, so that its ``P`` turns as often a step, and its rate is divided by how
 many rows there are: see :func:`jaxfa.ldfa` on stability.
+
+Verdict: neither holds in these few steps. Every arm stays far behind backpropagation, and behind a learned ``P`` a
+random ``Q`` is hardly better than fixed factors, most likely since errors that go back through many rows are turned
+once more by every row.
 """
 
 import dataclasses

@@ -9,9 +9,10 @@ The classifier's two layers keep backpropagation, as in the paper's code. Three 
 clamped to [-1, 1]; ``P`` learns by plain steps, not by Adam; ``P`` starts orthonormal and ``Q`` as its product with
 random weights. ``Q`` shares the weights' Adam and L2 penalty, as there.
 
-In the preset ``cpu`` all errors have half the width, and the order is the one that the paper tells of ``Q`` and ``P``:
-``Q`` that learns turns the feedback to the weights and is worth most, ``P`` less, both together come next to
-backpropagation. At such widths no step costs less.
+In the preset ``cpu`` all errors have half the width.
+
+Verdict: the order is the one that the paper tells of ``Q`` and ``P``: a ``Q`` that learns turns the feedback to the
+weights and is worth most, ``P`` less, both together come next to backpropagation. At such widths no step costs less.
 """
 
 import dataclasses

@@ -9,8 +9,9 @@ errors go from layer to layer through factored feedback, and through attention's
 In parallel, each layer's input gets the output error, and errors go on by the shortcuts; DFA delivers to the embedding
 and to the blocks' outputs, below which it is exact.
 
-Only the sequential reading whose alignment pulls the feedback, which is weight transport, is ahead of DFA, and close to
-SVD training by backpropagation. The literal pull, of the weights to random matrices, costs more than it aligns.
+Verdict: only the sequential reading whose alignment pulls the feedback, which is weight transport, is ahead of DFA, and
+close to SVD training by backpropagation. The literal pull, of the weights to random matrices, costs more than it
+aligns.
 """
 
 import dataclasses

@@ -76,6 +76,15 @@ STUDIES = {
     "steps": {"networks": ("mlp",), "deep": ("lenet",), "starts": 1, "rounds": 2},
     "ssa_networks": TRAINED | {"networks": ("mlp",), "energy": 0.7, "multiple": 2, "shrink": 1},
 }
+# The presets for a quarter of an hour on a GPU, with their own arms; every one in this process, one after the other.
+GPU15 = {
+    "grape_resnet20": {},
+    "grape_shallow": {"datasets": ("cifar100",)},
+    "grape_transformer": {"context": 6, "width": 8, "depth": 1, "heads": 2, "batch": 4, "images": 9, "steps": 2},
+    "ldfa_rank_mlp": {"ranks": (2,), "width": 4, "narrow": 4},
+    "rank_collapse": {"widths": (4, 4), "steps": 1, "window": 2, "sketch": 64, "probe": 8},
+    "ssa_networks": {"energy": 0.7, "multiple": 2},
+}
 QUICK = ("compare", "ldfa_linear")
 
 
@@ -104,8 +113,8 @@ def tiny(mock, play, monkeypatch):
     return play
 
 
-def configured(name, folder, options):
-    preset = EXPERIMENTS[name].presets["cpu"]
+def configured(name, folder, options, preset="cpu"):
+    preset = EXPERIMENTS[name].presets[preset]
     extra = {"data": folder} if name.endswith("transformer") else {}
     return dataclasses.replace(preset, **(options | extra), out=folder / "run")
 
@@ -145,6 +154,23 @@ def test_every_study_reports(name, tiny, monkeypatch, capsys):
     assert page.write(config.out).read_text() == text
     _is_data(name, config.out, tiny, monkeypatch)
     assert capsys.readouterr().out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", GPU15)
+def test_every_preset_for_a_gpu_trains_its_arms_and_reports(name, tiny, monkeypatch):
+    preset = EXPERIMENTS[name].presets["gpu15"]
+    assert preset.apart
+    assert preset.minutes <= 12  # a quarter of an hour, less what compiling and the report take
+    config = configured(name, tiny, TRAINED | GPU15[name] | {"apart": False, "minutes": None}, "gpu15")
+    assert EXPERIMENTS[name].page.title in sweep.run(EXPERIMENTS[name], config).read_text().replace("&#39;", "'")
+    assert rows.unfinished(config.out) == []
+    assert len(list(config.out.glob("*/metrics.jsonl"))) == len(list(EXPERIMENTS[name].arms(config)))
+    _is_data(name, config.out, tiny, monkeypatch)
+
+
+def test_every_published_table_has_a_preset_for_a_gpu():
+    assert {*GPU15} == {name for name, experiment in EXPERIMENTS.items() if "gpu15" in experiment.presets}
 
 
 def _is_data(name, folder, root, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from rich.progress import Progress
 
 from experiments.__main__ import EXPERIMENTS
-from experiments.common import apart, data, records, results, rows, sweep
+from experiments.common import apart, data, records, results, rows, sweep, verdicts
 
 
 def test_what_is_made_of_results_is_what_the_committed_files_say():
@@ -63,15 +64,63 @@ def test_a_result_has_every_arm_its_spread_and_where_it_was_run(commit, tree, tm
 
 
 @pytest.mark.parametrize("epoch", ["last", "best"])
-def test_a_verdict_tells_the_published_gaps_that_are_ours_from_those_that_are_not(epoch):
-    def arm(name, mean, published):
-        found = {"title": name, "group": name, "note": "", "reference": "bp", epoch: {"mean": mean}}
-        return found | {"published": {"value": published}}
+def test_a_verdict_tells_the_published_gaps_and_the_order_that_are_ours_from_those_that_are_not(epoch):
+    def arm(name, published, *ours):
+        std = np.std(ours, ddof=1) if len(ours) > 1 else None
+        found = {
+            "title": name,
+            "group": name,
+            "note": "",
+            "reference": "bp",
+            epoch: {"mean": np.mean(ours), "std": std},
+        }
+        found[epoch] |= {"seeds": ours}
+        return found | {"published": {"value": published, "from": "a third party's", "ours": "another set-up"}}
 
-    arms = {"bp": arm("bp", 90.0, 80.0), "near": arm("near", 88.0, 77.5), "far": arm("far", 60.0, 79.0)}
-    _, _, holds, fails = results._verdict({"metric": "accuracy", "published": "A paper", "arms": arms}, epoch)
-    assert holds == "- Holds within 1 point: near -2.0 (published -2.5)."
-    assert fails == "- Does not hold: far -30.0 (published -1.0)."
+    arms = {
+        "bp": arm("bp", 80.0, 90.0, 90.0),
+        "near": arm("near", 77.5, 87.5, 88.5),  # a standard error of .5
+        "level": arm("level", 79.0, 88.4, 88.4),
+        "far": arm("far", 79.5, 60.0, 60.0),
+    }
+    source, _, holds, fails, order, level, other = verdicts.verdict(
+        {"metric": "accuracy", "published": "A paper", "arms": arms}, epoch
+    )
+    assert source == f"Published: A paper. Whose number: a third party's. Ours: another set-up, {epoch} epochs."
+    assert holds == (
+        "- Gaps to the reference that hold within 1 point: near -2.0 (published -2.5); level -1.6 (published -1.0)."
+    )
+    assert fails == "- Gaps that do not: far -30.0 (published -0.5)."
+    assert order == "- **Order: 3 of 6 pairs of arms stand as published.**"
+    assert level == "- Within twice the standard error: level before near."
+    assert other == "- The other way round: far before near; far before level."
+
+
+def test_of_perplexities_the_lower_is_ahead():
+    def arm(name, published, ours):
+        found = {"title": name, "group": name, "note": "", "reference": "bp", "last": {"mean": ours, "std": None}}
+        return found | {"published": {"value": published, "from": "theirs", "ours": "another"}}
+
+    arms = {"bp": arm("bp", 30.0, 7.0), "dfa": arm("dfa", 52.0, 6.0)}
+    *_, order, other = verdicts.verdict({"metric": "perplexity", "published": "A paper", "arms": arms}, "last")
+    assert order == "- **Order: 0 of 1 pairs of arms stand as published.**"
+    assert other == "- The other way round: bp before dfa."
+
+
+def test_presets_without_a_result_are_told_with_the_reason():
+    experiment = EXPERIMENTS["grape_resnet20"]
+    gpu, paper = (
+        "`gpu15` (it takes a quarter of an hour of a GPU)",
+        "`paper` (the published size takes a GPU for hours or days)",
+    )
+    assert verdicts.not_run(experiment, ["cpu"]) == f"Presets not run: {gpu}, {paper}.\n"
+    assert verdicts.not_run(experiment, ["gpu15-160-epochs"]) == f"Presets not run: {paper}.\n"
+    assert verdicts.not_run(experiment, ["gpu15", "paper"]) == ""
+
+
+def test_a_verdict_is_of_the_docstring_and_repeats_no_measured_number():
+    for experiment in EXPERIMENTS.values():
+        assert not re.search(r"\d+(\.\d+)? (%|points?|degrees)", experiment.verdict), experiment.name
 
 
 def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch):
