@@ -3,16 +3,20 @@
 Claim (Roy, Apolinario, Das Biswas and Roy 2025, VGG-13, CIFAR-10): 92.7 with all; 27.1 without the cross-entropy's
 gradient, 83.1 without alignment, 85.4 without orthogonality.
 
-Command: ``python -m experiments run ssa_ablation``, 8 minutes; ``--preset paper`` for the published set-up. In this
-small network, which has no normalisation, the literal reading hardly learns: the loss grows in every arm without a
-retraction, and what one of its losses is worth is within the noise of three seeds. With a retraction in the place of
-``L_ortho`` it learns. The likeliest reason is the drift of the factors from orthonormal ones, which was not measured
-here. So this preset cannot test what the paper's losses are worth, 7 points and 10.
+Command: ``python -m experiments run ssa_ablation``, 8 minutes; ``--preset paper`` for the published set-up.
+
+The preset ``cpu`` is of a network without normalisation. Where ``gamma`` is small, the literal reading stays at chance in
+it: the factors drift from orthonormal ones, and the loss grows. Here it is 1, the one of two tried on the validation
+split, .01 and 1, at which it learns. Ranks stay whole, without Hoyer's penalty: one local loss at a time is left out,
+and nothing else.
 
 All means the literal reading: gradients along the Stiefel manifold, no retraction, ``L_ortho`` against the drift,
 alignment pulls the weights. Without orthogonality there is neither projection nor loss. Without the cross-entropy the
 hidden factors lose its gradient; the head, biases and normalisation keep theirs, or chance would be certain. Two arms
 are ours: a retraction in the place of ``L_ortho``, and alignment that pulls the feedback, which is weight transport.
+
+Verdict: open. The result of the preset is of an earlier, smaller ``gamma``, at which the literal reading hardly learns,
+so that what one of its losses is worth is within the noise. A retraction in the place of ``L_ortho`` learns there.
 """
 
 import dataclasses
@@ -28,6 +32,9 @@ from experiments.common.experiment import Arm, Experiment, Page, load
 from experiments.ssa import arms as ssa_arms
 from experiments.ssa.arms import NetworkName
 from jaxfa.factored.svd import is_factors
+
+# In so many steps the literal reading comes well above chance.
+LEARNS: dict[str, Any] = {"images": 5000, "epochs": 6, "learning_rate": 1e-3, "hoyer": 0.0, "energy": 1.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +95,7 @@ def without_cross_entropy(rule: jaxfa.Rule) -> jaxfa.Rule:
 EXPERIMENT = Experiment(
     __name__,
     __doc__,
-    {"cpu": Config(network="mlp", **ssa_arms.CPU), "paper": Config(**ssa_arms.PAPER)},
+    {"cpu": Config(network="mlp", gamma=1.0, **(ssa_arms.CPU | LEARNS)), "paper": Config(**ssa_arms.PAPER)},
     Page(
         "What do SSA's local losses do?",
         "The gradient of the cross-entropy, alignment, orthogonality: all of them, and one left out at a time. The "
