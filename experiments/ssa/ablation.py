@@ -5,8 +5,8 @@ gradient, 83.1 without alignment, 85.4 without orthogonality.
 
 Command: ``python -m experiments run ssa_ablation``, 8 minutes; ``--preset paper`` for the published set-up.
 
-The preset ``cpu`` is of a network without normalisation. Where ``gamma`` is small, the literal reading stays at chance in
-it: the factors drift from orthonormal ones, and the loss grows. Here it is 1, the one of two tried on the validation
+The preset ``cpu`` is of a network without normalisation. Where ``gamma`` is small, the literal reading stays at chance
+in it: the factors drift from orthonormal ones, and the loss grows. Here it is 1, the one of two tried on the validation
 split, .01 and 1, at which it learns. Ranks stay whole, without Hoyer's penalty: one local loss at a time is left out,
 and nothing else.
 
