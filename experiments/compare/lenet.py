@@ -5,8 +5,9 @@ to 3 points below it on CIFAR-10, where feedback alignment and DFA, fixed and ra
 
 Command: ``python -m experiments run compare_lenet``, some 12 minutes on one core; ``--preset paper`` for all images.
 
-The network is LeNet-5 with ReLU and max-pooling, theirs is not known to us to the letter; nor are their epochs. All
-rules have one rate, by SGD with momentum; none was tuned.
+The network is LeNet-5 with ReLU and max-pooling, theirs is not known to us to the letter; nor are their epochs. The
+optimizer is SGD with momentum, as their heading says. Fixed random feedback asks for a rate ten times smaller: at
+backpropagation's the loss grows without end.
 """
 
 import dataclasses
@@ -16,8 +17,8 @@ from typing import Any, Literal
 
 import optax
 
-from experiments.common import experiment, records
-from experiments.common.experiment import Arm, Experiment, Page
+from experiments.common import records
+from experiments.common.experiment import Arm, Experiment, Page, Training, load
 from experiments.common.methods import METHODS
 from experiments.common.task import Task
 from experiments.models.networks import LeNet
@@ -30,15 +31,21 @@ ERRORS: dict[Name, dict[str, float]] = {
     "cifar10": {"bp": 14.23, "fa": 46.69, "dfa": 54.21, "usf": 16.22, "brsf": 16.02, "frsf": 16.86},
 }
 
+# From .03, .01 and .003, by accuracy on MNIST's validation split (4000 images, 3 epochs, one seed; frSF as brSF); for bp,
+# fa and dfa from .1 to .0001. CIFAR-10 has the same.
+RATES = {"bp": 0.03, "fa": 0.003, "dfa": 0.003, "usf": 0.03, "brsf": 0.01, "frsf": 0.01}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(experiment.Config):
-    """The data sets, the one rate, and for how long."""
+class Config(Training):
+    """The data sets, the rate, and for how long."""
 
     datasets: tuple[Name, ...] = ("mnist", "cifar10")
     """The data sets to learn."""
-    learning_rate: float = 1e-2
-    """The learning rate of SGD, before it decays."""
+    batch: int = 64
+    """How many examples a step has."""
+    learning_rate: float | None = None
+    """The learning rate of SGD, before it decays; None takes the one that was found for each rule."""
     momentum: float = 0.9
     """The momentum of SGD."""
 
@@ -46,18 +53,21 @@ class Config(experiment.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        records.refuse_below_one(self, "batch")
         records.refuse_empty(self, "datasets")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
 
 
 def arms(config: Config) -> Iterator[Arm]:
     """Every rule of the table on every data set."""
     for name in config.datasets:
-        dataset = experiment.load(config, name)
+        dataset = load(config, name)
         shape, classes = dataset.train_images.shape[1:], dataset.classes
         steps = config.epochs * (len(dataset.train_labels) // config.batch)
-        schedule = optax.cosine_decay_schedule(config.learning_rate, steps)
         sizes: dict[str, Any] = {"shape": shape, "classes": classes}
         for rule, error in ERRORS[name].items():
+            schedule = optax.cosine_decay_schedule(config.learning_rate or RATES[rule], steps)
             task = Task(
                 make=partial(_make, **sizes),
                 rule=METHODS[rule].rule(),
