@@ -53,6 +53,7 @@ COLUMNS = {
     # By less than that both passes of the VQ-VAE find the same codes, and nothing behind them learns.
     "pepita(scale=3)": Column(jaxfa.pepita(scale=3.0)),
     "local_classifier(at=)": Column(jaxfa.local_classifier(), at=True, classes=True),
+    "predsim(at=)": Column(jaxfa.predsim(), at=True, classes=True),
     "auglocal(at=)": Column(jaxfa.auglocal(), at=True, classes=True),
 }
 PLAIN = {False: "plain", True: "plain, classes"}

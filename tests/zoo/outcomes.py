@@ -16,9 +16,9 @@ each with rules of every kind. "yes" means: the forward pass is the plain model'
 `ssa`, whose layers are factors, and where blocks stream, since the compiler fuses other operations there), what it
 writes into its state, too; every parameter that backpropagation teaches learns; the gradients are those of the same
 model as a plain Python loop, where there is one and nothing is drawn; the table of `coverage()` is true; a training
-step works. Local losses, `local_classifier` and `auglocal`, learn from the cross-entropy of labels, which tells them
-their targets, all others from squares. A number is a refusal in words, below, with the reason and the way round. Tests
-hold every cell of this page, which `python -m tests.zoo` writes.
+step works. Local losses, `local_classifier`, `predsim` and `auglocal`, learn from the cross-entropy of labels, which
+tells them their targets, all others from squares. A number is a refusal in words, below, with the reason and the way
+round. Tests hold every cell of this page, which `python -m tests.zoo` writes.
 """
 
 Outcomes = dict[str, dict[str, str]]
