@@ -114,7 +114,7 @@ ROWS = {
     "test_a_layers_part_is_of_each_examples_own_jacobian": (),
     "test_the_noise_is_measured_without_bias": (),
     "test_blocks_learn_as_they_run_what_they_learn_stored": ("auglocal",),
-    "test_no_activation_beyond_a_block_is_kept": ("local_classifier",),
+    "test_no_activation_beyond_a_block_is_kept_if_blocks_stream": ("local_classifier",),
     "test_in_a_network_it_is_the_closed_form": ("*-conv", "predsim-dense"),
     # factors
     "test_a_factored_convolution_is_the_dense_one": ("one dim*", "stride 2, odd", "explicit*", "1 x 1", "three dim*"),

@@ -15,6 +15,9 @@ is tapped by itself, such as ``nnx.Linear``, is followed by ReLU. Dropout is off
 Needs hard targets, which the output error tells, and modules that are called with one array. Costs up to ``d`` more
 blocks for each block, forward and backward. It is local between blocks; a block's error goes backward through its
 auxiliary network, whose depth is what brings the accuracy, and through the block.
+
+Activations wait for the error, so that memory grows with depth; by ``schedule=jaxfa.stacks.stream`` none beyond a block
+is kept.
 """
 
 from dataclasses import field

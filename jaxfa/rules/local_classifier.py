@@ -8,6 +8,9 @@ it (Nokland, Eidnes 2019; Belilovsky, Eickenberg, Oyallon 2020).
 
 Needs hard targets, which the output error tells. Costs one small product for each layer. Nothing is handed on from
 layer to layer, in either direction, but activations; inside a tapped block of several layers errors go backward.
+
+Activations wait for the error, so that memory grows with depth; by ``schedule=jaxfa.stacks.stream`` none beyond a block
+is kept.
 """
 
 from dataclasses import field

@@ -8,6 +8,9 @@ activations before dropout, a tap what the block returns.
 
 Needs hard targets, which the output error tells, and a batch. Costs a product or a convolution as large as the layer's
 own, and the ``N x N`` similarities. An example's error depends on the others of its batch.
+
+Activations wait for the error, so that memory grows with depth; by ``schedule=jaxfa.stacks.stream`` none beyond a block
+is kept.
 """
 
 import itertools
