@@ -31,6 +31,14 @@ def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
             yield from equations(body)
 
 
+def constants(jaxpr: Jaxpr) -> Iterator[Any]:
+    """The arrays that programs nested in a program have and that are not its operands."""
+    for eqn in equations(jaxpr):
+        for value in eqn.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                yield from getattr(part, "consts", ()) if isinstance(opened(part), Jaxpr) else ()
+
+
 def scan_parts(eqn: JaxprEqn) -> tuple[Jaxpr, int, int]:
     """The body of a ``scan``, how many operands are constants, and how many are carried from step to step.
 

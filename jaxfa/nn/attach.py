@@ -150,18 +150,13 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) 
         if (rule.weights is None or isinstance(module, Factored)) and path not in first and _chooser(at)(path)
     }
 
-    def draw(keys: dict[str, Any], kernels: dict[str, Any]) -> dict[str, Any]:
-        found = {}
-        for path, (_, site) in chosen.items():
-            layers, w = site.layers(kernels[path]), site.matrices(kernels[path])
-            found[path] = init_stack(init_at(rule, path=path), keys[path], layers, w)
-        return found
-
     backprop, placed = [], []
-    keys = {path: rngs.feedback() for path in chosen}
-    drawn = at_once(draw, keys, {path: module.kernel.get_value() for path, (module, _) in chosen.items()})
     for path, (module, site) in chosen.items():
-        feedback = drawn[path]
+
+        def draw(key: jax.Array, kernel: jax.Array, path: str = path, site: Any = site) -> Any:
+            return init_stack(init_at(rule, path=path), key, site.layers(kernel), site.matrices(kernel))
+
+        feedback = at_once(draw, rngs.feedback(), module.kernel.get_value())
         if feedback is None:
             backprop.append(path)
         else:

@@ -1,14 +1,17 @@
 """A call of a model as a function of the arrays in it, whatever the model is called with and whatever it returns."""
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.extend.core import get_opaque_trace_state
+from jax.extend.core import ClosedJaxpr, get_opaque_trace_state, jaxpr_as_fun
 
+from jaxfa.jaxprs.versions import constants, opened
 from jaxfa.nn.leaves import is_node
 from jaxfa.nn.variables import Feedback, structs, written_whole
 
@@ -22,13 +25,35 @@ def is_transformed() -> bool:
 
 
 def at_once(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``, compiled as one program, and quickly: it runs once.
+    """``function(*args)``, compiled as one program, and quickly: it runs once for each of some layers.
 
-    Feedback is drawn in this way. Compiled for itself, each of a model's draws would take longer than all together.
+    Feedback is drawn in this way. Layers of the same shape, and models that come later, have the program in common.
     """
     if is_transformed():
         return function(*args)  # JAX takes options at the outermost jit alone
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 1})(*args)
+    traced, returned = jax.make_jaxpr(function, return_shape=True)(*args)
+    program = _Equations(str(traced), tuple(map(id, constants(opened(traced)))), opened(traced))
+    return jax.tree.unflatten(jax.tree.structure(returned), _run(program, traced.consts, jax.tree.leaves(args)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Equations:
+    """A traced program, which is that of another function, too, such as an equal rule's, if it is the same in words.
+
+    Attributes:
+      words: the program as JAX writes it.
+      constants: which arrays the programs nested in it have; the words don't tell.
+      jaxpr: the program.
+    """
+
+    words: str
+    constants: tuple[int, ...]
+    jaxpr: Any = dataclasses.field(compare=False)
+
+
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 1})
+def _run(program: _Equations, consts: list[Any], values: list[Any]) -> list[Any]:
+    return jaxpr_as_fun(ClosedJaxpr(program.jaxpr, consts))(*values)
 
 
 def method_of(name: str) -> Callable[..., Any]:

@@ -48,30 +48,27 @@ def fill_taps(
     keys = {path: rngs.feedback() for path, one in held.items() if one.tap.is_receiver}
     order = sorted(keys, key=lambda path: -max(one.size for one in seen[path].values()))
 
-    def draw(keys: dict[str, jax.Array]) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        for path in order:
-            module, _, tap = held[path]
-            split = jax.random.split(keys[path], len(seen[path])) if len(seen[path]) > 1 else [keys[path]]
-            found[path] = {}
-            for (name, h), key in zip(seen[path].items(), split, strict=True):
-                init = init_at(rule, path=tap.place.path, layer=_layer(module, h), **around.get(path, {}))
-                found[path][name] = init_stack(lambda key, init=init, h=h: init(key, h, error), key, stacks[path])
-            if getattr(next(iter(found[path].values())), "shared", False):
-                return found  # made for the largest
+    def draw(path: str, own: jax.Array) -> dict[str, Any]:
+        module, _, tap = held[path]
+        split = jax.random.split(own, len(seen[path])) if len(seen[path]) > 1 else [own]
+        found = {}
+        for (name, h), key in zip(seen[path].items(), split, strict=True):
+            init = init_at(rule, path=tap.place.path, layer=_layer(module, h), **around.get(path, {}))
+            found[name] = init_stack(lambda key, init=init, h=h: init(key, h, error), key, stacks[path])
         return found
 
-    shared, drawn = None, at_once(draw, keys)
+    shared = None
     for path in order:
-        tap, value = held[path].tap, drawn.get(path)
+        tap = held[path].tap
         tap.leaves = tuple(seen[path])
-        if value is not None:
+        if shared is None:
+            value = at_once(partial(draw, path), keys[path])
             first = value[tap.leaves[0]]
             if first is None:
                 tap.leaves = ()
                 continue
             tap.feedback = nnx.data(Feedback(value if len(value) > 1 and not first.shared else first))
-            shared = tap.feedback if first.shared else None
+            shared = tap.feedback if first.shared else None  # made for the largest
         else:
             tap.feedback = nnx.data(shared)
         if shared is not None and stacks[path]:

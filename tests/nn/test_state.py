@@ -4,13 +4,18 @@ import copy
 import functools
 import pickle
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
 import jaxfa
+from experiments.models import networks
+from jaxfa.base import FixedFeedback
+from jaxfa.nn.contraction import contractions_of
 from tests.methods import METHODS
 from tests.networks import MLP, TRAINED, Scanned, attach, inputs, loss
 
@@ -76,3 +81,34 @@ def test_a_restored_model_goes_on_bit_for_bit_and_is_not_traced_again():
     step(again)
     assert [one.tobytes() for one in arrays_of(both)] == [one.tobytes() for one in arrays_of(again)]
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("make", [jaxfa.fa, lambda: jaxfa.ldfa(2), jaxfa.dfa, jaxfa.local_classifier])
+def test_an_equal_rule_draws_what_the_first_drew_and_compiles_nothing(make, caplog):
+    model, x = networks.MLP((2, 2, 2), 3, hidden=(8, 8, 6), rngs=nnx.Rngs(0)), inputs(6, 2, 2, 2)
+
+    def draw():
+        attached = jaxfa.nn.attach(model, make(), rngs=nnx.Rngs(1), example=x)
+        return nnx.to_pure_dict(nnx.state(attached, jaxfa.nn.Feedback))
+
+    first = draw()
+    with caplog.at_level("WARNING", logger="jax"), jax.log_compiles():
+        second = draw()
+    assert "ompiling" not in caplog.text
+    chex.assert_trees_all_equal(first, second)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_rules_of_the_same_equations_have_each_its_own_arrays(nested):
+    def draw(value):
+        array = jnp.full((4, 3), value)
+
+        def constant(w):
+            return w * array
+
+        scaled = jax.jit(constant) if nested else constant
+        rule = jaxfa.LayerRule(lambda key, w: FixedFeedback(scaled(jnp.ones_like(w))))
+        attached = jaxfa.nn.attach(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), rule, rngs=nnx.Rngs(1))
+        return contractions_of(attached.model)[""].feedback.get_value().b
+
+    np.testing.assert_array_equal([draw(value)[0, 0] for value in (1.0, 2.0, 3.0)], [1.0, 2.0, 3.0])

@@ -93,7 +93,7 @@ def check_classes(h: Any, e: Any) -> None:
 
 _SUMMED = (
     "The output error is larger than that of a cross-entropy averaged over {:g} examples, as which it is read: average "
-    "the loss over the batch, or say with examples= by what it is divided."
+    "the loss over the batch, or say with examples= by what it is divided, where the rule takes that."
 )
 _UNTOLD = (
     "The output error does not tell the targets, from which this rule learns: take the mean {} with hard labels (no "
