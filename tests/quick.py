@@ -61,6 +61,7 @@ ROWS = {
     "test_every_schedule_learns_what_the_stored_gradient_is": ("dldfa",),
     "test_state_in_any_type_of_variable": (),
     "test_memory_does_not_grow_with_depth": (),
+    "test_stored_errors_take_no_more_memory_than_backpropagation": ("deep", "resnet"),
     "test_training_takes_the_same_steps": (),
     "test_batches_side_by_side_learn_from_their_own_errors": (),
     "test_keys_in_the_parameters_and_seeds_side_by_side": ("*stream",),

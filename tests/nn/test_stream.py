@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxfa
 import jaxfa.nn
 from experiments.models import networks
+from experiments.models.gpt import GPT
 from experiments.models.vgg import VGG
 from jaxfa.jaxprs.versions import bodies, equations, opened
 from tests.networks import BLOCKS, MLP, TRAINED, Residual, Scanned, Transformer, gradient, inputs, loss
@@ -169,18 +170,36 @@ def test_memory_does_not_grow_with_depth(make, options, schedule):
     assert (temporary(8) < 1.3 * temporary(2)) == (schedule is jaxfa.stacks.stream)
 
 
-@pytest.mark.parametrize("depth", [4, 8])
-def test_stored_errors_take_no_more_memory_than_backpropagation(depth):
-    # Errors that were delivered to all blocks side by side would take as much as the activations of half of them.
-    make, x = Deep(nnx.Rngs(0), depth, 0.0), inputs(2048, 16)
+WHOLE = {
+    "mlp": (lambda rngs: networks.MLP((8, 8, 1), 10, (64,) * 4, rngs=rngs), inputs(256, 8, 8, 1), None),
+    "deep": (lambda rngs: Deep(rngs, 8, 0.0), inputs(2048, 16), None),
+    "lenet": (lambda rngs: networks.LeNet((28, 28, 1), 10, rngs=rngs), inputs(32, 28, 28, 1), None),
+    "resnet": (
+        lambda rngs: networks.ResNet((16, 16, 3), 10, (8, 16), repeats=1, rngs=rngs),
+        inputs(8, 16, 16, 3),
+        ("stem", "blocks/*"),
+    ),
+    "decoder": (
+        lambda rngs: GPT(11, context=16, width=32, depth=4, heads=2, rngs=rngs),
+        jax.random.randint(jax.random.key(6), (16, 16), 0, 11),
+        ("embedding", "blocks/*"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "x", "at"), WHOLE.values(), ids=WHOLE)
+def test_stored_errors_take_no_more_memory_than_backpropagation(make, x, at):
+    # Errors that were delivered to all blocks side by side would take as much as the activations of half of them;
+    # matrices that had to be transposed, as much as these at any batch: it is small where they are large.
+    model = make(nnx.Rngs(0))
 
     def temporary(model):
         graphdef, state = nnx.split(model)
         step = jax.jit(lambda state, x: nnx.grad(loss)(nnx.merge(graphdef, state), x))
         return step.lower(state, x).compile().memory_analysis().temp_size_in_bytes
 
-    direct = jaxfa.nn.attach(make, jaxfa.dfa(), rngs=nnx.Rngs(1), example=x)
-    assert temporary(direct) < 1.01 * temporary(make)
+    direct = jaxfa.nn.attach(model, jaxfa.dfa(), rngs=nnx.Rngs(1), example=x, at=at)
+    assert temporary(direct) <= 1.001 * temporary(model)
 
 
 def test_layers_that_share_a_matrix_share_its_product_with_the_error():

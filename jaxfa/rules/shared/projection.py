@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxfa.base import Initializer
 
@@ -46,10 +47,12 @@ def direct_matrix(key: jax.Array, distribution: Initializer, h: Any, logits: Any
 def project(b: jax.Array, h: Any, e: jax.Array) -> jax.Array:
     """``e B^T`` in the shape of ``h``: contracts the axes of ``e`` that ``h`` does not share."""
     k = (h.ndim + e.ndim - b.ndim) // 2
-    own = e.ndim - k
     if h.shape[k:] + e.shape[k:] != b.shape or h.shape[:k] != e.shape[:k]:
         raise ValueError(
             f"This feedback of shape {b.shape} is not from an error of shape {e.shape} to an activation of shape "
             f"{h.shape}. Make it with rule.init(key, h, logits) from one batch of that layer."
         )
-    return jnp.tensordot(e, b.astype(e.dtype), axes=(tuple(range(k, e.ndim)), tuple(range(b.ndim - own, b.ndim))))
+    # As matrices, which every backend's product takes transposed; of more axes XLA:CPU would transpose a copy first.
+    columns = math.prod(e.shape[k:])
+    rows, flat = b.reshape(-1, columns), e.reshape(*e.shape[:k], columns)
+    return lax.dot_general(flat, rows.astype(e.dtype), (((k,), (1,)), ((), ()))).reshape(h.shape)
