@@ -70,6 +70,7 @@ RULES: dict[str, tuple[jaxfa.Rule | None, jaxfa.stacks.Schedule]] = {
     "LDFA, n/16": (jaxfa.ldfa(0.0625), jaxfa.stacks.stored),
     "DFA": (jaxfa.dfa(), jaxfa.stacks.stored),
     "DFA, shared": (jaxfa.dfa(shared=True), jaxfa.stacks.stored),
+    "DFA, hashed": (jaxfa.dfa(shared=True, buckets=256), jaxfa.stacks.stored),
     "DFA, streamed": (jaxfa.dfa(), jaxfa.stacks.stream),
     "GrAPE": (jaxfa.grape(), jaxfa.stacks.stored),
     "GrAPE, Kalman": (jaxfa.grape(averaging=jaxfa.rules.kalman()), jaxfa.stacks.stored),

@@ -57,6 +57,10 @@ class LearnedLowRank(LowRank):
     labels: bool = field(default=False, metadata={"static": True})
     structured: bool = field(default=False, metadata={"static": True})
 
+    @property
+    def projects(self) -> bool:
+        return self.learn_p and not self.labels
+
     def signal(self, x: jax.Array, w: jax.Array, delta: jax.Array, dw: jax.Array) -> "LearnedLowRank":
         # softmax - onehot is negative at the label alone.
         target = (delta < 0) if self.labels else delta
@@ -125,9 +129,11 @@ def ldfa(
         n, m = w.size // w.shape[-1], w.shape[-1]
         p = (projection or orthonormal)(p_key, (m, rank_at(rank, path, n, m)), jnp.promote_types(w.dtype, jnp.float32))
         q = jnp.tensordot(scale * draw(q_key, w.shape, w.dtype), p.astype(w.dtype), 1)
-        if not (learn_p or learn_q):
+        # A square orthonormal p spans all there is: Oja's step is zero, and none is taken.
+        turns = learn_p and (projection is not None or p.shape[1] < m)
+        if not (turns or learn_q):
             return LowRank(p, q)
-        return LearnedLowRank(p, q, learn_p, learn_q, labels is not None and is_at(path, labels), structured)
+        return LearnedLowRank(p, q, turns, learn_q, labels is not None and is_at(path, labels), structured)
 
     def shape(feedback: LowRank) -> tuple[int, ...]:
         return (*feedback.q.shape[:-1], feedback.p.shape[-2])

@@ -72,6 +72,12 @@ def dfa_shared(net, i, feedback, delta, e):
     return direct(net.xs[i], feedback.b[:n] / math.sqrt(n), e), {}
 
 
+def dfa_hashed(net, i, feedback, delta, e):
+    n, buckets = math.prod(net.xs[i].shape[1:]), feedback.b.shape[1]
+    b = np.stack([sign * feedback.b[:n, c % buckets] for c, sign in enumerate(feedback.signs)], 1)
+    return direct(net.xs[i], b / math.sqrt(n), e), {}
+
+
 def dkp(net, i, feedback, delta, e):
     return direct(net.xs[i], feedback.b, e), {"b": np.tensordot(net.xs[i], e, (0, 0))}
 
@@ -121,6 +127,7 @@ REFERENCES = {
     "weight_mirror": by_matrix,
     "dfa": dfa,
     "dfa_shared": dfa_shared,
+    "dfa_hashed": dfa_hashed,
     "dkp": dkp,
     "drtp": drtp,
     "ldfa": ldfa,

@@ -28,7 +28,16 @@ KINDS = "backprop", "fa", "brsf", "kolen_pollack", "dfa", "ldfa", "grape", "ssa"
 
 
 # Each is much as another row is.
-ALIKE = "usf", "ldfa_fixed", "ssa_sequential", "local_classifier_fixed", "predsim", "auglocal", "pepita_mirrored"
+ALIKE = (
+    "usf",
+    "dfa_hashed",
+    "ldfa_fixed",
+    "ssa_sequential",
+    "local_classifier_fixed",
+    "predsim",
+    "auglocal",
+    "pepita_mirrored",
+)
 
 
 def law(words, quick=tuple(row.name for row in METHODS if row.name not in ALIKE)):

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import jaxfa
+from jaxfa.jaxprs.versions import equations, opened
 from tests.methods import batch, create, signals
 
 KEY = jax.random.key(7)
@@ -69,6 +70,38 @@ def test_an_orthonormal_square_p_with_its_q_is_backpropagation(op, x_shape, w_sh
     np.testing.assert_allclose(dx, true_dx, atol=1e-12)
     np.testing.assert_allclose(dw, true_dw, atol=1e-12)
     assert not any(map(np.any, jax.tree.leaves(signal)))
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "product"),
+    [
+        ((4, 9), FIXED, False),  # 3 x 3 windows of 4 channels: 36 inputs and 8 outputs
+        ((7, 9), FIXED, True),
+        ((7, 1), FIXED, False),  # too few errors for a product to be formed
+        ((7, 9), {}, False),  # p learns from the thin errors, which are there
+        ((8, 9), {}, True),
+    ],
+)
+def test_errors_take_the_product_where_the_factors_cost_more(case, options, product, normal, x64):
+    (r, examples), op, w = case, jaxfa.conv, normal(3, 3, 4, 8)
+    x, delta = normal(examples, 4, 4, 4), normal(examples, 4, 4, 8)
+    feedback = jaxfa.ldfa(r, **options).init(KEY, w)
+    formed = jnp.tensordot(feedback.q, feedback.p, (-1, -1))
+    wanted = backward(op, x, w, jaxfa.FixedFeedback(formed), delta)[0]
+    np.testing.assert_allclose(backward(op, x, w, feedback, delta)[0], wanted, atol=1e-12)
+    program = opened(jax.make_jaxpr(lambda delta: feedback.transport(op, x, w, delta))(delta))
+    (made,) = (eqn.outvars[0].aval.shape for eqn in equations(program) if eqn.primitive.name == "dot_general")
+    assert made == (w.shape if product else (*delta.shape[:-1], r))
+
+
+def test_a_square_p_that_was_drawn_orthonormal_takes_no_steps(normal, x64):
+    w, errors = normal(6, 4), normal(9, 4)
+    drawn, given = (jaxfa.ldfa(4, projection=one).init(KEY, w) for one in (None, jax.nn.initializers.normal(1.0)))
+    # Oja's step, which is none.
+    assert jnp.abs(replace(drawn, learn_p=True).signal(None, w, errors, w).p).max() < 1e-14
+    assert not jnp.any(drawn.signal(None, w, errors, w).p)
+    assert jnp.abs(given.signal(None, w, errors, w).p).max() > 1e-2
+    assert jnp.abs(jaxfa.ldfa(3).init(KEY, w).signal(None, w, errors, w).p).max() > 1e-2
 
 
 @every_operation

@@ -13,6 +13,7 @@ from jax import lax
 from jax.nn import initializers
 
 import jaxfa
+from jaxfa.jaxprs.versions import equations, opened
 from tests.methods import METHODS, batch, create, refine, signals, train
 
 RNG = np.random.default_rng(1)
@@ -97,6 +98,34 @@ def test_direct_feedback_of_every_shape(h_shape, e_shape, b_shape, spec, x64):
     feedback, dh, _ = delivered(jaxfa.dfa(shared=True))
     own = np.asarray(feedback.b).reshape(b_shape)
     np.testing.assert_allclose(dh, np.einsum(spec, e, own) / np.sqrt(feedback.b.shape[0]), atol=1e-13)
+    feedback, dh, _ = delivered(jaxfa.dfa(shared=True, buckets=2))
+    few, signs = (np.asarray(leaf) for leaf in (feedback.b, feedback.signs))
+    columns = np.stack([few[:, c % 2] for c in range(signs.size)], -1) / np.sqrt(len(few))
+    np.testing.assert_allclose(dh, np.einsum(spec, e, (columns * signs[None]).reshape(b_shape)), atol=1e-13)
+
+
+def test_a_hashed_matrix_is_never_formed(x64):
+    h, e = normal(2, 30), normal(2, 500)
+
+    def program(rule):
+        made = jax.make_jaxpr(lambda e: rule.init(KEY, h, e).deliver(h, e))(e)
+        return max(var.aval.size for eqn in equations(opened(made)) for var in eqn.outvars)
+
+    rule = jaxfa.dfa(shared=True, buckets=8)
+    assert program(rule) < 3 * e.size
+    assert program(jaxfa.dfa(shared=True)) == 30 * 500
+    feedback = rule.init(KEY, h, e)
+    columns = np.asarray(feedback.b)[:, np.arange(500) % 8] / np.sqrt(30)
+    signs = np.asarray(feedback.signs)[None]
+    np.testing.assert_allclose(feedback.deliver(h, e), e @ (columns * signs).T, atol=1e-12)
+    assert np.abs(feedback.deliver(h, e) - e @ columns.T).max() > 1
+    assert abs(signs.mean()) < 0.1
+
+
+@pytest.mark.parametrize("options", [{"buckets": 4}, {"buckets": 0, "shared": True}])
+def test_buckets_are_of_a_shared_matrix(options):
+    with pytest.raises(ValueError, match="buckets is a number from 1, of the columns of a shared matrix"):
+        jaxfa.dfa(**options)
 
 
 def test_the_default_scales_are_the_papers():

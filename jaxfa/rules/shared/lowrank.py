@@ -29,14 +29,27 @@ class LowRank(LayerFeedback):
     q: jax.Array
 
     def matrix(self, w: jax.Array) -> jax.Array:
-        """The product that no backward pass forms; to compare it with the weights."""
+        """The product, which a backward pass forms only where it is cheaper."""
         return jnp.tensordot(self.q, self.p.astype(w.dtype), (-1, -1))
 
     def transport(self, op: Operation, x: jax.Array, w: jax.Array, delta: jax.Array) -> jax.Array:
         check_outputs_last(op, x, w, self.q, delta)
+        if not self.is_thinner(delta.size // delta.shape[-1]):
+            return super().transport(op, x, w, delta)
         thin = jnp.tensordot(delta, self.p.astype(delta.dtype), 1)
         # A convolution's p is a 1x1 projection of the channels, and q keeps the window, the stride and the padding.
         return transpose(lambda x: op(x, self.q.astype(w.dtype)), x, thin)
+
+    @property
+    def projects(self) -> bool:
+        """Whether the errors' product with ``p`` is made in any case, because ``p`` learns from it."""
+        return False
+
+    def is_thinner(self, errors: int) -> bool:
+        """Whether the factors take so many errors back in fewer multiplications than their product, formed once."""
+        (m, r), n = self.p.shape[-2:], self.q.size // self.q.shape[-1]
+        product = errors * n * m + n * m * r + (errors * m * r if self.projects else 0)
+        return errors * m * r + errors * r * n <= product
 
 
 def check_rank(rank: Rank) -> None:
@@ -130,12 +143,13 @@ def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
     # Divided by their size, errors of any scale are squared without under- or overflow.
     peak = jnp.max(jnp.abs(errors))
     peak = jnp.where(peak > 0, peak, 1)
-    centred = (errors - errors.mean(0, keepdims=True)) / peak
+    mean = errors.mean(0, keepdims=True)
     # The product with p is the one that carries the error back, which the compiler then makes only once.
     thin = errors @ p
     thin = (thin - thin.mean(0, keepdims=True)) / peak
-    total = jnp.sum(centred**2)
-    moved = centred.T @ thin
+    # The errors centred, but not written down: what the thin side's own sum, zero but for rounding, takes of the mean.
+    moved = (thin.T @ errors - thin.sum(0, keepdims=True).T @ mean).T / peak
+    total = jnp.sum(((errors - mean) / peak) ** 2)
     # p^T C p, from the shorter side: the batch's rows or the units.
     step = moved - p @ (p.T @ moved if rows > errors.shape[1] else thin.T @ thin)
     return jnp.where(total > 0, step / jnp.where(total > 0, total, 1), 0)
