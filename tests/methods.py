@@ -60,7 +60,7 @@ METHODS = (
     Method("dfa_hashed", jaxfa.dfa(shared=True, buckets=2), fixed=True),
     Method("dkp", jaxfa.dkp(learning_rate=1e-2), fixed=False),
     Method("drtp", jaxfa.drtp(), fixed=True),
-    Method("ldfa", jaxfa.ldfa(2), fixed=False, batch=True),
+    Method("ldfa", jaxfa.ldfa(0.8), fixed=False, batch=True),
     Method("ldfa_fixed", jaxfa.ldfa(4, learn_p=False, learn_q=False), fixed=True),
     Method("normative_ldfa", jaxfa.normative_ldfa(2), fixed=False),
     Method("grape", jaxfa.grape(averaging=jaxfa.rules.kalman()), fixed=False),
