@@ -20,6 +20,7 @@ from tests import methods
 # What the tests call them where that is not what the comparison does, and what is one more option of the same rule.
 NAMES = {"backprop": "bp", "dfa_shared": "shared_dfa", "ldfa_fixed": "ldfa"}
 NAMES |= {"local_classifier_fixed": "local_classifier", "pepita_mirrored": "mirrored_pepita"}
+NAMES["dfa_hashed"] = "shared_dfa"
 
 
 def test_every_rule_of_the_table_of_tests_is_compared():
