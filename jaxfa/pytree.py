@@ -14,8 +14,8 @@ def feedback_dataclass(cls: type[T]) -> type[T]:
     """Class decorator: makes a feedback a frozen dataclass and a pytree of its fields.
 
     Args:
-      cls: a subclass of :class:`LayerFeedback` or :class:`DirectFeedback` with annotated fields. Fields with
-        ``metadata={"static": True}`` are part of the tree's structure.
+      cls: a subclass of :class:`jaxfa.LayerFeedback` or :class:`jaxfa.DirectFeedback` with annotated fields. Fields
+        with ``metadata={"static": True}`` are part of the tree's structure.
 
     Example:
       >>> import jax, jaxfa
