@@ -66,6 +66,7 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
     def update(updates: Any, state: OptimizerState, params: Any = None, **extra: Any) -> tuple[Any, OptimizerState]:
         boxed: Any = jax.tree.structure(updates)
         tree = unboxed(params)
+        _check_feedback(unboxed(updates), tree)
         trees = {name: arg for name, arg in extra.items() if jax.tree.structure(arg) == boxed}
         extra |= {name: split(unboxed(arg))[0] for name, arg in trees.items()}
         if "value_fn" in extra:
@@ -77,6 +78,17 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
         return (jax.tree.unflatten(boxed, leaves) if len(leaves) == boxed.num_leaves else found), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_feedback(updates: Any, params: Any) -> None:
+    """Refuses a gradient that was not taken in the feedback that the optimizer was made with."""
+    expected, got = (sum(map(is_feedback, nodes_of(tree))) for tree in (params, updates))
+    if params is not None and expected != got:
+        raise ValueError(
+            f"The optimizer was made with {expected} feedbacks, and the gradient has {got}: differentiate in the "
+            f"variables that the optimizer steps on. With nnx.Optimizer(model, tx, wrt=learned) that is "
+            f"nnx.grad(loss, argnums=nnx.DiffState(0, learned)), where learned = (nnx.Param, jaxfa.nn.Feedback)."
+        )
 
 
 def of_pair(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTransformationExtraArgs:

@@ -152,3 +152,42 @@ def test_a_line_search_searches_along_the_parameters(rule, tx):
         value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, TRAINED))(aligned, X)
         optimizer.update(aligned, grads, value=value, grad=grads, value_fn=value_fn)
     assert loss(aligned, X) < start
+
+
+@pytest.mark.parametrize("rule", ["kolen_pollack", "ldfa", "dkp", "fa"])
+def test_a_gradient_without_the_feedback_is_refused(rule):
+    model = attach(MLP(nnx.Rngs(0)), RULES[rule], X)
+    tx = jaxfa.optimizer(optax.adam(0.1), RULES[rule])
+    optimizer = nnx.Optimizer(model, tx, wrt=TRAINED)
+    with pytest.raises(ValueError, match=r"made with 2 feedbacks, and the gradient has 0: .*DiffState\(0, learned\)"):
+        optimizer.update(model, nnx.grad(loss)(model, X))
+
+
+def test_the_feedback_of_a_frozen_layer_is_frozen_as_the_error_says():
+    class Frozen(nnx.Variable):
+        pass
+
+    mlp = MLP(nnx.Rngs(0))
+    mlp.fc2.kernel = Frozen(mlp.fc2.kernel[...])
+    rule = RULES["kolen_pollack"]
+    model = attach(mlp, rule, X)
+    tx = jaxfa.optimizer(optax.adam(0.1), rule)
+    with pytest.raises(ValueError, match=r"freeze both.* nnx\.Not\(nnx\.PathContains\('name'\)\)"):
+        nnx.Optimizer(model, tx, wrt=TRAINED)
+    learned = (nnx.Param, nnx.All(jaxfa.nn.Feedback, nnx.Not(nnx.PathContains("fc2"))))
+    before = nnx.clone(model).model
+    train(model, nnx.Optimizer(model, tx, wrt=learned), learned, steps=1)
+    feedback = [
+        [getattr(one, name).dot_general.feedback.get_value().b for name in ("fc2", "fc3")]
+        for one in (before, model.model)
+    ]
+    moved = [bool((a != b).any()) for a, b in zip(*feedback, strict=True)]
+    assert moved == [False, True]
+
+
+def test_a_wrapper_that_keeps_copies_fails_in_flaxs_own_optimizer_as_the_page_says():
+    rule = RULES["kolen_pollack"]
+    model = attach(MLP(nnx.Rngs(0)), rule, X)
+    tx = optax.MultiSteps(jaxfa.optimizer(optax.adam(0.1), rule), 2)
+    with pytest.raises(ValueError, match="pytree structure error"):
+        train(model, nnx.Optimizer(model, tx, wrt=TRAINED), TRAINED)
