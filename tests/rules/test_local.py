@@ -201,6 +201,7 @@ UNTOLD = {
     "mixed": (lambda z, y: mean_cross_entropy(z / 20, 0.6 * y + 0.4 * y[::-1]), "does not tell the targets"),
     "squared": (lambda z, y: jnp.mean((z - y) ** 2), "does not tell the targets"),
     "sigmoid": (lambda z, y: optax.sigmoid_binary_cross_entropy(z, y).mean(), "does not tell the targets"),
+    "not a number": (lambda z, y: mean_cross_entropy(z.at[0, 0].set(jnp.nan), y), "error is not finite"),
     "summed": (lambda z, y: N * mean_cross_entropy(z, y), "say with examples= by what it is divided"),
 }
 

@@ -54,6 +54,7 @@ def targets(h: jax.Array, e: jax.Array, examples: float) -> jax.Array:
     count, sizes = negative.sum(-1), jnp.abs(e).sum(-1)
     hard = ((count == 1) & (jnp.abs(e.sum(-1)) <= slack)) | ((count == 0) & (sizes <= slack))
     mean = jnp.abs(e).max(-1) <= 1 / examples + slack
+    _say(jnp.isfinite(sizes), _NOT_FINITE)
     _say(mean | ~hard, _SUMMED.format(examples))
     _say(hard, _UNTOLD.format("softmax cross-entropy of the logits"))
     return jnp.where((hard & mean)[..., None], negative.astype(e.dtype), jnp.nan)
@@ -72,6 +73,7 @@ def signed_targets(e: jax.Array, examples: float) -> jax.Array:
     learns = sizes > tiny / examples
     soft = learns & (negative.sum(-1) > 1)
     hard = ~(soft.any() & (~learns | (jnp.abs(e.sum(-1)) <= tiny * sizes)).all()) | (learns.sum() < 2)
+    _say(jnp.isfinite(sizes), _NOT_FINITE)
     _say(mean, _SUMMED.format(examples))
     _say(hard, _UNTOLD.format("cross-entropy of one softmax, or of sigmoids,"))
     return jnp.where(hard & mean[..., None], negative.astype(e.dtype), jnp.nan)
@@ -91,6 +93,10 @@ def check_classes(h: Any, e: Any) -> None:
         )
 
 
+_NOT_FINITE = (
+    "The output error is not finite, so that it tells no targets: look for NaN or infinity in the batch, then in the "
+    "weights and the logits."
+)
 _SUMMED = (
     "The output error is larger than that of a cross-entropy averaged over {:g} examples, as which it is read: average "
     "the loss over the batch, or say with examples= by what it is divided, where the rule takes that."
