@@ -25,17 +25,43 @@ from jaxfa.varying import vary_alike, zeros_of
 Run = Callable[[Any, Any], Any]  # (tree, ref) -> outputs
 
 
-def receive(h: jax.Array, feedback: DirectFeedback, ref: Any) -> jax.Array:
+class At(NamedTuple):
+    """How an error is delivered at a place, which a refusal names with a hint."""
+
+    how: Callable[..., Any]
+    place: str
+    hint: str
+
+    def __call__(self, tree: Any, e: jax.Array) -> Any:
+        """What the activation and its feedback learn."""
+        try:
+            return self.how(tree, e)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"At the tap {self.place!r}: {error} {self.hint}".strip()) from error
+
+
+def other_size(here: tuple[int, ...], example: tuple[int, ...] | None) -> str:
+    """What to do about an activation of another size than the example's."""
+    if example in (None, here):
+        return ""
+    return (
+        f"An example's activation has the shape {here} here and {example} in the example of attach(); a feedback with "
+        f"entries for every position is for one size. Give attach() an example of that size, or pad the batch to the "
+        f"example's."
+    )
+
+
+def receive(h: jax.Array, feedback: DirectFeedback, ref: Any, place: str, hint: str = "") -> jax.Array:
     """``h``; its backward ignores the layers above and delivers the error that the ref holds by then."""
-    return _received(deliver, h, feedback, ref)
+    return _received(At(deliver, place, hint), h, feedback, ref)
 
 
-def receive_for_all(p: jax.Array, feedback: DirectFeedback, ref: Any) -> jax.Array:
+def receive_for_all(p: jax.Array, feedback: DirectFeedback, ref: Any, place: str, hint: str = "") -> jax.Array:
     """As :func:`receive`, for one activation that all examples have in common: it learns the sum of their errors.
 
     An example's error is delivered to ``p`` without its leading axes of size 1, in which it may have been broadcast.
     """
-    return _received(deliver_for_all, p, feedback, ref)
+    return _received(At(deliver_for_all, place, hint), p, feedback, ref)
 
 
 def _received(how: Callable[..., Any], h: jax.Array, feedback: DirectFeedback, ref: Any) -> jax.Array:
@@ -162,8 +188,15 @@ def _backward(run: Run, error: Error, pullback: Any, cotangents: Any) -> Any:
         return jax.tree.map(lambda leaf: ref if _is_hole(leaf) else leaf, pullback, is_leaf=_is_hole)(cotangents)
 
     e = error.of(cotangents)
+    undifferentiated(_SECOND, e)
     in_turn = error.in_turn and isinstance(e, jax.core.Tracer)
     return one_by_one(pull, jax.new_ref(e)) if in_turn else pull(jax.new_ref(e))
+
+
+_SECOND = (
+    "A pseudo-gradient is the derivative of no function, so that second derivatives (jax.hessian, jax.grad of a "
+    "gradient) are none: take the plain network, jaxfa.nn.plain(model), whose derivatives are true."
+)
 
 
 def is_zero(cotangent: Any) -> bool:

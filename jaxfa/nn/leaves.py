@@ -1,5 +1,6 @@
 """The arrays of floats in what a module is given or returns: where a tap reads an error, and where it comes from."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,14 @@ def at_leaves(tree: Any, functions: dict[str, Callable[[jax.Array], jax.Array]])
         return functions[name](leaf) if name in functions and _is_float(leaf) else leaf
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_node)
+
+
+def first_input(own_call: Callable[..., Any], args: Any, kwargs: Any, function: Callable[[Any], Any]) -> Any:
+    """Arguments, with a function applied to the first of them."""
+    if args:
+        return (function(args[0]), *args[1:]), kwargs
+    name = next((name for name in inspect.signature(own_call).parameters if name in kwargs), None)
+    return args, kwargs if name is None else kwargs | {name: function(kwargs[name])}
 
 
 def is_node(leaf: Any) -> bool:

@@ -12,10 +12,10 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxfa.jaxprs.cuts import mark, marked
 from jaxfa.jaxprs.versions import opened
-from jaxfa.nn.leaves import at_leaves, error_in, named_floats
+from jaxfa.nn.leaves import at_leaves, error_in, first_input, named_floats
 from jaxfa.nn.program import Example, Program, method_of
 from jaxfa.nn.survey import Survey, look_through, program_of
-from jaxfa.nn.tap import Held, Place, first_input
+from jaxfa.nn.tap import Held, Place
 from jaxfa.nn.variables import Recorder, intercept, leaf_name, modules_of, structs
 
 

@@ -1,6 +1,5 @@
 """Direct rules: a tap on a module's output, or on a layer's input, to which the output error is delivered."""
 
-import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,9 +9,9 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxfa.delivery import receive, receive_for_all, send, undifferentiated
+from jaxfa.delivery import other_size, receive, receive_for_all, send, undifferentiated
 from jaxfa.nn.contraction import restore
-from jaxfa.nn.leaves import at_leaves
+from jaxfa.nn.leaves import at_leaves, first_input
 from jaxfa.nn.program import is_transformed
 from jaxfa.nn.variables import REFUSAL, intercept, modules_of, release
 from jaxfa.ops import ACTIVATION
@@ -65,6 +64,7 @@ class Tap(nnx.Module):
         self.path = path
         self.place = nnx.static(place)
         self.leaves: tuple[str, ...] = ()
+        self.sizes: tuple[tuple[str, tuple[int, ...]], ...] = nnx.static(())
         self.feedback = nnx.data(None)
         self.is_source = False
         self.follows: str | None = None
@@ -123,15 +123,22 @@ class Tap(nnx.Module):
         def run(leaf: jax.Array) -> jax.Array:
             assert self.channel is not None
             self.channel.last = self.path
+            hint = other_size(leaf.shape[1:], dict(self.sizes).get(name))
             deliver = receive_for_all if self.place.kind == "parameter" and not feedback.common else receive
             with jax.named_scope(f"tap[{self.scope(name)}]"):
-                return deliver(leaf, feedback, self.channel.ref)
+                return deliver(leaf, feedback, self.channel.ref, self.path, hint)
 
         return run
 
 
 def _adding(shift: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    return lambda leaf: leaf + shift.astype(leaf.dtype)
+    def add(leaf: jax.Array) -> jax.Array:
+        try:
+            return leaf + shift.astype(leaf.dtype)
+        except TypeError as error:
+            raise ValueError(other_size(leaf.shape[1:], shift.shape[1:])) from error
+
+    return add
 
 
 def _adding_all(shift: jax.Array) -> Callable[[jax.Array], jax.Array]:
@@ -208,14 +215,6 @@ def set_taps(model: nnx.Module, act: Callable[[Tap], None]) -> None:
         if one.parameter is not None:
             # Named, lest an audit take it for weights.
             one.parameter.set_value(one.tap(checkpoint_name(one.parameter.get_value(), ACTIVATION)))
-
-
-def first_input(own_call: Callable[..., Any], args: Any, kwargs: Any, function: Callable[[Any], Any]) -> Any:
-    """Arguments, with a function applied to the first of them."""
-    if args:
-        return (function(args[0]), *args[1:]), kwargs
-    name = next((name for name in inspect.signature(own_call).parameters if name in kwargs), None)
-    return args, kwargs if name is None else kwargs | {name: function(kwargs[name])}
 
 
 def _tapped(self: Any, own_call: Any, *args: Any, **kwargs: Any) -> Any:

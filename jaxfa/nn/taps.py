@@ -60,7 +60,8 @@ def fill_taps(
     shared = None
     for path in order:
         tap = held[path].tap
-        tap.leaves = tuple(seen[path])
+        tap.leaves, sizes = tuple(seen[path]), tuple((name, h.shape[1:]) for name, h in seen[path].items())
+        tap.sizes = nnx.static(sizes)
         if shared is None:
             value = at_once(partial(draw, path), keys[path])
             first = value[tap.leaves[0]]

@@ -293,3 +293,16 @@ def test_forward_mode_of_a_direct_model_says_where_to_have_it():
     with pytest.raises(TypeError, match=r"no forward mode .* jaxfa\.nn\.plain\(model\)"):
         jax.jvp(aligned, (x,), (x,))
     jax.jvp(jaxfa.nn.plain(aligned), (x,), (x,))
+
+
+@pytest.mark.parametrize("rule", [jaxfa.dfa(), jaxfa.forward_gradient()], ids=["dfa", "forward_gradient"])
+def test_second_derivatives_of_pseudo_gradients_are_refused(rule):
+    x = inputs(9, 6)
+    graph, params, rest = nnx.split(attach(MLP(nnx.Rngs(0)), rule, x), nnx.Param, ...)
+
+    def of(params):
+        return loss(nnx.merge(graph, params, rest), x)
+
+    for second in (jax.hessian(of), jax.grad(lambda params: optax.tree.norm(jax.grad(of)(params)))):
+        with pytest.raises(RuntimeError, match=r"derivative of no function.* jaxfa\.nn\.plain\(model\)"):
+            second(params)

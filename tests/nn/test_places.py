@@ -1,6 +1,7 @@
 """Where a direct rule taps if nobody says, what is said of it, and what else at= may name."""
 
 import ast
+import contextlib
 import re
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from jaxfa.nn.tap import taps_of
-from tests.networks import MLP, Residual, attach, inputs
+from tests.networks import MLP, Residual, attach, inputs, loss
 
 EVERY = "tapped: the input of every layer but the first"
 SHORTCUTS = "; not the input of every layer, since shortcuts pass layers by"
@@ -293,3 +294,31 @@ def test_a_size_that_the_factor_divides_by_accident_is_no_batch():
     attached = attach(Widened(nnx.Rngs(0)), jaxfa.dfa(), jnp.ones((2, 4)), at=("below", "block"))
     shapes = {path: jax.tree.leaves(tap.feedback.get_value())[0].shape for path, tap in taps_of(attached.model).items()}
     assert shapes == {"below": (8, 4), "block": (9, 4)}
+
+
+class Tokens(nnx.Module):
+    """Logits of every token, or of their mean."""
+
+    def __init__(self, rngs, mean):
+        self.first, self.last, self.mean = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs), mean
+
+    def __call__(self, x):
+        h = nnx.tanh(self.first(x))
+        return self.last(h.mean(1) if self.mean else h)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_a_feedback_for_every_position_is_for_one_length(mean):
+    """Another length than the example's is refused where an activation has positions that the logits have not."""
+    model = attach(Tokens(nnx.Rngs(0), mean), jaxfa.dfa(), inputs(9, 5, 4), "first")
+    outcome = pytest.raises(
+        ValueError, match=r"At the tap 'first': .* has the shape \(7, 6\) here and \(5, 6\) in the example .*, or pad"
+    )
+    for length in (5, 7):
+        with outcome if mean and length == 7 else contextlib.nullcontext():
+            nnx.grad(loss)(model, inputs(9, length, 4))
+    forward = attach(Tokens(nnx.Rngs(0), mean), jaxfa.forward_gradient(), inputs(9, 5, 4), "first")
+    with pytest.raises(ValueError, match=r"has the shape \(7, 6\) here"):
+        nnx.grad(loss)(forward, inputs(9, 7, 4))
+    layerwise = attach(Tokens(nnx.Rngs(0), mean), jaxfa.fa(), inputs(9, 5, 4))
+    nnx.grad(loss)(layerwise, inputs(9, 7, 4))

@@ -50,7 +50,8 @@ def project(b: jax.Array, h: Any, e: jax.Array) -> jax.Array:
     if h.shape[k:] + e.shape[k:] != b.shape or h.shape[:k] != e.shape[:k]:
         raise ValueError(
             f"This feedback of shape {b.shape} is not from an error of shape {e.shape} to an activation of shape "
-            f"{h.shape}. Make it with rule.init(key, h, logits) from one batch of that layer."
+            f"{h.shape}. Make it with rule.init(key, h, logits) from one batch of that size; in a Flax model give "
+            f"attach() an example of that size."
         )
     # As matrices, which every backend's product takes transposed; of more axes XLA:CPU would transpose a copy first.
     columns = math.prod(e.shape[k:])
