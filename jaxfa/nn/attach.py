@@ -11,6 +11,7 @@ makes the rest, ``nnx.update(attached, state)`` puts them back. The model itself
 can be copied by ``copy.deepcopy`` but not pickled.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,8 @@ def attach(
       (5, 3)
     """
     _check(model, rule, rngs)
+    if logits is not None and not is_direct(rule):
+        raise ValueError("logits= tells a direct rule where its error is taken; leave it out for this layer-wise rule.")
     globs, allow = _globs(at), _globs(allow) or ()
     weights = [path_name(path) for path, _ in nnx.to_flat_state(nnx.state(model))]
     refuse_unmatched("allow", allow, weights, under=True)
@@ -118,12 +121,27 @@ def _check_method(model: Any, method: str) -> None:
 
 
 def _check(model: Any, rule: Any, rngs: Any) -> None:
-    if not isinstance(model, nnx.Module) or not isinstance(rule, Rule):
-        raise TypeError(f"attach(model, rule) expects an nnx.Module and a jaxfa.Rule, got {model!r} and {rule!r}.")
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"attach(model, rule) expects an nnx.Module, got {model!r}.")
+    if not isinstance(rule, Rule):
+        mend = (
+            f" Did you mean {rule.__module__.partition('.')[0]}.{rule.__name__}()?" if inspect.isfunction(rule) else ""
+        )
+        raise TypeError(f"attach(model, rule) expects a jaxfa.Rule such as jaxfa.fa(), got {rule!r}.{mend}")
     if any(isinstance(part, Attached | Contraction | Tap) for _, part in modules_of(model)):
         raise ValueError("This model already has a rule; attach the next one to jaxfa.nn.plain(attached).")
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"attach needs rngs=nnx.Rngs(seed), from which the feedback is drawn; got {rngs!r}.")
+    if "feedback" not in rngs and "default" not in rngs:
+        raise ValueError(
+            f"attach draws the feedback from rngs.feedback(), but these streams are {list(rngs)}: give it "
+            f"nnx.Rngs(feedback=seed), or nnx.Rngs(seed) for all streams."
+        )
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model))):
+        raise ValueError(
+            "This model has shapes in the place of arrays, as nnx.eval_shape makes it, and its feedback would have "
+            "none. Make the model first, or attach inside: nnx.eval_shape(lambda: jaxfa.nn.attach(make(), rule, ...))."
+        )
 
 
 def _copy(model: nnx.Module) -> Any:

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxfa.base import is_direct
 from jaxfa.jaxprs.audit import Audit
 from jaxfa.jaxprs.flows import OUTPUT, Passage
-from jaxfa.nn.describe import IDLE, LOST, SILENT, describe, held_feedback, layer_name, shape_of
+from jaxfa.nn.describe import EMPTY, IDLE, LOST, NOTHING, SILENT, describe, held_feedback, layer_name, shape_of
 from jaxfa.nn.learning import how_it_learns
 from jaxfa.nn.places import places_of
 from jaxfa.nn.program import Example, method_of
@@ -39,7 +39,7 @@ class _Cover:
 
     def __init__(self, attached: Any, result: Audit, example: Example) -> None:
         self.attached, self.result, self.allow, self.example = attached, result, attached.allow, example
-        self.own, self.left = own_of(attached), {site.name for site in attached.left}
+        self.own, self.left = own_of(attached), {site.name: site.thin for site in attached.left}
         taps = taps_of(attached.model).values()
         self.blocks = [tap.path for tap in taps if not tap.at_input]
         self.inputs = [tap.path for tap in taps if tap.at_input]
@@ -105,7 +105,13 @@ class _Cover:
         rows += [
             Row(layer_name(name), self.shapes[name], self.arrives(name), rest[name], "", "") for name in sorted(others)
         ]
+        if not violations and all(row.arrives == NOTHING for row in rows) and not self.taps_parameters():
+            violations = [EMPTY]
         return Coverage(tuple(rows), tuple(violations), self.attached.note)
+
+    def taps_parameters(self) -> bool:
+        """Whether every parameter is tapped, of which there may be some beside matrices."""
+        return is_direct(self.attached.rule) and self.attached.rule.parameters and bool(self.feedback)
 
     def lost(self, seen: Survey | None, rest: Any) -> list[str]:
         """The weights that an error passes on its way down without anybody's seeing it in the gradient."""
@@ -155,7 +161,7 @@ class _Cover:
         way = self.result.beside.get(name, frozenset())
         own = [step.name for step in way if step.kind == "weights"]
         if not way:
-            return "none: does not learn"
+            return NOTHING
         block = self.block(name, own[0]) if own else None
         how = f"exact inside {block}" if block else "backpropagation" if own else "exact"
         how = "through feedback" if any(step.kind == "rule" for step in way) else how
@@ -190,7 +196,12 @@ class _Cover:
         others = " and others" if len(victims) > 3 else ""
         mend = "Name what is below it in at=, too" if self.taps else "Make it a layer that attach() takes"
         if name in self.left:
-            mend = "at= leaves it out, or it is masked or chosen by data, where a rule needs a matrix, as fa() has"
+            mend = "It is left out: name it in at=, too"
+        if not self.left.get(name, True):
+            mend = (
+                "Weights that are masked or chosen by data need a rule whose feedback is a whole matrix, such as fa(), "
+            )
+            mend += "and a place in at= where that is given"
         return (
             f"- {layer_name(name)!r} sends the error on to {', '.join(map(repr, victims[:3]))}{others} through its own "
             f"weights, which is backpropagation. {mend}, or allow={layer_name(name)!r}."

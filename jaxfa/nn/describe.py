@@ -22,6 +22,11 @@ IDLE = (
     "- no error reaches {0!r}, which would learn by backpropagation. Name another module with at=, or allow={0!r} if "
     "it is meant not to learn."
 )
+NOTHING = "none: does not learn"
+EMPTY = (
+    "- nothing here would learn by this rule: no product with weights leads to an output of floats. Return the logits "
+    "rather than classes chosen from them, and attach to a model that has layers."
+)
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 

@@ -61,7 +61,7 @@ def test_weights_that_would_stay_backprop_are_refused_by_name():
     x = inputs(9, 6)
     with pytest.raises(ValueError, match=r"'w' .*allow='w'"):
         attach(RawWeights(nnx.Rngs(0)), jaxfa.dfa(), x, "input of fc2")
-    with pytest.raises(ValueError, match=r"'w' .*at= leaves it out.*allow='w'"):
+    with pytest.raises(ValueError, match=r"'w' .*It is left out: name it in at=, too, or allow='w'"):
         jaxfa.nn.attach(RawWeights(nnx.Rngs(0)), jaxfa.fa(), rngs=nnx.Rngs(1), example=x, at="fc2")
     rows = attach(RawWeights(nnx.Rngs(0)), jaxfa.fa(), x, allow="w").coverage().rows
     assert {row.layer: row.leaves for row in rows}["w"] == "backpropagation, allowed"
@@ -161,6 +161,28 @@ def test_layerwise_rules_only_where_asked_and_the_rest_by_name():
     assert found["fc1/kernel"].angle > 10
 
 
+class Chosen(MLP):
+    def __call__(self, x):
+        return super().__call__(x).argmax(-1)
+
+
+class Scale(nnx.Module):
+    def __init__(self, rngs):
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def __call__(self, x):
+        return x * self.scale[...]
+
+
+@pytest.mark.parametrize("rule", [jaxfa.fa(), jaxfa.kolen_pollack(), jaxfa.dfa(), jaxfa.grape()])
+@pytest.mark.parametrize("make", [Chosen, Scale])
+def test_a_model_in_which_nothing_would_learn_is_refused(make, rule):
+    is_direct = isinstance(rule, jaxfa.DirectRule)
+    words = "needs the model's logits" if is_direct and make is Chosen else "nothing here would learn by this rule"
+    with pytest.raises(ValueError, match=words):
+        attach(make(nnx.Rngs(0)), rule, inputs(9, 6))
+
+
 def test_other_wrong_use_is_refused():
     model, x = MLP(nnx.Rngs(0)), inputs(9, 6)
     with pytest.raises(ValueError, match="needs example="):
@@ -171,6 +193,16 @@ def test_other_wrong_use_is_refused():
         jaxfa.nn.attach(model, "fa", rngs=nnx.Rngs(1))
     with pytest.raises(TypeError, match=r"nnx\.Rngs\(seed\)"):
         jaxfa.nn.attach(model, jaxfa.fa(), rngs=0)
+    with pytest.raises(ValueError, match=r"these streams are \['params'\]: give it nnx\.Rngs\(feedback=seed\)"):
+        jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(params=0))
+    with pytest.raises(TypeError, match=r"Did you mean jaxfa\.fa\(\)\?") as forgotten:
+        jaxfa.nn.attach(model, jaxfa.fa, rngs=nnx.Rngs(1))
+    assert len(str(forgotten.value)) < 200
+    with pytest.raises(ValueError, match="leave it out for this layer-wise rule"):
+        jaxfa.nn.attach(model, jaxfa.fa(), rngs=nnx.Rngs(1), logits=lambda out: out)
+    with pytest.raises(ValueError, match="Make the model first, or attach inside"):
+        attach(nnx.eval_shape(lambda: MLP(nnx.Rngs(0))), jaxfa.fa(), x)
+    nnx.eval_shape(lambda: attach(MLP(nnx.Rngs(0)), jaxfa.fa(), x))
     with pytest.raises(ValueError, match="matches nothing"):
         attach(model, jaxfa.fa(), x, allow="no/such")
     with pytest.raises(ValueError, match="was given none"):

@@ -321,7 +321,8 @@ def test_a_thin_feedback_sends_back_what_its_product_does(name, x64):
 def test_masked_and_chosen_weights_need_a_matrix(name, x64):
     call, shape, size, _ = KINDS[name]
     with pytest.raises(
-        ValueError, match=r"'w' .*(masked or chosen by data, where a rule needs a matrix|cannot be followed)"
+        ValueError,
+        match=r"'w' .*(masked or chosen by data need a rule whose feedback is a whole matrix|cannot be followed)",
     ):
         attach(Own(call, shape), jaxfa.ldfa(2), drawn(size))
 
