@@ -8,6 +8,7 @@ crosses from a forward to a backward pass, which JAX would refuse.
 JAX's documentation, "Ref: mutable arrays for data plumbing and memory control", https://docs.jax.dev/en/latest/array_refs.html
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ from jaxfa.varying import vary_alike, zeros_of
 Run = Callable[[Any, Any], Any]  # (tree, ref) -> outputs
 
 
-class At(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class At:
     """How an error is delivered at a place, which a refusal names with a hint."""
 
     how: Callable[..., Any]
