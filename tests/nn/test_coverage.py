@@ -1,5 +1,11 @@
 """Which way the error goes in whole models, as ``coverage()`` tells it, and who refuses what."""
 
+import ast
+import inspect
+import pathlib
+import re
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +15,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
+from jaxfa.base import DirectFeedback, LayerFeedback
 from tests.networks import (
     BLOCKS,
     MLP,
@@ -223,3 +230,34 @@ def test_other_wrong_use_is_refused():
         attach(unused, jaxfa.dfa(), x, ("layers/0/*", "spare"))
     with pytest.raises(ValueError, match="inside the stack"):
         attach(Scanned(nnx.Rngs(0)), jaxfa.dfa(shared=True), x, ("stem", "blocks"))
+
+
+def printed_by(function):
+    """The words that a function puts together: its strings but for what it compares with."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    documented = ast.get_docstring(tree.body[0], clean=False)
+    compared = {
+        id(one)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare | ast.Set | ast.Tuple)
+        for one in ast.walk(node)
+    }
+    strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return {one.value.strip(" ,") for one in strings if id(one) not in compared and one.value != documented} - {""}
+
+
+def test_every_word_of_the_table_is_explained_on_its_page():
+    cover, ways = jaxfa.nn.coverage._Cover, jaxfa.nn.learning.how_it_learns
+    arrives = printed_by(cover.arrives) | printed_by(cover.beside) | printed_by(cover.starts_of)
+    leaves = printed_by(cover.leaves) | printed_by(cover.table)
+    classes = [LayerFeedback, DirectFeedback]
+    for one in classes:
+        classes += one.__subclasses__()
+    learns = printed_by(ways) | {one.learns for one in classes if one.__module__.startswith("jaxfa.")} - {""}
+    assert {"through feedback", "then exact inside", "other terms of the loss alone:"} <= arrives
+    assert {"not needed: first", "exact, entry by entry", "not followed"} <= leaves
+    assert {"fixed", "by refine", "from the weights"} <= learns
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "coverage.md").read_text()
+    spans = re.findall("`([^`]+)`", "\n".join(line for line in page.splitlines() if line.startswith("|")))
+    words = {*arrives, *leaves, *learns, jaxfa.nn.describe.NOTHING, "input of", "output of", "parameter"}
+    assert [word for word in sorted(words) if not any(word in span for span in spans)] == []
