@@ -115,7 +115,9 @@ def test_the_example_of_an_experiment_writes_a_report(tmp_path):
 def test_the_readme_is_a_door():
     text = README.read_text()
     assert len(text.split()) <= 900
-    assert blocks_of(README)[0] in (EXAMPLES / "own_model.py").read_text()
+    block = blocks_of(README)[0]
+    assert block in (EXAMPLES / "own_model.py").read_text()
+    assert f"## In {len(list(filter(str.strip, block.splitlines())))} lines\n" in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

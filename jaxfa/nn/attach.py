@@ -74,7 +74,7 @@ def attach(
       An :class:`Attached` with a copy of the model.
 
     Raises:
-      ValueError: if a contraction would stay backpropagation, or a glob, example or schedule does not fit the model.
+      ValueError: if a contraction would stay backpropagation, nothing would learn, or an argument does not fit.
       TypeError: if the model or rule is of another type.
 
     Example:

@@ -37,7 +37,7 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
     Raises:
       TypeError: if ``rule`` is not a :class:`jaxfa.Rule`.
       ValueError: by ``init``, if the rule's feedback learns and the tree holds none, or ``tx`` has a wrapper that must
-        go outside.
+        go outside; by ``update``, if the gradient was not taken in that feedback.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa, optax
