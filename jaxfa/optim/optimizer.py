@@ -36,8 +36,8 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
 
     Raises:
       TypeError: if ``rule`` is not a :class:`jaxfa.Rule`.
-      ValueError: by ``init``, if the rule's feedback learns and the tree holds none, if the tree's learns and is of another
-        rule, or if ``tx`` has a wrapper that must go outside.
+      ValueError: by ``init``, if the rule's feedback learns and the tree holds none, if the tree holds feedback of a
+        rule that learns and this one's does not, or if ``tx`` has a wrapper that must go outside.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa, optax
