@@ -4,6 +4,7 @@
 page of results and the numbers in the main README, where nobody types one.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -131,7 +132,7 @@ def _all(papers: Mapping[str, Sequence[Experiment]]) -> str:
     for experiment in (one for paper in last for one in papers[paper] if one.verdict):
         lines.append(glance(experiment, (found for _, found in _results(experiment) if found["kind"] != OLDER)))
     for paper in last:
-        include = f"{{include}} ../experiments/{paper}/README.md"
+        include = f"{{include}} {os.path.relpath(FOLDER / paper / 'README.md', ROOT / 'docs')}"
         lines.append(f"\n```{include}\n:heading-offset: 1\n:relative-images:\n```")
     return "\n".join([*lines, ""])
 

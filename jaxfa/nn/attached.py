@@ -12,7 +12,7 @@ from jaxfa.measure.diagnostics import Alignment, compare, weight_angle
 from jaxfa.nn.contraction import audited, contractions_of, sites_of
 from jaxfa.nn.coverage import cover
 from jaxfa.nn.direct import call_direct
-from jaxfa.nn.learning import phase_of, quiet, remind
+from jaxfa.nn.learning import Phase, quiet, remind
 from jaxfa.nn.own import OwnSite, weights_of
 from jaxfa.nn.program import Example, Program, is_transformed, method_of
 from jaxfa.nn.refined import layers_of, own_at, shifted_forward
@@ -48,7 +48,7 @@ class Attached(nnx.Module):
         self.logits = nnx.static(options.get("logits"))
         self.forward = nnx.static(options.get("forward"))
         self.note: str = options.get("note", "")
-        self.phase = nnx.static(phase_of(rule))
+        self.phase = nnx.static(Phase())
         self.error = nnx.static(None)  # the error's type, where it is known before a call
         self.is_local = False  # whether a direct rule's audit tells products of parameters from layers
         # By the path of the parameter, so that an optimizer sees whose weights a feedback stands for.
@@ -115,7 +115,8 @@ class Attached(nnx.Module):
         feedback = {path: part.feedback.get_value() for path, part in parts.items()}
         for path, value in self.rule.refine(forward, feedback, key).items():
             parts[path].feedback.set_value(value)
-        self.phase.is_settled = True
+        if self.phase is not None:
+            self.phase.is_settled = True
 
 
 def plain(attached: Attached) -> Any:

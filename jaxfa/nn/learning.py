@@ -1,4 +1,4 @@
-"""How a feedback learns, in words, and what is said if the phase in which it does was forgotten."""
+"""How a feedback learns, in words, and what is said if what it learns by never comes."""
 
 import warnings
 from functools import partial
@@ -8,29 +8,32 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxfa.base import DirectFeedback, LayerFeedback, Rule, keep
+from jaxfa.base import Rule, keep
+from jaxfa.nn.leaves import at_leaves, named_floats
+from jaxfa.nn.variables import Feedback
+from jaxfa.optim.trees import learns_from_gradients, maker_of, nodes_of
 
 
 class Phase:
-    """Whether a rule's own phase ran on a model, or was missed and told.
+    """Whether a model's feedback got what it learns by: the rule's own phase, or a gradient; or was told that not.
 
     A static attribute, that of one model equal to that of another, so that equal models share traced programs; a
     program notes it on the model that it was traced with.
+
+    Attributes:
+      is_settled: whether the rule's own phase ran, or its want was told.
+      is_learned: whether the feedback was differentiated, or its want was told.
+      looks: how many gradients outside of ``jit`` were of the parameters alone.
     """
 
     def __init__(self) -> None:
-        self.is_settled = False
+        self.is_settled, self.is_learned, self.looks = False, False, 0
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Phase)
 
     def __hash__(self) -> int:
         return hash(Phase)
-
-
-def phase_of(rule: Rule) -> Phase | None:
-    """That of a model; None for a rule that has no phase of its own."""
-    return None if rule.refine is keep else Phase()
 
 
 def how_it_learns(rule: Rule, feedback: Any) -> str:
@@ -41,8 +44,7 @@ def how_it_learns(rule: Rule, feedback: Any) -> str:
         return type(feedback).learns
     if rule.transform is None:
         return "fixed"
-    signals = type(feedback).signal not in (LayerFeedback.signal, DirectFeedback.signal)
-    return "from the batch" if signals else "at every update"
+    return "from the batch" if learns_from_gradients(feedback) else "at every update"
 
 
 def quiet(attached: Any, error: Any = None) -> Any:
@@ -57,39 +59,62 @@ def quiet(attached: Any, error: Any = None) -> Any:
 
 
 def remind(attached: Any, outputs: Any) -> Any:
-    """The outputs; if the rule's own phase never ran on the model, their first gradient warns."""
-    phase = attached.phase
-    if phase is None or phase.is_settled:
+    """The outputs, whose gradient warns of feedback that never learns: for want of its phase, or of a gradient."""
+    phase, rule = attached.phase, attached.rule
+    if phase is None:
         return outputs
-    name = getattr(attached.rule.refine, "__qualname__", "This rule").partition(".")[0]
-
-    def mark(leaf: Any) -> Any:
-        return _reminder(name, phase, leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else leaf
-
-    return jax.tree.map(mark, outputs, is_leaf=lambda node: isinstance(node, nnx.Module | nnx.Variable))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _reminder(name: str, phase: Phase, y: jax.Array) -> jax.Array:
-    del name, phase
-    return y
+    refine = "" if phase.is_settled or rule.refine is keep else _REFINE.format(maker_of(rule.refine))
+    nodes = [] if phase.is_learned else nodes_of(nnx.as_pure(nnx.state(attached, Feedback)))
+    learning = [node for node in nodes if how_it_learns(rule, node) not in ("fixed", "by refine")]
+    learns = _DIFFERENTIATE.format(maker_of(rule.init), how_it_learns(rule, learning[0])) if learning else ""
+    if not (refine or learns):
+        return outputs
+    floats = _reminder(phase, refine, learns, named_floats(outputs), learning)
+    return at_leaves(outputs, {name: partial(_instead, leaf) for name, leaf in floats.items()})
 
 
-def _forward(name: str, phase: Phase, y: jax.Array) -> tuple[jax.Array, None]:
+def _instead(new: jax.Array, old: jax.Array) -> jax.Array:
+    del old
+    return new
+
+
+_REFINE = (
+    "{} learns its feedback in a phase of its own, which never ran before this gradient: call model.refine(key, x) "
+    "before each step."
+)
+_DIFFERENTIATE = (
+    "The feedback of {} learns {}, but this gradient is of other variables alone, so that a step by it leaves the "
+    "feedback as it is: train with learned = (nnx.Param, jaxfa.nn.Feedback), nnx.grad(loss, "
+    "argnums=nnx.DiffState(0, learned)) and nnx.Optimizer(model, jaxfa.optimizer(tx, rule), wrt=learned)."
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _reminder(phase: Phase, refine: str, learns: str, outputs: Any, feedback: Any) -> Any:
+    del phase, refine, learns, feedback
+    return outputs
+
+
+def _forward(phase: Phase, refine: str, learns: str, outputs: Any, feedback: Any) -> tuple[Any, None]:
     # This rule of the forward pass runs, or is traced, where there is a gradient to come, and nowhere else.
-    if not phase.is_settled:
+    if refine and not phase.is_settled:
         phase.is_settled = True
-        warnings.warn(
-            f"{name} learns its feedback in a phase of its own, which never ran before this gradient: call "
-            f"model.refine(key, x) before each step.",
-            stacklevel=2,
-        )
-    return y, None
+        warnings.warn(refine, stacklevel=2)
+    values = jax.tree.map(lambda leaf: leaf.value, outputs)
+    if learns and not phase.is_learned:
+        # A step under jit is traced but once. Outside, one gradient may be taken to look at it.
+        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+        is_learned = any(leaf.perturbed for leaf in jax.tree.leaves(feedback))
+        phase.looks += not is_learned
+        phase.is_learned = is_learned or is_traced or phase.looks > 1
+        if phase.is_learned and not is_learned:
+            warnings.warn(learns, stacklevel=2)
+    return values, None
 
 
-def _backward(name: str, phase: Phase, residuals: None, e: jax.Array) -> tuple[jax.Array]:
-    del name, phase, residuals
-    return (e,)
+def _backward(phase: Phase, refine: str, learns: str, residuals: None, errors: Any) -> tuple[Any, None]:
+    del phase, refine, learns, residuals
+    return errors, None
 
 
-_reminder.defvjp(_forward, _backward)
+_reminder.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -10,7 +10,7 @@ from jaxfa.base import Alike, Local, Rule, is_feedback
 from jaxfa.optim.alike import alike
 from jaxfa.optim.local import local
 from jaxfa.optim.steps import OptimizerState, init_on, refuse_accumulation, stepped, with_extra
-from jaxfa.optim.trees import join, nodes_of, split, unboxed
+from jaxfa.optim.trees import join, learns_from_gradients, maker_of, nodes_of, split, unboxed
 from jaxfa.optim.unattached import for_unattached
 
 
@@ -36,8 +36,9 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
 
     Raises:
       TypeError: if ``rule`` is not a :class:`jaxfa.Rule`.
-      ValueError: by ``init``, if the rule's feedback learns and the tree holds none, or ``tx`` has a wrapper that must
-        go outside; by ``update``, if the gradient was not taken in that feedback.
+      ValueError: by ``init``, if the rule's feedback learns and the tree holds none, if the tree holds feedback of a
+        rule that learns and this one's does not, or if ``tx`` has a wrapper that must go outside; by ``update``, if the
+        gradient was not taken in that feedback.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa, optax
@@ -61,6 +62,7 @@ def optimizer(tx: optax.GradientTransformation, rule: Rule) -> optax.GradientTra
                 "This rule's feedback learns, but the optimizer was given none. Pass it the pair (params, feedback), "
                 "or make it as nnx.Optimizer(model, tx, wrt=(nnx.Param, jaxfa.nn.Feedback))."
             )
+        _check_learning(rule, tree)
         return both.init(split(tree))
 
     def update(updates: Any, state: OptimizerState, params: Any = None, **extra: Any) -> tuple[Any, OptimizerState]:
@@ -88,6 +90,16 @@ def _check_feedback(updates: Any, params: Any) -> None:
             f"The optimizer was made with {expected} feedbacks, and the gradient has {got}: differentiate in the "
             f"variables that the optimizer steps on. With nnx.Optimizer(model, tx, wrt=learned) that is "
             f"nnx.grad(loss, argnums=nnx.DiffState(0, learned)), where learned = (nnx.Param, jaxfa.nn.Feedback)."
+        )
+
+
+def _check_learning(rule: Rule, tree: Any) -> None:
+    """Refuses a rule that leaves feedback as it is, for feedback that another one made to learn."""
+    learning = {type(node).__name__ for node in nodes_of(tree) if is_feedback(node) and learns_from_gradients(node)}
+    if rule.transform is None and learning:
+        raise ValueError(
+            f"jaxfa.optimizer was given {maker_of(rule.init)}, which leaves all feedback as it is, and a "
+            f"{', '.join(sorted(learning))}, which learns: give it the rule of jaxfa.nn.attach."
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxfa.base import is_feedback
+from jaxfa.base import DirectFeedback, LayerFeedback, is_feedback
 
 _GONE = object()
 
@@ -26,6 +26,17 @@ def unboxed(tree: Any) -> Any:
 def nodes_of(tree: Any) -> list[Any]:
     """The leaves of a tree, a whole feedback being one of them."""
     return jax.tree.leaves(tree, is_leaf=is_feedback)
+
+
+def learns_from_gradients(feedback: Any) -> bool:
+    """Whether a feedback is of a class that the batch tells something, or that is changed at every update."""
+    signals = type(feedback).signal not in (LayerFeedback.signal, DirectFeedback.signal)
+    return signals or type(feedback).learns not in ("", "fixed")
+
+
+def maker_of(function: Any) -> str:
+    """The name of the rule that a function was made for."""
+    return str(getattr(function, "__qualname__", "this rule")).partition(".")[0]
 
 
 def is_pair(tree: Any) -> bool:

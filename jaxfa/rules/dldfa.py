@@ -19,25 +19,37 @@ from jaxfa.rules.shared.topography import keep_zeros
 
 
 @feedback_dataclass
-class LowRankDirect(DirectFeedback):
+class FixedLowRankDirect(DirectFeedback):
     """A matrix of rank ``r`` from the output, or from a later layer, to one layer, kept and used as its factors.
 
     Attributes:
       p: from the error, its own axes then ``r``, such as ``(C, r)``.
       q: to the layer, its own axes then ``r``, such as ``(n, r)`` or ``(H, W, n, r)``.
+    """
+
+    p: jax.Array
+    q: jax.Array
+
+    def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
+        return project(self.q, h, self._thin(e))
+
+    def _thin(self, e: jax.Array) -> jax.Array:
+        return jnp.tensordot(e, self.p.astype(e.dtype), self.p.ndim - 1)
+
+
+@feedback_dataclass
+class LowRankDirect(FixedLowRankDirect):
+    """The same with factors that learn.
+
+    Attributes:
       learn_p: whether ``p`` learns.
       learn_q: whether ``q`` learns.
       structured: whether what is zero in a factor stays so.
     """
 
-    p: jax.Array
-    q: jax.Array
     learn_p: bool = field(default=True, metadata={"static": True})
     learn_q: bool = field(default=True, metadata={"static": True})
     structured: bool = field(default=False, metadata={"static": True})
-
-    def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
-        return project(self.q, h, self._thin(e))
 
     def signal(self, h: jax.Array, e: jax.Array) -> "LowRankDirect":
         own = self.p.ndim - 1
@@ -49,9 +61,6 @@ class LowRankDirect(DirectFeedback):
         if self.structured:
             dp, dq = keep_zeros(self.p, dp), keep_zeros(self.q, dq)
         return replace(self, p=dp, q=dq)
-
-    def _thin(self, e: jax.Array) -> jax.Array:
-        return jnp.tensordot(e, self.p.astype(e.dtype), self.p.ndim - 1)
 
 
 def dldfa(
@@ -106,7 +115,7 @@ def dldfa(
     check_rank(rank)
     draw = distribution or initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-    def init(key: jax.Array, h: Any, logits: Any, *, path: str = "") -> LowRankDirect:
+    def init(key: jax.Array, h: Any, logits: Any, *, path: str = "") -> FixedLowRankDirect:
         k = shared_axes(h, logits)
         own = logits.shape[k:]
         r = rank_at(rank, path, math.prod(h.shape[k:]), math.prod(own))
@@ -114,7 +123,8 @@ def dldfa(
         kind = jnp.promote_types(h.dtype, jnp.float32)
         p = (projection or orthonormal)(p_key, (math.prod(own), r), kind).reshape(*own, r)
         thin = jax.ShapeDtypeStruct((*logits.shape[:k], r), logits.dtype)
-        return LowRankDirect(p, scale * direct_matrix(q_key, draw, h, thin), learn_p, learn_q, structured)
+        q = scale * direct_matrix(q_key, draw, h, thin)
+        return LowRankDirect(p, q, learn_p, learn_q, structured) if learn_p or learn_q else FixedLowRankDirect(p, q)
 
     transform = factors_learn(learn_p, learn_q, learning_rate, weight_decay)
     return DirectRule(init, transform=transform, source=source, globs=globs_of(rank))

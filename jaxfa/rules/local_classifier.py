@@ -14,12 +14,12 @@ is kept.
 """
 
 from dataclasses import field
-from typing import Any
+from typing import Any, Self
 
 import jax
 import optax
 
-from jaxfa.base import DirectRule, Initializer, feedback_dataclass
+from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
 from jaxfa.rules.shared.local import LocalLoss, affine, classifier, cross_entropy, features, own_axes, pooled_size
 from jaxfa.rules.shared.targets import check_examples, examples_in
 
@@ -32,22 +32,29 @@ class LocalClassifier(LocalLoss):
       w: its weights, ``(features, C)``.
       b: its biases, ``(C,)``.
       sides: how many windows are left of each axis of pixels.
-      fixed: whether it does not learn.
       examples: how many the loss averages over; None is as many as the error has.
     """
 
     w: jax.Array
     b: jax.Array
     sides: tuple[int, ...] = field(metadata={"static": True})
-    fixed: bool = field(default=False, metadata={"static": True})
     examples: float | None = field(default=None, metadata={"static": True})
 
     def examples_in(self, h: jax.Array, e: jax.Array) -> float:
         return examples_in(h, e, self.examples, "local_classifier")
 
     def loss(self, h: jax.Array, y: jax.Array, examples: float) -> jax.Array:
-        w, b = jax.lax.stop_gradient((self.w, self.b)) if self.fixed else (self.w, self.b)
-        return cross_entropy(affine(features(h, self.sides), w, b), y, examples)
+        return cross_entropy(affine(features(h, self.sides), self.w, self.b), y, examples)
+
+
+@feedback_dataclass
+class FixedClassifier(LocalClassifier):
+    """One that does not learn."""
+
+    signal = DirectFeedback.signal
+
+    def learn(self, h: jax.Array, e: jax.Array) -> tuple[jax.Array, Self]:
+        return super().learn(h, e)[0], self.signal(h, e)
 
 
 def local_classifier(
@@ -96,6 +103,6 @@ def local_classifier(
         *axes, channels = own_axes(h, logits)
         sides = tuple(min(pool, size) for size in axes)
         w, b = classifier(key, pooled_size(sides, channels), h, logits, distribution)
-        return LocalClassifier(w, b, sides, fixed, examples)
+        return (FixedClassifier if fixed else LocalClassifier)(w, b, sides, examples)
 
     return DirectRule(init, transform=None if fixed else optax.adam(learning_rate))

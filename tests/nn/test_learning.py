@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 
 import jaxfa
 from tests.methods import METHODS
-from tests.networks import BLOCKS, MLP, Residual, attach, inputs, loss
+from tests.networks import BLOCKS, MLP, TRAINED, Residual, attach, inputs, loss
 
 X = inputs(9, 6)
 LEARNS = {
@@ -104,6 +105,60 @@ def test_streamed_models_and_rules_of_ones_own_are_told_and_rules_without_a_phas
     (message,) = told(nnx.grad(loss), attach(MLP(nnx.Rngs(0)), mirror(), X), X)
     assert message.startswith("test_")  # where the function was made: it has no other name
     assert not told(nnx.grad(loss), attach(MLP(nnx.Rngs(0)), jaxfa.fa(), X), X)
+
+
+BY_THE_OPTIMIZER = {
+    "brsf": jaxfa.brsf(),
+    "kolen_pollack": jaxfa.kolen_pollack(),
+    "ldfa": jaxfa.ldfa(2),
+    "dkp": jaxfa.dkp(),
+    "dldfa": jaxfa.dldfa(2),
+    "local_classifier": jaxfa.local_classifier(),
+    "forward_gradient": jaxfa.forward_gradient(),
+}
+FIXED = {
+    "usf": jaxfa.usf(),
+    "ssa": jaxfa.ssa(),
+    "local_classifier": jaxfa.local_classifier(fixed=True),
+    "dldfa": jaxfa.dldfa(2, learn_p=False, learn_q=False),
+}
+every_learner = pytest.mark.parametrize(("name", "rule"), BY_THE_OPTIMIZER.items(), ids=BY_THE_OPTIMIZER)
+
+
+def mean_loss(model, x):
+    return optax.softmax_cross_entropy_with_integer_labels(model(x), jnp.arange(len(x)) % 3).mean()
+
+
+@every_learner
+def test_a_step_that_leaves_out_the_feedback_that_learns_warns_once(name, rule):
+    alone, both = nnx.grad(mean_loss), nnx.grad(mean_loss, argnums=nnx.DiffState(0, TRAINED))
+    model, looked, trained = (attach(MLP(nnx.Rngs(0)), rule, X) for _ in range(3))
+    (message,) = told(nnx.jit(alone), model, X)
+    assert f"The feedback of {name} learns" in message
+    assert "DiffState" in message
+    # Outside of jit one gradient may be a look, two are steps.
+    assert [len(told(alone, looked, X)) for _ in range(3)] == [0, 1, 0]
+    assert not told(lambda: (nnx.jit(both)(trained, X), nnx.jit(alone)(trained, X), alone(trained, X)))
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_fixed_feedback_may_be_left_out(name):
+    model = attach(MLP(nnx.Rngs(0)), FIXED[name], X)
+    assert not told(lambda: [nnx.jit(nnx.grad(mean_loss))(model, X) for _ in range(2)])
+
+
+@every_learner
+def test_an_optimizer_of_a_rule_that_leaves_feedback_as_it_is_refuses_feedback_that_learns(name, rule):
+    model, fixed = attach(MLP(nnx.Rngs(0)), rule, X), jaxfa.optimizer(optax.adam(0.1), jaxfa.fa())
+    with pytest.raises(ValueError, match=r"given fa, which .*learns"):
+        nnx.Optimizer(model, fixed, wrt=TRAINED)
+    nnx.Optimizer(model, jaxfa.optimizer(optax.adam(0.1), rule), wrt=TRAINED)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_an_optimizer_takes_feedback_that_does_not_learn(name):
+    rule = FIXED[name]
+    nnx.Optimizer(attach(MLP(nnx.Rngs(0)), rule, X), jaxfa.optimizer(optax.adam(0.1), rule), wrt=TRAINED)
 
 
 def by_loss(model):

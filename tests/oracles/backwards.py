@@ -97,7 +97,7 @@ def by_tile(net, i, feedback, delta, e):
 
 def local_classifier(net, i, feedback, delta, e):
     error, signal = local.classify(net.xs[i], feedback.sides, feedback, net.targets)
-    return error, {} if feedback.fixed else signal
+    return error, {} if type(feedback).__name__ == "FixedClassifier" else signal
 
 
 def predsim(net, i, feedback, delta, e):

@@ -68,7 +68,7 @@ def written(folder, accuracies, arms):
     records.write_json(
         folder / "sweep.json", {"title": "", "claim": "", "published": "", "metric": "accuracy", "arms": described}
     )
-    records.write_json(folder / "config.json", {"split": "test", "seeds": 2})
+    records.write_json(folder / "config.json", {"split": "test", "seeds": 2, "epochs": 2})
     records.write_json(folder / "environment.json", [{"jax": "1"}])
 
 
