@@ -66,7 +66,8 @@ def written(folder, accuracies, arms):
     keys = ("name", "group", "x", "published", "reference", "axis", "title", "note")
     described = [dict(zip(keys, (*arm, "", ""), strict=True)) for arm in arms]
     records.write_json(
-        folder / "sweep.json", {"title": "", "claim": "", "published": "", "metric": "accuracy", "arms": described}
+        folder / "sweep.json",
+        {"title": "", "claim": "", "published": "", "metric": "accuracy", "epoch": "best", "arms": described},
     )
     records.write_json(folder / "config.json", {"split": "test", "seeds": 2, "epochs": 2})
     records.write_json(folder / "environment.json", [{"jax": "1"}])
