@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from flax import nnx
 
 import jaxfa
@@ -134,6 +135,8 @@ class RawWeights(nnx.Module):
 
 BLOCKS = ("stem", "blocks/*")
 TRAINED = (nnx.Param, jaxfa.nn.Feedback)
+# For tests that look at gradients of the parameters and train by none.
+LOOKS = pytest.mark.filterwarnings("ignore:The feedback of")
 
 
 def inputs(*shape):

@@ -66,7 +66,9 @@ def remind(attached: Any, outputs: Any) -> Any:
     refine = "" if phase.is_settled or rule.refine is keep else _REFINE.format(maker_of(rule.refine))
     nodes = [] if phase.is_learned else nodes_of(nnx.as_pure(nnx.state(attached, Feedback)))
     learning = [node for node in nodes if how_it_learns(rule, node) not in ("fixed", "by refine")]
-    learns = _DIFFERENTIATE.format(maker_of(rule.init), how_it_learns(rule, learning[0])) if learning else ""
+    ways = [how_it_learns(rule, node) for node in learning[:1]]
+    ways = [f"is {way}" if way.startswith("drawn") else f"learns {way}" for way in ways]
+    learns = _DIFFERENTIATE.format(maker_of(rule.init), *ways) if ways else ""
     if not (refine or learns):
         return outputs
     floats = _reminder(phase, refine, learns, named_floats(outputs), learning)
@@ -83,8 +85,8 @@ _REFINE = (
     "before each step."
 )
 _DIFFERENTIATE = (
-    "The feedback of {} learns {}, but this gradient is of other variables alone, so that a step by it leaves the "
-    "feedback as it is: train with learned = (nnx.Param, jaxfa.nn.Feedback), nnx.grad(loss, "
+    "The feedback of {} {}, but this gradient is of other variables alone, so that a step by it leaves the feedback "
+    "as it is: train with learned = (nnx.Param, jaxfa.nn.Feedback), nnx.grad(loss, "
     "argnums=nnx.DiffState(0, learned)) and nnx.Optimizer(model, jaxfa.optimizer(tx, rule), wrt=learned)."
 )
 

@@ -10,9 +10,10 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from jaxfa.jaxprs.versions import equations, opened
-from tests.networks import MLP, Residual, Scanned, Transformer, attach, inputs, loss
+from tests.networks import LOOKS, MLP, Residual, Scanned, Transformer, attach, inputs, loss
 
 RULE = jaxfa.forward_gradient()
+pytestmark = LOOKS
 
 
 class Small(nnx.Module):

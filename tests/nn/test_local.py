@@ -11,7 +11,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from experiments.models.networks import MLP
-from tests.networks import TRAINED, Scanned, inputs
+from tests.networks import LOOKS, TRAINED, Scanned, inputs
 
 RULES = {
     "local_classifier": jaxfa.local_classifier(),
@@ -242,6 +242,7 @@ def test_what_can_not_learn_by_a_loss_of_its_own_is_refused():
     assert stack.model.blocks.feedback_tap.feedback.get_value().w.shape == (3, 4, 3)
 
 
+@LOOKS
 def test_labels_that_the_error_does_not_tell_are_refused_in_words_outside_of_jit():
     layers = nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 3, rngs=nnx.Rngs(0))
     rule, x = jaxfa.local_classifier(), inputs(9, 6)

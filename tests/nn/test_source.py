@@ -9,7 +9,9 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from tests.networks import MLP, TRAINED, ConvNet, Residual, Scanned, attach, inputs, loss
+from tests.networks import LOOKS, MLP, TRAINED, ConvNet, Residual, Scanned, attach, inputs, loss
+
+pytestmark = LOOKS
 
 
 def gradients(aligned, x):
