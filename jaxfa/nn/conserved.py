@@ -63,7 +63,7 @@ def consecutive_layers(attached: Attached, *args: Any) -> dict[str, ConsecutiveL
     """
     example = attached.example_of("consecutive_layers", args, {})
     sites = {path: found for path, found in sites_of(plain(attached)).items() if _is_simple(*found)}
-    known = _direct_feedback(attached, example) if is_direct(attached.rule) else _layer_feedback(attached)
+    known = _direct_feedback(quiet(attached), example) if is_direct(attached.rule) else _layer_feedback(attached)
     found = {}
     for layer, reader in _readers(plain(attached), attached.method, example).items():
         if layer in sites and reader in sites and reader in known:

@@ -11,7 +11,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from tests.networks import (
+from tests.networks import LOOKS, (
     BLOCKS,
     MLP,
     MODELS,
@@ -295,6 +295,7 @@ def test_forward_mode_of_a_direct_model_says_where_to_have_it():
     jax.jvp(jaxfa.nn.plain(aligned), (x,), (x,))
 
 
+@LOOKS
 @pytest.mark.parametrize("rule", [jaxfa.dfa(), jaxfa.forward_gradient()], ids=["dfa", "forward_gradient"])
 def test_second_derivatives_of_pseudo_gradients_are_refused(rule):
     x = inputs(9, 6)
