@@ -11,8 +11,9 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from tests.networks import LOOKS, (
+from tests.networks import (
     BLOCKS,
+    LOOKS,
     MLP,
     MODELS,
     TRAINED,
