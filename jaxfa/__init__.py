@@ -18,8 +18,6 @@ from jaxfa.layers import conv as conv
 from jaxfa.layers import linear as linear
 from jaxfa.measure import conservation as conservation
 from jaxfa.measure import diagnostics as diagnostics
-from jaxfa.ops import direct as direct
-from jaxfa.ops import error_wire as error_wire
 from jaxfa.ops import with_feedback as with_feedback
 from jaxfa.optim.calibration import calibrate as calibrate
 from jaxfa.optim.optimizer import optimizer as optimizer
@@ -47,6 +45,9 @@ from jaxfa.rules.ssa import ssa as ssa
 from jaxfa.rules.weight_mirror import weight_mirror as weight_mirror
 from jaxfa.stacks.stack import direct_stack as direct_stack
 from jaxfa.stacks.updates import update_stack as update_stack
+from jaxfa.wire import direct as direct
+from jaxfa.wire import error_wire as error_wire
+from jaxfa.wire import with_wire as with_wire
 
 __version__ = "0.1.0"
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "direct_stack", "dkp", "dldfa", "drtp", "error_wire", "fa", "factored", "fdfa", "feedback_dataclass",
     "forward_gradient", "frsf", "grape", "kolen_pollack", "ldfa", "linear", "local_classifier", "normative_ldfa",
     "optimizer", "pepita", "predsim", "rules", "ssa", "stacks", "update_stack", "usf", "weight_mirror", "with_feedback",
+    "with_wire",
 ]  # fmt: skip
 
 

@@ -139,12 +139,14 @@ class Error(NamedTuple):
     """How the error of a run is found and read.
 
     Attributes:
-      of: the error of a tree shaped as the outputs, holding their cotangents.
+      keep: what of the outputs is kept until their cotangents come; None is nothing.
+      of: the error, from what was kept and the cotangents.
       kind: its type, or None: then the run is traced once more for it.
       in_turn: whether taps wait for each other; not where they share a product with the error, which is made once.
     """
 
-    of: Callable[[Any], jax.Array]
+    keep: Callable[[Any], Any]
+    of: Callable[[Any, Any], jax.Array]
     kind: Any
     in_turn: bool
 
@@ -169,7 +171,7 @@ def _forward(run: Run, error: Error, tree: Any) -> tuple[Any, Any]:
     values = jax.tree.map(lambda leaf: leaf.value, tree)
     kinds = [error.kind]
     if error.kind is None:
-        jax.eval_shape(lambda tree: kinds.append(jax.typeof(error.of(run(tree, None)))), values)
+        jax.eval_shape(lambda tree: kinds.append(_kind(error, run(tree, None))), values)
     ref = jax.new_ref(zeros_of(kinds[-1]))
 
     def moving(learning: Any) -> Any:
@@ -179,17 +181,21 @@ def _forward(run: Run, error: Error, tree: Any) -> tuple[Any, Any]:
 
     # None of what is not differentiated is, such as the model's input.
     outputs, pullback = jax.vjp(moving, jax.tree.map(lambda leaf: leaf.value if leaf.perturbed else None, tree))
-    return outputs, jax.tree.map(lambda leaf: Hole() if leaf is ref else leaf, pullback)
+    return outputs, (jax.tree.map(lambda leaf: Hole() if leaf is ref else leaf, pullback), error.keep(outputs))
 
 
-def _backward(run: Run, error: Error, pullback: Any, cotangents: Any) -> Any:
+def _kind(error: Error, outputs: Any) -> Any:
+    return jax.typeof(error.of(error.keep(outputs), outputs))
+
+
+def _backward(run: Run, error: Error, residuals: Any, cotangents: Any) -> Any:
     del run
-    cotangents = filled(cotangents)
+    (pullback, kept), cotangents = residuals, filled(cotangents)
 
     def pull(ref: Any) -> Any:
         return jax.tree.map(lambda leaf: ref if _is_hole(leaf) else leaf, pullback, is_leaf=_is_hole)(cotangents)
 
-    e = error.of(cotangents)
+    e = error.of(kept, cotangents)
     undifferentiated(_SECOND, e)
     in_turn = error.in_turn and isinstance(e, jax.core.Tracer)
     return one_by_one(pull, jax.new_ref(e)) if in_turn else pull(jax.new_ref(e))

@@ -1,13 +1,11 @@
-"""Every custom VJP of the project: feedback layer by layer, and feedback straight from the output."""
+"""How errors go back through feedback: through one layer to the layer below, and from the output to an activation."""
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxfa.base import DirectFeedback, LayerFeedback, Operation, transpose
 from jaxfa.varying import vary_alike
@@ -99,104 +97,12 @@ def _local_gradient(op: Operation, x: jax.Array, w: Any, delta: jax.Array) -> An
     return dw
 
 
-def error_wire(logits: Any) -> jax.Array:
-    """The wire that carries the output error ``e = d loss / d logits``: zeros of the logits' shape and dtype.
-
-    Pass it through every :func:`direct` and add it to the logits at the end.
-
-    Args:
-      logits: an array or a ``jax.ShapeDtypeStruct``, ``(N, ..., C)``, as the wire is.
-
-    Example:
-      >>> import jax, jaxfa
-      >>> jaxfa.error_wire(jax.ShapeDtypeStruct((2, 3), "float32")).shape
-      (2, 3)
-
-    Source: as :func:`direct`.
-    """
-    return jnp.zeros(logits.shape, logits.dtype)
-
-
-def direct(h: jax.Array, wire: jax.Array, feedback: DirectFeedback | None) -> tuple[jax.Array, jax.Array]:
-    """Hands an activation its error straight from the output: ``dh = feedback.deliver(h, e)``, for DFA ``e B^T``.
-
-    Nothing comes back from the layers above, to which ``h`` is a constant.
-
-    Args:
-      h: an activation after its nonlinearity, ``(N, ..., n)``.
-      wire: the error wire, ``(N, ..., C)``, from :func:`error_wire` or the layer below.
-      feedback: a direct feedback made by ``rule.init(key, h, logits)``; None is ordinary autodiff.
-
-    Returns:
-      ``(h, wire)``, unchanged in value.
-
-    Raises:
-      TypeError: if the feedback is not a :class:`jaxfa.DirectFeedback`.
-      ValueError: if a rule delivers an error of another shape than ``h``'s.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, jaxfa
-      >>> h, wire = jnp.ones((5, 4)), jaxfa.error_wire(jnp.zeros((5, 3)))
-      >>> feedback = jaxfa.dfa().init(jax.random.key(0), h, wire)
-      >>> h, wire = jaxfa.direct(h, wire, feedback)
-      >>> logits = h @ jnp.ones((4, 3)) + wire
-
-    Source: Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", 2016,
-    https://arxiv.org/abs/1609.01596
-    """
-    if feedback is None:
-        return h, wire
-    check_family(feedback, DirectFeedback, "direct", "jaxfa.linear(x, w, feedback)")
-    return lax.stop_gradient(h), listen(deliver, wire, (h, feedback))
-
-
 def deliver(tree: tuple[jax.Array, DirectFeedback], e: jax.Array) -> Any:
     """What an activation and its feedback learn from the output error ``e``, shaped as the pair."""
     h, feedback = tree
     with jax.named_scope(DIRECT):
         dh, signal = feedback.learn(h, e)
     return _cotangent(dh, h, feedback), _cotangent(signal, feedback, feedback)
-
-
-def listen(backward: Callable[[Any, jax.Array], Any], wire: jax.Array, tree: Any) -> jax.Array:
-    """The wire, unchanged; a tree's cotangent is then ``backward(tree, e)``, whatever the tree was used for.
-
-    ``backward`` may close over no traced value. The tree's arrays are kept until the error comes.
-    """
-    wire, tree = vary_alike((wire, tree))
-    # The error that reaches an unbatched wire would be summed over a vmap's axis: in grad(vmap(loss)) every example
-    # would learn from the errors of all.
-    with backward_alone():
-        return _listen(backward, wire + _zeros_batched_alike(*lax.stop_gradient((wire, tree))), tree)
-
-
-@jax.custom_batching.custom_vmap
-def _zeros_batched_alike(wire: jax.Array, tree: Any) -> jax.Array:
-    """Zeros like the wire, which under ``vmap`` are batched where an array of the tree is."""
-    return jnp.zeros_like(wire)
-
-
-@_zeros_batched_alike.def_vmap
-def _batched_zeros(size: int, batched: Any, wire: jax.Array, tree: Any) -> tuple[jax.Array, bool]:
-    one = jax.tree.map(lambda leaf, has: leaf[0] if has else leaf, (wire, tree), tuple(batched))
-    zeros = _zeros_batched_alike(*one)
-    return jnp.broadcast_to(zeros, (size, *zeros.shape)), True
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _listen(backward: Any, wire: jax.Array, tree: Any) -> jax.Array:
-    return wire
-
-
-def _listen_forward(backward: Any, wire: jax.Array, tree: Any) -> tuple[jax.Array, Any]:
-    return wire, tree
-
-
-def _listen_backward(backward: Any, tree: Any, e: jax.Array) -> Any:
-    return e, backward(tree, e)
-
-
-_listen.defvjp(_listen_forward, _listen_backward)
 
 
 def _cotangent(tree: Any, primal: Any, feedback: Any) -> Any:

@@ -135,7 +135,7 @@ def forward(params: Any, feedback: Any, x: jax.Array, activation: Any = jnp.tanh
         h = activation(_affine(h, p, layer))
         h = h if taps is None else h + taps[i]
         h, wire = jaxfa.direct(h, wire, end)
-    return _affine(h, params[-1], layers[-1]) + wire
+    return jaxfa.with_wire(_affine(h, params[-1], layers[-1]), wire, ends)
 
 
 def tapped(activation: Any, params: Any, x: jax.Array, tap: Any) -> jax.Array:

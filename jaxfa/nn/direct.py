@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxfa.delivery import Error, with_error
 from jaxfa.jaxprs.follow import with_local_products
-from jaxfa.nn.leaves import error_in
+from jaxfa.nn.output import OutputError
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.refined import bound
 from jaxfa.nn.tap import Channel, held_taps, set_taps
@@ -23,7 +23,7 @@ _FILTERS = tuple(
 def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a model with a direct rule, which may be differentiated."""
     program = bound(attached, Program(attached.model, method_of(attached.method), args, kwargs, *_FILTERS))
-    channels: list[Channel] = []
+    output, channels = OutputError(attached, program), list[Channel]()
 
     def run(states: Any, ref: Any) -> Any:
         channel = Channel(ref)
@@ -37,15 +37,16 @@ def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         channel.ref = None  # an inner jit's cache may keep the channel
         return found
 
-    def error_of(outputs: Any) -> jax.Array:
+    def error_of(kept: Any, cotangents: Any) -> jax.Array:
         if attached.rule.source is not None:
             return _zeros(channels[-1].source, attached.rule.source)  # the source will write it
-        return error_in(program.returned(outputs[0]), attached.logits)
+        return output.of(kept, cotangents[0])
 
     taps = [one.tap for one in held_taps(attached.model).values()]
     in_turn = not any(one.shared for tap in taps for one in tap.feedbacks().values())
     try:
-        return program.finish(*with_error(run, Error(error_of, attached.error, in_turn), tuple(program.states)))
+        error = Error(lambda outputs: output.keep(outputs[0]), error_of, attached.error, in_turn)
+        return program.finish(*with_error(run, error, tuple(program.states)))
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
             "The model uses a traced value that is none of its own: a direct rule follows what is an argument, a "

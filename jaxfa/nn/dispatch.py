@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxfa.base import LAYER, Rule
 from jaxfa.delivery import filled, is_zero
 from jaxfa.nn.cotangents import relearned, split_floats
-from jaxfa.nn.leaves import error_in
+from jaxfa.nn.output import OutputError
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.refined import bound
 from jaxfa.nn.stream import Walk, check_streams, learn, walked
@@ -60,7 +60,7 @@ def call_dispatched(mesh: Mesh, attached: Any, args: tuple[Any, ...], kwargs: di
     """Runs a tapped model; its blocks' gradients are formed on different devices, and summed over them."""
     refuse_shards("jaxfa.stacks.dispatch is a shard_map of its own; shard the batch by jax.jit, or take stream.")
     program = bound(attached, Program(attached.model, method_of(attached.method), args, kwargs))
-    blocks: dict[str, tuple[Program, Tap]] = {}
+    output, blocks = OutputError(attached, program), dict[str, tuple[Program, Tap]]()
 
     def run(state: Any) -> Any:
         walk = Dispatched()
@@ -78,12 +78,13 @@ def call_dispatched(mesh: Mesh, attached: Any, args: tuple[Any, ...], kwargs: di
             return ((outputs, others), learns), (statistics, states)
 
         ((outputs, others), _), pullback, (statistics, states) = jax.vjp(without_statistics, state, has_aux=True)
-        return (outputs, nnx.merge_state(statistics, others)), (pullback, state, states)
+        kept = pullback, state, states, output.keep(outputs)
+        return (outputs, nnx.merge_state(statistics, others)), kept
 
     def backward(kept: Any, cotangents: Any) -> Any:
-        pullback, state, states = kept
+        pullback, state, states, logits = kept
         outputs, changed = cotangents
-        learned = _learn(mesh, blocks, states, error_in(program.returned(filled(outputs)), attached.logits))
+        learned = _learn(mesh, blocks, states, output.of(logits, filled(outputs)))
         statistics, others = nnx.split_state(changed, nnx.BatchStat, ...)
         if all(map(is_zero, jax.tree.leaves(statistics))):
             return pullback((filled((outputs, others)), learned))[0]

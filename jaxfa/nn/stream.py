@@ -18,7 +18,8 @@ from jax import lax
 from jaxfa.base import DirectRule, Rule
 from jaxfa.delivery import deliver_for_all, filled, is_zero
 from jaxfa.nn.cotangents import floats_of, is_float, products, relearned, split_floats
-from jaxfa.nn.leaves import at_leaves, error_in, named_floats
+from jaxfa.nn.leaves import at_leaves, named_floats
+from jaxfa.nn.output import OutputError
 from jaxfa.nn.pieces import gradient_by_pieces
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.refined import bound
@@ -180,13 +181,17 @@ def check_streams(model: nnx.Module, rule: Rule, schedule: Schedule) -> None:
 def call_streamed(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a tapped model, keeping its inputs alone; its gradient is formed by a second forward sweep."""
     program = bound(attached, Program(attached.model, method_of(attached.method), args, kwargs))
+    output = OutputError(attached, program)
 
     def keep(state: Any) -> Any:
-        return program.run(state, prepare=walked(Walk(state))), state
+        found = program.run(state, prepare=walked(Walk(state)))
+        return found, (state, output.keep(found[0]))
 
-    def backward(state: Any, cotangents: Any) -> Any:
+    def backward(kept: Any, cotangents: Any) -> Any:
+        state, logits = kept
+
         def surrogate(floats: list[Any]) -> list[jax.Array]:
-            sweep = Sweep(error_in(program.returned(filled(cotangents[0])), attached.logits))
+            sweep = Sweep(output.of(logits, filled(cotangents[0])))
             outputs = program.run(rebuild(floats), prepare=walked(sweep))
             return [*products(cotangents, outputs), *sweep.learned]
 

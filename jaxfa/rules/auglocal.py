@@ -31,7 +31,6 @@ from jax.nn import initializers
 
 from jaxfa.base import DirectRule, Layer, Operation, feedback_dataclass
 from jaxfa.rules.shared.local import LocalLoss, affine, classifier, cross_entropy, features, pool
-from jaxfa.rules.shared.targets import check_examples, examples_in
 
 
 @feedback_dataclass
@@ -46,7 +45,6 @@ class AuxiliaryNetwork(LocalLoss):
       b: its biases, ``(C,)``.
       blocks: the blocks, ``(x, (params, state)) -> y``.
       sides: to which axes of pixels each block's input is averaged.
-      examples: how many the loss averages over; None is as many as the error has.
     """
 
     adapters: tuple[Any, ...]
@@ -56,18 +54,14 @@ class AuxiliaryNetwork(LocalLoss):
     b: jax.Array
     blocks: tuple[Operation, ...] = field(metadata={"static": True})
     sides: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
-    examples: float | None = field(default=None, metadata={"static": True})
 
-    def examples_in(self, h: jax.Array, e: jax.Array) -> float:
-        return examples_in(h, e, self.examples, "auglocal")
-
-    def loss(self, h: jax.Array, y: jax.Array, examples: float) -> jax.Array:
+    def loss(self, h: jax.Array, y: jax.Array, c: jax.Array) -> jax.Array:
         for i, block in enumerate(self.blocks):
             sides = self.sides[i]
             h = pool(h, sides) if sides else mean(h, y.ndim - 1)
             h = h if self.adapters[i] is None else h @ self.adapters[i].astype(h.dtype)
             h = block(h, (self.params[i], lax.stop_gradient(self.state[i])))
-        return cross_entropy(affine(mean(h, y.ndim - 1), self.w, self.b), y, examples)
+        return cross_entropy(affine(mean(h, y.ndim - 1), self.w, self.b), y, c)
 
 
 def mean(h: jax.Array, leading: int) -> jax.Array:
@@ -75,24 +69,20 @@ def mean(h: jax.Array, leading: int) -> jax.Array:
     return features(h, (1,) * (h.ndim - 1 - leading))
 
 
-def auglocal(
-    *, depth: int = 3, pyramid: float = 0.5, learning_rate: float = 1e-3, examples: float | None = None
-) -> DirectRule:
+def auglocal(*, depth: int = 3, pyramid: float = 0.5, learning_rate: float = 1e-3) -> DirectRule:
     """AugLocal: ``dh_l = dL_l / dh_l`` with ``L_l`` the cross-entropy of an auxiliary network of ``d_l`` blocks above.
 
     Of ``L`` tapped blocks, ``l = 0`` the first, those at ``round(l + (L - l - 1) i / d_l)``, ``i = 1 ... d_l``, with
     ``d_l = max(1, round(d + (1 - d) t l / (L - 2)))``; all that are above, where these are fewer.
 
-    For classification by softmax cross-entropy with hard labels, averaged over the batch: the target is where the
-    output error is negative. Any other loss is refused, under ``jit`` by gradients that are NaN. What is above the last
-    tap learns from the loss itself.
+    For classification by softmax cross-entropy with hard labels, a mean, a sum or weighted: the output error tells the
+    targets, and examples count as they do there. Any other loss is refused, under ``jit`` by gradients that are NaN.
+    What is above the last tap learns from the loss itself.
 
     Args:
       depth: ``d``, how many blocks the first one's auxiliary network has.
       pyramid: ``t``, how much depths fall towards the output: from 0, not at all, to 1, to a single block.
       learning_rate: of the auxiliary networks' Adam; ours. The paper's have the network's own SGD.
-      examples: ``N``, by which the loss divides its sum over the examples, as for :func:`jaxfa.drtp`; None is the
-        number in the array.
 
     Returns:
       A :class:`jaxfa.DirectRule` for :func:`jaxfa.nn.attach`, which knows what is above each tap.
@@ -108,7 +98,6 @@ def auglocal(
     Source: Ma, Wu, Si, Tan, "Scaling Supervised Local Learning with Augmented Auxiliary Networks", 2024,
     https://openreview.net/forum?id=Qbf1hy8b7m
     """
-    check_examples(examples, "auglocal")
     if depth < 1 or not 0 <= pyramid <= 1:
         raise ValueError(f"auglocal needs depth >= 1 and pyramid in [0, 1], got {depth} and {pyramid}.")
 
@@ -132,7 +121,7 @@ def auglocal(
         columns: Any = zip(*made, strict=True) if made else [()] * 5
         adapters, params, state, blocks, sides = columns
         w, b = classifier(key, h.shape[-1], h, logits)
-        return AuxiliaryNetwork(adapters, params, state, w, b, blocks, sides, examples)
+        return AuxiliaryNetwork(adapters, params, state, w, b, blocks, sides)
 
     return DirectRule(init, transform=optax.adam(learning_rate))
 

@@ -4,7 +4,6 @@ Frenkel, Lefebvre, Bol, "Learning Without Feedback: Fixed Random Learning Signal
 Neural Networks", 2021, https://arxiv.org/abs/1909.01311
 """
 
-from dataclasses import field
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from jax.nn import initializers
 
 from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
 from jaxfa.rules.shared.projection import direct_matrix, project
-from jaxfa.rules.shared.targets import check_examples, examples_in, signed_targets
+from jaxfa.rules.shared.targets import check_targets, label_targets
 
 
 @feedback_dataclass
@@ -21,31 +20,25 @@ class TargetProjection(DirectFeedback):
 
     Attributes:
       b: feedback weights, the layer's own axes then the outputs'.
-      examples: how many the loss averages over; None is as many as the error has.
     """
 
     b: jax.Array
-    examples: float | None = field(default=None, metadata={"static": True})
+    reads = staticmethod(label_targets)
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
-        # With a softmax or sigmoid output e = prediction - target is negative exactly where the target is one: the
-        # sign of the error is known from the label, which is the paper's argument. (A target fitted to the last bit
-        # has e = 0 and teaches nothing.) The signs do not tell by what the loss was divided.
-        examples = examples_in(h, e, self.examples, "drtp")
-        return project(self.b, h, -signed_targets(e, examples).astype(e.dtype) / examples)
+        return project(self.b, h, check_targets(e))
 
 
-def drtp(*, examples: float | None = None, distribution: Initializer | None = None, scale: float = 1.0) -> DirectRule:
-    """Direct random target projection: ``dh_l = -y* B_l^T / N`` with the one-hot target ``y*``.
+def drtp(*, distribution: Initializer | None = None, scale: float = 1.0) -> DirectRule:
+    """Direct random target projection: ``dh_l = -c y* B_l^T`` with the targets ``y*``; ``c`` is ``1 / N`` in a mean.
 
     For classification by cross-entropy of one softmax, or of sigmoids, with hard targets (no label smoothing, no mixing
-    of examples): the target is read off the error's sign, which is the same whatever the loss is multiplied by. So the
-    loss must be the mean over the examples in the array at hand, or ``examples`` must say what it is. What the error
-    shows to be a sum, or of soft labels, is refused, under ``jit`` by gradients that are NaN.
+    of examples): of its error ``e = c (p - y*)`` one part alone is projected, which is known before the output is. An
+    example counts as in the loss, a mean, a sum or weighted, also under ``shard_map``. What the error shows to be of
+    soft labels, or of another loss, is refused, under ``jit`` by gradients that are NaN. An example that is fitted to
+    the last bit teaches nothing.
 
     Args:
-      examples: ``N``, by which the loss divides its sum over the examples, or tokens: 1 for a sum; under ``shard_map``,
-        where it must be given, those of all devices if ``pmean`` is in the loss. None is the number in the array.
       distribution: an initializer ``(key, shape, dtype) -> B`` for shape ``(n, C)``; by default uniform on
         +-sqrt(6 / n) (He's), as in the paper's code.
       scale: factor on the drawn matrix.
@@ -54,22 +47,20 @@ def drtp(*, examples: float | None = None, distribution: Initializer | None = No
       A :class:`jaxfa.DirectRule`.
 
     Raises:
-      ValueError: if ``examples`` is not positive; by the backward pass, under ``shard_map`` without ``examples``, and
-        if the error does not tell the targets.
+      ValueError: by the backward pass, if the error does not tell the targets.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
-      >>> h, e = jnp.ones((1, 4)), jnp.array([[0.1, -0.3, 0.2]])
-      >>> feedback = jaxfa.drtp().init(jax.random.key(0), h, e)
-      >>> bool(jnp.allclose(feedback.deliver(h, e)[0], -feedback.b[:, 1]))
+      >>> h, t = jnp.ones((1, 4)), jnp.array([[0.0, -1.0, 0.0]])
+      >>> feedback = jaxfa.drtp().init(jax.random.key(0), h, t)
+      >>> bool(jnp.allclose(feedback.deliver(h, t)[0], -feedback.b[:, 1]))
       True
 
     Source: Frenkel, Lefebvre, Bol, "Learning Without Feedback", 2021, https://arxiv.org/abs/1909.01311
     """
-    check_examples(examples, "drtp")
     draw = distribution or initializers.he_uniform()
 
     def init(key: jax.Array, h: Any, logits: Any) -> TargetProjection:
-        return TargetProjection(scale * direct_matrix(key, draw, h, logits), examples)
+        return TargetProjection(scale * direct_matrix(key, draw, h, logits))
 
     return DirectRule(init)

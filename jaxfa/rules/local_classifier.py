@@ -21,7 +21,6 @@ import optax
 
 from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
 from jaxfa.rules.shared.local import LocalLoss, affine, classifier, cross_entropy, features, own_axes, pooled_size
-from jaxfa.rules.shared.targets import check_examples, examples_in
 
 
 @feedback_dataclass
@@ -32,19 +31,14 @@ class LocalClassifier(LocalLoss):
       w: its weights, ``(features, C)``.
       b: its biases, ``(C,)``.
       sides: how many windows are left of each axis of pixels.
-      examples: how many the loss averages over; None is as many as the error has.
     """
 
     w: jax.Array
     b: jax.Array
     sides: tuple[int, ...] = field(metadata={"static": True})
-    examples: float | None = field(default=None, metadata={"static": True})
 
-    def examples_in(self, h: jax.Array, e: jax.Array) -> float:
-        return examples_in(h, e, self.examples, "local_classifier")
-
-    def loss(self, h: jax.Array, y: jax.Array, examples: float) -> jax.Array:
-        return cross_entropy(affine(features(h, self.sides), self.w, self.b), y, examples)
+    def loss(self, h: jax.Array, y: jax.Array, c: jax.Array) -> jax.Array:
+        return cross_entropy(affine(features(h, self.sides), self.w, self.b), y, c)
 
 
 @feedback_dataclass
@@ -62,21 +56,18 @@ def local_classifier(
     pool: int = 1,
     fixed: bool = False,
     learning_rate: float = 1e-3,
-    examples: float | None = None,
     distribution: Initializer | None = None,
 ) -> DirectRule:
     """A classifier for each layer: ``dh_l = d CE(pool(h_l) w_l + b_l, y) / d h_l``, and ``w_l, b_l`` learn the same.
 
-    For classification by softmax cross-entropy with hard labels, averaged over the batch: the target is where the
-    output error is negative. Any other loss is refused, under ``jit`` by gradients that are NaN. What is above the last
-    tap learns from the loss itself.
+    For classification by softmax cross-entropy with hard labels, a mean, a sum or weighted: the output error tells the
+    targets, and examples count as they do there. Any other loss is refused, under ``jit`` by gradients that are NaN.
+    What is above the last tap learns from the loss itself.
 
     Args:
       pool: into how many windows, on each axis of pixels or tokens, the activation is averaged: 1 is its mean.
       fixed: whether the classifiers keep their random weights (Mostafa 2018).
       learning_rate: of the classifiers' Adam; ours.
-      examples: ``N``, by which the loss divides its sum over the examples, as for :func:`jaxfa.drtp`; None is the
-        number in the array.
       distribution: an initializer ``(key, shape, dtype) -> w``; LeCun's normal one by default.
 
     Returns:
@@ -87,15 +78,14 @@ def local_classifier(
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
-      >>> rule, h, e = jaxfa.local_classifier(pool=2), jnp.ones((1, 8, 8, 4)), jnp.array([[0.1, -0.3, 0.2]])
-      >>> feedback = rule.init(jax.random.key(0), h, e)
-      >>> feedback.w.shape, feedback.deliver(h, e).shape
+      >>> rule, h, t = jaxfa.local_classifier(pool=2), jnp.ones((1, 8, 8, 4)), jnp.array([[0.0, -1.0, 0.0]])
+      >>> feedback = rule.init(jax.random.key(0), h, t)
+      >>> feedback.w.shape, feedback.deliver(h, t).shape
       ((16, 3), (1, 8, 8, 4))
 
     Source: Mostafa, Ramesh, Cauwenberghs, "Deep Supervised Learning Using Local Errors", 2018,
     https://doi.org/10.3389/fnins.2018.00608
     """
-    check_examples(examples, "local_classifier")
     if pool < 1:
         raise ValueError(f"local_classifier needs pool >= 1, how many windows are left of an axis; got {pool}.")
 
@@ -103,6 +93,6 @@ def local_classifier(
         *axes, channels = own_axes(h, logits)
         sides = tuple(min(pool, size) for size in axes)
         w, b = classifier(key, pooled_size(sides, channels), h, logits, distribution)
-        return (FixedClassifier if fixed else LocalClassifier)(w, b, sides, examples)
+        return (FixedClassifier if fixed else LocalClassifier)(w, b, sides)
 
     return DirectRule(init, transform=None if fixed else optax.adam(learning_rate))

@@ -16,7 +16,7 @@ is kept.
 import itertools
 import string
 from dataclasses import field
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -47,25 +47,25 @@ class PredSimHeads(LocalLoss):
     sides: tuple[int, ...] = field(metadata={"static": True})
     beta: float = field(metadata={"static": True})
 
-    def examples_in(self, h: jax.Array, e: jax.Array) -> float:
+    def learn(self, h: jax.Array, e: jax.Array) -> tuple[jax.Array, Self]:
         refuse_shards(
             "predsim compares all examples of a batch, of which a device sees its own part alone. Shard the arrays "
             "under jit instead, where they are one batch, or take jaxfa.local_classifier."
         )
-        examples = e[..., 0].size
-        if examples < 2:
+        if e[..., 0].size < 2:
             raise ValueError(
                 "predsim compares the examples of a batch, and got one error alone. Give the model a batch; vmap over "
                 "seeds or layers, not over examples; or take jaxfa.local_classifier."
             )
-        return examples
+        return super().learn(h, e)
 
-    def loss(self, h: jax.Array, y: jax.Array, examples: float) -> jax.Array:
-        predicted = cross_entropy(affine(features(h, self.sides), self.w, self.b), y, examples)
-        known = y.sum(-1).reshape(-1)
+    def loss(self, h: jax.Array, y: jax.Array, c: jax.Array) -> jax.Array:
+        predicted = cross_entropy(affine(features(h, self.sides), self.w, self.b), y, c)
         apart = similarity(self._mapped(h)) - similarity(y.reshape(-1, y.shape[-1]))
-        similar = jnp.sum(known[:, None] * known[None] * jnp.square(apart)) / examples**2
-        return (1 - self.beta) * predicted + self.beta * similar
+        # A pair counts as its examples do: of a mean over N, 1 / N^2.
+        c, total = c.reshape(-1), c.sum()
+        pairs = c[:, None] * c[None] / jnp.where(total == 0, 1, total)
+        return (1 - self.beta) * predicted + self.beta * jnp.sum(pairs * jnp.square(apart))
 
     def _mapped(self, h: jax.Array) -> jax.Array:
         """One vector for each example."""
@@ -99,9 +99,9 @@ def deviation(pixels: jax.Array) -> jax.Array:
 def predsim(*, beta: float = 0.99, pooled: int = 4096, learning_rate: float = 5e-4) -> DirectRule:
     """PredSim: ``dh = dL / dh`` with ``L = (1 - beta) CE(pool(h) w + b, y) + beta |S(s h) - S(y)|^2 / N^2``.
 
-    For classification by softmax cross-entropy with hard labels, averaged over the batch: the target is where the
-    output error is negative. Any other loss is refused, under ``jit`` by gradients that are NaN. What is above the last
-    tap learns from the loss itself.
+    For classification by softmax cross-entropy with hard labels, a mean, a sum or weighted: the output error tells the
+    targets, and examples count as they do there. Any other loss is refused, under ``jit`` by gradients that are NaN.
+    What is above the last tap learns from the loss itself.
 
     Args:
       beta: the similarity's part: 0 is prediction alone, 1 similarity matching alone.

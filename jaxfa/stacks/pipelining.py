@@ -22,10 +22,10 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxfa.base import LAYER
-from jaxfa.ops import listen
 from jaxfa.stacks.blocks import Block, check_feedback, check_stack, is_unrolled
 from jaxfa.stacks.schedules import Schedule, check_schedule
 from jaxfa.stacks.stages import Sizes, gathered, run_stage
+from jaxfa.wire import listen
 
 DATA = "data"
 _LAYERS = PartitionSpec(LAYER)

@@ -15,9 +15,10 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxfa.base import LAYER
-from jaxfa.ops import deliver, direct, listen
+from jaxfa.ops import deliver
 from jaxfa.stacks.blocks import Block, forward, gradients, input_error, sweep
 from jaxfa.stacks.stages import learn_from_kept, run_and_keep, run_only, sweep_own
+from jaxfa.wire import direct, listen
 
 
 class Schedule:

@@ -94,7 +94,7 @@ def test_a_delivery_starts_a_new_way():
         h = jnp.tanh(jnp.tanh(x @ w["below"]) @ w["above"])
         with jax.named_scope("tap[here]"):
             h, wire = jaxfa.direct(h, wire, b)
-        return h @ w["head"] + wire
+        return jaxfa.with_wire(h @ w["head"], wire, b)
 
     feedback = jaxfa.drtp().init(jax.random.key(0), jnp.ones((5, 4)), jnp.ones((5, 3)))
     found = look(network, feedback, jax.tree.map(lambda _: "", feedback))

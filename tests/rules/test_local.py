@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ import jaxfa
 from jaxfa.rules.auglocal import redrawn, sampled
 from jaxfa.rules.predsim import halved
 from jaxfa.rules.shared.local import pool
-from jaxfa.rules.shared.targets import targets
+from jaxfa.rules.shared.targets import check_classes, softmax_targets
 from tests.oracles import backwards, local
 from tests.oracles.networks import Conv, Dense
 
@@ -79,7 +80,7 @@ def loss(weights, feedback, kind, x, labels):
     h = x
     for w, f in zip(weights, feedback, strict=False):
         h, wire = jaxfa.direct(jnp.tanh(operation(kind)(h, w)), wire, f)
-    logits = (h.mean((1, 2)) if kind == "conv" else h) @ weights[-1] + wire
+    logits = jaxfa.with_wire((h.mean((1, 2)) if kind == "conv" else h) @ weights[-1], wire, feedback)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
@@ -124,7 +125,8 @@ def test_nothing_comes_down_through_a_tap(name, kind, x64):
     other = [feedback[0], jax.tree.map(lambda a: 2 * a, feedback[1])]
     (first, *_), (signal, _) = gradient(weights, feedback, kind, x, labels)
     (again, *_), (same, _) = gradient(moved, other, kind, x, labels)
-    jax.tree.map(np.testing.assert_array_equal, (first, signal), (again, same))
+    # But for the rounding of what an example weighs, which the logits tell.
+    chex.assert_trees_all_close((first, signal), (again, same), rtol=1e-12, atol=1e-15)
     dfa = [jaxfa.dfa().init(jax.random.PRNGKey(0), h, jnp.zeros((N, C))) for h in hidden(kind, weights, x)]
     control = gradient(weights, dfa, kind, x, labels)[0][0] - gradient(moved, dfa, kind, x, labels)[0][0]
     assert np.abs(control).max() > 1e-4
@@ -177,8 +179,8 @@ def test_weights_drawn_anew_are_the_same_numbers_elsewhere():
 def test_similarity_has_a_gradient_where_a_unit_or_an_example_is_dead(x64):
     rule = jaxfa.predsim()
     h = jnp.zeros((N, 4, 4, 5)).at[1:].set(1.0).at[2:, 0, 0].set(2.0)
-    e = jnp.asarray(local.softmax_error(np.zeros((N, C)), np.eye(C)[np.arange(N) % C]))
-    found = rule.init(jax.random.PRNGKey(0), h, e).learn(h, e)
+    t = jnp.asarray(-np.eye(C)[np.arange(N) % C] / N)
+    found = rule.init(jax.random.PRNGKey(0), h, t).learn(h, t)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 
 
@@ -186,60 +188,117 @@ def test_similarity_has_a_gradient_where_a_unit_or_an_example_is_dead(x64):
 
 LABELS = np.array([0, 1, 2, 1, 0, 1])
 LOGITS = 2 * np.random.default_rng(1).normal(size=(N, C))
+WEIGHTS = np.array([1.0, 0, 2, 0.1, 0, 3])
 
 
-def error(objective, logits=LOGITS):
-    return jax.grad(lambda z: objective(z, np.eye(C)[LABELS]))(jnp.asarray(logits))
+def error(objective, logits=LOGITS, dtype=float):
+    """Logits and their error."""
+    logits = jnp.asarray(logits, dtype)
+    return logits, jax.grad(lambda z: objective(z, jnp.asarray(np.eye(C)[LABELS], z.dtype)))(logits)
 
 
 def mean_cross_entropy(logits, y):
     return optax.softmax_cross_entropy(logits, y).mean()
 
 
+def weighted_cross_entropy(logits, y):
+    return optax.softmax_cross_entropy(logits, y) @ jnp.asarray(WEIGHTS, logits.dtype) / WEIGHTS.sum()
+
+
+def focal(logits, y):
+    """Of any function of the target's probability an example has a weight, too."""
+    p = jnp.sum(y * jax.nn.softmax(logits), -1)
+    return -jnp.mean((1 - p) ** 2 * jnp.log(p))
+
+
+LIKELY = np.exp(LOGITS) / np.exp(LOGITS).sum(1, keepdims=True)
+P = LIKELY[np.arange(N), LABELS]
+TOLD = {
+    "a mean": (mean_cross_entropy, np.full(N, 1 / N)),
+    "a sum": (lambda z, y: optax.softmax_cross_entropy(z, y).sum(), np.ones(N)),
+    "weights, some of them zero": (weighted_cross_entropy, WEIGHTS / WEIGHTS.sum()),
+    "labels as numbers": (
+        lambda z, y: optax.softmax_cross_entropy_with_integer_labels(z, y.argmax(-1)).mean(), np.full(N, 1 / N),
+    ),
+    "a probability's logarithm": (lambda z, y: -jnp.log((jax.nn.softmax(z) * y).sum(-1)).mean(), np.full(N, 1 / N)),
+    "a focal loss": (focal, ((1 - P) ** 2 - 2 * P * (1 - P) * np.log(P)) / N),
+}  # fmt: skip
 UNTOLD = {
     "smoothed": (lambda z, y: mean_cross_entropy(z, 0.7 * y + 0.1), "does not tell the targets"),
+    "smoothed by little": (lambda z, y: mean_cross_entropy(z, 0.997 * y + 0.001), "does not tell the targets"),
     "mixed": (lambda z, y: mean_cross_entropy(z / 20, 0.6 * y + 0.4 * y[::-1]), "does not tell the targets"),
     "squared": (lambda z, y: jnp.mean((z - y) ** 2), "does not tell the targets"),
     "sigmoid": (lambda z, y: optax.sigmoid_binary_cross_entropy(z, y).mean(), "does not tell the targets"),
+    "a temperature": (lambda z, y: mean_cross_entropy(z / 2, y), "does not tell the targets"),
+    "a penalty on logits": (
+        lambda z, y: mean_cross_entropy(z, y) + 0.1 * jnp.mean(jax.nn.logsumexp(z, -1) ** 2),
+        "does not tell the targets",
+    ),
+    "raised": (lambda z, y: -mean_cross_entropy(z, y), "does not tell the targets"),
     "not a number": (lambda z, y: mean_cross_entropy(z.at[0, 0].set(jnp.nan), y), "error is not finite"),
-    "summed": (lambda z, y: N * mean_cross_entropy(z, y), "say with examples= by what it is divided"),
 }
 
 
-def test_targets_are_told_from_the_error_of_a_mean_cross_entropy(x64):
-    h = jnp.ones((N, 4))
-    want = np.eye(C)[LABELS]
-    for scale in (1, 1e-3, 5):
-        np.testing.assert_array_equal(targets(h, error(mean_cross_entropy, scale * LOGITS), N), want)
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-        np.testing.assert_array_equal(targets(h, error(mean_cross_entropy).astype(dtype), N), want)
-    # Summed, if it is said; of what is fitted to the last bit there is nothing to tell.
-    np.testing.assert_array_equal(targets(h, error(UNTOLD["summed"][0]), 1), want)
-    fitted = error(mean_cross_entropy, 1e3 * np.eye(C)[LABELS])
-    np.testing.assert_array_equal(targets(h, fitted, N), np.zeros((N, C)))
+@pytest.mark.parametrize("name", TOLD)
+def test_an_error_tells_targets_and_what_each_example_weighs(name, x64):
+    objective, c = TOLD[name]
+    want = -c[:, None] * np.eye(C)[LABELS]
+    np.testing.assert_allclose(softmax_targets(*error(objective)), want, rtol=1e-9)
+    for dtype, rtol in ((jnp.float32, 1e-4), (jnp.bfloat16, 0.05), (jnp.float16, 0.02)):
+        t = softmax_targets(*error(objective, dtype=dtype))
+        assert t.dtype == dtype
+        np.testing.assert_allclose(t.astype(float), want, rtol=rtol)
+        # The loss in single precision, the logits not.
+        z, e = error(lambda z, y: objective(z.astype(jnp.float32), y.astype(jnp.float32)), dtype=dtype)
+        np.testing.assert_allclose(softmax_targets(z, e).astype(float), want, rtol=rtol)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 5, -5, 300, -300])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_targets_are_told_of_examples_that_are_sure_right_or_wrong(scale, dtype):
+    # Sure of the target; less and less sure; sure of another: nothing may be refused, and no weight be wrong.
+    for logits in (scale * np.eye(C)[LABELS], scale * LOGITS, np.linspace(0, scale, N)[:, None] * np.eye(C)[LABELS]):
+        t = softmax_targets(*error(mean_cross_entropy, logits, dtype)).astype(float)
+        fitted = ~t.any(1)
+        want = -np.eye(C)[LABELS][~fitted] / N
+        np.testing.assert_allclose(t[~fitted], want, rtol=1e-3 if dtype == jnp.float32 else 0.1)
+        likely = jax.nn.softmax(logits)[np.arange(N), LABELS]
+        assert (likely[fitted] > 0.99).all()
 
 
 @pytest.mark.parametrize("name", UNTOLD)
 def test_targets_that_an_error_does_not_tell_are_refused(name, x64):
     objective, reason = UNTOLD[name]
-    h, e = jnp.ones((N, 4)), error(objective)
+    h, (z, e) = jnp.ones((N, 4)), error(objective)
     with pytest.raises(ValueError, match=reason):
-        targets(h, e, N)
+        softmax_targets(z, e)
     feedback = jaxfa.local_classifier().init(jax.random.PRNGKey(0), h, e)
-    for leaf in jax.tree.leaves(jax.jit(lambda f, h, e: f.learn(h, e))(feedback, h, e)):
+    for leaf in jax.tree.leaves(jax.jit(lambda f, h, z, e: f.learn(h, softmax_targets(z, e)))(feedback, h, z, e)):
         assert np.isnan(leaf).any()
+
+
+def test_an_error_that_was_not_read_is_refused(x64):
+    h, (z, e) = jnp.ones((N, 4)), error(mean_cross_entropy)
+    for rule in (jaxfa.drtp(), jaxfa.local_classifier(), jaxfa.predsim()):
+        feedback = rule.init(jax.random.PRNGKey(0), h, e)
+        with pytest.raises(ValueError, match=r"given the output error: .* jaxfa.with_wire\(logits, wire, feedback\)"):
+            feedback.deliver(h, e)
+        assert np.isnan(jax.jit(feedback.deliver)(h, e)).any()
+        assert np.isfinite(jax.jit(feedback.deliver)(h, softmax_targets(z, e))).all()
+    both = [jaxfa.dfa().init(jax.random.PRNGKey(0), h, e), jaxfa.drtp().init(jax.random.PRNGKey(0), h, e)]
+    with pytest.raises(ValueError, match="of DirectMatrix, TargetProjection some need the error"):
+        jaxfa.with_wire(z, jnp.zeros_like(z), both)
 
 
 @pytest.mark.parametrize(("h", "e"), [((N, 4), (N, 1)), ((N, 4), (N, 7, C)), ((N, 4), (N, 2, 2, C))])
 def test_an_error_of_no_classes_or_of_tokens_that_are_gone_is_refused(h, e):
     with pytest.raises(ValueError, match=r"logits \(N, ..., C\) of two classes or more"):
-        targets(jnp.ones(h), jnp.ones(e), N)
+        check_classes(jnp.ones(h), jnp.ones(e))
 
 
 def test_arguments_out_of_range_are_refused():
     for make, words in (
         (lambda: jaxfa.local_classifier(pool=0), "pool >= 1"),
-        (lambda: jaxfa.local_classifier(examples=0), "examples > 0"),
         (lambda: jaxfa.predsim(beta=1.5), r"beta in \[0, 1\]"),
         (lambda: jaxfa.auglocal(depth=0), "depth >= 1"),
         (lambda: jaxfa.auglocal(pyramid=-1), r"pyramid in \[0, 1\]"),

@@ -94,7 +94,7 @@ def forward(layers, params, feedback, x, taps=None):
         y = operation(layer)(x, p["w"], f if isinstance(f, jaxfa.LayerFeedback) else None)
         y = y + p["b"].reshape(*[1] * (y.ndim - 1), -1)
         x = jnp.tanh(y)
-    return y + wire
+    return jaxfa.with_wire(y, wire, feedback)
 
 
 def signals(layers, params, feedback, data):

@@ -1,7 +1,5 @@
 """Several devices: gradients of a sharded batch are those of the batch, with parameters and feedback replicated."""
 
-from functools import partial
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,17 +13,12 @@ from jax.sharding import PartitionSpec as P
 import jaxfa
 from tests.methods import METHODS, batch, create, loss, signals
 
-# What the loss is divided by must be told.
-TOLD = {name: getattr(jaxfa, name) for name in ("drtp", "local_classifier", "auglocal")}
-TOLD |= {
-    "local_classifier_fixed": partial(jaxfa.local_classifier, fixed=True),
-    "pepita": partial(jaxfa.pepita, activation=jnp.tanh),
-}
 # A zero feedback would hide every factor.
 RULES = {method.name: method.rule for method in METHODS}
 RULES |= {"dkp": jaxfa.dkp(distribution=initializers.glorot_normal())}
-LOCAL = RULES | {name: make(examples=4) for name, make in TOLD.items()}
-RULES |= {name: make(examples=8) for name, make in TOLD.items()}
+# What the loss is divided by must be told.
+LOCAL = RULES | {"pepita": jaxfa.pepita(activation=jnp.tanh, examples=4)}
+RULES |= {"pepita": jaxfa.pepita(activation=jnp.tanh, examples=8)}
 # Whose signals are statistics of the batch; whose devices would share their draws; whose option another row has.
 REFUSED = {"ldfa", "dldfa", "predsim", "forward_gradient", "pepita_mirrored"}
 
@@ -79,7 +72,7 @@ def test_the_gradient_of_a_sharded_loss_is_the_single_devices(mesh, x64):
     chex.assert_trees_all_close(got, signals(*both, *data), atol=1e-14, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["ldfa", "dldfa", "drtp", "pepita", "forward_gradient", "predsim", "local_classifier"])
+@pytest.mark.parametrize("name", ["ldfa", "dldfa", "pepita", "forward_gradient", "predsim"])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_what_a_device_can_not_know_is_refused_unless_it_is_alone(name, check_vma, mesh, x64):
     rule = next(method.rule for method in METHODS if method.name == name)
@@ -100,20 +93,6 @@ def test_a_device_does_not_learn_a_jacobian_of_its_own(mesh):
     specs = {"mesh": mesh, "in_specs": (P("data"), P()), "out_specs": P(), "check_vma": False}
     with pytest.raises(ValueError, match=r"Inside shard_map .* Call refine outside"):
         jax.eval_shape(jax.shard_map(refined, **specs), h, jax.random.PRNGKey(1))
-
-
-def test_drtp_knows_of_a_loss_what_it_is_told(x64):
-    both, data = create(jaxfa.drtp(), jax.random.PRNGKey(0)), batch()
-    summed = jaxfa.drtp(examples=1)
-
-    def total(params, feedback):
-        return len(data[0]) * loss(params, feedback, *data)
-
-    got = jax.jit(jax.grad(total))(*create(summed, jax.random.PRNGKey(0)))
-    expected = jax.tree.map(lambda leaf: len(data[0]) * leaf, signals(*both, *data)[0])
-    chex.assert_trees_all_close(got, expected, atol=1e-13, rtol=1e-12)
-    with pytest.raises(ValueError, match="examples > 0"):
-        jaxfa.drtp(examples=0)
 
 
 def test_shards_hold_different_data(mesh, x64):

@@ -61,7 +61,8 @@ def loss(run, block, params, feedback, data):
     x, y = data
     wire = jnp.zeros((*y.shape, OUTPUTS), x.dtype)
     h, wire = run(block, params["stack"], x @ params["stem"], wire, feedback)
-    logits = (h if h.ndim == wire.ndim else h.reshape(len(h), -1)) @ params["head"] + wire
+    logits = (h if h.ndim == wire.ndim else h.reshape(len(h), -1)) @ params["head"]
+    logits = jaxfa.with_wire(logits, wire, feedback)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 

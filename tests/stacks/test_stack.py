@@ -48,8 +48,8 @@ def at(layer, tree):
     return jax.tree.map(lambda leaf: leaf[layer], tree)
 
 
-def head(h, wire):
-    logits = h.reshape(len(h), -1) @ draw(9, OUTPUTS, h[0].size).T.astype(h.dtype) + wire
+def head(h, wire, feedback):
+    logits = jaxfa.with_wire(h.reshape(len(h), -1) @ draw(9, OUTPUTS, h[0].size).T.astype(h.dtype), wire, feedback)
     return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(len(h)) % OUTPUTS).mean()
 
 
@@ -59,7 +59,8 @@ def wire_for(h):
 
 def objective(block, schedule, unroll=None):
     def loss(params, feedback, h):
-        return head(*jaxfa.direct_stack(block, params, h, wire_for(h), feedback, schedule=schedule, unroll=unroll))
+        out = jaxfa.direct_stack(block, params, h, wire_for(h), feedback, schedule=schedule, unroll=unroll)
+        return head(*out, feedback)
 
     return loss
 
@@ -72,7 +73,7 @@ def looped(block):
         for layer in range(LAYERS):
             one = feedback if feedback is None or feedback.shared else at(layer, feedback)
             h, wire = jaxfa.direct(block(at(layer, params), h), wire, one)
-        return head(h, wire)
+        return head(h, wire, feedback)
 
     return loss
 
@@ -163,7 +164,7 @@ def fused(block, optimizer, unroll=None):
     @jax.jit
     def step(both, state, h):
         out, wire = jaxfa.direct_stack(block, both[0], h, wire_for(h), None, schedule=jaxfa.stacks.stream)
-        e = jax.grad(lambda wire: head(out, wire))(wire)
+        e = jax.grad(lambda wire: head(out, wire, both[1]))(wire)
         return jaxfa.update_stack(block, both, h, e, optimizer=optimizer, state=state, unroll=unroll)
 
     return step

@@ -10,22 +10,21 @@ from jax.nn import initializers
 
 from jaxfa.base import DirectFeedback
 from jaxfa.rules.shared.projection import shared_axes
-from jaxfa.rules.shared.targets import check_classes, targets
+from jaxfa.rules.shared.targets import check_classes, softmax_targets, weighted
 
 
 class LocalLoss(DirectFeedback):
     """An activation's error is the gradient of a loss ``L(h, y)`` of its own, whose targets the output error tells.
 
-    The heads that the loss needs are the feedback: their signal is ``dL / d head``.
+    The heads that the loss needs are the feedback: their signal is ``dL / d head``. An example counts as in the model's
+    loss, by its weight ``c``: ``1 / N`` in a mean.
     """
 
-    def examples_in(self, h: jax.Array, e: jax.Array) -> float:
-        """By what the loss divides its sum over the examples."""
-        raise NotImplementedError(f"{type(self).__name__} must define examples_in(h, e).")
+    reads = staticmethod(softmax_targets)
 
-    def loss(self, h: jax.Array, y: jax.Array, examples: float) -> jax.Array:
-        """The loss of an activation with one-hot targets, ``(N, ..., C)``."""
-        raise NotImplementedError(f"{type(self).__name__} must define loss(h, y, examples).")
+    def loss(self, h: jax.Array, y: jax.Array, c: jax.Array) -> jax.Array:
+        """The loss of an activation with one-hot targets, ``(N, ..., C)``, and weights ``(N, ...)`` of the examples."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(h, y, c).")
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
         return self.learn(h, e)[0]
@@ -34,15 +33,15 @@ class LocalLoss(DirectFeedback):
         return self.learn(h, e)[1]
 
     def learn(self, h: jax.Array, e: jax.Array) -> tuple[jax.Array, Self]:
-        examples = self.examples_in(h, e)
-        y = targets(h, e, examples)
+        check_classes(h, e)
+        y, c = weighted(e.astype(jnp.promote_types(e.dtype, jnp.float32)))
         wide = h.astype(jnp.promote_types(h.dtype, jnp.float32))
-        return jax.grad(lambda h, own: own.loss(h, y, examples), (0, 1))(wide, self)
+        return jax.grad(lambda h, own: own.loss(h, y, c), (0, 1))(wide, self)
 
 
-def cross_entropy(logits: jax.Array, y: jax.Array, examples: float) -> jax.Array:
-    """The softmax cross-entropy, summed and divided by the number of examples."""
-    return -jnp.sum(y * jax.nn.log_softmax(logits)) / examples
+def cross_entropy(logits: jax.Array, y: jax.Array, c: jax.Array) -> jax.Array:
+    """The softmax cross-entropy, summed over the examples with their weights."""
+    return -jnp.sum(c[..., None] * y * jax.nn.log_softmax(logits))
 
 
 def affine(x: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,4 +1,10 @@
-"""What a classification's output error tells of its targets, for rules that learn from these."""
+"""What a classification's output error tells of its targets with the logits, for rules that learn from these.
+
+An example that has the weight ``c`` in the loss, ``1 / N`` in a mean, has the error ``e = c (p - y)`` with the
+predictions ``p`` and the hard label ``y``. So ``e / p`` is ``c`` for every class but the target, whose ``e`` is not
+positive: of smoothed or mixed labels, and of other losses, it is not the same for all. The part ``-c y`` of the error
+is what the rules are given in the place of ``e``.
+"""
 
 import math
 from typing import Any
@@ -7,76 +13,49 @@ import jax
 import jax.numpy as jnp
 
 from jaxfa.rules.shared.projection import shared_axes
-from jaxfa.varying import refuse_shards
 
 
-def examples_in(h: jax.Array, e: jax.Array, examples: float | None, rule: str) -> float:
-    """By what the loss divides its sum: ``examples``, or how many the error has.
+def softmax_targets(logits: jax.Array, e: jax.Array) -> jax.Array:
+    """``-c y`` of a softmax cross-entropy, ``(N, ..., C)``.
 
-    Raises:
-      ValueError: if neither tells, in a ``shard_map``.
-    """
-    if examples is not None:
-        return examples
-    refuse_shards(
-        f"{rule} reads the targets off the error's signs, which do not tell by what the loss is divided. Say "
-        f"{rule}(examples=...), how many the loss averages over: those of all devices if it is summed or averaged "
-        f"over them, those of one if the gradients are; or shard the arrays under jit instead."
-    )
-    return math.prod(e.shape[: shared_axes(h, e)])
-
-
-def check_examples(examples: float | None, rule: str) -> None:
-    """Refuses a number of examples that is none."""
-    if examples is not None and not examples > 0:
-        raise ValueError(f"{rule} needs examples > 0, how many the loss averages over, or None; got {examples}.")
-
-
-def targets(h: jax.Array, e: jax.Array, examples: float) -> jax.Array:
-    """One-hot targets, of ``e``'s shape, of a mean softmax cross-entropy whose error is ``e = (softmax - y) / N``.
-
-    An example's target is where its error is negative. An example without error, fitted to the last bit or of weight 0,
-    has none. An example whose target can't be told has NaN: whoever learns from it sees that nothing was learned.
+    An example whose error is zero, fitted to the last bit or of weight 0, has none. An example whose target can't be
+    told has NaN: whoever learns from it sees that nothing was learned.
 
     Args:
-      h: the activation that learns, which shares the axes of the examples.
+      logits: ``(N, ..., C)``.
       e: the output error, ``(N, ..., C)``.
-      examples: ``N``, by which the loss divides.
 
     Raises:
-      ValueError: if the error is of no classes; outside of ``jit``, if a target can't be told, and why.
+      ValueError: outside of ``jit``, if a target can't be told, and why.
     """
-    check_classes(h, e)
-    # What rounding leaves of a sum that is zero, or of an error that is.
-    slack = math.sqrt(jnp.finfo(e.dtype).eps) / examples
-    e = e.astype(jnp.promote_types(e.dtype, jnp.float32))
-    negative = e < 0
-    count, sizes = negative.sum(-1), jnp.abs(e).sum(-1)
-    hard = ((count == 1) & (jnp.abs(e.sum(-1)) <= slack)) | ((count == 0) & (sizes <= slack))
-    mean = jnp.abs(e).max(-1) <= 1 / examples + slack
-    _say(jnp.isfinite(sizes), _NOT_FINITE)
-    _say(mean | ~hard, _SUMMED.format(examples))
-    _say(hard, _UNTOLD.format("softmax cross-entropy of the logits"))
-    return jnp.where((hard & mean)[..., None], negative.astype(e.dtype), jnp.nan)
+    t, told = _by_softmax(*_wide(logits, e))
+    return _told(t, told, logits, e, "softmax cross-entropy")
 
 
-def signed_targets(e: jax.Array, examples: float) -> jax.Array:
-    """The same of a softmax or sigmoid cross-entropy, of which an example may have several classes, or none.
+def label_targets(logits: jax.Array, e: jax.Array) -> jax.Array:
+    """The same of a softmax or sigmoid cross-entropy, of which an example may have several classes, or none."""
+    wide = _wide(logits, e)
+    (one, by_softmax), (several, by_sigmoid) = _by_softmax(*wide), _by_sigmoid(*wide)
+    t = jnp.where(by_softmax[..., None], one, several)
+    return _told(t, by_softmax | by_sigmoid, logits, e, "cross-entropy of one softmax, or of sigmoids,")
 
-    That labels are soft is told by a softmax's errors alone, whose sum is zero: two of them are negative. The sum of
-    sigmoids' errors is zero by chance, but not for all examples; so the whole batch is NaN, or nothing.
+
+def weighted(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One-hot targets ``(N, ..., C)`` and the examples' weights ``(N, ...)`` of what :func:`softmax_targets` gives."""
+    t = check_targets(t)
+    # NaN in both: a product with a truth value the compiler makes a choice, which would drop it.
+    return jnp.where(jnp.isnan(t), t, t < 0), -t.sum(-1)
+
+
+def check_targets(t: jax.Array) -> jax.Array:
+    """Targets as they are given to a rule; NaN for an error that was not read.
+
+    Raises:
+      ValueError: outside of ``jit``, if it was not.
     """
-    slack, tiny = (math.sqrt(jnp.finfo(dtype).eps) for dtype in (e.dtype, jnp.float32))
-    e = e.astype(jnp.promote_types(e.dtype, jnp.float32))
-    negative = e < 0
-    sizes, mean = jnp.abs(e).sum(-1), jnp.abs(e).max(-1) <= (1 + slack) / examples
-    learns = sizes > tiny / examples
-    soft = learns & (negative.sum(-1) > 1)
-    hard = ~(soft.any() & (~learns | (jnp.abs(e.sum(-1)) <= tiny * sizes)).all()) | (learns.sum() < 2)
-    _say(jnp.isfinite(sizes), _NOT_FINITE)
-    _say(mean, _SUMMED.format(examples))
-    _say(hard, _UNTOLD.format("cross-entropy of one softmax, or of sigmoids,"))
-    return jnp.where(hard & mean[..., None], negative.astype(e.dtype), jnp.nan)
+    are = t <= 0
+    _say(are | jnp.isnan(t), _UNREAD)
+    return jnp.where(are.all(-1, keepdims=True), t, jnp.nan)
 
 
 def check_classes(h: Any, e: Any) -> None:
@@ -93,18 +72,63 @@ def check_classes(h: Any, e: Any) -> None:
         )
 
 
+def _wide(logits: jax.Array, e: jax.Array) -> tuple[jax.Array, jax.Array, float]:
+    """Both in single precision at least, and by what rounding changes them."""
+    dtype = jnp.promote_types(jnp.promote_types(logits.dtype, e.dtype), jnp.float32)
+    return logits.astype(dtype), e.astype(dtype), float(max(jnp.finfo(one.dtype).eps for one in (logits, e)))
+
+
+def _by_softmax(logits: jax.Array, e: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """``-c y``, and whether ``e`` is ``c (p - y)``."""
+    p = jax.nn.softmax(logits)
+    tiny = jnp.finfo(p.dtype).tiny
+    # The least, not the negative one: an error that is nearly fitted may have lost its sign.
+    ratio = jnp.where((p < tiny) & (e >= 0), jnp.inf, e / jnp.maximum(p, tiny))
+    y = jax.nn.one_hot(jnp.argmin(ratio, -1), p.shape[-1], dtype=p.dtype)
+    c, fitted = _weight(jnp.sum(e * (1 - y), -1, keepdims=True), jnp.sum(p * (1 - y), -1, keepdims=True), 1e-28)
+    return -c * y, fitted | _is_part(c, p - y, e, eps)
+
+
+def _by_sigmoid(logits: jax.Array, e: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """The same of sigmoids; a class without error may have no weight."""
+    y = e < 0
+    apart = jnp.where(e != 0, jnp.where(y, -jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits)), 0)
+    error, size = (jnp.abs(one).sum(-1, keepdims=True) for one in (e, apart))
+    # A loss that subtracts the label from the prediction has rounded what is below.
+    c, fitted = _weight(error, size, 4 * float(jnp.finfo(e.dtype).eps))
+    return -c * y, fitted | _is_part(c, apart, e, eps)
+
+
+def _weight(error: jax.Array, apart: jax.Array, least: float) -> tuple[jax.Array, jax.Array]:
+    """An example's weight in the loss; whether it is fitted so well that nothing tells it, which then is zero."""
+    fitted = apart <= least
+    return jnp.where(fitted, 0, error / jnp.where(fitted, 1, apart)), fitted.all(-1)
+
+
+def _is_part(c: jax.Array, apart: jax.Array, e: jax.Array, eps: float) -> jax.Array:
+    """Whether ``e`` is ``c`` times what predictions and labels are apart, but for rounding."""
+    return jnp.all(jnp.abs(e - c * apart) <= c * (math.sqrt(eps) * jnp.abs(apart) + 4 * eps), -1)
+
+
 _NOT_FINITE = (
     "The output error is not finite, so that it tells no targets: look for NaN or infinity in the batch, then in the "
     "weights and the logits."
 )
-_SUMMED = (
-    "The output error is larger than that of a cross-entropy averaged over {:g} examples, as which it is read: average "
-    "the loss over the batch, or say with examples= by what it is divided, where the rule takes that."
-)
 _UNTOLD = (
-    "The output error does not tell the targets, from which this rule learns: take the mean {} with hard labels (no "
-    "smoothing, no mixing, no other loss), or a rule that uses the error itself, such as jaxfa.dfa()."
+    "The output error does not tell the targets, from which this rule learns: take the {} of the logits as the model "
+    "returns them (no temperature, no mask), with hard labels (no smoothing, no mixing) and any weights of examples; "
+    "or a rule that uses the error itself, such as jaxfa.dfa()."
 )
+_UNREAD = (
+    "This rule learns from targets, and was given the output error: add the wire to the logits by "
+    "jaxfa.with_wire(logits, wire, feedback), which reads the targets off the error."
+)
+
+
+def _told(t: jax.Array, told: jax.Array, logits: jax.Array, e: jax.Array, loss: str) -> jax.Array:
+    _say(jnp.isfinite(e) & jnp.isfinite(logits), _NOT_FINITE)
+    _say(told, _UNTOLD.format(loss))
+    return jnp.where(told[..., None], t, jnp.nan).astype(e.dtype)
 
 
 def _say(holds: jax.Array, reason: str) -> None:

@@ -1,0 +1,35 @@
+"""The output error of a model's run, or what a rule reads off it with the logits, such as the targets."""
+
+from typing import Any
+
+import jax
+from jax import lax
+
+from jaxfa.nn.leaves import error_in
+from jaxfa.nn.program import Program
+from jaxfa.nn.tap import taps_of
+
+
+class OutputError:
+    """How the error of one run is found; most rules need nothing of the outputs but their cotangents.
+
+    Attributes:
+      reads: as the feedback's class has it.
+    """
+
+    def __init__(self, attached: Any, program: Program) -> None:
+        feedbacks = [one for tap in taps_of(attached.model).values() for one in tap.feedbacks().values()]
+        self.reads = feedbacks[0].reads if feedbacks else None
+        self._program, self._logits = program, attached.logits
+
+    def keep(self, outputs: Any) -> jax.Array | None:
+        """What of the outputs is needed when their cotangents come."""
+        return None if self.reads is None else lax.stop_gradient(self._in(outputs))
+
+    def of(self, kept: jax.Array | None, cotangents: Any) -> jax.Array:
+        """What is delivered to the taps."""
+        e = self._in(cotangents)
+        return e if self.reads is None or kept is None else self.reads(kept, e)
+
+    def _in(self, outputs: Any) -> jax.Array:
+        return error_in(self._program.returned(outputs), self._logits)
