@@ -164,7 +164,7 @@ def test_what_has_no_second_pass_is_refused():
         attach(Scanned(nnx.Rngs(0)), rule, inputs(9, 6))
     with pytest.raises(ValueError, match="'conv2' sends the error on to 'norm/bias'"):
         attach(ConvNet(nnx.Rngs(0)), rule, inputs(9, 8, 8, 3), ("conv1", "conv2"))
-    with pytest.raises(ValueError, match="'fc3' returns the logits themselves, and no layer follows"):
+    with pytest.raises(ValueError, match="The tap 'fc3' is at the logits themselves"):
         attach(MLP(nnx.Rngs(0)), rule, inputs(9, 6), "fc*")
     with pytest.raises(ValueError, match=r"\(4, ..., n\) as the input .* Say modulate= with the path of a module"):
         attach(TimeMajor(MLP(nnx.Rngs(0))), rule, inputs(5, 4, 6))
