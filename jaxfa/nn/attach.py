@@ -19,16 +19,17 @@ import jax
 from flax import nnx
 
 from jaxfa.base import Rule, is_direct
+from jaxfa.nn.advice import Advice, refuse_at_end
 from jaxfa.nn.attached import Attached
 from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import cover
 from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.learning import quiet
 from jaxfa.nn.program import Example, at_once, method_of
-from jaxfa.nn.put import Call, Placed, advise, put_direct
+from jaxfa.nn.put import Call, Placed, put_direct
 from jaxfa.nn.schedules import forward_by
 from jaxfa.nn.survey import Survey, look_at_layers, look_through, put_own, uses_in
-from jaxfa.nn.tap import Tap, plain_of
+from jaxfa.nn.tap import Tap
 from jaxfa.nn.variables import init_at, init_stack, modules_of
 from jaxfa.nn.wanted import refuse_unmatched
 from jaxfa.paths import matches, path_name
@@ -92,18 +93,40 @@ def attach(
     refuse_unmatched("allow", allow, weights, under=True)
     _check_method(model, method)
     call = Call(method, logits, _example(example, example_kwargs), allow)
-    model = _copy(model)
-    if rule.weights is not None:
-        refuse_unmatched("at", globs, list(sites_of(model)), under=True)
-        model = factorise_chosen(model, rule.weights, _chooser(globs))
-    put: Any = put_direct if is_direct(rule) else _put_layerwise
-    found = put(model, rule, rngs, globs, call)
-    options = call._asdict() | {"allow": (*allow, *found.backprop), "note": found.note}
-    attached = Attached(model, rule, own=found.own, forward=forward_by(schedule, model, rule), **options)
+    attached, found = _attach(model, rule, rngs, globs, call, schedule=schedule)
+    advice = Advice(model, rule, call, lambda at: _refusal(model, rule, at, call, schedule))
+    refuse_at_end(found.at_end, found.rest, advice)
     if call.example is not None:
         table = cover(quiet(attached, found.error), call.example, found.seen)
-        table.refuse(advise(plain_of(model), rule, call) if table.violations and schedule is stored else "")
+        table.refuse(advice.for_all() if table.violations and schedule is stored else "")
     return attached
+
+
+def _attach(
+    model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call, *, schedule: Schedule
+) -> tuple[Attached, Placed]:
+    """Puts a rule on a copy of a model, unchecked."""
+    model = _copy(model)
+    if rule.weights is not None:
+        refuse_unmatched("at", at, list(sites_of(model)), under=True)
+        model = factorise_chosen(model, rule.weights, _chooser(at))
+    put: Any = put_direct if is_direct(rule) else _put_layerwise
+    found = put(model, rule, rngs, at, call)
+    options = call._asdict() | {"allow": (*call.allow, *found.backprop), "note": found.note}
+    return Attached(model, rule, own=found.own, forward=forward_by(schedule, model, rule), **options), found
+
+
+def _refusal(model: Any, rule: Rule, at: tuple[str, ...], call: Call, schedule: Schedule) -> str:
+    """What attach would say with other places in at=, in one line; nothing if it would take them."""
+    try:
+        attached, found = _attach(model, rule, nnx.Rngs(0), at, call, schedule=schedule)
+        refuse_at_end(found.at_end)
+        if call.example is not None:
+            cover(quiet(attached, found.error), call.example, found.seen).refuse()
+    except (TypeError, ValueError) as error:
+        lines = str(error).splitlines()
+        return next((line for line in lines if line.startswith("- ")), lines[0]).removeprefix("- ")
+    return ""
 
 
 def _example(example: Any, kwargs: dict[str, Any] | None) -> Example | None:

@@ -21,19 +21,8 @@ from jaxfa.nn.places import Forward
 from jaxfa.nn.survey import names_of
 from jaxfa.nn.tap import Place
 from jaxfa.nn.variables import modules_of
+from jaxfa.nn.why import Fault, why
 from jaxfa.paths import matches
-
-
-class Fault(NamedTuple):
-    """Parameters that would not learn by direct feedback.
-
-    Attributes:
-      names: the parameters.
-      passed: the weights that their error passes on its way from a tap; none where it comes from several.
-    """
-
-    names: frozenset[str]
-    passed: frozenset[str]
 
 
 class Choice(NamedTuple):
@@ -57,12 +46,14 @@ def choose(model: nnx.Module, forward: Forward, allow: tuple[str, ...]) -> Choic
     layers = [f"input of {path}" for path in forward.modules if path in sites]
     faults = chooser.faults(chooser.cuts(layers))
     if not faults:
-        return Choice(_placed(chooser.in_use(layers)), "tapped: the input of every layer but the first", [])
+        inputs = chooser.in_use(layers)
+        return Choice(_placed(inputs), f"tapped: the input of every layer{_but(layers, inputs)}", [])
     taps = chooser.blocks()
     left = chooser.faults(chooser.cuts(taps))
     places = _placed(taps)
     at = ", ".join(name_all(places, [path for path, _ in modules_of(model)]))
-    return Choice(places, f"tapped: {at}; not the input of every layer, since {_why(faults)}", left)
+    reason = why(chooser.cuts(layers), faults)
+    return Choice(places, f"tapped: {at}; not the input of every layer, since {reason}", left)
 
 
 def name_all(places: Iterable[Place], paths: list[str]) -> list[str]:
@@ -222,10 +213,12 @@ def _is_chain(cuts: Cuts, places: list[str]) -> bool:
     return all(set(cuts.starts.get(Use((one,)), {})) == {other} for one, other in itertools.pairwise(places))
 
 
-def _why(faults: list[Fault]) -> str:
-    if any(not fault.passed for fault in faults):
-        return "shortcuts pass layers by"
-    return f"{layer_name(min(faults[0].passed))!r} has no input that can be tapped"
+def _but(layers: list[str], tapped: list[str]) -> str:
+    """Which layers are not tapped, in words."""
+    left = [layer for layer in layers if layer not in tapped]
+    if left == layers[:1]:
+        return " but the first"
+    return f" but {', '.join(layer.removeprefix('input of ') for layer in left)}" if left else ""
 
 
 def _placed(taps: list[str]) -> tuple[Place, ...]:

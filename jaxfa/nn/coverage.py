@@ -216,10 +216,12 @@ class _Cover:
         starts = max(map(self.starts_of, self.result.ways[name]), key=len, default=[])
         if len(starts) < 2 or self.allows(name):
             return ""
+        mend = "Name whole blocks with at=, shortcut included, or "
+        if self.attached.rule.weights is not None:  # then at= names the layers that are factored
+            mend = "This rule taps the inputs of its layers, and no blocks: "
         return (
             f"- the error reaches {name!r} on {len(starts)} ways at once (from {', '.join(starts[:3])}), as when a "
-            f"shortcut passes a tap by or a layer is used twice. Name whole blocks with at=, shortcut included, or "
-            f"allow={layer_name(name)!r}."
+            f"shortcut passes a tap by or a layer is used twice. {mend}allow={layer_name(name)!r}."
         )
 
     def idle(self) -> list[str]:

@@ -36,7 +36,8 @@ def held_feedback(attached: Any) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for part in (*parts, *own_of(attached)):
         if part.feedback is not None:
-            found.setdefault(layer_name(part.path), []).append(part.feedback.get_value())
+            value = part.feedback.get_value()  # where a tap is at several arrays, a dictionary of one for each
+            found.setdefault(layer_name(part.path), []).extend(value.values() if isinstance(value, dict) else [value])
     return found
 
 

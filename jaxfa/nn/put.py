@@ -1,22 +1,20 @@
 """Puts a direct rule's taps on a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from flax import nnx
 
-from jaxfa.base import DirectRule, Rule
+from jaxfa.base import DirectRule
 from jaxfa.nn.above import surroundings
-from jaxfa.nn.choose import choose, name_all
-from jaxfa.nn.describe import layer_name
+from jaxfa.nn.ends import taps_at_end
 from jaxfa.nn.measured import tappable, that_are_read
 from jaxfa.nn.places import Forward, look, true_size
 from jaxfa.nn.program import Example
 from jaxfa.nn.tap import Place, held_taps, place_tap
 from jaxfa.nn.taps import (
     check_calls,
-    check_followed,
     check_source,
     drop_unused,
     end_at,
@@ -48,6 +46,8 @@ class Placed(NamedTuple):
       note: where a direct rule taps that was not told, and why.
       seen: looks through the forward pass, if that was traced.
       error: the output error's shape, if it is known.
+      at_end: the taps at the logits themselves.
+      rest: the places that were asked for, but for those.
     """
 
     backprop: list[str]
@@ -55,6 +55,8 @@ class Placed(NamedTuple):
     note: str = ""
     seen: Callable[[], Any] | None = None
     error: Any = None
+    at_end: Sequence[str] = ()
+    rest: tuple[str, ...] = ()
 
 
 def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call) -> Placed:
@@ -87,8 +89,10 @@ def put_direct(model: Any, rule: DirectRule, rngs: nnx.Rngs, at: Any, call: Call
     around = surroundings(model, held, seen, method, example) if asks(rule, "above") else {}
     fill_taps(held, rule, rngs, that_are_read(model, call, found), error, around=around)
     check_calls(held, recorder.calls)
-    check_followed(held, recorder, needed=rule.modulate is not None)
-    return Placed(above, note=note, seen=partial(forward.survey, places), error=error)
+    at_end = [] if rule.parameters else taps_at_end(held, forward, recorder)
+    known = {*at_end, rule.modulate}
+    rest = tuple(str(place) for place in places if not {place.path, str(place)} & known)
+    return Placed(above, note=note, seen=partial(forward.survey, places), error=error, at_end=at_end, rest=rest)
 
 
 def _unseen(modules: dict[str, Any], forward: Forward, places: tuple[Place, ...]) -> dict[str, Any]:
@@ -105,23 +109,3 @@ def _unseen(modules: dict[str, Any], forward: Forward, places: tuple[Place, ...]
         and f"output of {path}" not in forward.seen.seen
         and not any(path.startswith(f"{block}/") for block in blocks)
     }
-
-
-def advise(model: Any, rule: Rule, call: Call) -> str:
-    """Where a direct rule could tap a model instead, or why it could nowhere."""
-    if not isinstance(rule, DirectRule) or rule.weights is not None or rule.source is not None or call.example is None:
-        return ""
-    if rule.modulate is not None:
-        return (
-            "at= names what learns: layers, or blocks, and beside them what makes no product, as norms and embeddings."
-        )
-    forward = look(model, call.method, call.example, call.logits)
-    choice = choose(model, forward, call.allow)
-    if not choice.faults:
-        at = name_all(choice.places, [path for path, _ in modules_of(model)])
-        return f"at={tuple(at)} would do."
-    fault = choice.faults[0]
-    name, weights = layer_name(min(fault.names)), ", ".join(sorted({repr(layer_name(one)) for one in fault.passed}))
-    passes = f"passes {weights}" if weights else "comes on several ways"
-    reason = "no module between returns floats" if not weights else forward.why_not(sorted(fault.passed))
-    return f"No at= would do: the error of {name!r} {passes}, and {reason}."

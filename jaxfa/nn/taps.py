@@ -15,7 +15,6 @@ from jaxfa.nn.program import at_once, is_transformed
 from jaxfa.nn.tap import Held, remove_taps
 from jaxfa.nn.variables import Feedback, Recorder, init_at, init_stack, intercept, modules_of
 from jaxfa.paths import matches
-from jaxfa.rules.shared.local import LocalLoss
 
 
 def stacks_of(held: dict[str, Held]) -> dict[str, tuple[int, ...]]:
@@ -91,17 +90,6 @@ def check_calls(held: dict[str, Held], calls: dict[str, list[Any]]) -> None:
                     f"The tap {path!r} is called with several shapes (of one example: {', '.join(map(str, shapes))}), "
                     f"and a feedback is for one. Tap what reads its outputs, or give each call a module of its own."
                 )
-
-
-def check_followed(held: dict[str, Held], recorder: Recorder, *, needed: bool) -> None:
-    """Refuses a tap at the logits, where one must be followed: nothing would learn from the loss itself."""
-    for path, (_, _, tap) in held.items():
-        is_local = needed or any(isinstance(feedback, LocalLoss) for feedback in tap.feedbacks().values())
-        if is_local and any(h is recorder.end for h in recorder.sources[path]):
-            raise ValueError(
-                f"The tapped module {path!r} returns the logits themselves, and no layer follows that learns from the "
-                f"loss: leave it out of at=, since this rule is for what comes before the last layer."
-            )
 
 
 def follow(held: dict[str, Held], recorder: Recorder) -> None:

@@ -8,7 +8,7 @@ from jaxfa.base import DirectRule
 from jaxfa.jaxprs.cuts import OUTPUT, Cuts
 from jaxfa.jaxprs.cuts import Use as Read
 from jaxfa.jaxprs.flows import Use
-from jaxfa.nn.choose import choose
+from jaxfa.nn.choose import choose, name_all
 from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.factored import Factored
 from jaxfa.nn.places import Forward
@@ -22,8 +22,10 @@ def places_for(model: Any, rule: DirectRule, at: Any, forward: Forward, call: An
     """Where a rule taps a model, and, where it was not told, a sentence that says where and why."""
     note = ""
     if rule.modulate is not None:
-        places = _modulated(rule.modulate, _named(model, at) if at else _hidden(model, forward), call.method)
-        note = "" if at else "tapped: the output of every layer but the last, or of the norm behind it"
+        hidden = _named(model, at) if at else _hidden(model, forward)
+        places = _modulated(rule.modulate, hidden, call.method)
+        names = ", ".join(name_all(hidden, [path for path, _ in modules_of(model)]))
+        note = "" if at else f"tapped: {names}; the outputs of layers that lead to others, or of norms behind these"
     elif rule.parameters:
         places = _parameters(model, at, call.allow)
     elif rule.weights is not None or (at is None and rule.source is not None):

@@ -227,7 +227,7 @@ def test_no_activation_beyond_a_block_is_kept_if_blocks_stream(rule, shape):
 
 def test_what_can_not_learn_by_a_loss_of_its_own_is_refused():
     for rule in RULES.values():
-        with pytest.raises(ValueError, match="'head' returns the logits themselves, and no layer follows"):
+        with pytest.raises(ValueError, match="The tap 'head' is at the logits themselves"):
             attach(rule, at=("blocks/*", "head"))
     with pytest.raises(ValueError, match="'blocks' is a stack of layers, or is called with more than one array"):
         jaxfa.nn.attach(

@@ -148,7 +148,7 @@ def test_a_norm_is_tapped_in_the_place_of_the_layer_that_it_follows():
     at = ("norm", "conv2")
     found, named = (attach(ConvNet(nnx.Rngs(0)), jaxfa.pepita(), inputs(9, 8, 8, 3), one) for one in (None, at))
     assert found.coverage().rows == named.coverage().rows
-    assert found.note == "tapped: the output of every layer but the last, or of the norm behind it"
+    assert found.note == "tapped: norm, conv2; the outputs of layers that lead to others, or of norms behind these"
     # One that follows none is the user's to name.
     first = nnx.Sequential(nnx.LayerNorm(6, rngs=nnx.Rngs(0)), nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu)
     model = nnx.Sequential(*first.layers, nnx.Linear(8, 3, rngs=nnx.Rngs(0)))
@@ -164,7 +164,7 @@ def test_what_has_no_second_pass_is_refused():
         attach(Scanned(nnx.Rngs(0)), rule, inputs(9, 6))
     with pytest.raises(ValueError, match="'conv2' sends the error on to 'norm/bias'"):
         attach(ConvNet(nnx.Rngs(0)), rule, inputs(9, 8, 8, 3), ("conv1", "conv2"))
-    with pytest.raises(ValueError, match="'fc3' returns the logits themselves, and no layer follows"):
+    with pytest.raises(ValueError, match="The tap 'fc3' is at the logits themselves"):
         attach(MLP(nnx.Rngs(0)), rule, inputs(9, 6), "fc*")
     with pytest.raises(ValueError, match=r"\(4, ..., n\) as the input .* Say modulate= with the path of a module"):
         attach(TimeMajor(MLP(nnx.Rngs(0))), rule, inputs(5, 4, 6))

@@ -207,7 +207,7 @@ class Merged(nnx.Module):
 
 
 def test_a_refusal_says_why_nothing_would_do():
-    said = r"No at= would do: the error of 'a.*' passes 'b', and what 'b' reads, of shape \(36, 6\), has no axis"
+    said = r"No at= was found .*: the error of 'a.*' passes 'b', and what 'b' reads, of shape \(36, 6\), has no axis"
     with pytest.raises(ValueError, match=said):
         attach(Merged(nnx.Rngs(0)), jaxfa.dfa(), inputs(9, 4, 6))
 
