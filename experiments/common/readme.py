@@ -13,6 +13,7 @@ from experiments.common.metrics import Estimate
 ARMS = {
     "backprop()": ("bp",),
     "dfa(shared=True)": ("shared_dfa",),
+    "dfa(shared=True, buckets=256)": ("hashed_dfa",),
     "grape()": ("grape", "letter"),
     "pepita(mirror=0.1)": ("mirrored_pepita",),
     "ssa(parallel=False)": ("ssa_sequential",),

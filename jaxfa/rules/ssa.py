@@ -152,8 +152,7 @@ def ssa(
     draw = distribution or initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
     def init(key: jax.Array, w: Factors) -> FactoredFeedback:
-        b = _turned(key, w, scale)
-        return TransportedFactors(b) if pull_feedback else FactoredFeedback(b)
+        return (TransportedFactors if pull_feedback else FactoredFeedback)(_turned(key, w, scale))
 
     def init_parallel(key: jax.Array, h: Any, logits: Any, *, layer: Layer | None = None) -> LiftedFeedback:
         if layer is None:

@@ -16,11 +16,8 @@ def shared_axes(h: Any, logits: Any) -> int:
     Raises:
       ValueError: if batched logits share no axis with ``h``.
     """
-    count = 0
-    for a, b in zip(h.shape[:-1], logits.shape[:-1], strict=False):
-        if a != b:
-            break
-        count += 1
+    equal = [a == b for a, b in zip(h.shape[:-1], logits.shape[:-1], strict=False)]
+    count = [*equal, False].index(False)
     if logits.ndim > 1 and count == 0:
         raise ValueError(
             f"Direct feedback needs an activation with the logits' batch axis first: expected h of shape "
