@@ -43,7 +43,7 @@ def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return error_in(program.returned(outputs[0]), attached.logits)
 
     taps = [one.tap for one in held_taps(attached.model).values()]
-    in_turn = not any(one.shared for tap in taps for one in tap.feedbacks().values())
+    in_turn = attached.in_turn and not any(one.shared for tap in taps for one in tap.feedbacks().values())
     try:
         return program.finish(*with_error(run, Error(error_of, attached.error, in_turn), tuple(program.states)))
     except jax.errors.UnexpectedTracerError as error:
