@@ -50,6 +50,7 @@ class Attached(nnx.Module):
         self.note: str = options.get("note", "")
         self.phase = nnx.static(Phase())
         self.error = nnx.static(None)  # the error's type, where it is known before a call
+        self.in_turn = True  # whether a direct rule's taps wait for each other, which saves memory
         self.is_local = False  # whether a direct rule's audit tells products of parameters from layers
         # By the path of the parameter, so that an optimizer sees whose weights a feedback stands for.
         self.own, self.left = nnx.Dict(by_parameter(own[0])), nnx.static(own[1])

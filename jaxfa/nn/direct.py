@@ -43,7 +43,7 @@ def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return output.of(kept, cotangents[0])
 
     taps = [one.tap for one in held_taps(attached.model).values()]
-    in_turn = not any(one.shared for tap in taps for one in tap.feedbacks().values())
+    in_turn = attached.in_turn and not any(one.shared for tap in taps for one in tap.feedbacks().values())
     try:
         error = Error(lambda outputs: output.keep(outputs[0]), error_of, attached.error, in_turn)
         return program.finish(*with_error(run, error, tuple(program.states)))

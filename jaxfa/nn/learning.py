@@ -50,10 +50,11 @@ def how_it_learns(rule: Rule, feedback: Any) -> str:
 def quiet(attached: Any, error: Any = None) -> Any:
     """A copy that says nothing when it is differentiated: what is measured is no step.
 
-    Of a call whose error has a known shape it need not be traced for that.
+    A call whose error has a known shape need not be traced for that; it is looked at and never run, in any order.
     """
     copy = nnx.clone(attached)
     copy.phase = nnx.static(None)
+    copy.in_turn = error is None
     copy.error = nnx.static(error and jax.typeof(jnp.zeros(error.shape, error.dtype)))
     return copy
 

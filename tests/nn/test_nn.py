@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,9 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
+from jaxfa.jaxprs.versions import equations, opened
+from jaxfa.nn.learning import quiet
+from jaxfa.nn.program import at_once
 from tests.networks import (
     BLOCKS,
     LOOKS,
@@ -90,6 +94,25 @@ def test_feedback_has_a_variable_type_of_its_own():
     assert len(jax.tree.leaves(params)) == 6
     assert [leaf.shape for leaf in jax.tree.leaves(feedback)] == [(8, 8), (8, 3)]  # none for the first layer
     assert not jax.tree.leaves(rest)
+
+
+@pytest.mark.parametrize("rule", [jaxfa.fa(), jaxfa.ldfa(4)], ids=["uniform", "normal"])
+def test_a_small_feedback_is_drawn_to_the_last_bit_as_if_it_was_large(rule):
+    key, w = jax.random.key(3), jax.random.normal(jax.random.key(4), (60, 60))
+    optimised = jax.jit(rule.init, compiler_options={"xla_backend_optimization_level": 1})
+    chex.assert_trees_all_equal(at_once(rule.init, key, w), optimised(key, w))
+
+
+def test_taps_wait_for_each_other_only_where_a_gradient_is_run():
+    attached = attach(MLP(nnx.Rngs(0)), jaxfa.dfa(), inputs(9, 6))
+
+    def waiting(model):
+        program = jax.make_jaxpr(lambda state: nnx.grad(loss)(nnx.merge(graph, state), inputs(9, 6)))
+        graph, state = nnx.split(model)
+        return sum(eqn.primitive.name == "cond" for eqn in equations(opened(program(state))))
+
+    looked_at = quiet(attached, jax.ShapeDtypeStruct((9, 3), "float32"))
+    assert (waiting(attached), waiting(quiet(attached)), waiting(looked_at)) == (2, 2, 0)
 
 
 def test_nothing_is_traced_again_from_step_to_step():
