@@ -92,7 +92,7 @@ def test_direct_feedback_of_every_shape(h_shape, e_shape, b_shape, spec, x64):
     (e_axes, b_axes), h_axes = spec.split("->")[0].split(","), spec.split("->")[1]
     _, _, signal = delivered(jaxfa.dkp())
     np.testing.assert_allclose(signal.b, np.einsum(f"{h_axes},{e_axes}->{b_axes}", h, e), atol=1e-13)
-    feedback, dh, _ = delivered(jaxfa.drtp(), -(e < 0) / 20)
+    feedback, dh, _ = delivered(jaxfa.drtp(), jnp.where(e < 0, -1 / 20, 0))
     np.testing.assert_allclose(dh, -np.einsum(spec, (e < 0) / 20, feedback.b), atol=1e-13)
     feedback, dh, _ = delivered(jaxfa.dfa(shared=True))
     own = np.asarray(feedback.b).reshape(b_shape)
