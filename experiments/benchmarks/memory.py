@@ -6,6 +6,10 @@ Where ``jaxfa.update_stack`` updates each block at once, it does not even with t
 
 Command: ``python -m experiments run memory``
 
+Verdict: holds. Streamed memory is flat, in the stack of equal blocks and in the ResNet, and a streamed step takes less
+time than backpropagation's, since no error passes between blocks. Stored, direct feedback keeps what backpropagation
+does.
+
 Memory is what the compiled program allocates beside its inputs and outputs (``memory_analysis``), so that parameters,
 their gradients and the optimizer's state are not in it. A step is the gradient of all parameters; the fused one also
 updates them. The stack: ``h + relu(h w + b)``, the block for which backpropagation has least to keep. The time is the
