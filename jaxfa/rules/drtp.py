@@ -11,7 +11,7 @@ from jax.nn import initializers
 
 from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
 from jaxfa.rules.shared.projection import direct_matrix, project
-from jaxfa.rules.shared.targets import check_targets, label_targets
+from jaxfa.rules.shared.targets import check_targets, sigmoid_targets, softmax_targets
 
 
 @feedback_dataclass
@@ -23,22 +23,30 @@ class TargetProjection(DirectFeedback):
     """
 
     b: jax.Array
-    reads = staticmethod(label_targets)
+    reads = staticmethod(softmax_targets)
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
         return project(self.b, h, check_targets(e))
 
 
-def drtp(*, distribution: Initializer | None = None, scale: float = 1.0) -> DirectRule:
+@feedback_dataclass
+class LabelsProjection(TargetProjection):
+    """The same of sigmoids, each of which has a label of its own."""
+
+    reads = staticmethod(sigmoid_targets)
+
+
+def drtp(*, sigmoid: bool = False, distribution: Initializer | None = None, scale: float = 1.0) -> DirectRule:
     """Direct random target projection: ``dh_l = -c y* B_l^T`` with the targets ``y*``; ``c`` is ``1 / N`` in a mean.
 
-    For classification by cross-entropy of one softmax, or of sigmoids, with hard targets (no label smoothing, no mixing
-    of examples): of its error ``e = c (p - y*)`` one part alone is projected, which is known before the output is. An
+    For classification by softmax or sigmoid cross-entropy with hard targets (no label smoothing, no mixing of
+    examples): of its error ``e = c (p - y*)`` one part alone is projected, which is known before the output is. An
     example counts as in the loss, a mean, a sum or weighted, also under ``shard_map``. What the error shows to be of
-    soft labels, or of another loss, is refused, under ``jit`` by gradients that are NaN. An example that is fitted to
-    the last bit teaches nothing.
+    soft labels, or of another loss, is refused, under ``jit`` by gradients that are NaN. An example that is fitted but
+    for rounding teaches nothing.
 
     Args:
+      sigmoid: whether the loss is a sigmoid's for each class, of which an example may have several, not one softmax's.
       distribution: an initializer ``(key, shape, dtype) -> B`` for shape ``(n, C)``; by default uniform on
         +-sqrt(6 / n) (He's), as in the paper's code.
       scale: factor on the drawn matrix.
@@ -61,6 +69,6 @@ def drtp(*, distribution: Initializer | None = None, scale: float = 1.0) -> Dire
     draw = distribution or initializers.he_uniform()
 
     def init(key: jax.Array, h: Any, logits: Any) -> TargetProjection:
-        return TargetProjection(scale * direct_matrix(key, draw, h, logits))
+        return (LabelsProjection if sigmoid else TargetProjection)(scale * direct_matrix(key, draw, h, logits))
 
     return DirectRule(init)

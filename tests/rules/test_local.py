@@ -14,7 +14,7 @@ import jaxfa
 from jaxfa.rules.auglocal import redrawn, sampled
 from jaxfa.rules.predsim import halved
 from jaxfa.rules.shared.local import pool
-from jaxfa.rules.shared.targets import check_classes, softmax_targets
+from jaxfa.rules.shared.targets import check_classes, sigmoid_targets, softmax_targets
 from tests.oracles import backwards, local
 from tests.oracles.networks import Conv, Dense
 
@@ -264,6 +264,39 @@ def test_targets_are_told_of_examples_that_are_sure_right_or_wrong(scale, dtype)
         np.testing.assert_allclose(t[~fitted], want, rtol=1e-3 if dtype == jnp.float32 else 0.1)
         likely = jax.nn.softmax(logits)[np.arange(N), LABELS]
         assert (likely[fitted] > 0.99).all()
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+@pytest.mark.parametrize("scale", [0.01, 1, 6, 30, 200])
+@pytest.mark.parametrize(
+    ("dtype", "own", "atol"),
+    [("float32", "float32", 1e-3), ("bfloat16", "float32", 0.01), ("bfloat16", "bfloat16", 0.2)],
+)
+def test_no_rounding_hides_a_target_or_changes_its_weight(dtype, own, atol, scale, classes):
+    draw, key = jax.random.split(jax.random.key(classes))
+    z = (scale * jax.random.normal(draw, (64, classes))).astype(dtype)
+    # Half of the examples are right, and are fitted the better the larger the scale.
+    one = jnp.where(jnp.arange(64) % 2, z.argmax(-1), jax.random.randint(key, 64, 0, classes))
+    several = jax.random.bernoulli(key, 0.3, z.shape).astype(own)
+
+    def softmax(z):
+        return optax.softmax_cross_entropy_with_integer_labels(z.astype(own), one).sum()
+
+    def sigmoids(z):
+        return optax.sigmoid_binary_cross_entropy(z.astype(own), several).sum()
+
+    def check(loss, reads, y):
+        e = jax.grad(loss)(z)
+        t = np.asarray(jax.jit(reads)(z, e), float)
+        assert np.isfinite(t).all()
+        learns = t.any(-1)
+        # Of a sigmoid that is fitted there is no error, and no target.
+        want = -np.where((e != 0) | (loss is softmax), y, 0)
+        np.testing.assert_allclose(t[learns], want[learns], atol=atol)
+        return learns
+
+    assert check(softmax, softmax_targets, jax.nn.one_hot(one, classes))[::2].mean() > (0.9 if scale < 30 else 0.4)
+    assert check(sigmoids, sigmoid_targets, several).mean() > 0.2
 
 
 @pytest.mark.parametrize("name", UNTOLD)

@@ -18,7 +18,7 @@ from jaxfa.rules.shared.projection import shared_axes
 def softmax_targets(logits: jax.Array, e: jax.Array) -> jax.Array:
     """``-c y`` of a softmax cross-entropy, ``(N, ..., C)``.
 
-    An example whose error is zero, fitted to the last bit or of weight 0, has none. An example whose target can't be
+    An example whose error is zero, fitted but for rounding or of weight 0, has none. An example whose target can't be
     told has NaN: whoever learns from it sees that nothing was learned.
 
     Args:
@@ -32,12 +32,10 @@ def softmax_targets(logits: jax.Array, e: jax.Array) -> jax.Array:
     return _told(t, told, logits, e, "softmax cross-entropy")
 
 
-def label_targets(logits: jax.Array, e: jax.Array) -> jax.Array:
-    """The same of a softmax or sigmoid cross-entropy, of which an example may have several classes, or none."""
-    wide = _wide(logits, e)
-    (one, by_softmax), (several, by_sigmoid) = _by_softmax(*wide), _by_sigmoid(*wide)
-    t = jnp.where(by_softmax[..., None], one, several)
-    return _told(t, by_softmax | by_sigmoid, logits, e, "cross-entropy of one softmax, or of sigmoids,")
+def sigmoid_targets(logits: jax.Array, e: jax.Array) -> jax.Array:
+    """The same of a sigmoid cross-entropy, of which an example may have several classes, or none."""
+    t, told = _by_sigmoid(*_wide(logits, e))
+    return _told(t, told, logits, e, "sigmoid cross-entropy")
 
 
 def weighted(t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -81,33 +79,32 @@ def _wide(logits: jax.Array, e: jax.Array) -> tuple[jax.Array, jax.Array, float]
 def _by_softmax(logits: jax.Array, e: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """``-c y``, and whether ``e`` is ``c (p - y)``."""
     p = jax.nn.softmax(logits)
-    tiny = jnp.finfo(p.dtype).tiny
-    # The least, not the negative one: an error that is nearly fitted may have lost its sign.
-    ratio = jnp.where((p < tiny) & (e >= 0), jnp.inf, e / jnp.maximum(p, tiny))
+    # The target's ratio is the least; where it is likely, rounding may have taken the sign of its error.
+    ratio = jnp.where((e < 0) | (p > 0.5), e / jnp.maximum(p, jnp.finfo(p.dtype).tiny), jnp.inf)
     y = jax.nn.one_hot(jnp.argmin(ratio, -1), p.shape[-1], dtype=p.dtype)
-    c, fitted = _weight(jnp.sum(e * (1 - y), -1, keepdims=True), jnp.sum(p * (1 - y), -1, keepdims=True), 1e-28)
-    return -c * y, fitted | _is_part(c, p - y, e, eps)
+    others = jnp.sum(p * (1 - y), -1, keepdims=True)
+    c, fitted = _weight(jnp.sum(e * (1 - y), -1, keepdims=True), others)
+    apart = jnp.where(y > 0, -others, p)  # p - 1 would be rounded
+    return -c * y, fitted | _is_part(c, apart, e, eps, jnp.where(y > 0, 1, others))
 
 
 def _by_sigmoid(logits: jax.Array, e: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """The same of sigmoids; a class without error may have no weight."""
     y = e < 0
     apart = jnp.where(e != 0, jnp.where(y, -jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits)), 0)
-    error, size = (jnp.abs(one).sum(-1, keepdims=True) for one in (e, apart))
-    # A loss that subtracts the label from the prediction has rounded what is below.
-    c, fitted = _weight(error, size, 4 * float(jnp.finfo(e.dtype).eps))
-    return -c * y, fitted | _is_part(c, apart, e, eps)
+    c, fitted = _weight(*(jnp.abs(one).sum(-1, keepdims=True) for one in (e, apart)))
+    return -c * y, fitted | _is_part(c, apart, e, eps, jnp.ones_like(apart))
 
 
-def _weight(error: jax.Array, apart: jax.Array, least: float) -> tuple[jax.Array, jax.Array]:
-    """An example's weight in the loss; whether it is fitted so well that nothing tells it, which then is zero."""
-    fitted = apart <= least
+def _weight(error: jax.Array, apart: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An example's weight in the loss, zero where it is fitted so well that rounding hides it; and where that is."""
+    fitted = apart <= 4 * jnp.finfo(apart.dtype).eps
     return jnp.where(fitted, 0, error / jnp.where(fitted, 1, apart)), fitted.all(-1)
 
 
-def _is_part(c: jax.Array, apart: jax.Array, e: jax.Array, eps: float) -> jax.Array:
-    """Whether ``e`` is ``c`` times what predictions and labels are apart, but for rounding."""
-    return jnp.all(jnp.abs(e - c * apart) <= c * (math.sqrt(eps) * jnp.abs(apart) + 4 * eps), -1)
+def _is_part(c: jax.Array, apart: jax.Array, e: jax.Array, eps: float, rounded: jax.Array) -> jax.Array:
+    """Whether ``e`` is ``c`` times what predictions and labels are apart, each rounded beside a number of that size."""
+    return jnp.all(jnp.abs(e - c * apart) <= c * (math.sqrt(eps) * jnp.abs(apart) + 4 * eps * rounded), -1)
 
 
 _NOT_FINITE = (
