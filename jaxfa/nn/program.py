@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,6 @@ from jaxfa.nn.variables import Feedback, structs, written_whole
 
 with jax.ensure_compile_time_eval():
     _OUTSIDE = get_opaque_trace_state()
-_SMALL = 2**17
 
 
 def is_transformed() -> bool:
@@ -33,8 +33,7 @@ def at_once(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)  # JAX takes options at the outermost jit alone
     traced, returned = jax.make_jaxpr(function, return_shape=True)(*args)
     program = _Equations(str(traced), tuple(map(id, constants(opened(traced)))), opened(traced))
-    run = _RUN[program.level]
-    return jax.tree.unflatten(jax.tree.structure(returned), run(program, traced.consts, jax.tree.leaves(args)))
+    return jax.tree.unflatten(jax.tree.structure(returned), _run(program, traced.consts, jax.tree.leaves(args)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,21 +50,10 @@ class _Equations:
     constants: tuple[int, ...]
     jaxpr: Any = dataclasses.field(compare=False)
 
-    @property
-    def level(self) -> int:
-        """How far to optimise it: of small arrays a program runs sooner than it is optimised.
 
-        Not at all would change the last bits of normal numbers, whose ``erf_inv`` sums products.
-        """
-        size = sum(var.aval.size for var in self.jaxpr.outvars)
-        return 0 if size <= _SMALL and "erf_inv" not in self.words else 1
-
-
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 1})
 def _run(program: _Equations, consts: list[Any], values: list[Any]) -> list[Any]:
     return jaxpr_as_fun(ClosedJaxpr(program.jaxpr, consts))(*values)
-
-
-_RUN = [jax.jit(_run, static_argnums=0, compiler_options={"xla_backend_optimization_level": i}) for i in range(2)]
 
 
 def method_of(name: str) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,6 @@ import jaxfa
 import jaxfa.nn
 from jaxfa.jaxprs.versions import equations, opened
 from jaxfa.nn.learning import quiet
-from jaxfa.nn.program import at_once
 from tests.networks import (
     BLOCKS,
     LOOKS,
@@ -94,13 +92,6 @@ def test_feedback_has_a_variable_type_of_its_own():
     assert len(jax.tree.leaves(params)) == 6
     assert [leaf.shape for leaf in jax.tree.leaves(feedback)] == [(8, 8), (8, 3)]  # none for the first layer
     assert not jax.tree.leaves(rest)
-
-
-@pytest.mark.parametrize("rule", [jaxfa.fa(), jaxfa.ldfa(4)], ids=["uniform", "normal"])
-def test_a_small_feedback_is_drawn_to_the_last_bit_as_if_it_was_large(rule):
-    key, w = jax.random.key(3), jax.random.normal(jax.random.key(4), (60, 60))
-    optimised = jax.jit(rule.init, compiler_options={"xla_backend_optimization_level": 1})
-    chex.assert_trees_all_equal(at_once(rule.init, key, w), optimised(key, w))
 
 
 def test_taps_wait_for_each_other_only_where_a_gradient_is_run():
