@@ -84,6 +84,8 @@ class DirectFeedback:
     shared: ClassVar[bool] = False
     # True: it is given a parameter as it is, not once for each example.
     common: ClassVar[bool] = False
+    # True: it brings the error of a loss of the activation's own, whatever comes after.
+    local: ClassVar[bool] = False
     # ``(logits, e) -> `` what it is given in the place of the output error, such as targets; None is the error itself.
     reads: ClassVar[Any] = None
     learns: ClassVar[str] = ""

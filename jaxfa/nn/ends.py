@@ -10,7 +10,6 @@ from jaxfa.nn.survey import names_of
 from jaxfa.nn.tap import Held
 from jaxfa.nn.taps import stacks_of
 from jaxfa.nn.variables import Recorder
-from jaxfa.rules.shared.local import LocalLoss
 
 
 def taps_at_end(held: dict[str, Held], forward: Forward, recorder: Recorder) -> list[str]:
@@ -38,7 +37,7 @@ def taps_at_end(held: dict[str, Held], forward: Forward, recorder: Recorder) -> 
 
 
 def _is_local(one: Held) -> bool:
-    return any(isinstance(feedback, LocalLoss) for feedback in one.tap.feedbacks().values())
+    return any(feedback.local for feedback in one.tap.feedbacks().values())
 
 
 def _place(one: Held) -> str:

@@ -20,6 +20,7 @@ class LocalLoss(DirectFeedback):
     loss, by its weight ``c``: ``1 / N`` in a mean.
     """
 
+    local = True
     reads = staticmethod(softmax_targets)
 
     def loss(self, h: jax.Array, y: jax.Array, c: jax.Array) -> jax.Array:
