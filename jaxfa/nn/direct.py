@@ -11,7 +11,7 @@ from jaxfa.jaxprs.follow import with_local_products
 from jaxfa.nn.output import OutputError
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.refined import bound
-from jaxfa.nn.tap import Channel, held_taps, set_taps
+from jaxfa.nn.tap import Channel, set_taps
 from jaxfa.varying import zeros_of
 
 # A model's own parameters, its other state, and its arguments.
@@ -42,8 +42,7 @@ def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             return _zeros(channels[-1].source, attached.rule.source)  # the source will write it
         return output.of(kept, cotangents[0])
 
-    taps = [one.tap for one in held_taps(attached.model).values()]
-    in_turn = attached.in_turn and not any(one.shared for tap in taps for one in tap.feedbacks().values())
+    in_turn = attached.in_turn and not any(one.shared for one in output.feedbacks)
     try:
         error = Error(lambda outputs: output.keep(outputs[0]), error_of, attached.error, in_turn)
         return program.finish(*with_error(run, error, tuple(program.states)))

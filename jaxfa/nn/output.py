@@ -14,12 +14,13 @@ class OutputError:
     """How the error of one run is found; most rules need nothing of the outputs but their cotangents.
 
     Attributes:
-      reads: as the feedback's class has it.
+      feedbacks: those that it is delivered by.
+      reads: as their class has it.
     """
 
     def __init__(self, attached: Any, program: Program) -> None:
-        feedbacks = [one for tap in taps_of(attached.model).values() for one in tap.feedbacks().values()]
-        self.reads = feedbacks[0].reads if feedbacks else None
+        self.feedbacks = [one for tap in taps_of(attached.model).values() for one in tap.feedbacks().values()]
+        self.reads = self.feedbacks[0].reads if self.feedbacks else None
         self._program, self._logits = program, attached.logits
 
     def keep(self, outputs: Any) -> jax.Array | None:
