@@ -6,8 +6,8 @@ contractions with a parameter that a model makes by itself: ``x @ w``, einsums a
 LoRA's adapters, experts chosen by an index. Their feedback is the parameter's, whose path they go by; where the
 parameter learns elsewhere, too, as a tied embedding does, Kolen-Pollack's law holds for this part of its steps.
 
-The arrays of ``nnx.state(attached)`` are all that need be saved, by orbax, numpy or pickle: the same call of attach
-makes the rest, ``nnx.update(attached, state)`` puts them back. The model itself, which has the rule's functions in it,
+The arrays of ``nnx.state(attached)`` are all that need be saved, by orbax or numpy: the same call of attach makes
+the rest, ``nnx.update(attached, state)`` puts them back. The model itself, which has the rule's functions in it,
 can be copied by ``copy.deepcopy`` but not pickled.
 """
 
