@@ -137,4 +137,5 @@ def arguments(network: Network) -> Any:
 def shardings(mesh: Mesh) -> Any:
     """Where the arguments of a pipeline's step lie."""
     layers, all_devices = NamedSharding(mesh, P("layer")), NamedSharding(mesh, P())
-    return {"stack": layers, "head": all_devices}, jaxfa.DirectMatrix(layers), all_devices, all_devices  # type: ignore[arg-type]
+    feedback = jax.tree.map(lambda _: layers, jaxfa.DirectMatrix(jnp.zeros(())))
+    return {"stack": layers, "head": all_devices}, feedback, all_devices, all_devices
