@@ -160,7 +160,10 @@ def test_a_stack_that_ends_in_the_logits_needs_a_layer_behind_it():
 
 @pytest.mark.parametrize("how", ["norm", "constant", "activation"])
 def test_what_learns_or_contracts_may_follow(how):
-    attach(Followed(nnx.Rngs(0), how), jaxfa.dfa(), X, LAYERS)
+    aligned = attach(Followed(nnx.Rngs(0), how), jaxfa.dfa(), X, LAYERS)
+    assert {row.arrives.split()[0] for row in aligned.coverage().rows if row.layer in LAYERS} == {"direct,"}
+    with pytest.raises(ValueError, match="at the logits themselves"):  # without what follows
+        attach(MLP(nnx.Rngs(0)), jaxfa.dfa(), X, LAYERS)
 
 
 def test_a_tap_that_is_an_output_and_goes_on_is_none_at_the_logits():

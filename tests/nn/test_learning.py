@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -159,7 +160,13 @@ def test_an_optimizer_of_a_rule_that_leaves_feedback_as_it_is_refuses_feedback_t
 @pytest.mark.parametrize("name", FIXED)
 def test_an_optimizer_takes_feedback_that_does_not_learn(name):
     rule = FIXED[name]
-    nnx.Optimizer(attach(MLP(nnx.Rngs(0)), rule, X), jaxfa.optimizer(optax.adam(0.1), rule), wrt=TRAINED)
+    model = attach(MLP(nnx.Rngs(0)), rule, X)
+    optimizer = nnx.Optimizer(model, jaxfa.optimizer(optax.adam(0.1), rule), wrt=TRAINED)
+    before = jax.tree.map(jnp.copy, nnx.state(model, TRAINED))
+    optimizer.update(model, nnx.grad(mean_loss, argnums=nnx.DiffState(0, TRAINED))(model, X))
+    kept, moved = (nnx.split_state(one, jaxfa.nn.Feedback, ...) for one in (before, nnx.state(model, TRAINED)))
+    chex.assert_trees_all_equal(moved[0], kept[0])
+    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (moved[1], kept[1])), strict=True))
 
 
 def by_loss(model):
