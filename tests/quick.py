@@ -26,7 +26,6 @@ ROWS = {
     "test_gradients_of_weights_have_no_bias_and_the_same_variance": (),
     "test_drtp_learns_from_targets_that_the_error_tells_or_refuses_it": ("mixed", "several labels"),
     "test_no_rounding_hides_a_target_or_changes_its_weight": ("float32-float32-*-30-1000", "bfloat16-bfloat16-*-6-10"),
-    "test_targets_are_told_of_examples_that_are_sure_right_or_wrong": ("float32--5",),
     "test_an_example_counts_as_it_does_in_the_loss": ("drtp-*stored", "predsim-*stream", "local_classifier-dispatch"),
     "test_a_streamed_model_learns_the_same": (),
     "test_models_train_and_what_a_pass_writes_is_written_once": ("norms",),

@@ -99,7 +99,7 @@ def _by_sigmoid(logits: jax.Array, e: jax.Array, eps: float) -> tuple[jax.Array,
 def _weight(error: jax.Array, apart: jax.Array) -> tuple[jax.Array, jax.Array]:
     """An example's weight in the loss, zero where it is fitted so well that rounding hides it; and where that is."""
     fitted = apart <= 4 * jnp.finfo(apart.dtype).eps
-    return jnp.where(fitted, 0, error / jnp.where(fitted, 1, apart)), fitted.all(-1)
+    return jnp.where(fitted, 0, error / jnp.where(fitted, 1, apart)), fitted[..., 0]
 
 
 def _is_part(c: jax.Array, apart: jax.Array, e: jax.Array, eps: float, rounded: jax.Array) -> jax.Array:
