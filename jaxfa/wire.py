@@ -3,7 +3,7 @@
 (A Flax model may run its layers on copies, in loops and maps: there taps take the place of the wire, see ``delivery``.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -97,19 +97,28 @@ def with_wire(logits: jax.Array, wire: jax.Array, feedback: Any) -> jax.Array:
     Source: as :func:`direct`.
     """
     nodes = [one for one in jax.tree.leaves(feedback, is_leaf=is_feedback) if isinstance(one, DirectFeedback)]
-    kinds = {one.reads for one in nodes}
-    if len(kinds) > 1:
-        names = sorted({type(one).__name__ for one in nodes})
-        raise ValueError(
-            f"One wire brings the same to all layers, and of {', '.join(names)} some need the error, others the "
-            f"targets: give each kind a wire of its own."
-        )
-    reads = kinds.pop() if kinds else None
+    reads = reading(nodes)
     if reads is None:
         return logits + wire
     logits, wire = vary_alike((logits, wire))
     with backward_alone():
         return logits + _read(reads, lax.stop_gradient(logits), wire)
+
+
+def reading(feedbacks: Sequence[DirectFeedback]) -> Reading | None:
+    """What all of them are given in the place of the output error, by their class; None is the error itself.
+
+    Raises:
+      ValueError: if that is not the same.
+    """
+    kinds = {one.reads for one in feedbacks}
+    if len(kinds) > 1:
+        names = ", ".join(sorted({type(one).__name__ for one in feedbacks}))
+        raise ValueError(
+            f"All layers are given the same, and of {names} some need the output error, others the targets, or targets "
+            f"of another kind: take one rule for all layers or, in functional code, a wire for each kind."
+        )
+    return kinds.pop() if kinds else None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

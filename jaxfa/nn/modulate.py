@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxfa.delivery import filled
 from jaxfa.nn.cotangents import floats_of, products, relearned
-from jaxfa.nn.leaves import error_in
+from jaxfa.nn.output import OutputError
 from jaxfa.nn.program import Program, method_of
 from jaxfa.nn.stream import Walk, walked
 from jaxfa.nn.tap import Tap
@@ -79,16 +79,18 @@ class Second(First):
 def call_modulated(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a tapped model; its gradient is formed in a second pass, on a modulated input."""
     program = Program(attached.model, method_of(attached.method), args, kwargs)
+    output = OutputError(attached, program)
 
     def keep(state: Any) -> Any:
         walk = First()
-        return program.run(state, prepare=walked(walk)), (state, walk.seen)
+        found = program.run(state, prepare=walked(walk))
+        return found, (state, walk.seen, output.keep(found[0]))
 
     def backward(kept: Any, cotangents: Any) -> Any:
-        state, first = kept
+        state, first, logits = kept
 
         def surrogate(floats: list[Any]) -> list[jax.Array]:
-            walk = Second(error_in(program.returned(filled(cotangents[0])), attached.logits), first)
+            walk = Second(output.of(logits, filled(cotangents[0])), first)
             outputs = program.run(rebuild(floats), prepare=walked(walk))
             return [*products(cotangents, outputs), *walk.learned]
 

@@ -8,6 +8,7 @@ from jax import lax
 from jaxfa.nn.leaves import error_in
 from jaxfa.nn.program import Program
 from jaxfa.nn.tap import taps_of
+from jaxfa.wire import reading
 
 
 class OutputError:
@@ -16,11 +17,19 @@ class OutputError:
     Attributes:
       feedbacks: those that it is delivered by.
       reads: as their class has it.
+
+    Raises:
+      ValueError: if some of them need the error and others the targets, or the targets are wanted at a source.
     """
 
     def __init__(self, attached: Any, program: Program) -> None:
         self.feedbacks = [one for tap in taps_of(attached.model).values() for one in tap.feedbacks().values()]
-        self.reads = self.feedbacks[0].reads if self.feedbacks else None
+        self.reads = reading(self.feedbacks)
+        if self.reads is not None and attached.rule.source is not None:
+            raise ValueError(
+                f"{type(self.feedbacks[0]).__name__} learns from targets, which the error at the logits tells, and the "
+                f"rule takes the error at {attached.rule.source!r}: leave out its source."
+            )
         self._program, self._logits = program, attached.logits
 
     def keep(self, outputs: Any) -> jax.Array | None:

@@ -1,5 +1,6 @@
 """Local losses on Flax models: heads in the state, AugLocal's networks made of the model itself, memory, refusals."""
 
+from dataclasses import replace
 from functools import partial
 
 import chex
@@ -289,6 +290,19 @@ def test_an_example_counts_as_it_does_in_the_loss(rule, schedule):
         got = learned(model, objective)
         chex.assert_trees_all_close(got, jax.tree.map(partial(jnp.multiply, factor), want), rtol=2e-4, atol=1e-6)
     assert all(jnp.abs(want["model"]["blocks"][i]["kernel"]).max() > 1e-4 for i in range(2))
+
+
+def test_targets_for_some_taps_alone_or_at_a_source_are_refused():
+    def mixed(key, h, logits):
+        return (jaxfa.drtp() if h.shape[-1] == 8 else jaxfa.dfa()).init(key, h, logits)
+
+    model, x = MLP((2, 2, 2), 3, hidden=(8, 7, 6), rngs=nnx.Rngs(0)), inputs(6, 2, 2, 2)
+    for rule, words in (
+        (jaxfa.DirectRule(mixed), "of DirectMatrix, TargetProjection some need the output error"),
+        (replace(jaxfa.drtp(), source="layers/2"), "takes the error at 'layers/2': leave out its source"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=x)
 
 
 @LOOKS

@@ -306,7 +306,7 @@ def test_an_error_that_was_not_read_is_refused(x64):
         assert np.isnan(jax.jit(feedback.deliver)(h, e)).any()
         assert np.isfinite(jax.jit(feedback.deliver)(h, softmax_targets(z, e))).all()
     both = [jaxfa.dfa().init(jax.random.PRNGKey(0), h, e), jaxfa.drtp().init(jax.random.PRNGKey(0), h, e)]
-    with pytest.raises(ValueError, match="of DirectMatrix, TargetProjection some need the error"):
+    with pytest.raises(ValueError, match="of DirectMatrix, TargetProjection some need the output error"):
         jaxfa.with_wire(z, jnp.zeros_like(z), both)
 
 
