@@ -94,7 +94,10 @@ def _arms(config: Config, dataset: data.Dataset, name: NetworkName) -> Iterator[
 EXPERIMENT = Experiment(
     __name__,
     __doc__,
-    {"cpu": Config(**CPU_RATES, control_rate=1e-2), "paper": Config(**PAPER)},
+    {
+        "cpu": Config(**CPU_RATES | {"networks": ("alexnet", "resnet20"), "seeds": 3}, control_rate=1e-2),
+        "paper": Config(**PAPER),
+    },
     Page(
         "How much backpropagation does a deep network need?",
         "Direct feedback, fixed (DFA) or learned (GrAPE), with one mini-batch of backpropagation every so many epochs "

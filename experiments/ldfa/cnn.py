@@ -106,12 +106,10 @@ EXPERIMENT = Experiment(
     {
         "cpu": Config(
             ranks=(4, 16),
-            variants=("both", "local", "hebbian", "fixed"),
             retina=(16, 16),
             cortex=(16, 16, 16),
             hidden=128,
             window=5,
-            seeds=1,
             **CPU,
         ),
         "paper": Config(epochs=100, seeds=5),

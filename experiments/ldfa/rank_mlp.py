@@ -138,8 +138,8 @@ EXPERIMENT = Experiment(
     __doc__,
     {
         "cpu": Config(
-            ranks=(10,),
-            variants=tuple(name for name in get_args(GroupName) if name[0] != "B" and name != "normative"),
+            ranks=(1, 4, 10),
+            variants=tuple(name for name in get_args(GroupName) if name != "normative"),
             shrink=2,
             width=128,
             narrow=10,

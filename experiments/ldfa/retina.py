@@ -127,7 +127,7 @@ EXPERIMENT = Experiment(
             images=10_000,
             test_images=2_000,
             epochs=6,
-            seeds=2,
+            seeds=3,
         ),
         "paper": Config(epochs=100, learning_rate=5e-4, seeds=5),
     },

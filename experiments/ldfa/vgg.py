@@ -57,9 +57,7 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {
-        "cpu": Config(
-            ranks=(0.5,), variants=("both", "local", "hebbian", "fixed"), widths=(16, 32, 64), learning_rate=2e-3, **CPU
-        ),
+        "cpu": Config(ranks=(0.125, 0.5), widths=(16, 32, 64), learning_rate=2e-3, **CPU),
         "paper": Config(epochs=200, learning_rate=5e-4, seeds=5),
     },
     Page(

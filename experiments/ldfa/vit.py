@@ -78,7 +78,7 @@ EXPERIMENT = Experiment(
     __doc__,
     {
         "cpu": Config(
-            ranks=(10,),
+            ranks=(4, 10),
             patch=8,
             width=64,
             depth=2,
