@@ -39,7 +39,7 @@ class Config(Varied):
 
     ranks: tuple[float, ...] = (16, 32, 48, 64)
     """Ranks of the feedback."""
-    variants: tuple[VariantName, ...] = ("both", "local", "hebbian", "fixed", "normative")
+    variants: tuple[VariantName, ...] = ("both", "local", "hebbian", "rebuilt", "fixed", "normative")
     """How P and Q learn: both; P alone, the local rule; Q alone, hebbian; Q by reconstruction; neither; or fitted."""
     patch: int = 4
     """The side of a patch, in pixels."""
