@@ -61,3 +61,10 @@ def test_a_field_that_a_result_does_not_know_is_not_the_published_one():
     full = configured("ldfa_cnn", "paper")
     del full["shrink"]
     assert "shrink unknown, not 1" in smaller(EXPERIMENTS["ldfa_cnn"], full)
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_ours_is_of_the_epoch_that_the_published_number_is_of(name):
+    page = EXPERIMENTS[name].page
+    for epoch in ("last", "best"):
+        assert page.epoch == epoch or f"{epoch} epoch" not in page.published
