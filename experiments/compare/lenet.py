@@ -104,4 +104,5 @@ EXPERIMENT = Experiment(
         epoch="last",
     ),
     arms,
+    size=(),
 )

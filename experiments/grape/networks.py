@@ -91,11 +91,6 @@ class Size(Config):
         if not self.scale > 0:
             raise ValueError(f"scale must be positive, got {self.scale}.")
 
-    @property
-    def as_published(self) -> bool:
-        """Whether data and networks are those of the published numbers."""
-        return self.dataset == "cifar100" and self.scale == self.shrink == 1
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates(Size):
@@ -107,6 +102,8 @@ class Rates(Size):
     """The learning rate of Adam under GrAPE."""
 
 
+# What makes the published data and networks.
+SIZE = ("dataset", "shrink", "scale")
 # What presets share.
 CPU: dict[str, Any] = {
     "dataset": "cifar10",

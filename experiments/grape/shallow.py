@@ -117,4 +117,5 @@ EXPERIMENT = Experiment(
         epoch="last",
     ),
     arms,
+    size=(),
 )
