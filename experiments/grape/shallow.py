@@ -13,10 +13,9 @@ Beside the literal rule stand the library's with a Kalman mean, on the full map 
 paper's other baselines, forward gradients and PEPITA, of whose numbers we have none. PEPITA's own paper trains by SGD:
 here it has Adam like the others.
 
-Verdict: the order holds on all three data sets, in short trainings of one seed: learned feedback is ahead of fixed and
-behind backpropagation. Its gaps are far larger than published, most likely since so few steps are a race of speed, not
-of where learning ends. Tiles, though they are biased, end first of what is learned on both CIFARs, which they do not in
-the long trainings of ``grape_resnet20``.
+Verdict: learned feedback is ahead of fixed and behind backpropagation on all three data sets, in short trainings of one
+seed: a race of speed, which says nothing of where learning ends. Which of the learned forms comes first is within a
+seed's error.
 """
 
 import dataclasses

@@ -15,8 +15,8 @@ Blocks end in their normalisation. Where it stands at the start of each branch i
 held by nothing, and grows under direct feedback: with GrAPE the blocks' updates were then tens of times as large as the
 true gradient, and the validation perplexity higher.
 
-Verdict: the order holds on this text, in one seed: learned feedback is ahead of fixed, and calibration helps both. One
-true gradient an epoch is worth little, ten more, and as many alone teach far less; no arm comes close to
+Verdict: the order holds on this text, in one seed: learned feedback is ahead of fixed. One true gradient an epoch
+changes nothing that a seed could tell, ten help both, and as many alone teach far less; no arm comes close to
 backpropagation.
 """
 

@@ -17,8 +17,8 @@ steps ``Q`` comes to the weights as fast as both decay. Rate, decay and the larg
 validation split, in part for another decay at rank 4, which learned there and not here.
 
 Verdict: the order holds at full rank, in one seed: both factors learned, then ``Q`` alone, then the others, though none
-is level with backpropagation. A low rank learns for an epoch or two and then falls to chance with every variant, most
-likely since without normalisation activations grow before ``Q`` has followed.
+is level with backpropagation. Of low rank most variants learn for some epochs and then fall to chance, most likely
+since without normalisation activations grow before ``Q`` has followed.
 """
 
 import dataclasses

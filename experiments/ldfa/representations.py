@@ -9,8 +9,9 @@ Likeness is linear CKA on test images, layer by layer: 1 where one layer's activ
 Two backpropagations from other starts are the measure of what is alike by the task alone. The network is that of
 ``ldfa_rank_mlp``.
 
-Verdict: the first half holds. The second holds in no layer but the first, and in the last at the highest rank alone:
-below that rank fixed feedback leaves the last hidden layer more like backpropagation's than learned feedback does.
+Verdict: the first half holds. The second holds in no layer but the first, and there not at every rank, and in the last
+at the highest rank alone: below that rank fixed feedback leaves the last hidden layer more like backpropagation's than
+learned feedback does, for a reason that we do not know.
 """
 
 import dataclasses

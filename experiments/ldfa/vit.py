@@ -10,8 +10,8 @@ Four differences from the paper's code: their queries, keys and values are one l
 three layers; no AutoAugment beside shifts and mirroring; the normative factors are fitted before every step by
 alternating least squares, not by AdamW with a new decomposition twice an epoch; ``P`` learns by plain steps.
 
-Verdict: holds for fitted factors, which are close to backpropagation. No variant that learns is ahead of fixed factors
-by more than its error in these few steps: its feedback is hardly better aligned.
+Verdict: fitted factors are the best, though more than a point behind backpropagation. No variant that learns is ahead
+of fixed factors by more than its error in these few steps: its feedback is hardly better aligned.
 """
 
 import dataclasses
