@@ -14,8 +14,8 @@ before its ReLU. Two numbers describe it, see ``receptive_fields``: its orientat
 prefers none and 1 for a grating, and its radial symmetry, 1 for centre and surround and less for an edge. Both are also
 shown before training, since chance makes oriented fields, too.
 
-Verdict: not shown at this size. The lowest rank is the least selective by less than its error, and no rank makes fields
-of centre and surround, most likely since so few steps leave much of the random start.
+Verdict: not shown at this size. No rank's fields prefer an orientation less than backpropagation's by more than the
+error, and none are of centre and surround, most likely since so few steps leave much of the random start.
 """
 
 import dataclasses
