@@ -60,7 +60,7 @@ class Config(Network):
 
 
 def arms(config: Config) -> Iterator[Arm]:
-    """Backpropagation and every rank, seed by seed: side by side, XLA:CPU's wide convolutions are ten times slower."""
+    """Backpropagation and every rank, seed by seed: side by side, XLA:CPU's wide convolutions are far slower."""
     bp = config.task(config.grey())
     for rank in (None, *config.ranks):
         rule = low_rank(rank, config.feedback_rate) if rank else bp.rule
