@@ -139,6 +139,13 @@ def test_every_page_is_in_the_index():
     assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= set(listed)
 
 
+def test_every_room_and_file_of_the_library_is_in_the_designs_tree():
+    tree = (DOCS / "design.md").read_text().partition("```\njaxfa/\n")[2].partition("experiments/")[0]
+    there = [path for path in (ROOT / "jaxfa").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    listed = re.findall(r"^  (\S+)", tree, re.MULTILINE)
+    assert sorted(listed) == sorted(path.name + "/" * path.is_dir() for path in there if path.stem != "__init__")
+
+
 def test_every_public_name_is_in_the_reference():
     text = (DOCS / "reference.md").read_text()
     modules = [importlib.import_module(name) for name in re.findall(r"automodule:: ([\w.]+)$", text, re.MULTILINE)]
