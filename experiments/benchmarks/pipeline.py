@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from matplotlib.axes import Axes
 from rich.progress import track
@@ -29,8 +29,10 @@ from experiments.benchmarks import pipeline_worker
 from experiments.benchmarks.pipeline_model import METHODS, cost
 from experiments.benchmarks.pipeline_steps import BASES, Network
 from experiments.common import plots, records, timing
+from experiments.common.bounds import Bound
 from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
 
+ROUNDS = Bound("0, which leaves timing out, or at least 2", lambda rounds: rounds == 0 or rounds > 1)
 COLORS = dict(zip(METHODS, (plots.GREY, plots.INK, plots.BLUE, plots.GREEN), strict=True))
 
 
@@ -60,15 +62,13 @@ class Config(Options):
     """How many microbatches the timed stack takes a batch in."""
     steps: int = 2
     """How many steps a round of timing has."""
-    rounds: int = 15
+    rounds: Annotated[int, ROUNDS] = 15
     """How many rounds of timing there are; 0 leaves timing out."""
 
     def __post_init__(self) -> None:
-        records.refuse_below_one(self, "layers", "width", "outputs", "examples", "timed_layers", "steps")
+        super().__post_init__()
         if any(self.layers % stages for stages in self.stages):
             raise ValueError(f"stages must divide the {self.layers} layers, got {self.stages}.")
-        if self.rounds == 1:
-            raise ValueError("rounds must be 0, which leaves timing out, or at least 2, got 1.")
 
     def unread(self) -> tuple[str, ...]:
         """Without rounds nothing is timed."""

@@ -6,11 +6,12 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from matplotlib.figure import Figure
 
-from experiments.common import data, records
+from experiments.common import bounds, data, records
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.metrics import MetricName
 from experiments.common.task import Task
 from experiments.common.trainer import Loop
@@ -150,6 +151,9 @@ class Options:
     arms: ClassVar[tuple[str, ...]] = ()
     """The fields that choose arms: more of them may join the results that are there."""
 
+    def __post_init__(self) -> None:
+        bounds.check(self)
+
     def unread(self) -> tuple[str, ...]:
         """The fields that no arm of this run reads; the command line refuses to set them."""
         return ()
@@ -161,11 +165,8 @@ class Seeds(Options):
 
     seeds: int = 3
     """How many trainings each arm has, side by side."""
-    seed: int = 0
+    seed: Annotated[int, FROM_ZERO] = 0
     """The first seed; the others follow it."""
-
-    def __post_init__(self) -> None:
-        records.refuse_below_one(self, "seeds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,10 +196,6 @@ class Training(Seeds):
     only: str | None = None
     """The one arm that is trained, without a report; None trains all."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_below_one(self, "epochs", "save_every", "images", "test_images")
-
     def unread(self) -> tuple[str, ...]:
         return () if self.apart else ("minutes",)
 
@@ -211,12 +208,6 @@ class Config(Training):
     """How many examples a step has."""
     learning_rate: float = 1e-3
     """The learning rate of Adam, before it decays."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_below_one(self, "batch")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
 
 
 def load(config: Training, name: data.DatasetName, shrink: int = 1) -> data.Dataset:

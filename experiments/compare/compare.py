@@ -11,10 +11,12 @@ aligned rule is not always the most accurate.
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from typing import Annotated
 
 import optax
 
-from experiments.common import data, methods, records
+from experiments.common import data
+from experiments.common.bounds import MAY_BE_EMPTY, among
 from experiments.common.experiment import Arm, Experiment, Page, Training, load
 from experiments.common.methods import METHODS
 from experiments.common.task import Task
@@ -36,9 +38,9 @@ class Config(Training):
     """The data set to learn; digits needs no file."""
     model: networks.ModelName = "mlp"
     """The network to train."""
-    hidden: tuple[int, ...] = (16,) * 5
+    hidden: Annotated[tuple[int, ...], MAY_BE_EMPTY] = (16,) * 5
     """The widths of the hidden layers of mlp."""
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: Annotated[tuple[str, ...], among(METHODS), MAY_BE_EMPTY] = tuple(METHODS)
     """The rules to train; bp, the reference, joins them where it is missing."""
     epochs: int = 60
     """Passes over the training images."""
@@ -54,14 +56,6 @@ class Config(Training):
     def unread(self) -> tuple[str, ...]:
         """The other networks have widths of their own."""
         return (*super().unread(), *(() if self.model == "mlp" else ("hidden",)))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.methods:
-            methods.method(name)
-        records.refuse_below_one(self, "batch")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
 
 
 def arms(config: Config) -> Iterator[Arm]:

@@ -28,7 +28,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import jaxfa
-from experiments.common import experiment, plots, records
+from experiments.common import experiment, plots
 from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, load
 from experiments.common.metrics import shown
 from experiments.common.task import Task
@@ -75,11 +75,6 @@ class Config(experiment.Config):
     """The depth of the networks of other widths."""
 
     arms = ("depths", "factors")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_empty(self, "depths", "factors")
-        records.refuse_below_one(self, "depth")
 
     @property
     def sizes(self) -> list[tuple[int, float]]:

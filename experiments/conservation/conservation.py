@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.common import plots, records
+from experiments.common import plots
 from experiments.common.experiment import Experiment, Histories, Page, Seeds, Study, Table
 from experiments.conservation import laws
 from experiments.conservation.convergence import Convergence, convergence
@@ -51,10 +51,6 @@ class Config(Seeds):
     """How many steps of gradient descent the law is followed along."""
     iterations: int = 3000
     """How many steps the linear regression takes."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_below_one(self, "steps", "iterations")
 
 
 def study(config: Config, _: Histories) -> Study:

@@ -19,11 +19,13 @@ gradient an epoch helps little, and its published leap is not seen, which so sho
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from typing import Annotated
 
 import optax
 
 import jaxfa
-from experiments.common import data, records
+from experiments.common import data
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Page
 from experiments.common.task import Task
 from experiments.grape.networks import BEST, CPU_RATES, NETWORKS, PAPER, WATCHED, NetworkName, Rates, images, task
@@ -39,18 +41,12 @@ class Config(Rates):
     """The networks to train."""
     periods: tuple[int, ...] = (1,)
     """Epochs from one true gradient to the next, beside never."""
-    below: float = 0.3
+    below: Annotated[float, FROM_ZERO] = 0.3
     """The cosine with the Jacobian below which the arm that measures it calibrates."""
     control_rate: float = 1e-3
     """The learning rate of Adam where a few steps of backpropagation are all there is."""
 
     arms = ("networks", "periods")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_empty(self, "networks")
-        if min(self.periods, default=0) < 1:
-            raise ValueError(f"periods must be one or more numbers of epochs from 1, got {self.periods}.")
 
 
 def arms(config: Config) -> Iterator[Arm]:

@@ -20,11 +20,12 @@ likely since one linear map for all examples is then the limit, and no longer no
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from typing import Annotated
 
 import jax
 
 import jaxfa
-from experiments.common import records
+from experiments.common.bounds import among
 from experiments.common.experiment import Arm, Experiment, Page
 from experiments.grape.networks import BEST, CPU, LITERAL, NETWORKS, TILED, Size, images, task
 
@@ -55,17 +56,10 @@ VARIANTS: dict[str, tuple[str, jaxfa.Rule]] = {
 class Config(Size):
     """The network's size and the variants."""
 
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: Annotated[tuple[str, ...], among(VARIANTS)] = tuple(VARIANTS)
     """The ways of learning feedback to train, beside backpropagation, feedback alignment and DFA."""
 
     arms = ("variants",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_empty(self, "variants")
-        unknown = set(self.variants) - set(VARIANTS)
-        if unknown:
-            raise ValueError(f"Unknown variants {sorted(unknown)}; choose from {', '.join(VARIANTS)}.")
 
 
 def arms(config: Config) -> Iterator[Arm]:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import optax
 
 import jaxfa
-from experiments.common import data, experiment, records
+from experiments.common import data, experiment
 from experiments.common.experiment import Arm, Experiment, Page
 from experiments.common.task import Task
 from experiments.grape.networks import BEST, LITERAL, TILED
@@ -59,10 +59,6 @@ class Config(experiment.Config):
     """The learning rate of Adam under PEPITA."""
 
     arms = ("datasets",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_empty(self, "datasets")
 
 
 def arms(config: Config) -> Iterator[Arm]:

@@ -23,12 +23,14 @@ backpropagation.
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from typing import Annotated
 
 import optax
 from flax import nnx
 
 import jaxfa
-from experiments.common import data, experiment, records, text
+from experiments.common import data, experiment, text
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Page
 from experiments.common.task import Task
 from experiments.models.gpt import GPT
@@ -56,11 +58,11 @@ class Config(experiment.Config):
     """How many blocks the network has."""
     heads: int = 8
     """How many heads each attention has."""
-    dropout: float = 0.0
+    dropout: Annotated[float, FROM_ZERO] = 0.0
     """The rate of every dropout, that of whole branches included."""
     steps: int | None = None
     """How many steps an epoch has; None takes as many as its windows fill."""
-    calibrations: tuple[int, ...] = (0, 1)
+    calibrations: Annotated[tuple[int, ...], FROM_ZERO] = (0, 1)
     """How many steps of an epoch take the true gradient, one arm for each number."""
     dfa_rate: float = 1e-3
     """The learning rate of Adam under DFA."""
@@ -72,12 +74,6 @@ class Config(experiment.Config):
     """The learning rate of GrAPE's feedback."""
 
     arms = ("calibrations",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_below_one(self, "steps", "context")
-        if min(self.calibrations, default=-1) < 0:
-            raise ValueError(f"calibrations must be one or more numbers from 0 per epoch, got {self.calibrations}.")
 
     def unread(self) -> tuple[str, ...]:
         """Without calibration there is no control."""

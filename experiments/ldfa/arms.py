@@ -4,15 +4,16 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import jaxfa
-from experiments.common import checkpoint, experiment, records
+from experiments.common import checkpoint, experiment
 from experiments.common.augment import crop_and_flip, flip_and_rotate
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.data import Dataset
 from experiments.common.experiment import Arm
 from experiments.common.optimizers import adam
@@ -101,17 +102,12 @@ class Config(experiment.Config):
     """Ranks of the feedback; with a point, as fractions of each layer's outputs."""
     variants: tuple[str, ...]
     """How the factors learn."""
-    feedback_rate: float = FEEDBACK_RATE
+    feedback_rate: Annotated[float, FROM_ZERO] = FEEDBACK_RATE
     """The learning rate of P, the projection of the error; it was tuned in ldfa_rank_mlp alone."""
     shrink: int = 1
     """The side of the squares of pixels that are averaged."""
 
     arms: ClassVar[tuple[str, ...]] = ("ranks", "variants")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_empty(self, "ranks", "variants")
-        records.refuse_below_one(self, "shrink")
 
     def unread(self) -> tuple[str, ...]:
         """Where no P learns, it does so at no rate."""

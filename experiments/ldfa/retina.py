@@ -20,6 +20,7 @@ of centre and surround, most likely since so few steps leave much of the random 
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.common import data
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table
 from experiments.common.metrics import shown
 from experiments.common.trainer import State, Trainer
@@ -48,14 +50,14 @@ class Config(Network):
 
     ranks: tuple[int, ...] = (32, 16, 8, 4, 2, 1)
     """Ranks of the error that reaches the retina."""
-    feedback_rate: float = 0.1
+    feedback_rate: Annotated[float, FROM_ZERO] = 0.1
     """The learning rate of P, the projection of the error."""
 
     arms = ("ranks",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.ranks or min(self.ranks) < 1 or max(self.ranks) > self.cortex[0]:
+        if max(self.ranks) > self.cortex[0]:
             raise ValueError(f"ranks must be from 1 to the cortex's {self.cortex[0]} channels, got {self.ranks}.")
 
 

@@ -15,10 +15,12 @@ once more by every row.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Annotated
 
 import optax
 
 import jaxfa
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Page, load
 from experiments.common.task import Task
 from experiments.ldfa.arms import FEEDBACK_RATE, Varied, by_rank
@@ -29,7 +31,7 @@ from experiments.models.rnn import RNN
 class Config(Varied):
     """The network, the ranks, and for how long."""
 
-    feedback_rate: float = FEEDBACK_RATE / 14
+    feedback_rate: Annotated[float, FROM_ZERO] = FEEDBACK_RATE / 14
     """The learning rate of P, the projection of the error, at each of the rows."""
     width: int = 64
     """Units of the state."""

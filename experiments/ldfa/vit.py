@@ -16,11 +16,13 @@ by more than its error in these few steps: its feedback is hardly better aligned
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Annotated
 
 import optax
 from flax import nnx
 
 import jaxfa
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Page, load
 from experiments.common.task import Task
 from experiments.ldfa.arms import VariantName, Varied, by_rank
@@ -49,9 +51,9 @@ class Config(Varied):
     """How many blocks the network has."""
     heads: int = 8
     """How many heads each attention has."""
-    dropout: float = 0.1
+    dropout: Annotated[float, FROM_ZERO] = 0.1
     """The rate of every dropout, that of whole branches included."""
-    warmup: int = 10
+    warmup: Annotated[int, FROM_ZERO] = 10
     """Epochs in which the learning rate rises."""
 
 

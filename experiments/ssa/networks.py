@@ -29,7 +29,7 @@ not the cheapest, since ranks stay above those at which factors save operations.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -38,7 +38,8 @@ from matplotlib.figure import Figure
 
 import jaxfa
 import jaxfa.nn
-from experiments.common import data, operations, plots, records
+from experiments.common import data, operations, plots
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import OWN, Arm, Experiment, Histories, Page, Study, Table, load
 from experiments.common.metrics import shown
 from experiments.common.task import Task
@@ -64,16 +65,12 @@ class Config(ssa_arms.Config):
     """The images to learn."""
     networks: tuple[NetworkName, ...] = ("smallconv", "vgg13", "resnet32")
     """The networks to train."""
-    betas: tuple[float, ...] = (0.1,)
+    betas: Annotated[tuple[float, ...], FROM_ZERO] = (0.1,)
     """The weights of the alignment loss, every reading once at each."""
     costs: bool = True
     """Operations and memory are counted at the end, for which every network is compiled anew."""
 
     arms = ("networks",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_empty(self, "networks", "betas")
 
 
 def arms(config: Config) -> Iterator[Arm]:

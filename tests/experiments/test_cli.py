@@ -20,7 +20,7 @@ import jaxfa
 import jaxfa.nn
 from experiments.__main__ import EXPERIMENTS, main, run_all
 from experiments.benchmarks import growth, memory, pipeline, pipeline_worker, steps
-from experiments.common import data, operations, plots, records, results, sweep, text, timing
+from experiments.common import bounds, data, operations, plots, records, results, sweep, text, timing
 from experiments.common.train import DivergenceError
 from experiments.common.trainer import Trainer
 from experiments.conservation import conservation, laws
@@ -88,7 +88,7 @@ class Recorded:
 
         def get(self, name):
             caller = sys._getframe(1)
-            checks = caller.f_code.co_name in ("__post_init__", "unread", "refuse_below_one", "refuse_empty")
+            checks = caller.f_code.co_name in ("__post_init__", "unread") or caller.f_code is bounds.check.__code__
             if name in fields and not checks and caller.f_globals["__name__"] != "dataclasses":
                 read.add(name)
             return object.__getattribute__(self, name)
@@ -290,24 +290,28 @@ def test_wrong_use_is_told_what_to_do(args, message, tmp_path, monkeypatch, caps
         (["compare", "--preset", "gpu"], ["gpu", "cpu", "paper"]),
         (["ldfa_rank_mlp", "--variants", "B4"], ["B4", "direct"]),
         (["ldfa_rank_mlp", "--images", "0"], ["images must be at least 1, got 0"]),
-        (["ldfa_rank_mlp", "--classes", "1"], ["classes must be numbers from 2 to 100, got (1,)"]),
+        (["ldfa_rank_mlp", "--classes", "1"], ["classes must be from 2 to 100, got (1,)"]),
         (["ldfa_vgg", "--learning-rate", "0"], ["learning_rate must be positive, got 0.0"]),
         (["ldfa_vit", "--variants", "oja"], ["oja", "normative"]),
         (["ldfa_linear", "--ranks", "65"], ["from 1 to 64, got (65,)"]),
-        (["ldfa_linear", "--strengths", "1", "0"], ["positive numbers"]),
+        (["ldfa_linear", "--strengths", "1", "0"], ["strengths must be positive, got (1.0, 0.0)"]),
         (["ldfa_cost", "--fractions", "0"], ["fractions must be in (0, 1]"]),
         (["ldfa_cost", "--target", "42"], ["target must be an accuracy between 0 and 1, got 42"]),
-        (["grape_deep", "--periods", "0"], ["periods must be"]),
-        (["grape_resnet20", "--variants", "none"], ["Unknown variants ['none']; choose from letter"]),
+        (["grape_deep", "--periods", "0"], ["periods must be at least 1, got (0,)"]),
+        (["grape_resnet20", "--variants", "none"], ["variants must be one of letter, ", "got ('none',)"]),
         (["grape_deep", "--scale", "0"], ["scale must be positive"]),
         (["ssa_networks", "--energy", "0"], ["energy must be in"]),
         (["rank_collapse", "--window", "0"], ["window must be at least 1, got 0"]),
-        (["rank_collapse", "--trainings"], ["trainings must name one of bp, "]),
+        (["rank_collapse", "--trainings"], ["trainings must name one or more, got none"]),
+        (["ssa_networks", "--seed", "-1"], ["seed must be at least 0, got -1"]),
+        (["grape_transformer", "--calibrations", "-1"], ["calibrations must be at least 0, got (-1,)"]),
+        (["pipeline", "--rounds", "1"], ["rounds must be 0, which leaves timing out, or at least 2, got 1"]),
+        (["ldfa_retina", "--ranks", "33"], ["ranks must be from 1 to the cortex's"]),
         (["rank_collapse", "--rate", "0"], ["rate must be positive"]),
         (["conservation", "--steps", "0"], ["steps must be at least 1, got 0"]),
         (["memory", "--timed", "3"], ["timed must be one of (4, 8, 16, 32, 64, 128, 256), got 3"]),
         (["pipeline", "--stages", "3"], ["must divide the 64 layers, got (3,)"]),
-        (["steps", "--networks", "vgg"], ["Unknown network 'vgg'; choose from mlp, lenet"]),
+        (["steps", "--networks", "vgg"], ["networks must be one of mlp, lenet"]),
     ],
 )
 def test_unknown_choices_are_refused_with_the_valid_ones(args, messages, monkeypatch, capsys):
