@@ -134,10 +134,6 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {"cpu": Config(), "paper": Config(rounds=50)},
-    Page(
-        "How does a step grow?",
-        "Direct feedback's step grows no faster than backpropagation's with depth, width, batch and length; with the "
-        "classes its matrices do, unless all layers share one into whose columns the classes are hashed.",
-    ),
+    Page("How does a step grow?"),
     study=study,
 )

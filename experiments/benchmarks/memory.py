@@ -157,10 +157,6 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {"cpu": Config(), "paper": Config(depths=(4, 16, 64, 256, 1024), width=1024, repeats=(1, 3, 9, 18), images=1024)},
-    Page(
-        "Does memory have to grow with depth?",
-        "Direct feedback needs no activations kept. Here it keeps none: memory and time of a training step against "
-        "depth, beside backpropagation with and without rematerialisation.",
-    ),
+    Page("Does memory have to grow with depth?"),
     study=study,
 )

@@ -207,10 +207,6 @@ EXPERIMENT = Experiment(
             rounds=45,
         ),
     },
-    Page(
-        "What do layers on several devices cost?",
-        "Pipelines that broadcast the error to all stages at once, beside GPipe's, which sends it back from stage to "
-        "stage: bytes sent, memory, bubbles, and the speed-up of two cores over one.",
-    ),
+    Page("What do layers on several devices cost?"),
     study=study,
 )

@@ -153,10 +153,6 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {"cpu": Config(), "paper": Config(rounds=50)},
-    Page(
-        "What does a step cost?",
-        "Layer-wise feedback costs what backpropagation does, direct feedback less. Time, memory and operations of a "
-        "training step under each rule, and the time from nothing to the first one, beside plain Flax and PyTorch.",
-    ),
+    Page("What does a step cost?"),
     study=study,
 )

@@ -51,11 +51,10 @@ class Arm(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What the report says before any number.
+    """What the report says before any number, beside the docstring's first line and its claim.
 
     Attributes:
       title: a heading, best a question.
-      claim: what the paper says that the experiment will show.
       published: whose the published numbers are, and how they were taken.
       metric: what the numbers are.
       epoch: of which the published numbers are: the last, also where the paper does not say, or each training's best.
@@ -63,7 +62,6 @@ class Page(NamedTuple):
     """
 
     title: str
-    claim: str
     published: str = ""
     metric: MetricName = "accuracy"
     epoch: Literal["last", "best"] = "best"
@@ -127,6 +125,12 @@ class Experiment(NamedTuple):
     def paragraphs(self) -> list[str]:
         """The docstring's, each in one line."""
         return [" ".join(one.split()) for one in (self.about or "").strip().split("\n\n")]
+
+    @property
+    def claim(self) -> str:
+        """The docstring's first line, and the paragraph on what the paper says that the experiment will show."""
+        found = (one for one in self.paragraphs()[1:] if one.startswith("Claim"))
+        return " ".join([self.paragraphs()[0], *found]).replace("``", "")
 
     @property
     def verdict(self) -> str:

@@ -38,7 +38,8 @@ def run(experiment: Experiment, config: Any) -> Path:
         return _train_one(config, known, arms)
     records.open_run(config.out, known, fresh=config.fresh)
     described = [_described(arm, arms[0].name) for arm in arms]
-    records.write_json(config.out / "sweep.json", experiment.page._asdict() | {"arms": described})
+    said = experiment.page._asdict() | {"claim": experiment.claim}
+    records.write_json(config.out / "sweep.json", said | {"arms": described})
     if arms:
         _train(config, known, arms, timed=experiment.study is None)
     if experiment.study is not None:

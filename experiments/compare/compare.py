@@ -88,9 +88,6 @@ EXPERIMENT = Experiment(
         "cpu": Config(),
         "paper": Config(dataset="cifar10", model="resnet20", images=None, epochs=100, batch=128, seeds=5),
     },
-    Page(
-        "Who learns without backpropagation?",
-        "Every learning rule on the same network, from the same initial weights and in the same order of the data.",
-    ),
+    Page("Who learns without backpropagation?"),
     arms,
 )

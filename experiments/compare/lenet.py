@@ -91,8 +91,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "Which feedback trains LeNet?",
-        "LeNet under backpropagation, fixed random feedback (FA, DFA) and the weights' signs (uSF, brSF, frSF), beside "
-        "BioTorch's accuracies, which are a third party's.",
         "BioTorch (Sanfiz and Akrout 2021), a third party: LeNet by SGD, epochs not known to us",
         epoch="last",
     ),

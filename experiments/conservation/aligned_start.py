@@ -101,11 +101,6 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {"cpu": Config(epochs=5, images=10_000), "paper": Config(epochs=50, seeds=10)},
-    Page(
-        "What does an aligned start buy?",
-        "The alignment of weights with their feedback is bounded below by what feedback alignment conserves, so that "
-        "weights that start aligned stay so, the paper says, and learn better.",
-        "Robertson and Koyejo 2023, which gives no accuracies",
-    ),
+    Page("What does an aligned start buy?", "Robertson and Koyejo 2023, which gives no accuracies"),
     arms,
 )

@@ -164,11 +164,7 @@ EXPERIMENT = Experiment(
         "cpu": Config(epochs=4, images=3000, test_images=2000, batch=50, seeds=9),
         "paper": Config(depths=(1, 2, 4, 8, 16), factors=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0), epochs=20, seeds=5),
     },
-    Page(
-        "Where does random feedback lose its hold?",
-        "The angle between the updates of feedback alignment, layer by layer or direct, and the true gradient, in "
-        "dense and in convolutional networks that grow deeper and wider.",
-    ),
+    Page("Where does random feedback lose its hold?"),
     arms,
     study,
 )

@@ -107,8 +107,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "Does learned direct feedback close the gap?",
-        "Shallow convolutional networks under backpropagation, feedback alignment, and direct feedback that is fixed "
-        "(DFA) or learned (GrAPE). The paper's GrAPE is .2, 1.6 and 6.2 points below backpropagation.",
         "Caillon et al. 2026, networks and rates not stated",
         epoch="last",
     ),

@@ -69,9 +69,6 @@ EXPERIMENT = Experiment(
         ),
         "full": Config(ranks=(1, 2, 4, 10, 32, 64, 128), hidden=(512, 64, 512), epochs=40),
     },
-    Page(
-        "How many dimensions does the error of an image need?",
-        "Low-dimensional feedback in an autoencoder of MNIST, whose output is a whole image. No published number.",
-    ),
+    Page("How many dimensions does the error of an image need?"),
     arms,
 )

@@ -114,8 +114,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "How many dimensions does the error of a small convolutional network need?",
-        "Low-dimensional feedback in five convolutions without normalisation or pooling on grey CIFAR-10. The paper: "
-        "accuracy rises with the rank, and a learned P is ahead of a random one.",
         "Hanut and Kadmon 2025, five 9x9 convolutions of 32 channels, grey CIFAR-10, read from a figure",
     ),
     arms,

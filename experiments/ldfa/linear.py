@@ -225,12 +225,6 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {"cpu": Config(), "paper": Config(iterations=PUBLISHED, seeds=20)},
-    Page(
-        "Which modes does low-rank feedback find?",
-        "A two-layer linear network learns a teacher of rank d through feedback of rank r. The paper: learned "
-        "feedback of r >= d recovers the teacher as backpropagation does, r < d the leading modes alone; a fixed "
-        "projection gets stuck.",
-        "Hanut and Kadmon 2025, after 5000 iterations",
-    ),
+    Page("Which modes does low-rank feedback find?", "Hanut and Kadmon 2025, after 5000 iterations"),
     study=study,
 )

@@ -163,9 +163,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "How many dimensions does an error need?",
-        "Low-dimensional feedback in a fully connected network on CIFAR-10. The paper: accuracy rises with the rank "
-        "of the error and reaches backpropagation's at about the number of classes, 10; a network that narrow is far "
-        "worse.",
         "Hanut and Kadmon 2025, best epoch of 160, width 512, all 50,000 images",
     ),
     arms,

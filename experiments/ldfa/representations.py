@@ -121,10 +121,7 @@ EXPERIMENT = Experiment(
         "cpu": Config(ranks=(1, 4, 10), shrink=2, width=128, epochs=8, images=8000, batch=128),
         "full": Config(ranks=(1, 4, 10, 32, 128), epochs=160, batch=32, learning_rate=6e-4, seeds=5),
     },
-    Page(
-        "Does low-rank feedback make the same hidden layers?",
-        "Likeness of hidden layers to backpropagation's from the same start, by linear CKA. No published number.",
-    ),
+    Page("Does low-rank feedback make the same hidden layers?"),
     arms,
     study,
 )

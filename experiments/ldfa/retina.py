@@ -134,10 +134,7 @@ EXPERIMENT = Experiment(
         "paper": Config(epochs=100, learning_rate=5e-4, seeds=5),
     },
     Page(
-        "What does a retina see when its error has few dimensions?",
-        "Receptive fields of a model retina by the rank of the error that reaches it. The paper: the fewer dimensions"
-        " it has, the less the fields prefer an orientation, until they are centre and surround.",
-        "Hanut and Kadmon 2025, after Lindsey et al. 2019",
+        "What does a retina see when its error has few dimensions?", "Hanut and Kadmon 2025, after Lindsey et al. 2019"
     ),
     arms,
     study,

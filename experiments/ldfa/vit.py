@@ -95,8 +95,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "How many dimensions does a transformer's error need?",
-        "Low-dimensional feedback in a vision transformer on CIFAR-10. The paper, with factors fitted to the weights: "
-        "a sixth of the width loses a quarter of a point, a twenty-fourth two points.",
         "Hanut and Kadmon 2025, factors fitted to the weights, width 384, depth 8, 250 epochs, all 50,000 images",
     ),
     arms,

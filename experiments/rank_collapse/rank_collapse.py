@@ -217,8 +217,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "What undoes the rank collapse of feedback alignment?",
-        "Errors that return through fixed random weights span fewer directions than backpropagation's, the paper says; "
-        "Muon, and normalised activations, give them back, and accuracy with them, best together.",
         "Boeshertz, Pascanu and Clopath 2026, ResNet-18 on CIFAR-100; but for the gain of 9 points, by a third party",
     ),
     arms,

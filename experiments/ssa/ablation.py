@@ -91,8 +91,6 @@ EXPERIMENT = Experiment(
     {"cpu": Config(network="mlp", gamma=1.0, **(ssa_arms.CPU | LEARNS)), "paper": Config(**ssa_arms.PAPER)},
     Page(
         "What do SSA's local losses do?",
-        "The gradient of the cross-entropy, alignment, orthogonality: all of them, and one left out at a time. The "
-        "paper: without the first nothing is learned, without one of the others 7 to 10 points are lost.",
         "Roy, Apolinario, Das Biswas and Roy 2025, VGG-13 on CIFAR-10, last epoch, 5 runs",
     ),
     arms,

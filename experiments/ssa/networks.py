@@ -234,9 +234,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "Learning in SVD space",
-        "Layers kept as factors, errors through factored feedback, ranks that fall while training. The paper, on "
-        "CIFAR-10: SSA is within a point of SVD training by backpropagation in VGG-13, four below in ResNet-32, and 13 "
-        "above DFA in a small network; angles are 40 to 45 degrees below DFA's; inference is the cheapest.",
         "Roy, Apolinario, Das Biswas and Roy 2025, last epoch, 5 runs; the small network is an earlier version's",
     ),
     arms,

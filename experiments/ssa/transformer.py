@@ -82,11 +82,6 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {"cpu": Config(epochs=5, batch=16, test_images=256, learning_rate=3e-3)},
-    Page(
-        "Can a transformer learn in SVD space?",
-        "Attention's projections and the blocks' layers as factors, their errors through factored feedback. The paper "
-        "leaves transformers to the future.",
-        metric="perplexity",
-    ),
+    Page("Can a transformer learn in SVD space?", metric="perplexity"),
     arms,
 )

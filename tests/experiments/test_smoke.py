@@ -1,6 +1,7 @@
 """Every experiment runs at a tiny preset: trains, times, records, reports, and its results become data."""
 
 import dataclasses
+import html
 import json
 import re
 
@@ -138,7 +139,8 @@ def test_every_sweep_trains_times_and_reports(name, tiny, monkeypatch, capsys):
         assert list(last["angle"].values())[-1][0] <= (5.0 if "pepita" in row.name else 0.0)
         assert row.step["ratio"] > 0
         assert row.coverage
-    assert EXPERIMENTS[name].page.title in text.replace("&#39;", "'")
+    assert EXPERIMENTS[name].page.title in html.unescape(text)
+    assert EXPERIMENTS[name].claim in html.unescape(text)
     assert not re.search(r"https?://|//[a-z]+\.|@import|url\((?!#)|<(link|script|img|iframe)\b", text)
     assert page.write(config.out).read_text() == text
     _is_data(name, config.out, tiny, monkeypatch)
@@ -163,7 +165,7 @@ def test_every_preset_for_a_gpu_trains_its_arms_and_reports(name, tiny, monkeypa
     assert preset.apart
     assert preset.minutes <= 12  # a quarter of an hour, less what compiling and the report take
     config = configured(name, tiny, TRAINED | GPU15[name] | {"apart": False, "minutes": None}, "gpu15")
-    assert EXPERIMENTS[name].page.title in sweep.run(EXPERIMENTS[name], config).read_text().replace("&#39;", "'")
+    assert EXPERIMENTS[name].page.title in html.unescape(sweep.run(EXPERIMENTS[name], config).read_text())
     assert rows.unfinished(config.out) == []
     assert len(list(config.out.glob("*/metrics.jsonl"))) == len(list(EXPERIMENTS[name].arms(config)))
     _is_data(name, config.out, tiny, monkeypatch)
