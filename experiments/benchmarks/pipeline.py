@@ -141,11 +141,10 @@ def figure(config: Config, counts: list[dict[str, Any]]) -> Any:
     _lines(kept, config, counts, lambda one: one["kept"] / 2**20, lambda one: one["model"]["kept"] / 2**20)
     _lines(bubble, config, counts, lambda one: one["model"]["bubble"], None)
     for axes, title in ((sent, "sent in a step (MB)"), (kept, "temporaries per device (MiB)"), (bubble, "bubble")):
-        axes.set(title=title, xlabel=f"stages S, M = {config.microbatches[0]}")
-    for axes in (sent, kept):
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    drawn.legend(*sent.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
+        plots.log_axis(axes, sorted(config.stages), title=title, xlabel=f"stages S, M = {config.microbatches[0]}")
+    plots.log_values(sent)
+    plots.log_values(kept)
+    plots.legend_below(drawn, len(METHODS))
     return drawn
 
 
@@ -161,8 +160,6 @@ def _lines(
         axes.plot(stages, [value(chosen[s]) for s in stages], style, color=color, label=arm)
         if model:
             axes.plot(stages, [model(chosen[s]) for s in stages], "x", color=color, markersize=4)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(stages, [str(s) for s in stages])
 
 
 def _counted(counts: list[dict[str, Any]]) -> list[list[str]]:

@@ -148,12 +148,8 @@ def _figure(config: Config, last: dict[str, tuple[np.ndarray, np.ndarray]]) -> F
         "(d) accuracy (%)",
     )
     for axes, label, title in zip(grid, labels, titles, strict=True):
-        ticks = config.factors if axes is grid[1] else config.depths
-        axes.set(xlabel=label, title=title)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.grid(axis="y")
-    drawn.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        plots.log_axis(axes, config.factors if axes is grid[1] else config.depths, xlabel=label, title=title)
+    plots.legend_below(drawn, 6)
     return drawn
 
 

@@ -174,7 +174,7 @@ def figure(steps: dict[str, Any], curve: dict[str, Any]) -> Figure:
         axes.axhline(one["floor"], color=plots.INK, linewidth=1, linestyle=":")
         _finish(axes, one["fractions"], name)
     if panels:
-        drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        plots.legend_below(drawn, 6)
     reference, ranks = np.mean(_numbers(curve["bp"]["operations"])), [one for one in curve.values() if one["rank"]]
     costs = np.array([_numbers(one["operations"]) for one in ranks]) / reference
     last.plot([one["rank"] for one in ranks], costs, "o", color=plots.BLUE, markersize=4)
@@ -184,11 +184,7 @@ def figure(steps: dict[str, Any], curve: dict[str, Any]) -> Figure:
 
 def _finish(axes: Axes, ticks: Any, title: str) -> None:
     axes.axhline(1, color=plots.GREY, linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set(title=title, ylabel="backpropagation = 1", xlabel="rank", ylim=(0, None))
-    axes.grid(axis="y")
+    plots.log_axis(axes, ticks, title=title, ylabel="backpropagation = 1", xlabel="rank", ylim=(0, None))
 
 
 def _numbers(values: list[float | None]) -> np.ndarray:

@@ -217,7 +217,7 @@ def figure(config: Config, steps: np.ndarray, found: dict[tuple[int, str], np.nd
         axes.set_title(f"rank {rank}: {relation}", color=plots.INK)
     for axes in grid[-1]:
         axes.set_xlabel("iterations")
-    drawn.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    plots.legend_below(drawn, 4)
     return drawn
 
 

@@ -108,9 +108,9 @@ def figure(chosen: list[Arm], found: dict[str, np.ndarray]) -> Figure:
             ranks, values = zip(*line, strict=True)
             mean, spread = np.mean(values, 1), np.std(values, 1)
             axes.errorbar(ranks, mean, spread, fmt="o-", color=color, markersize=4, label=title)
-        axes.set(title=f"hidden layer {i + 1}", xlabel="rank", ylim=(0, 1))
-        axes.grid(axis="y")
-    drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        ranks = sorted({float(arm.x) for arm in chosen if arm.x})
+        plots.log_axis(axes, ranks, title=f"hidden layer {i + 1}", xlabel="rank", ylim=(0, 1))
+    plots.legend_below(drawn, 3)
     return drawn
 
 

@@ -211,7 +211,7 @@ def draw(groups: Mapping[NetworkName, list[Arm]], histories: Histories) -> Figur
         bottom.set_xlabel("epoch")
     panels[0, 0].set_ylabel("angle, degrees")
     panels[1, 0].set_ylabel("rank, of full rank")
-    drawn.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    plots.legend_below(drawn, 3)
     return drawn
 
 
