@@ -190,6 +190,11 @@ RULES = [name for name in jaxfa.__all__ if getattr(getattr(jaxfa, name), "__modu
 RULES = [name for name in RULES if inspect.isfunction(getattr(jaxfa, name))]
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "jaxfa" / "rules").glob("[a-z]*.py")), ids=lambda file: file.stem)
+def test_a_file_of_a_method_gives_a_public_rule(file):
+    assert f"jaxfa.rules.{file.stem}" in {getattr(jaxfa, name).__module__ for name in RULES}, "jaxfa/__init__.py"
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_is_in_every_table(name):
     """What CONTRIBUTING asks of a new rule."""
