@@ -66,6 +66,12 @@ class LayerFeedback:
         """
         return jax.tree.map(jnp.zeros_like, self)
 
+    def learn(
+        self, op: Operation, x: jax.Array, w: jax.Array, delta: jax.Array, dw: jax.Array
+    ) -> tuple[jax.Array, Self]:
+        """Both, for rules whose signal is cheaper to compute from the operation."""
+        return self.transport(op, x, w, delta), self.signal(x, w, delta, dw)
+
 
 @feedback_dataclass
 class FixedFeedback(LayerFeedback):

@@ -71,8 +71,7 @@ def with_feedback(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         with jax.named_scope(LOCAL):
             dw = _local_gradient(bound, x, w, delta)
         with jax.named_scope(TRANSPORT):
-            dx = feedback.transport(bound, x, w, delta)
-            signal = feedback.signal(x, w, delta, dw)
+            dx, signal = feedback.learn(bound, x, w, delta, dw)
         return _cotangent(dx, x, feedback), _cotangent(dw, w, feedback), _cotangent(signal, feedback, feedback), None
 
     forward.defvjp(keep_residuals, backward)

@@ -15,7 +15,7 @@ import optax
 
 import jaxfa
 from jaxfa.base import is_direct, is_feedback
-from jaxfa.nn.variables import init_at
+from jaxfa.nn.model.variables import init_at
 from jaxfa.rules.forward_gradient import ForwardGradientFeedback, bind
 from jaxfa.rules.pepita import InputModulation
 

@@ -28,7 +28,8 @@ class Arm(NamedTuple):
       group: the line of the figure that it lies on, or the part of the table.
       x: where on that line; None for one that lies on no line, drawn as a level.
       task: what is trained.
-      published: the published number, such as accuracy in percent; None if there is none.
+      published: the published number, such as accuracy in percent; None if there is none. It is shown in the published
+        set-up alone.
       reference: the name of the arm that it is compared with; by default the first arm.
       axis: what ``x`` counts; arms of another axis get a figure of their own.
       title: what the table calls it; by default its ``x`` or its name.
@@ -103,6 +104,8 @@ class Experiment(NamedTuple):
       page: what the report says before any number.
       arms: ``configuration -> arms``; the first is the reference of all that name no other.
       study: ``(configuration, records of each arm that did not diverge) -> Study``; None shows the arms side by side.
+      size: the fields that, as in the preset ``paper``, make the published set-up, beside all images: see
+        :mod:`experiments.common.published`. None where there is no published number.
     """
 
     module: str
@@ -111,6 +114,7 @@ class Experiment(NamedTuple):
     page: Page
     arms: Callable[[Any], Iterable[Arm]] | None = None
     study: Callable[[Any, Histories], Study] | None = None
+    size: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:

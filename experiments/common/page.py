@@ -12,8 +12,9 @@ from rich.table import Table as Printed
 from experiments.common import plots, records
 from experiments.common import rows as rows_of
 from experiments.common.experiment import Study
+from experiments.common.findings import TIMES, findings, labels
 from experiments.common.metrics import Metric
-from experiments.common.rows import TIMES, Row
+from experiments.common.rows import Row
 
 _MANY = 24  # arms whose courses are still looked at one by one
 _ROOM = 1.5
@@ -34,6 +35,7 @@ def write(folder: Path) -> Path:
     study = _study(folder)
     rows = [] if study else rows_of.read(folder)
     described, metric, lost = records.read_json(folder / "sweep.json"), rows_of.metric_of(folder), _lost(folder)
+    arms = {row.name: rows_of.told(row, metric) for row in rows}
     slowest = max([1.25, *(row.step["high"] for row in rows if row.step)])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=True
@@ -44,6 +46,7 @@ def write(folder: Path) -> Path:
         study=study,
         rows=rows,
         published=any(row.arm["published"] is not None for row in rows),
+        calibrated=any(row.calibrations is not None for row in rows),
         diverged=lost,
         unfinished=rows_of.unfinished(folder),
         groups=rows_of.groups(rows),
@@ -54,7 +57,9 @@ def write(folder: Path) -> Path:
         levels={row.name: row.last.mean for row in rows},
         figures={axis: _figures(rows, axis, metric) for axis in _axes(rows)},
         courses=_courses(rows, metric) if len(rows) <= _MANY else [],
-        findings=study["findings"] if study else rows_of.findings(rows, metric),
+        findings=study["findings"] if study else findings(arms, metric, described.get("epoch", "best")),
+        labels=labels(arms),
+        smaller=described.get("smaller", ""),
         config=records.read_json(folder / "config.json"),
         environment=records.read_json(folder / "environment.json")[-1],
     )
@@ -76,13 +81,14 @@ def tables(folder: Path) -> Iterator[Printed]:
             yield _printed(table["title"], table["rows"])
         return
     metric = rows_of.metric_of(folder)
-    cells = [["arm", "last epoch", "best epoch", "gap", "published", "gap", "angle", "step"]]
+    cells = [["arm", "last epoch", "best epoch", "gap", "published", "gap", "angle", "step", "true gradients"]]
     for row in rows_of.read(folder):
         gaps = ["" if gap is None else f"{gap:+.{metric.digits}f}" for gap in (row.gap, row.published_gap)]
         published = "" if row.arm["published"] is None else f"{row.arm['published']:.1f}"
         step = f"{row.step['ratio']:.2f} x" if row.step else ""
         angle = f"{row.angle}°" if row.angle else ""
-        cells.append([row.name, str(row.last), str(row.best), gaps[0], published, gaps[1], angle, step])
+        taken = "" if row.calibrations is None else f"{row.calibrations:g}"
+        cells.append([row.name, str(row.last), str(row.best), gaps[0], published, gaps[1], angle, step, taken])
     filled = [i for i, column in enumerate(zip(*cells, strict=True)) if i < 2 or any(column[1:])]
     lost = [[name, "diverged", *[""] * (len(filled) - 2)] for name in _lost(folder)]
     yield _printed("", [*([row[i] for i in filled] for row in cells), *lost])

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments.common import readme, records, rows, strips
 from experiments.common.experiment import Experiment
+from experiments.common.findings import findings, full_title
 from experiments.common.metrics import METRICS, Estimate
-from experiments.common.rows import Row
-from experiments.common.verdicts import full_title, glance, not_run, verdict
+from experiments.common.published import as_published
+from experiments.common.verdicts import glance, not_run, verdict
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
@@ -24,7 +23,8 @@ OLDER = "older measurement"
 _HEAD = """# Results
 
 What was run, by which command, with seeds, spread, versions and device. `make results` makes this page of the data in
-`experiments/*/results/`. The order counts the pairs of arms that stand as published, in each table in turn.
+`experiments/*/results/`. The order counts the pairs of arms that stand as published, in each table of the published
+set-up in turn: all images, the published network's size, many epochs.
 
 | question | does the claim hold here? | order |
 | --- | --- | --- |"""
@@ -58,6 +58,7 @@ def write(folder: Path, experiments: Mapping[str, Experiment], name: str) -> Pat
         "runs": [_known(start) for start in starts],
         "metric": page["metric"],
         "published": page["published"],
+        "as_published": as_published(experiment, config),
         "diverged": rows.diverged(folder),
         "cut": rows.unfinished(folder),
     }
@@ -65,49 +66,14 @@ def write(folder: Path, experiments: Mapping[str, Experiment], name: str) -> Pat
         shown = records.read_json(study)
         found |= {key: shown[key] for key in ("findings", "caption", "tables", "numbers")}
     else:
-        read = rows.read(folder)
-        found["findings"] = rows.findings(read, METRICS[page["metric"]])
-        found["arms"] = {row.name: _arm(row, same=name == "paper", metric=page["metric"]) for row in read}
+        # What came of arms is told when pages are made of them, so that it is never older than what tells it.
+        found["arms"] = {row.name: rows.told(row, METRICS[page["metric"]]) for row in rows.read(folder)}
     path = FOLDER / experiment.paper / "results" / f"{experiment.module.rpartition('.')[2]}-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     records.write_json(path, found)
     if study.exists():
         records.replace(path.with_suffix(".svg"), strips.standing(records.read_json(study)["figure"]))
     return path
-
-
-def _arm(row: Row, *, same: bool, metric: str) -> dict[str, Any]:
-    values = METRICS[metric].values(row.history)
-    arm = {key: row.arm[key] for key in ("group", "x", "axis", "reference", "note")} | {"title": row.title}
-    if row.arm["published"] is not None:
-        set_up = "the paper's set-up" if same else "another set-up"
-        arm["published"] = {"value": row.arm["published"], "from": row.arm["origin"], "ours": set_up}
-    return arm | {
-        "color": row.color,
-        "last": _spread(row.last, values[-1]),
-        "best": _spread(row.best, METRICS[metric].best(values[1:])),
-        "epochs": row.history[-1]["epoch"],
-        "seconds": round(sum(record["seconds"] for record in row.history), 1),
-        "angle": None if row.angle is None or np.isnan(row.angle.mean) else _spread(row.angle),
-        "layers": {layer: round(angle, 1) for layer, angle in row.layers.items() if not np.isnan(angle)},
-        "step": row.step and {key: round(value, 3) for key, value in row.step.items()},
-        "course": [_moment(record, found) for record, found in zip(row.history, values, strict=True)],
-    }
-
-
-def _moment(record: dict[str, Any], found: Any) -> list[float | None]:
-    """The epoch, every seed's value, and the mean angle of all parts but the last."""
-    hidden = np.array(list(record["angle"].values())[:-1], float)
-    angle = round(float(np.nanmean(hidden)), 2) if np.isfinite(hidden).any() else None
-    return [record["epoch"], *(round(float(value), 2) for value in found), angle]
-
-
-def _spread(found: Estimate, values: Any = ()) -> dict[str, Any]:
-    """The mean, the standard deviation where there are several seeds, and every seed's value."""
-    std = None if found.std is None else round(found.std, 3)
-    return {"mean": round(found.mean, 3), "std": std} | (
-        {"seeds": [round(float(v), 3) for v in values]} if len(values) else {}
-    )
 
 
 def pages(experiments: Iterable[Experiment]) -> dict[Path, str]:
@@ -138,10 +104,19 @@ def _all(papers: Mapping[str, Sequence[Experiment]]) -> str:
 
 
 def _results(experiment: Experiment) -> list[tuple[Path, dict[str, Any]]]:
-    """An experiment's files and what they hold."""
+    """An experiment's files and what they hold, those of older measurements last."""
     folder, stem = FOLDER / experiment.paper / "results", experiment.module.rpartition(".")[2]
     # A name may begin with another's: resnet20-cpu with none, so that the dash tells them apart.
-    return [(path, records.read_json(path)) for path in sorted(folder.glob(f"{stem}-*.json"))]
+    found = [(path, _fair(experiment, records.read_json(path))) for path in sorted(folder.glob(f"{stem}-*.json"))]
+    return sorted(found, key=lambda one: one[1]["kind"] == OLDER)
+
+
+def _fair(experiment: Experiment, found: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds, without published numbers where its set-up is not the published one."""
+    if "arms" not in found or as_published(experiment, found["config"]):
+        return found
+    arms = {name: {key: arm[key] for key in arm if key != "published"} for name, arm in found["arms"].items()}
+    return found | {"arms": arms}
 
 
 def _title(paper: str) -> str:
@@ -171,17 +146,25 @@ def _section(experiment: Experiment, made: dict[Path, str]) -> str:
 
 
 def _result(experiment: Experiment, found: dict[str, Any], figure: Path) -> str:
-    lines = [f"### {experiment.page.title} ({found['name']})\n"]
-    lines += [f"- **{number}** {sentence}" for number, sentence in found["findings"]]
-    lines += ["", f"![{experiment.page.title}](results/{figure.name})", ""]
+    lines = [f"### {experiment.page.title} ({found['name']})", ""]
+    told = _findings(experiment, found)
+    lines += [*(f"- **{number}** {sentence}" for number, sentence in told), *([""] if told else [])]
+    lines += [f"![{experiment.page.title}](results/{figure.name})", ""]
     lines += [_table(found)] if "arms" in found else [f"{_cells(table)}\n" for table in found["tables"]]
     lines += [
         "",
-        *verdict(found, experiment.page.epoch),
+        *verdict(experiment, found),
         *(f"- {name} {note}" for name, note in found["diverged"].items()),
         *(f"- {sentence}" for sentence in found["cut"]),
     ]
     return "\n".join([*lines, "", _origin(found), ""])
+
+
+def _findings(experiment: Experiment, found: dict[str, Any]) -> Sequence[Sequence[str]]:
+    """What came of it: told of arms anew, of a study as it is stored."""
+    if "arms" not in found:
+        return found["findings"]
+    return findings(found["arms"], METRICS[found["metric"]], experiment.page.epoch)
 
 
 def _older(found: dict[str, Any]) -> str:
@@ -196,13 +179,15 @@ def _older(found: dict[str, Any]) -> str:
 def _table(found: dict[str, Any]) -> str:
     """Every arm's numbers."""
     metric = METRICS[found["metric"]]
-    known = any("published" in arm for arm in found["arms"].values())
+    known, taken = (any(key in arm for arm in found["arms"].values()) for key in ("published", "calibrations"))
     head = ["", f"{metric.name},{metric.unit}" if metric.unit else metric.name, "angle to backpropagation", "step"]
-    lines = [[*head, *(["best epoch", "published"] if known else [])]]
+    lines = [[*head, *(["true gradients"] if taken else []), *(["best epoch", "published"] if known else [])]]
     for arm in found["arms"].values():
         angle = f"{arm['angle']['mean']:.0f}°" if arm["angle"] else ""
         cells = [full_title(arm), _shown(arm["last"], metric.digits), angle]
         cells.append(f"{arm['step']['ratio']:.2f} x" if arm["step"] else "")
+        if taken:
+            cells.append(f"{arm['calibrations']:g}" if "calibrations" in arm else "")
         if known:
             published = f"{arm['published']['value']:.{metric.digits}f}" if "published" in arm else ""
             cells += [_shown(arm["best"], metric.digits), published]

@@ -1,4 +1,4 @@
-"""What a report says of every arm, read from an experiment's folder, and what came of all in a few words."""
+"""What a report says of every arm, read from an experiment's folder, and the same as a file of results holds it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +8,6 @@ import numpy as np
 
 from experiments.common import plots, records
 from experiments.common.metrics import METRICS, Estimate, Metric, estimate
-
-TIMES = "\N{NO-BREAK SPACE}\N{MULTIPLICATION SIGN}"
 
 
 class Row(NamedTuple):
@@ -27,6 +25,7 @@ class Row(NamedTuple):
       step: milliseconds, and their ratio to the reference's with its quartiles; None if not measured.
       history: its records, whose angles are those of parts.
       coverage: which layers the rule reaches.
+      calibrations: how many true gradients its training took, mean over seeds; None where it can take none.
     """
 
     arm: dict[str, Any]
@@ -40,6 +39,7 @@ class Row(NamedTuple):
     step: dict[str, float] | None
     history: list[dict[str, Any]]
     coverage: str
+    calibrations: float | None
 
     @property
     def name(self) -> str:
@@ -67,6 +67,8 @@ class Row(NamedTuple):
 def read(folder: Path) -> list[Row]:
     """Reads every arm that a folder holds, but for those that diverged, in the experiment's order.
 
+    Published numbers are left out unless the folder says that its set-up is the published one.
+
     Args:
       folder: what an experiment filled.
 
@@ -77,7 +79,8 @@ def read(folder: Path) -> list[Row]:
       FileNotFoundError: if the folder holds no trained arm.
     """
     path = folder / "sweep.json"
-    arms = records.read_json(path)["arms"] if path.exists() else []
+    described = records.read_json(path) if path.exists() else {"arms": []}
+    arms = [arm if described.get("as_published") else arm | {"published": None} for arm in described["arms"]]
     lost = diverged(folder) if arms else {}
     histories = {arm["name"]: by_part(records.read(folder / arm["name"])) for arm in arms if arm["name"] not in lost}
     histories = {name: history for name, history in histories.items() if len(history) > 1}
@@ -86,7 +89,7 @@ def read(folder: Path) -> list[Row]:
     arms = [arm for arm in arms if arm["name"] in histories and arm["reference"] in {*histories, *lost}]
     metric, colors = metric_of(folder), _colors(arms)
     # Epoch 0, before training, is no epoch to choose.
-    at_last = records.read_json(path).get("epoch") == "last"
+    at_last = described.get("epoch") == "last"
     values = {name: metric.values(found)[1:] for name, found in histories.items()}
     ends = {name: float((found[-1] if at_last else metric.best(found)).mean()) for name, found in values.items()}
     published = {arm["name"]: arm["published"] for arm in arms}
@@ -115,6 +118,7 @@ def _row(
         step=records.read_json(times)["steps"][name] if times.exists() else None,
         history=history,
         coverage=coverage.read_text() if coverage.exists() else "",
+        calibrations=float(np.mean(history[-1]["calibrations"])) if "calibrations" in history[-1] else None,
     )
 
 
@@ -167,45 +171,40 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {group: [row for row in rows if row.group == group] for group in dict.fromkeys(row.group for row in rows)}
 
 
-def findings(rows: Sequence[Row], metric: Metric = METRICS["accuracy"]) -> list[tuple[str, str]]:
-    """What came of it: pairs of a figure and the sentence that it begins."""
-    return [found for members in groups(rows).values() for found in _least(members, metric)] or _overall(rows, metric)
+def told(row: Row, metric: Metric) -> dict[str, Any]:
+    """What a file of results holds of an arm, and what :func:`experiments.common.findings.findings` reads."""
+    values = metric.values(row.history)
+    arm = {key: row.arm[key] for key in ("group", "x", "axis", "reference", "note")} | {"title": row.title}
+    if row.arm["published"] is not None:
+        arm["published"] = {"value": row.arm["published"], "from": row.arm["origin"]}
+    if row.calibrations is not None:
+        arm["calibrations"] = row.calibrations
+    return arm | {
+        "color": row.color,
+        "last": _spread(row.last, values[-1]),
+        "best": _spread(row.best, metric.best(values[1:])),
+        "epochs": row.history[-1]["epoch"],
+        "seconds": round(sum(record["seconds"] for record in row.history), 1),
+        "angle": None if row.angle is None or np.isnan(row.angle.mean) else _spread(row.angle),
+        "layers": {layer: round(angle, 1) for layer, angle in row.layers.items() if not np.isnan(angle)},
+        "step": row.step and {key: round(value, 3) for key, value in row.step.items()},
+        "course": [_moment(record, found) for record, found in zip(row.history, values, strict=True)],
+    }
 
 
-def _least(rows: Sequence[Row], metric: Metric) -> list[tuple[str, str]]:
-    """The least ``x`` of a group of several that comes close to its reference."""
-    members = sorted((row for row in rows if row.arm["x"] is not None), key=lambda row: row.arm["x"])
-    if len({row.arm["x"] for row in members}) < 2:
-        return []
-    ours = next((row.arm["x"] for row in members if row.gap is not None and metric.reaches(row.gap)), None)
-    gaps = [row for row in members if row.published_gap is not None]
-    theirs = next((row.arm["x"] for row in gaps if metric.reaches(row.published_gap or 0)), None)
-    text = f"is the least {members[0].arm['axis']} at which “{members[0].group}” comes within {metric.margin}"
-    said = f"; published: {'none of these' if theirs is None else f'{theirs:g}'}." if gaps else "."
-    return [("none" if ours is None else f"{ours:g}", f"{text} of its reference{said}")]
+def _moment(record: dict[str, Any], found: Any) -> list[float | None]:
+    """The epoch, every seed's value, and the mean angle of all parts but the last."""
+    hidden = np.array(list(record["angle"].values())[:-1], float)
+    angle = round(float(np.nanmean(hidden)), 2) if np.isfinite(hidden).any() else None
+    return [record["epoch"], *(round(float(value), 2) for value in found), angle]
 
 
-def _overall(rows: Sequence[Row], metric: Metric) -> list[tuple[str, str]]:
-    """How many arms come close to their reference, which are aligned, and what a step costs."""
-    others = [row for row in rows if row.gap is not None]
-    last = {row.name: row.last.mean for row in rows}
-    close = [row for row in others if metric.reaches(row.last.mean - last[row.arm["reference"]])]
-    found = []
-    if others:
-        ends = {row.arm["reference"] for row in others}
-        level = f" {last[ends.pop()]:.{metric.digits}f}{metric.unit}" if len(ends) == 1 else ""
-        found.append((f"{len(close)} of {len(others)}", f"end within {metric.margin} of their reference's{level}."))
-    angles = {row.title: row.angle.mean for row in others if row.angle and row.turns and np.isfinite(row.angle.mean)}
-    if angles:
-        best, worst = min(angles, key=angles.__getitem__), max(angles, key=angles.__getitem__)
-        said = f"from the true gradient: {best} is the best aligned. {worst} is the least, at {angles[worst]:.0f}°."
-        found.append((f"{angles[best]:.0f}°", said))
-    ratios = {row.title: row.step["ratio"] for row in others if row.step}
-    if ratios:
-        fast, slow = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
-        said = f"the reference's time per step: {fast} is the cheapest. {slow} is the dearest, at "
-        found.append((f"{ratios[fast]:.2f}{TIMES}", f"{said}{ratios[slow]:.2f}{TIMES}."))
-    return found
+def _spread(found: Estimate, values: Any = ()) -> dict[str, Any]:
+    """The mean, the standard deviation where there are several seeds, and every seed's value."""
+    std = None if found.std is None else round(found.std, 3)
+    return {"mean": round(found.mean, 3), "std": std} | (
+        {"seeds": [round(float(v), 3) for v in values]} if len(values) else {}
+    )
 
 
 def _colors(arms: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.common import apart, page, plots, records, timing
 from experiments.common.experiment import Arm, Experiment, Histories, Training, identity
+from experiments.common.published import as_published, smaller
 from experiments.common.train import DivergenceError, train
 from experiments.common.trainer import Trainer
 
@@ -39,7 +40,8 @@ def run(experiment: Experiment, config: Any) -> Path:
     records.open_run(config.out, known, fresh=config.fresh)
     described = [_described(arm, arms[0].name) for arm in arms]
     said = experiment.page._asdict() | {"claim": experiment.claim}
-    records.write_json(config.out / "sweep.json", said | {"arms": described})
+    told = {"as_published": as_published(experiment, known), "smaller": smaller(experiment, known), "arms": described}
+    records.write_json(config.out / "sweep.json", said | told)
     if arms:
         _train(config, known, arms, timed=experiment.study is None)
     if experiment.study is not None:

@@ -6,7 +6,9 @@ from itertools import combinations
 from typing import Any
 
 from experiments.common.experiment import Experiment
-from experiments.common.metrics import METRICS
+from experiments.common.findings import full_title
+from experiments.common.metrics import METRICS, Metric
+from experiments.common.published import smaller
 
 # Why a preset has no result, by what its name ends with.
 WHY = {
@@ -15,34 +17,29 @@ WHY = {
     "imagenet": "it takes a GPU for days",
 }
 _MANY = 8
+_TESTS = 10_000  # test images of MNIST and of both CIFARs: published set-ups take all
 _ORDER = re.compile(r"Order: (\d+ of \d+)")
 
 
-def full_title(arm: dict[str, Any]) -> str:
-    """What a table of all groups calls an arm of a result."""
-    return arm["title"] if arm["title"] == arm["group"] or arm["note"] else f"{arm['group']}: {arm['title']}"
-
-
-def verdict(found: dict[str, Any], epoch: str) -> list[str]:
+def verdict(experiment: Experiment, found: dict[str, Any]) -> list[str]:
     """Whose the published numbers are, which of their gaps to the reference are ours, too, and which of their order.
 
     Args:
-      found: a result; one that is no table of arms with published numbers has no verdict.
-      epoch: of which the published numbers are, ``"last"`` or ``"best"``; ours are of the same.
+      experiment: whose result it is.
+      found: a result.
 
     Returns:
-      Lines of Markdown.
+      Lines of Markdown: none where nothing is published; of a smaller set-up a sentence that says so, and no more.
     """
+    small = smaller(experiment, found["config"])
     known = {name: arm for name, arm in found.get("arms", {}).items() if "published" in arm}
-    if not known:
-        return []
-    whose, set_up = (_each(arm["published"][key] for arm in known.values()) for key in ("from", "ours"))
-    lines = [f"Published: {found['published']}. Whose number: {whose}. Ours: {set_up}, {epoch} epochs.", ""]
+    if small or not known:
+        return [small] if small else []
+    epoch, whose = experiment.page.epoch, ", ".join(dict.fromkeys(arm["published"]["from"] for arm in known.values()))
+    epochs = found["config"]["epochs"]
+    ours = f"Ours: the published set-up, {epochs} epochs, of which the {epoch} is compared"
+    lines = [f"Published: {found['published']}. Whose number: {whose}. {ours}.", ""]
     return lines + _gaps(found, known, epoch) + _order(found, known, epoch)
-
-
-def _each(values: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(values))
 
 
 def _gaps(found: dict[str, Any], known: dict[str, Any], epoch: str) -> list[str]:
@@ -65,14 +62,19 @@ def _order(found: dict[str, Any], known: dict[str, Any], epoch: str) -> list[str
     pairs = list(_pairs(known))
     if not pairs:
         return []
-    sign = METRICS[found["metric"]].sign
+    metric = METRICS[found["metric"]]
+    sign = metric.sign
     ahead = [(a, b) if sign * (a["published"]["value"] - b["published"]["value"]) > 0 else (b, a) for a, b in pairs]
-    leads = [(a, b, sign * (a[epoch]["mean"] - b[epoch]["mean"]), _error(a[epoch], b[epoch])) for a, b in ahead]
-    stand = sum(lead > error for _, _, lead, error in leads)
+    leads = [(a, b, sign * (a[epoch]["mean"] - b[epoch]["mean"]), _error(metric, a[epoch], b[epoch])) for a, b in ahead]
+    stand = sum(error is not None and lead > error for _, _, lead, error in leads)
     lines = [f"- **Order: {stand} of {len(pairs)} pairs of arms stand as published.**"]
     for said, some in (
-        ("Within twice the standard error", [(a, b) for a, b, lead, error in leads if abs(lead) <= error]),
-        ("The other way round", [(a, b) for a, b, lead, error in leads if lead < -error]),
+        (
+            "Within twice the standard error",
+            [(a, b) for a, b, lead, error in leads if error is not None and abs(lead) <= error],
+        ),
+        ("The other way round", [(a, b) for a, b, lead, error in leads if error is not None and lead < -error]),
+        ("Not told by one seed", [(a, b) for a, b, _, error in leads if error is None]),
     ):
         texts = [f"{full_title(a)} before {full_title(b)}" for a, b in some[:_MANY]]
         more = [f"and {len(some) - _MANY} more"] if len(some) > _MANY else []
@@ -88,10 +90,17 @@ def _pairs(known: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
             yield known[a], known[b]
 
 
-def _error(*ends: dict[str, Any]) -> float:
-    """Twice the standard error of a difference; zero where a seed alone tells none."""
-    variances = [(end["std"] or 0.0) ** 2 / max(1, len(end.get("seeds", ()))) for end in ends]
-    return 2 * sum(variances) ** 0.5
+def _error(metric: Metric, *ends: dict[str, Any]) -> float | None:
+    """Twice the standard error of a difference; None where a seed alone tells none."""
+    variances = [_variance(metric, end) for end in ends]
+    return None if None in variances else 2 * sum(filter(None, variances)) ** 0.5
+
+
+def _variance(metric: Metric, end: dict[str, Any]) -> float | None:
+    """Of a mean over seeds; of one seed's accuracy, that which the test images leave open."""
+    if end["std"] is not None:
+        return end["std"] ** 2 / len(end["seeds"])
+    return end["mean"] * (100 - end["mean"]) / _TESTS if metric.name == "accuracy" else None
 
 
 def not_run(experiment: Experiment, names: Iterable[str]) -> str:
@@ -111,7 +120,7 @@ def not_run(experiment: Experiment, names: Iterable[str]) -> str:
 
 def glance(experiment: Experiment, found: Iterable[dict[str, Any]]) -> str:
     """A row of the table of all claims: the question, the verdict's first two sentences, and the order."""
-    lines = [line for one in found for line in verdict(one, experiment.page.epoch)]
+    lines = [line for one in found for line in verdict(experiment, one)]
     order = "; ".join(match[1] for line in lines if (match := _ORDER.search(line)))
     said = ". ".join(experiment.verdict.replace("``", "`").split(". ")[:2]).rstrip(".")
     return f"| [{experiment.page.title}](#{experiment.name}) | {said[:1].upper()}{said[1:]}. | {order} |"

@@ -95,4 +95,5 @@ EXPERIMENT = Experiment(
         epoch="last",
     ),
     arms,
+    size=(),
 )

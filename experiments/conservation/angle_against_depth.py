@@ -116,7 +116,19 @@ def study(config: Config, histories: Histories) -> Study:
         rows.append(
             [f"{kind}, {depth} x {factor * WIDTHS[kind]:g}", *angles[0], *angles[1], *(shown(a, 1) for _, a in found)]
         )
-    return Study(_figure(config, last), CAPTION, [Table("Angles and accuracies", rows)])
+    return Study(_figure(config, last), CAPTION, [Table("Angles and accuracies", rows)], _findings(config, last))
+
+
+def _findings(config: Config, last: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[tuple[str, str]]:
+    """How random feedback stands in the deepest networks and in the shallowest."""
+    found, ends = [], (max(config.depths), min(config.depths))
+    for kind in WIDTHS:
+        deep, shallow = (last[_name(kind, "FA", (depth, 1.0))][0].mean() for depth in ends)
+        said = (
+            f"from the true gradient: FA in {kind} networks of {ends[0]} hidden layers, mean of these; of {ends[1]}: "
+        )
+        found.append((f"{deep:.0f}°", f"{said}{shallow:.0f}°."))
+    return found
 
 
 def _read(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -80,7 +80,21 @@ def study(config: Config, _: Histories) -> Study:
         Table("What is conserved, and what it leads to", _laws(cases, drifts, starts)),
         Table("A linear network's rate of convergence, per step", _rates(linear)),
     ]
-    return Study(_figure(cases, starts, linear), CAPTION, tables, numbers=numbers)
+    return Study(_figure(cases, starts, linear), CAPTION, tables, _findings(cases, linear), numbers)
+
+
+def _findings(cases: dict[str, Followed], linear: dict[str, Convergence]) -> list[tuple[str, str]]:
+    """How far the law is off where it should hold and where it must not, and how far each start ends."""
+    holds, breaks = (
+        [float(one.residual.max()) for name, one in cases.items() if CASES[name].holds == wanted]
+        for wanted in (True, False)
+    )
+    said = f"is the most by which the law is off where it should hold. Where it must break: {min(breaks):.0e} or more."
+    found = [(f"{max(holds):.0e}", said)]
+    for start, one in linear.items():
+        said = f"of its norm from the solution of minimum norm: the end of a first layer that starts {start}."
+        found.append((f"{one.distance[:, -1].mean():.0e}", said))
+    return found
 
 
 def _laws(cases: dict[str, Followed], drifts: dict[float, float], starts: dict[str, Followed]) -> list[list[str]]:

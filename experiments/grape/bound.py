@@ -73,7 +73,17 @@ def study(config: Config, _: Histories) -> Study:
     accuracies = {name: 100 * np.stack([one["accuracy"] for one in runs]) for name, runs in found.items()}
     ends = [[name, shown(one[:, late].mean(1), 1)] for name, one in accuracies.items()]
     tables = [Table("The guarantee and what happens", rows), Table("Held-out digits", [["rule", "accuracy, %"], *ends])]
-    return Study(_figure(cosines, accuracies), CAPTION, tables)
+    return Study(_figure(cosines, accuracies), CAPTION, tables, _findings(cosines[:, late], bias[:, late]))
+
+
+def _findings(cosines: np.ndarray, bias: np.ndarray) -> list[tuple[str, str]]:
+    """The cosine beside the guarantee in each layer, and what the estimate would be of without noise."""
+    found = []
+    for name, (a, b, c) in zip(LAYERS, np.moveaxis(cosines.mean(1), 0, -1), strict=True):
+        said = f"is the cosine of feedback and Jacobian in the {name}; the lemma grants {_bound(a, b).mean():.2f}."
+        found.append((f"{c.mean():.2f}", said))
+    said = "is the cosine of what perturbed weights estimate in expectation with the first layer's Jacobian."
+    return [*found, (f"{bias.mean():.2f}", said)]
 
 
 def above(params: Any, x: jax.Array, taps: Any, feedback: Any = ()) -> jax.Array:

@@ -28,7 +28,7 @@ from experiments.common import data
 from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Page
 from experiments.common.task import Task
-from experiments.grape.networks import BEST, CPU_RATES, NETWORKS, PAPER, WATCHED, NetworkName, Rates, images, task
+from experiments.grape.networks import BEST, CPU_RATES, NETWORKS, PAPER, SIZE, WATCHED, NetworkName, Rates, images, task
 
 AXIS = "epochs from one true gradient to the next"
 
@@ -58,11 +58,10 @@ def arms(config: Config) -> Iterator[Arm]:
 
 def _arms(config: Config, dataset: data.Dataset, name: NetworkName) -> Iterator[Arm]:
     network, epoch = NETWORKS[name], len(dataset.train_labels) // config.batch
-    published = network.published if config.as_published else {}
     reference, axis = f"{name}-bp", f"{AXIS}, {network.title}"
 
     def arm(key: str, title: str, period: int | None, value: Task, count: int = 0) -> Arm:
-        number = published.get((key.partition("-")[0], count))
+        number = network.published.get((key.partition("-")[0], count))
         return Arm(f"{name}-{key}", f"{network.title}: {title}", period, value, number, reference, axis)
 
     yield arm("bp", "backpropagation", None, task(config, dataset, name))
@@ -96,4 +95,5 @@ EXPERIMENT = Experiment(
     },
     Page("How much backpropagation does a deep network need?", "Caillon et al. 2026, CIFAR-100", epoch="last"),
     arms,
+    size=SIZE,
 )

@@ -85,11 +85,6 @@ class Size(Config):
     scale: float = 1.0
     """The factor on the published numbers of channels."""
 
-    @property
-    def as_published(self) -> bool:
-        """Whether data and networks are those of the published numbers."""
-        return self.dataset == "cifar100" and self.scale == self.shrink == 1
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates(Size):
@@ -101,6 +96,8 @@ class Rates(Size):
     """The learning rate of Adam under GrAPE."""
 
 
+# What makes the published data and networks.
+SIZE = ("dataset", "shrink", "scale")
 # What presets share.
 CPU: dict[str, Any] = {
     "dataset": "cifar10",

@@ -27,7 +27,7 @@ import jax
 import jaxfa
 from experiments.common.bounds import among
 from experiments.common.experiment import Arm, Experiment, Page
-from experiments.grape.networks import BEST, CPU, LITERAL, NETWORKS, TILED, Size, images, task
+from experiments.grape.networks import BEST, CPU, LITERAL, NETWORKS, SIZE, TILED, Size, images, task
 
 _plain = partial(jaxfa.grape, scaling=0.0)
 VARIANTS: dict[str, tuple[str, jaxfa.Rule]] = {
@@ -71,9 +71,8 @@ def arms(config: Config) -> Iterator[Arm]:
         "dfa": ("DFA", jaxfa.dfa()),
     }
     for name, (title, rule) in (rules | {name: VARIANTS[name] for name in config.variants}).items():
-        number = network.published.get((name, 0)) if config.as_published else None
         at = network.taps if isinstance(rule, jaxfa.DirectRule) else None
-        yield Arm(name, title, None, plain._replace(rule=rule, at=at), number)
+        yield Arm(name, title, None, plain._replace(rule=rule, at=at), network.published.get((name, 0)))
 
 
 EXPERIMENT = Experiment(
@@ -100,4 +99,5 @@ EXPERIMENT = Experiment(
         epoch="last",
     ),
     arms,
+    size=SIZE,
 )

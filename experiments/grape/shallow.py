@@ -111,4 +111,5 @@ EXPERIMENT = Experiment(
         epoch="last",
     ),
     arms,
+    size=(),
 )

@@ -85,13 +85,12 @@ def arms(config: Config) -> Iterator[Arm]:
     """Backpropagation; both rules at every number of calibrations; those steps alone."""
     found = text.load(config.corpus, config.data, context=config.context, vocabulary=config.vocabulary)
     dataset = experiment.prepare(config, found)
-    same = config.corpus == "wikitext103"
     epoch = min(filter(None, (config.steps, len(dataset.train_labels) // config.batch)))
     if any(epoch % count for count in filter(None, config.calibrations)):
         # Else the control would have another number of them.
         raise ValueError(f"calibrations must divide an epoch's {epoch} steps (--steps), got {config.calibrations}.")
     bp = _task(config, dataset, config.learning_rate, epoch)
-    yield Arm("bp", "Backpropagation", None, bp, PUBLISHED_BP if same else None)
+    yield Arm("bp", "Backpropagation", None, bp, PUBLISHED_BP)
     letter, ours = (rule(learning_rate=config.feedback_rate) for rule in (jaxfa.rules.published_grape, jaxfa.grape))
     rules = {
         "dfa": ("DFA", jaxfa.dfa(), config.dfa_rate),
@@ -102,8 +101,7 @@ def arms(config: Config) -> Iterator[Arm]:
         plain = _task(config, dataset, rate, epoch)._replace(rule=rule, at=TAPS)
         for count in config.calibrations:
             task = plain._replace(calibrate=partial(jaxfa.calibrate, every=epoch // count)) if count else plain
-            published = PUBLISHED.get((name, count)) if same else None
-            yield Arm(f"{name}-{count}", title, count, task, published, axis=AXIS)
+            yield Arm(f"{name}-{count}", title, count, task, PUBLISHED.get((name, count)), axis=AXIS)
     for count in filter(None, config.calibrations):
         task = _task(config, dataset, config.control_rate, count)
         yield Arm(f"alone-{count}", "These steps alone", count, task, axis=AXIS)
@@ -183,4 +181,5 @@ EXPERIMENT = Experiment(
         epoch="last",
     ),
     arms,
+    size=("corpus", "vocabulary", "context", "width", "depth", "heads", "steps"),
 )

@@ -92,10 +92,9 @@ class Config(Varied, Network):
 
 def arms(config: Config) -> Iterator[Arm]:
     """Backpropagation; every variant and rank."""
-    published = PUBLISHED if config.retina + config.cortex == (32,) * 5 else {}
     decay, steps = optax.add_decayed_weights(config.weight_decay), optax.sgd(config.learning_rate, momentum=0.9)
     plain = config.task(config.grey())._replace(optimizer=optax.chain(optax.clip_by_global_norm(1.0), decay, steps))
-    yield from by_rank(config, plain, published=published)
+    yield from by_rank(config, plain, published=PUBLISHED)
 
 
 EXPERIMENT = Experiment(
@@ -117,4 +116,5 @@ EXPERIMENT = Experiment(
         "Hanut and Kadmon 2025, five 9x9 convolutions of 32 channels, grey CIFAR-10, read from a figure",
     ),
     arms,
+    size=("retina", "cortex", "hidden", "window", "shrink"),
 )

@@ -105,7 +105,7 @@ def study(config: Config, histories: Histories) -> Study:
     )
     last = {f"{rank} {name}": values[:, -1, 0].tolist() for (rank, name), values in found.items()}
     tables = [Table("Overlaps with the modes", table(config, steps, found)), Table("Factors", factors(found))]
-    return Study(figure(config, steps, found), caption, tables, numbers=last)
+    return Study(figure(config, steps, found), caption, tables, findings(config, steps, found), last)
 
 
 def rule(config: Config, rank: int, name: str) -> jaxfa.Rule:
@@ -179,6 +179,17 @@ def table(config: Config, steps: np.ndarray, found: dict[tuple[int, str], np.nda
         cells = [", ".join(map(shown, values[:, stop, 0].T)) for stop in stops]
         rows.append([str(rank or ""), name, *cells, CLAIMS.get((_case(config, rank), name), "")])
     return rows
+
+
+def findings(config: Config, steps: np.ndarray, found: dict[tuple[int, str], np.ndarray]) -> list[tuple[str, str]]:
+    """At every rank how much of the weakest mode is learned where the paper stops."""
+    stop, told = int(np.argmin(abs(steps - PUBLISHED))), []
+    for rank in config.ranks:
+        weakest = {name: f"{found[rank, name][:, stop, 0, -1].mean():.2f}" for name in VARIANTS}
+        first, *others = weakest
+        said = f"of the weakest mode is learned by iteration {steps[stop]} through feedback of rank {rank}, {first}"
+        told.append((weakest[first], "; ".join([said, *(f"{name}: {weakest[name]}" for name in others)]) + "."))
+    return told
 
 
 def factors(found: dict[tuple[int, str], np.ndarray]) -> list[list[str]]:

@@ -166,4 +166,5 @@ EXPERIMENT = Experiment(
         "Hanut and Kadmon 2025, best epoch of 160, width 512, all 50,000 images",
     ),
     arms,
+    size=("width", "shrink"),
 )

@@ -65,7 +65,19 @@ def study(config: Config, histories: Histories) -> Study:
         "against the rank of the error, mean and deviation over seeds; grey, two backpropagations from other starts."
     )
     numbers = {name: values.tolist() for name, values in found.items()}
-    return Study(figure(chosen, found), caption, [Table("Likeness to backpropagation", rows)], numbers=numbers)
+    tables = [Table("Likeness to backpropagation", rows)]
+    return Study(figure(chosen, found), caption, tables, findings(chosen, found), numbers)
+
+
+def findings(chosen: list[Arm], found: dict[str, np.ndarray]) -> list[tuple[str, str]]:
+    """For every variant how alike the last hidden layer is at the highest rank and at the lowest."""
+    told = []
+    for group in dict.fromkeys(arm.group for arm in chosen[1:]):
+        members = sorted((arm.x, found[arm.name][:, -1].mean()) for arm in chosen[1:] if arm.group == group)
+        (low, least), (high, most) = members[0], members[-1]
+        said = f"is the likeness of the last hidden layer at rank {high:g}, {group}; at rank {low:g}: {least:.2f}."
+        told.append((f"{most:.2f}", said))
+    return [*told, (f"{found['bp'][:, -1].mean():.2f}", "is that of two backpropagations from other starts.")]
 
 
 def representations(config: Config, arm: Arm) -> list[list[np.ndarray]]:

@@ -28,7 +28,6 @@ from experiments.common.task import Task
 from experiments.ldfa.arms import VariantName, Varied, by_rank
 from experiments.models.vit import ViT
 
-PUBLISHED_WIDTH = 384
 PUBLISHED: dict[str, dict[float, float]] = {
     "bp": {0: 91.34},
     "normative": {64: 91.08, 48: 91.26, 40: 90.94, 36: 90.74, 32: 90.77, 24: 90.23, 20: 89.86, 16: 89.40},
@@ -45,7 +44,7 @@ class Config(Varied):
     """How P and Q learn: both; P alone, the local rule; Q alone, hebbian; Q by reconstruction; neither; or fitted."""
     patch: int = 4
     """The side of a patch, in pixels."""
-    width: int = PUBLISHED_WIDTH
+    width: int = 384
     """How many features a token has."""
     depth: int = 8
     """How many blocks the network has."""
@@ -71,8 +70,7 @@ def arms(config: Config) -> Iterator[Arm]:
 
     # AdamW decays Q as it does the weights, so that the rule adds nothing.
     bp = Task(make, jaxfa.backprop(), optax.adamw(schedule, weight_decay=0.1), dataset, config.batch)
-    # A rank says something of the width that it is a part of: theirs.
-    yield from by_rank(config, bp, published=PUBLISHED if config.width == PUBLISHED_WIDTH else {})
+    yield from by_rank(config, bp, published=PUBLISHED)
 
 
 EXPERIMENT = Experiment(
@@ -98,4 +96,5 @@ EXPERIMENT = Experiment(
         "Hanut and Kadmon 2025, factors fitted to the weights, width 384, depth 8, 250 epochs, all 50,000 images",
     ),
     arms,
+    size=("shrink", "patch", "width", "depth", "heads"),
 )

@@ -23,6 +23,8 @@ from experiments.models.networks import MLP, ConvNet, ResNet
 from experiments.models.vgg import VGG
 
 NetworkName = Literal["mlp", "vgg5", "resnet8", "smallconv", "vgg13", "resnet32"]
+# The reading that is the paper's words to the letter: errors to all layers at once, alignment that moves the weights.
+LITERAL = "parallel-weights"
 # What the presets share; the small networks' images are 16 x 16.
 CPU: dict[str, Any] = {
     "seeds": 3,

@@ -19,10 +19,10 @@ from jaxfa.nn.convert import prune as prune
 from jaxfa.nn.convert import to_dense as to_dense
 from jaxfa.nn.convert import to_thin as to_thin
 from jaxfa.nn.layer_errors import layer_errors as layer_errors
+from jaxfa.nn.model.variables import Feedback as Feedback
 from jaxfa.nn.optimizer import Optimizer as Optimizer
 from jaxfa.nn.table import Coverage as Coverage
 from jaxfa.nn.table import Row as Row
-from jaxfa.nn.variables import Feedback as Feedback
 
 __all__ = [
     "Attached", "ConsecutiveLayers", "Coverage", "Feedback", "Optimizer", "Row", "align", "alignment", "attach",

@@ -19,19 +19,19 @@ import jax
 from flax import nnx
 
 from jaxfa.base import Rule, is_direct
-from jaxfa.nn.advice import Advice, refuse_at_end
 from jaxfa.nn.attached import Attached
-from jaxfa.nn.contraction import Contraction, place, sites_of
 from jaxfa.nn.coverage import cover
-from jaxfa.nn.factored import Factored, factorise_chosen
 from jaxfa.nn.learning import quiet
-from jaxfa.nn.program import Example, at_once, method_of
-from jaxfa.nn.put import Call, Placed, put_direct
-from jaxfa.nn.schedules import forward_by
-from jaxfa.nn.survey import Survey, look_at_layers, look_through, put_own, uses_in
-from jaxfa.nn.tap import Tap
-from jaxfa.nn.variables import init_at, init_stack, modules_of
-from jaxfa.nn.wanted import refuse_unmatched
+from jaxfa.nn.model.program import Example, at_once, method_of
+from jaxfa.nn.model.variables import init_at, init_stack, modules_of
+from jaxfa.nn.passes.schedules import forward_by
+from jaxfa.nn.taps.advice import Advice, refuse_at_end
+from jaxfa.nn.taps.put import Call, Placed, put_direct
+from jaxfa.nn.taps.tap import Tap
+from jaxfa.nn.taps.wanted import refuse_unmatched
+from jaxfa.nn.weights.contraction import Contraction, place, sites_of
+from jaxfa.nn.weights.factored import Factored, factorise_chosen
+from jaxfa.nn.weights.survey import Survey, look_at_layers, look_through, put_own, uses_in
 from jaxfa.paths import matches, path_name
 from jaxfa.stacks.schedules import Schedule, stored
 

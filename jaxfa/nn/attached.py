@@ -9,16 +9,16 @@ from jax.flatten_util import ravel_pytree
 
 from jaxfa.base import Rule, is_direct, keep
 from jaxfa.measure.diagnostics import Alignment, compare, weight_angle
-from jaxfa.nn.contraction import audited, contractions_of, sites_of
 from jaxfa.nn.coverage import cover
-from jaxfa.nn.direct import call_direct
 from jaxfa.nn.learning import Phase, quiet, remind
-from jaxfa.nn.own import OwnSite, weights_of
-from jaxfa.nn.program import Example, Program, is_transformed, method_of
-from jaxfa.nn.refined import layers_of, own_at, shifted_forward
-from jaxfa.nn.survey import OwnContraction, by_parameter, by_path, own_of, program_of, run_with_feedback
+from jaxfa.nn.model.program import Example, Program, is_transformed, method_of
+from jaxfa.nn.passes.direct import call_direct
+from jaxfa.nn.passes.refined import layers_of, own_at, shifted_forward
 from jaxfa.nn.table import Coverage
-from jaxfa.nn.tap import plain_of, taps_of
+from jaxfa.nn.taps.tap import plain_of, taps_of
+from jaxfa.nn.weights.contraction import audited, contractions_of, sites_of
+from jaxfa.nn.weights.own import OwnSite, weights_of
+from jaxfa.nn.weights.survey import OwnContraction, by_parameter, by_path, own_of, program_of, run_with_feedback
 from jaxfa.ops import backward_alone
 
 

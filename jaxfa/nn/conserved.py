@@ -10,12 +10,12 @@ from jaxfa.jaxprs.flows import OUTPUT, Passage
 from jaxfa.measure.conservation import Pair, imbalance, shrink
 from jaxfa.measure.pair import matrix_of
 from jaxfa.nn.attached import Attached, plain
-from jaxfa.nn.contraction import Site, contractions_of, sites_of
 from jaxfa.nn.learning import quiet
-from jaxfa.nn.program import Example
-from jaxfa.nn.tap import taps_of
-from jaxfa.nn.trace import trace, traced
-from jaxfa.nn.views import Whole
+from jaxfa.nn.model.program import Example
+from jaxfa.nn.taps.tap import taps_of
+from jaxfa.nn.taps.trace import trace, traced
+from jaxfa.nn.weights.contraction import Site, contractions_of, sites_of
+from jaxfa.nn.weights.views import Whole
 from jaxfa.rules.dfa import DirectMatrix
 
 

@@ -13,9 +13,9 @@ from jaxfa.factored.pruning import prune as prune_tree
 from jaxfa.factored.svd import Factors
 from jaxfa.factored.svd import factorise as factorise_weights
 from jaxfa.nn.attached import Attached, plain
-from jaxfa.nn.factored import Factored, factorise_chosen, swap
-from jaxfa.nn.variables import Feedback, modules_of
-from jaxfa.nn.views import Matrices
+from jaxfa.nn.model.variables import Feedback, modules_of
+from jaxfa.nn.weights.factored import Factored, factorise_chosen, swap
+from jaxfa.nn.weights.views import Matrices
 from jaxfa.paths import matches
 
 

@@ -8,15 +8,15 @@ from flax import nnx
 from jaxfa.base import is_direct
 from jaxfa.jaxprs.audit import Audit
 from jaxfa.jaxprs.flows import OUTPUT, Passage
-from jaxfa.nn.describe import EMPTY, IDLE, LOST, NOTHING, SILENT, describe, held_feedback, layer_name, shape_of
 from jaxfa.nn.learning import how_it_learns
-from jaxfa.nn.places import places_of
-from jaxfa.nn.program import Example, method_of
-from jaxfa.nn.survey import Survey, own_of, survey
+from jaxfa.nn.model.program import Example, method_of
+from jaxfa.nn.model.variables import Feedback, value_of
 from jaxfa.nn.table import Coverage, Row
-from jaxfa.nn.tap import plain_of, taps_of
-from jaxfa.nn.trace import terms_beside, trace, traced
-from jaxfa.nn.variables import Feedback, value_of
+from jaxfa.nn.taps.describe import EMPTY, IDLE, LOST, NOTHING, SILENT, describe, held_feedback, layer_name, shape_of
+from jaxfa.nn.taps.places import places_of
+from jaxfa.nn.taps.tap import plain_of, taps_of
+from jaxfa.nn.taps.trace import terms_beside, trace, traced
+from jaxfa.nn.weights.survey import Survey, own_of, survey
 from jaxfa.paths import matches, path_name
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxfa.nn.attached import Attached, plain
-from jaxfa.nn.contraction import sites_of
 from jaxfa.nn.learning import quiet
-from jaxfa.nn.variables import Recorder
+from jaxfa.nn.model.variables import Recorder
+from jaxfa.nn.weights.contraction import sites_of
 
 
 class Shift(nnx.Variable):

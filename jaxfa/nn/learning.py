@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxfa.base import Rule, keep
-from jaxfa.nn.leaves import at_leaves, named_floats
-from jaxfa.nn.variables import Feedback
+from jaxfa.nn.model.leaves import at_leaves, named_floats
+from jaxfa.nn.model.variables import Feedback
 from jaxfa.optim.trees import learns_from_gradients, maker_of, nodes_of
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 from flax import nnx
 
-from jaxfa.nn.variables import Feedback
+from jaxfa.nn.model.variables import Feedback
 from jaxfa.optim.trees import unboxed
 
 

@@ -71,8 +71,9 @@ def alike(
         put, take, paths = _seats(params, feedback, name, shape)
         found, after, steps = stepped(tx, gradients, state.params, params, **extra)
         full = whole_state(state.feedback, state.params)
-        learned, kept, others = stepped(tx, put(gradients, signals), full, put(params, feedback), **extra)
-        learns = zip(take(learned), take(others if shape is None else steps), strict=True)
+        second = put(gradients, signals), full, put(params, feedback)
+        learned, kept, *others = stepped(tx, *second, **extra) if shape is None else tx.update(*second, **extra)
+        learns = zip(take(learned), take(others[0] if others else steps), strict=True)
 
         def learn(node: Any, signal: Any) -> Any:
             (step, steps), q = next(learns), getattr(node, name)

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxfa.order import after
+from jaxfa.varying import varying_axes
+
 # What keeps a copy of the parameters, or searches along its own step, would undo or overlook a step made after it.
 _NOT_INSIDE = (
     optax.LookaheadState,
@@ -65,10 +68,34 @@ def stepped(tx: Any, updates: Any, state: Any, params: Any, **extra: Any) -> tup
 
     A step may well be zero, and what is no step, such as a decay of frozen weights, may be not. So this asks ``tx``
     once more, for the opposite gradient, large enough to be seen behind a momentum and as finite as the true one.
+
+    Compiled, it asks before ``tx`` takes the step: a state that is still to be read can't be written where it lies, and
+    would be copied.
     """
-    found, after = tx.update(updates, state, params, **extra)
-    probe, _ = tx.update(jax.tree.map(_opposite, updates), state, params, **extra)
-    return found, after, jax.tree.map(lambda a, b: jnp.any(a != b), found, probe)
+
+    def ask(g: Any) -> tuple[Any, Any]:
+        return tx.update(g, state, params, **extra)
+
+    first, probe = ask(updates), ask(jax.tree.map(_opposite, updates))
+    steps = jax.tree.map(lambda a, b: jnp.any(a != b), first[0], probe[0])
+    is_traced = any(isinstance(step, jax.core.Tracer) for step in jax.tree.leaves(steps))
+    # The step is then computed anew, which is cheap but for products of matrices, as Muon's.
+    if is_traced and "dot_general" not in str(jax.make_jaxpr(ask)(updates)):
+        first = ask(_after(updates, steps))
+    return *first, steps
+
+
+def _after(updates: Any, steps: Any) -> Any:
+    """The gradients, bit for bit, but not before it is known which are stepped on."""
+    known, ones = [step.astype(jnp.float32) for step in jax.tree.leaves(steps)], {}
+
+    def wait(g: jax.Array) -> jax.Array:
+        axes = varying_axes(jax.typeof(g))
+        if axes not in ones:
+            ones[axes] = after(jnp.ones(()), [one for one in known if varying_axes(jax.typeof(one)) <= axes])
+        return g * ones[axes].astype(g.dtype)
+
+    return jax.tree.map(wait, updates)
 
 
 def _opposite(g: jax.Array) -> jax.Array:

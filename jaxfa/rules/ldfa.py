@@ -20,13 +20,14 @@ starts both factors as PyTorch's layers do, divides the error by its largest uni
 leaves the step's size to Adam.
 """
 
+from collections.abc import Callable
 from dataclasses import field, replace
 
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from jaxfa.base import Initializer, LayerRule, feedback_dataclass
+from jaxfa.base import Initializer, LayerRule, Operation, feedback_dataclass, transpose
 from jaxfa.rules.shared.lowrank import (
     LowRank,
     Rank,
@@ -62,11 +63,26 @@ class LearnedLowRank(LowRank):
         return self.learn_p and not self.labels
 
     def signal(self, x: jax.Array, w: jax.Array, delta: jax.Array, dw: jax.Array) -> "LearnedLowRank":
+        # Hebb's x^T (delta p) is dw p, since op is linear in w: no second pass over the batch.
+        return self._signal(delta, lambda p: jnp.tensordot(dw, p, 1))
+
+    def learn(
+        self, op: Operation, x: jax.Array, w: jax.Array, delta: jax.Array, dw: jax.Array
+    ) -> tuple[jax.Array, "LearnedLowRank"]:
+        if delta.size // delta.shape[-1] >= delta.shape[-1]:
+            return super().learn(op, x, w, delta, dw)
+
+        # Of fewer errors than units, the second pass is the smaller product: delta p is there already.
+        def hebb(p: jax.Array) -> jax.Array:
+            return transpose(lambda q: op(x, q), self.q.astype(w.dtype), jnp.tensordot(delta, p, 1))
+
+        return self.transport(op, x, w, delta), self._signal(delta, hebb)
+
+    def _signal(self, delta: jax.Array, hebb: Callable[[jax.Array], jax.Array]) -> "LearnedLowRank":
         # softmax - onehot is negative at the label alone.
         target = (delta < 0) if self.labels else delta
         dp = -oja(self.p, target) if self.learn_p else jnp.zeros_like(self.p)
-        # Hebb's x^T (delta p) is dw p, since op is linear in w: no second pass over the batch.
-        dq = jnp.tensordot(dw, self.p.astype(dw.dtype), 1) if self.learn_q else jnp.zeros_like(self.q)
+        dq = hebb(self.p.astype(delta.dtype)) if self.learn_q else jnp.zeros_like(self.q)
         if self.structured:
             dp, dq = keep_zeros(self.p, dp), keep_zeros(self.q, dq)
         return replace(self, p=dp, q=dq)

@@ -9,7 +9,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from jaxfa.nn.tap import taps_of
+from jaxfa.nn.taps.tap import taps_of
 from tests.networks import BLOCKS, MLP, Block, RawWeights, Recurrent, Residual, Scanned, attach, inputs
 
 X = inputs(9, 6)

@@ -8,6 +8,7 @@ from flax import linen, nnx
 
 import jaxfa
 import jaxfa.nn
+from jaxfa.nn.taps.tap import taps_of
 from tests.networks import inputs
 
 X = inputs(4, 8)
@@ -167,7 +168,7 @@ def test_several_outputs_are_one_error_side_by_side_or_those_that_are_picked():
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_of_a_block_that_returns_a_tree_what_is_read_is_tapped(schedule):
     aligned = attach(Trees(), jaxfa.dfa(), "blocks/*", schedule=schedule, logits=lambda out: out[0])
-    assert {tap.leaves for tap in jaxfa.nn.tap.taps_of(aligned.model).values()} == {("1",)}
+    assert {tap.leaves for tap in taps_of(aligned.model).values()} == {("1",)}
     assert aligned.coverage().rows[0].arrives == "direct, output 1 of blocks/0, then exact inside blocks/0"
     grads = nnx.grad(lambda model: (model(X)[0] ** 2).sum())(aligned)
     assert all(value for path, value in learns(grads).items() if "/c/" not in path)
@@ -262,7 +263,7 @@ class Gated(nnx.Module):
 
 def test_one_activation_is_one_tap_and_a_layer_without_a_call_has_none():
     aligned, e = attach(Gated(), jaxfa.dfa()), inputs(4, 3)
-    taps = jaxfa.nn.tap.taps_of(aligned.model)
+    taps = taps_of(aligned.model)
     assert {path: tap.follows for path, tap in taps.items()} == {"gate": None, "up": "gate", "head": None}
     grads = nnx.grad(lambda model: (model(X) * e).sum())(aligned)["model"]
     mask = Gated().below(X) > 0
@@ -282,7 +283,7 @@ def test_the_jacobian_at_an_activation_is_that_of_all_that_read_it():
         return model.head(nnx.silu(model.gate(h)) * model.up(h)).sum(0)
 
     true = jax.jacrev(tail)(nnx.relu(model.below(X))).mean(1).T
-    b = jaxfa.nn.tap.taps_of(aligned.model)["gate"].feedback.get_value().b
+    b = taps_of(aligned.model)["gate"].feedback.get_value().b
     assert jaxfa.diagnostics.angle(b, true) < 20
 
 

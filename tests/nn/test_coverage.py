@@ -16,6 +16,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from jaxfa.base import DirectFeedback, LayerFeedback
+from jaxfa.nn.taps.describe import NOTHING
 from tests.networks import (
     BLOCKS,
     MLP,
@@ -259,5 +260,5 @@ def test_every_word_of_the_table_is_explained_on_its_page():
     assert {"fixed", "by refine", "from the weights"} <= learns
     page = (pathlib.Path(__file__).parents[2] / "docs" / "coverage.md").read_text()
     spans = re.findall("`([^`]+)`", "\n".join(line for line in page.splitlines() if line.startswith("|")))
-    words = {*arrives, *leaves, *learns, jaxfa.nn.describe.NOTHING, "input of", "output of", "parameter"}
+    words = {*arrives, *leaves, *learns, NOTHING, "input of", "output of", "parameter"}
     assert [word for word in sorted(words) if not any(word in span for span in spans)] == []

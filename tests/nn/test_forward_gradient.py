@@ -10,6 +10,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from jaxfa.jaxprs.versions import equations, opened
+from jaxfa.nn.taps.tap import taps_of
 from tests.networks import LOOKS, MLP, Residual, Scanned, Transformer, attach, inputs, loss
 
 RULE = jaxfa.forward_gradient()
@@ -93,9 +94,7 @@ def test_weights_learn_their_own_draws_times_the_slope_along_all_of_them(x64):
     aligned = attach(MLP(nnx.Rngs(0)), jaxfa.forward_gradient(weights=True), x)
     gradient = nnx.jit(nnx.grad(loss))
     got, true = gradient(aligned, x)["model"], gradient(jaxfa.nn.plain(aligned), x)
-    taps = {
-        path: tap.feedback.get_value().draw(aligned(x))[0] for path, tap in jaxfa.nn.tap.taps_of(aligned.model).items()
-    }
+    taps = {path: tap.feedback.get_value().draw(aligned(x))[0] for path, tap in taps_of(aligned.model).items()}
     assert set(taps) == {f"fc{i}/{name}" for i in (1, 2, 3) for name in ("kernel", "bias")}
     pairs = {path: [getattr(getattr(tree, path[:3]), path[4:])[...] for tree in (got, true)] for path in taps}
     slope = sum(jnp.vdot(taps[path], one) for path, (_, one) in pairs.items())

@@ -9,7 +9,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from jaxfa.nn.contraction import sites_of
+from jaxfa.nn.weights.contraction import sites_of
 from jaxfa.rules.shared.lowrank import LowRank
 from tests.networks import TRAINED
 

@@ -10,9 +10,9 @@ from jax import lax
 
 import jaxfa
 import jaxfa.nn
-from jaxfa.nn.own import weights_of
-from jaxfa.nn.program import Example, method_of
-from jaxfa.nn.survey import own_of, survey
+from jaxfa.nn.model.program import Example, method_of
+from jaxfa.nn.weights.own import weights_of
+from jaxfa.nn.weights.survey import own_of, survey
 from jaxfa.rules.shared.lowrank import LowRank
 from tests.networks import TRAINED
 

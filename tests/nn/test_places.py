@@ -12,7 +12,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from jaxfa.nn.tap import taps_of
+from jaxfa.nn.taps.tap import taps_of
 from tests.networks import MLP, Residual, attach, inputs, loss
 
 EVERY = "tapped: the input of every layer but the first"
@@ -136,7 +136,7 @@ def test_at_may_name_the_input_of_a_module():
     assert next(rows) == next(rows)
     # What the one block returns is what the other is given: one tap.
     both = attach(Residual(nnx.Rngs(0), 2), jaxfa.dfa(), x, ("stem", "blocks/*", "input of blocks/1"))
-    assert sorted(jaxfa.nn.tap.taps_of(both.model)) == ["blocks/0", "blocks/1", "stem"]
+    assert sorted(taps_of(both.model)) == ["blocks/0", "blocks/1", "stem"]
 
 
 class Prompted(nnx.Module):

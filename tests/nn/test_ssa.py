@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from jaxfa.nn.factored import Factored
+from jaxfa.nn.weights.factored import Factored
 from tests.networks import MLP, TRAINED, Block, ConvNet, Residual, Scanned, alignment, inputs, loss
 
 READINGS = {"parallel": jaxfa.ssa(), "sequential": jaxfa.ssa(parallel=False)}

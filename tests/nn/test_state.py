@@ -15,7 +15,7 @@ from flax import nnx
 import jaxfa
 from experiments.models import networks
 from jaxfa.base import FixedFeedback
-from jaxfa.nn.contraction import contractions_of
+from jaxfa.nn.weights.contraction import contractions_of
 from tests.methods import METHODS
 from tests.networks import MLP, TRAINED, Scanned, attach, inputs, loss
 

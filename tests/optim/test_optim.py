@@ -1,6 +1,7 @@
 """One optimizer for parameters and feedback, which never touches what is fixed."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import jax
@@ -219,3 +220,18 @@ def test_the_count_of_redrawn_magnitudes_is_the_optimizers_whatever_happens_to_t
         updates, state = tx.update(jax.tree.map(jnp.ones_like, both), state, spoilt)
         both = optax.apply_updates(spoilt, updates)
         assert (int(both[1]["layer"].step), int(both[1]["layer"].seed)) == (t + 1, seed)
+
+
+@pytest.mark.parametrize("rule", [jaxfa.kolen_pollack(), jaxfa.ldfa(0.25)], ids=["kolen_pollack", "ldfa"])
+def test_a_donated_state_is_written_where_it_lies(rule):
+    params = {"w": jnp.ones((256, 128))}
+    both = params, {"w": rule.init(KEY, params["w"])}
+    tx = jaxfa.optimizer(optax.adam(1e-3), rule)
+    update = jax.jit(lambda signals, both, state: optax_step(tx, signals, both, state), donate_argnums=(1, 2))
+    program = update.lower(both, both, tx.init(both)).compile().as_text()
+    assert not re.search(r"f32\[256,128\]\S* copy\(", program)
+
+
+def optax_step(tx, signals, both, state):
+    updates, state = tx.update(signals, state, both)
+    return optax.apply_updates(both, updates), state

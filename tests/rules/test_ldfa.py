@@ -19,6 +19,7 @@ VARIANTS = [(True, True), (True, False), (False, True), (False, False)]
 FIXED = {"learn_p": False, "learn_q": False}
 OPERATIONS = {
     "dense": (jaxfa.linear, (5, 4), (4, 3)),
+    "few": (jaxfa.linear, (4, 9), (9, 8)),
     "tokens": (jaxfa.linear, (2, 5, 4), (4, 3)),
     "heads": (jaxfa.with_feedback(lambda x, w: jnp.einsum("nhi,hij->nhj", x, w)), (4, 2, 3), (2, 3, 5)),
     "conv1d_valid": (functools.partial(jaxfa.conv, padding="VALID"), (2, 9, 3), (4, 3, 4)),
@@ -92,6 +93,17 @@ def test_errors_take_the_product_where_the_factors_cost_more(case, options, prod
     program = opened(jax.make_jaxpr(lambda delta: feedback.transport(op, x, w, delta))(delta))
     (made,) = (eqn.outvars[0].aval.shape for eqn in equations(program) if eqn.primitive.name == "dot_general")
     assert made == (w.shape if product else (*delta.shape[:-1], r))
+
+
+@pytest.mark.parametrize("examples", [5, 8])
+def test_q_learns_from_the_smaller_product(examples, normal, x64):
+    x, w, delta = normal(examples, 6), normal(6, 8), normal(examples, 8)
+    feedback = jaxfa.ldfa(2, learn_p=False).init(KEY, w)
+    program = opened(jax.make_jaxpr(jax.vjp(jaxfa.linear, x, w, feedback)[1])(delta))
+    products = [eqn for eqn in equations(program) if eqn.primitive.name == "dot_general"]
+    made = [eqn for eqn in products if sorted(eqn.outvars[0].aval.shape) == [2, 6]]
+    summed = {eqn.invars[0].aval.shape[eqn.params["dimension_numbers"][0][0][0]] for eqn in made}
+    assert summed == {min(examples, 8)}
 
 
 def test_a_square_p_that_was_drawn_orthonormal_takes_no_steps(normal, x64):

@@ -11,7 +11,7 @@ import pytest
 
 import jaxfa
 from jaxfa.base import is_direct
-from jaxfa.nn.variables import init_at
+from jaxfa.nn.model.variables import init_at
 from tests.methods import METHODS
 from tests.oracles import backwards, phases
 from tests.oracles.backwards import REFERENCES

@@ -16,7 +16,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from jaxfa.base import is_direct, keep
-from jaxfa.nn.leaves import error_in
+from jaxfa.nn.model.leaves import error_in
 from tests.zoo.model import Model, Penalty
 
 LIBRARY = str(pathlib.Path(jaxfa.__file__).parent)

@@ -10,7 +10,7 @@ import pytest
 from rich.progress import Progress
 
 from experiments.__main__ import EXPERIMENTS
-from experiments.common import apart, data, records, results, rows, sweep, verdicts
+from experiments.common import apart, records, results, rows, sweep, verdicts
 
 
 def test_what_is_made_of_results_is_what_the_committed_files_say():
@@ -27,20 +27,24 @@ def test_every_committed_result_is_of_an_experiment_and_shown():
         assert shown in made
 
 
-def folder(tmp_path):
+FULL = {"images": None, "test_images": None, "split": "test", "dataset": "cifar100", "shrink": 1, "scale": 1.0}
+
+
+def folder(tmp_path, same=True):
     """Two arms of two seeds, one of which has no epoch yet."""
     arm = {"group": "Ours", "x": 1, "published": 30.0, "reference": "one", "axis": "epochs", "title": "", "note": ""}
     arm["origin"] = "the paper's own"
     described = {"title": "A title", "claim": "A claim.", "published": "A paper", "metric": "accuracy"}
-    described["arms"] = [arm | {"name": "one"}, arm | {"name": "two"}]
+    described |= {"arms": [arm | {"name": "one"}, arm | {"name": "two"}], "as_published": same}
     (tmp_path / "grape").mkdir()
     run = tmp_path / "run"
-    records.open_run(run, {"experiment": "grape_deep", "epochs": 2, "seeds": 2})
+    records.open_run(run, FULL | {"experiment": "grape_deep", "epochs": 50 if same else 2, "seeds": 2})
     records.write_json(run / "sweep.json", described)
     (run / "one").mkdir()
     for epoch, accuracy in enumerate(([0.1, 0.1], [0.5, 0.3], [0.4, 0.2])):
         angles = {"first": [80.0, 60.0], "last": [0.0, 0.0]}
-        records.append(run / "one", {"epoch": epoch, "seconds": 1.5, "test_accuracy": accuracy, "angle": angles})
+        record = {"epoch": epoch, "seconds": 1.5, "test_accuracy": accuracy, "angle": angles}
+        records.append(run / "one", record | {"calibrations": [epoch, epoch + 1]})
     return run
 
 
@@ -54,39 +58,94 @@ def test_a_result_has_every_arm_its_spread_and_where_it_was_run(commit, tree, tm
     assert one["last"] == {"seeds": [40.0, 20.0], "mean": 30.0, "std": 14.142}
     assert one["best"]["mean"] == 40.0
     assert (one["epochs"], one["seconds"], one["angle"]["mean"]) == (2, 4.5, 70.0)
-    assert one["published"] == {"value": 30.0, "from": "the paper's own", "ours": "another set-up"}
+    assert one["published"] == {"value": 30.0, "from": "the paper's own"}
+    assert one["calibrations"] == 2.5
+    assert found["as_published"]
+    assert "findings" not in found
     assert one["course"][1] == [1, 50.0, 30.0, 70.0]
     (run,) = found["runs"]
     assert (run["commit"], run["tree"]) == (commit, tree)
     assert run["command"] == "python -m experiments run grape_deep"
     assert run["jax"]
-    assert "| Ours: epochs 1 | 30.0 ± 14.1 | 70° |  | 40.0 ± 14.1 | 30.0 |" in results._table(found)
+    table = results._table(found)
+    assert "| step | true gradients | best epoch | published |" in table
+    assert "| Ours: epochs 1 | 30.0 ± 14.1 | 70° |  | 2.5 | 40.0 ± 14.1 | 30.0 |" in table
+
+
+def test_a_smaller_set_ups_result_has_no_published_number_and_neither_has_its_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    path = results.write(folder(tmp_path, same=False), EXPERIMENTS, "cpu")
+    found = json.loads(path.read_text())
+    assert not found["as_published"]
+    assert "published" not in found["arms"]["one"]
+    # One that was written before there was the rule: what it says is measured by its configuration.
+    found["arms"]["one"]["published"] = {"value": 31.4, "from": "the paper's own"}
+    found["findings"] = [["31.4", "is what it once said."]]
+    records.write_json(path, found | {"as_published": True})
+    made = {}
+    text = results._section(EXPERIMENTS["grape_deep"], made)
+    assert "fill='none'" not in made[path.with_suffix(".svg")]  # the hollow mark of a published number
+    assert "31.4" not in text
+    assert "A smaller set-up than the published one, so that no published number stands here: epochs 2, not 50" in text
+    assert "once said" not in text
+
+
+def test_older_measurements_come_last_and_no_blank_line_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    results.write(folder(tmp_path), EXPERIMENTS, "cpu")
+    older = {
+        "experiment": "grape_deep",
+        "kind": results.OLDER,
+        "commit": "abc",
+        "date": "then",
+        "notes": ["It was so."],
+    }
+    records.write_json(tmp_path / "grape" / "results" / "deep-ablation.json", older | {"tables": []})
+    text = results._section(EXPERIMENTS["grape_deep"], {})
+    assert text.index("(cpu)") < text.index("### An older measurement")
+    study = {"experiment": "grape_deep", "kind": "run", "name": "cpu", "findings": [], "tables": [], "diverged": {}}
+    study |= {"cut": [], "config": FULL | {"epochs": 50}, "seeds": [0], "runs": found_runs(tmp_path)}
+    text = results._result(EXPERIMENTS["grape_deep"], study, tmp_path / "a.svg")
+    assert "(cpu)\n\n![" in text
+    text = results._result(EXPERIMENTS["grape_deep"], study | {"findings": [["1", "is."]]}, tmp_path / "a.svg")
+    assert "(cpu)\n\n- **1** is.\n\n![" in text
+
+
+def found_runs(tmp_path):
+    return json.loads((tmp_path / "grape" / "results" / "deep-cpu.json").read_text())["runs"]
+
+
+def known(name, published, *ours, epoch="last"):
+    """An arm of a result, of one seed or several."""
+    std = np.std(ours, ddof=1) if len(ours) > 1 else None
+    found = {"title": name, "group": name, "note": "", "reference": "bp"}
+    found[epoch] = {"mean": np.mean(ours), "std": std, "seeds": ours}
+    return found | {"published": {"value": published, "from": "a third party's"}}
+
+
+def result(*arms, metric="accuracy", **config):
+    config = FULL | {"epochs": 70} | config
+    return {"metric": metric, "published": "A paper", "config": config, "arms": {arm["title"]: arm for arm in arms}}
+
+
+def experiment(epoch="last", **changes):
+    found = EXPERIMENTS["grape_resnet20"]
+    return found._replace(page=found.page._replace(epoch=epoch), **changes)
 
 
 @pytest.mark.parametrize("epoch", ["last", "best"])
 def test_a_verdict_tells_the_published_gaps_and_the_order_that_are_ours_from_those_that_are_not(epoch):
-    def arm(name, published, *ours):
-        std = np.std(ours, ddof=1) if len(ours) > 1 else None
-        found = {
-            "title": name,
-            "group": name,
-            "note": "",
-            "reference": "bp",
-            epoch: {"mean": np.mean(ours), "std": std},
-        }
-        found[epoch] |= {"seeds": ours}
-        return found | {"published": {"value": published, "from": "a third party's", "ours": "another set-up"}}
-
-    arms = {
-        "bp": arm("bp", 80.0, 90.0, 90.0),
-        "near": arm("near", 77.5, 87.5, 88.5),  # a standard error of .5
-        "level": arm("level", 79.0, 88.4, 88.4),
-        "far": arm("far", 79.5, 60.0, 60.0),
-    }
-    source, _, holds, fails, order, level, other = verdicts.verdict(
-        {"metric": "accuracy", "published": "A paper", "arms": arms}, epoch
+    found = result(
+        known("bp", 80.0, 90.0, 90.0, epoch=epoch),
+        known("near", 77.5, 87.5, 88.5, epoch=epoch),  # a standard error of .5
+        known("level", 79.0, 88.4, 88.4, epoch=epoch),
+        known("far", 79.5, 60.0, 60.0, epoch=epoch),
     )
-    assert source == f"Published: A paper. Whose number: a third party's. Ours: another set-up, {epoch} epochs."
+    source, _, holds, fails, order, level, other = verdicts.verdict(experiment(epoch), found)
+    assert source == (
+        "Published: A paper. Whose number: a third party's. Ours: the published set-up, 70 epochs, of which the "
+        f"{epoch} is compared."
+    )
     assert holds == (
         "- Gaps to the reference that hold within 1 point: near -2.0 (published -2.5); level -1.6 (published -1.0)."
     )
@@ -97,14 +156,38 @@ def test_a_verdict_tells_the_published_gaps_and_the_order_that_are_ours_from_tho
 
 
 def test_of_perplexities_the_lower_is_ahead():
-    def arm(name, published, ours):
-        found = {"title": name, "group": name, "note": "", "reference": "bp", "last": {"mean": ours, "std": None}}
-        return found | {"published": {"value": published, "from": "theirs", "ours": "another"}}
-
-    arms = {"bp": arm("bp", 30.0, 7.0), "dfa": arm("dfa", 52.0, 6.0)}
-    *_, order, other = verdicts.verdict({"metric": "perplexity", "published": "A paper", "arms": arms}, "last")
+    found = result(known("bp", 30.0, 7.0, 7.0), known("dfa", 52.0, 6.0, 6.0), metric="perplexity")
+    *_, order, other = verdicts.verdict(experiment(), found)
     assert order == "- **Order: 0 of 1 pairs of arms stand as published.**"
     assert other == "- The other way round: bp before dfa."
+
+
+def test_one_seeds_accuracy_has_the_error_of_its_test_images():
+    # Of 10,000 images a half is known to .5 points, a difference to .707: twice that is 1.41.
+    for lead, stands in ((1.3, 0), (1.5, 1), (-1.5, 0)):
+        found = result(known("bp", 80.0, 50.0 + lead), known("dfa", 70.0, 50.0))
+        lines = "\n".join(verdicts.verdict(experiment(), found))
+        assert f"Order: {stands} of 1 " in lines
+        assert ("Within twice the standard error: bp before dfa" in lines) == (lead == 1.3)
+        assert ("The other way round: bp before dfa" in lines) == (lead < 0)
+
+
+def test_one_seeds_perplexity_tells_no_order():
+    for ours in (6.0, 8.0):
+        found = result(known("bp", 30.0, 7.0), known("dfa", 52.0, ours), metric="perplexity")
+        *_, order, other = verdicts.verdict(experiment(), found)
+        assert order == "- **Order: 0 of 1 pairs of arms stand as published.**"
+        assert other == "- Not told by one seed: bp before dfa."
+
+
+def test_of_a_smaller_set_up_nothing_is_computed_and_no_order_is_at_a_glance():
+    found = result(known("bp", 80.0, 90.0, 90.0), known("dfa", 70.0, 60.0, 60.0), images=4000)
+    (line,) = verdicts.verdict(experiment(), found)
+    assert line == (
+        "A smaller set-up than the published one, so that no published number stands here: images 4000, not all."
+    )
+    assert verdicts.glance(experiment(), [found]).endswith(". |  |")
+    assert verdicts.verdict(experiment(size=None), result()) == []
 
 
 def test_the_page_of_results_answers_every_question_and_holds_every_paper():
@@ -116,13 +199,10 @@ def test_the_page_of_results_answers_every_question_and_holds_every_paper():
 
 
 def test_a_glance_is_the_verdicts_first_two_sentences_and_the_order_of_every_table():
-    experiment = EXPERIMENTS["grape_resnet20"]._replace(about="A line.\n\nVerdict: holds. It does, ``x``. And more.")
-    arm = {"title": "bp", "group": "bp", "note": "", "reference": "bp", "last": {"mean": 9.0, "std": None}}
-    arm["published"] = {"value": 8.0, "from": "theirs", "ours": "another"}
-    other = arm | {"title": "dfa", "last": {"mean": 5.0, "std": None}, "published": arm["published"] | {"value": 2.0}}
-    found = {"metric": "accuracy", "published": "A paper", "arms": {"bp": arm, "dfa": other}}
-    row = verdicts.glance(experiment, [found, {"metric": "accuracy"}, found])
-    assert row == f"| [{experiment.page.title}](#grape_resnet20) | Holds. It does, `x`. | 1 of 1; 1 of 1 |"
+    asked = experiment(about="A line.\n\nVerdict: holds. It does, ``x``. And more.")
+    found = result(known("bp", 8.0, 9.0), known("dfa", 2.0, 5.0))
+    row = verdicts.glance(asked, [found, result(), found])
+    assert row == f"| [{asked.page.title}](#grape_resnet20) | Holds. It does, `x`. | 1 of 1; 1 of 1 |"
 
 
 def test_presets_without_a_result_are_told_with_the_reason():
@@ -174,15 +254,6 @@ def test_after_a_cut_at_any_moment_a_folder_tells_which_arms_are_not_done(tmp_pa
         "half was cut at epoch 1 of 2; the same command goes on.",
         "none was cut at epoch 0 of 2; the same command goes on.",
     ]
-
-
-def test_published_numbers_stand_beside_the_published_setting_alone(monkeypatch):
-    images, labels = np.zeros((256, 32, 32, 3), np.uint8), np.zeros(256, np.int32)
-    monkeypatch.setattr(data, "load", lambda name, folder: data.Dataset(images, labels, images, labels, 100))
-    arms, full = EXPERIMENTS["grape_resnet20"].arms, EXPERIMENTS["grape_resnet20"].presets["gpu15"]
-    assert [arm.published for arm in arms(full)] == [68.72, None, 20.94, 24.28, None, None]
-    for change in ({"dataset": "cifar10"}, {"scale": 0.5}, {"shrink": 2}):
-        assert not any(arm.published for arm in arms(dataclasses.replace(full, **change)))
 
 
 def test_one_arm_alone_must_be_one_of_the_sweep(mock, tmp_path):

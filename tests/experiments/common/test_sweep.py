@@ -1,6 +1,7 @@
 """What every sweep does: goes on after a kill, lets arms join, tells the last epoch from the best."""
 
 import dataclasses
+import re
 
 import numpy as np
 import optax
@@ -55,20 +56,17 @@ def test_a_killed_sweep_goes_on_and_more_arms_join_it(mock, tmp_path, monkeypatc
         sweep.run(experiment(mock, "bp"), dataclasses.replace(config, epochs=2))
 
 
-def written(folder, accuracies, arms):
+def written(folder, accuracies, arms, *, same=True, small="", measured=None):
     """A sweep's folder with records of these accuracies, ``(epochs, seeds)`` each."""
     for name, found in accuracies.items():
         records.open_run(folder / name, {})
         for epoch, accuracy in enumerate(found):
-            records.append(
-                folder / name, {"epoch": epoch, "test_accuracy": accuracy, "angle": {"a": [1.0], "b": [0.0]}}
-            )
-    keys = ("name", "group", "x", "published", "reference", "axis", "title", "note")
-    described = [dict(zip(keys, (*arm, "", ""), strict=True)) for arm in arms]
-    records.write_json(
-        folder / "sweep.json",
-        {"title": "", "claim": "", "published": "", "metric": "accuracy", "epoch": "best", "arms": described},
-    )
+            record = {"epoch": epoch, "seconds": 1.0, "test_accuracy": accuracy, "angle": {"a": [1.0], "b": [0.0]}}
+            records.append(folder / name, record | (measured or {}))
+    keys = ("name", "group", "x", "published", "reference", "axis", "title", "note", "origin")
+    described = [dict(zip(keys, (*arm, "", "", "theirs"), strict=True)) for arm in arms]
+    page = {"title": "", "claim": "", "published": "", "metric": "accuracy", "epoch": "best"}
+    records.write_json(folder / "sweep.json", page | {"as_published": same, "smaller": small, "arms": described})
     records.write_json(folder / "config.json", {"split": "test", "seeds": 2, "epochs": 2})
     records.write_json(folder / "environment.json", [{"jax": "1"}])
 
@@ -91,11 +89,33 @@ def test_rows_tell_the_last_epoch_from_the_best_and_ours_from_the_published(tmp_
     assert (a.last.mean, a.best.mean, a.gap, a.published_gap) == pytest.approx((30.0, 40.0, -25.0, -1.5))
     assert a.last.std == pytest.approx(np.std([40, 20], ddof=1))
     assert (bp.gap, b.published_gap, a.step) == (None, None, None)
-    assert rows.findings([bp, a, b])[0][0] == "none"
-    assert rows.findings([bp, a._replace(gap=-0.9), b])[0][0] == "4"
-    assert "published: none of these" in rows.findings([bp, a, b])[0][1]
     text = page.write(tmp_path).read_text()
     assert text.count("<svg") == 2 + 3  # against the rank accuracy and angle, and a course for every arm
+    assert "<b>none</b>is the least rank" in text
+    assert "published: none of these" in text
+    assert "true gradients" not in text.lower()
+
+
+@pytest.mark.parametrize("told", [{"same": False, "small": "A smaller set-up."}, {"same": None}])
+def test_no_published_number_is_on_the_page_of_a_smaller_set_up_or_of_one_that_does_not_say(told, tmp_path):
+    arms = [("bp", "BP", None, 62.0, "bp", "rank"), ("a", "low", 4, 60.5, "bp", "rank")]
+    written(tmp_path, {"bp": [[0.9], [0.5]], "a": [[0.1], [0.3]]}, arms, **told)
+    assert [(row.arm["published"], row.published_gap) for row in rows.read(tmp_path)] == [(None, None)] * 2
+    text = page.write(tmp_path).read_text()
+    assert not re.search("60.5|62.0|published|stroke-dasharray", text, re.IGNORECASE)
+    assert ("A smaller set-up." in text) == (told["same"] is False)
+
+
+def test_the_true_gradients_that_a_training_took_are_on_its_page(tmp_path):
+    arms = [("bp", "BP", None, None, "bp", "rank"), ("a", "low", 4, None, "bp", "rank")]
+    written(tmp_path, {"bp": [[0.9], [0.5]]}, arms)
+    written(tmp_path, {"a": [[0.1], [0.3]]}, arms, measured={"calibrations": [7]})
+    assert [row.calibrations for row in rows.read(tmp_path)] == [None, 7.0]
+    text = page.write(tmp_path).read_text()
+    assert "True gradients<small>" in text
+    assert '<td class="number">7</td>' in text
+    (printed,) = page.tables(tmp_path)
+    assert [(column.header, list(column.cells)) for column in printed.columns][-1] == ("true gradients", ["", "7"])
 
 
 def test_an_arm_that_has_not_run_is_left_out(tmp_path):

@@ -15,3 +15,11 @@ def test_the_lemma_holds_at_every_step_and_is_empty():
     assert ((a * a + b * b)[20:] < 1).all()
     assert (c[-10:] > 0.3).all()
     assert (found["bias"] < 0.9).all()
+
+
+def test_what_came_of_it_is_each_layers_cosine_beside_its_guarantee():
+    cosines = np.broadcast_to([[0.6, 0.8, 0.9], [1.0, 0.5, 0.5]], (2, 4, 2, 3))
+    (first, said), (second, granted), (bias, _) = bound._findings(cosines, np.full((2, 4), 0.35))
+    assert (first, second, bias) == ("0.90", "0.50", "0.35")
+    assert said == "is the cosine of feedback and Jacobian in the first layer; the lemma grants 0.00."
+    assert granted.endswith("in the second layer; the lemma grants 0.50.")

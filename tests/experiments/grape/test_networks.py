@@ -38,15 +38,13 @@ def arms(name, **changes):
     return list(experiment.arms(dataclasses.replace(experiment.presets["cpu"], **sizes, **changes)))
 
 
-def test_the_published_numbers_stand_beside_the_published_set_up_alone(images):
+def test_the_published_numbers_are_those_of_the_papers_arms(images):
     full = {"dataset": "cifar100", "shrink": 1, "scale": 1.0, "networks": tuple(NETWORKS)}
     published = {arm.name: arm.published for arm in arms("grape_deep", **full)}
     assert published["resnet20-bp"] == 68.72
     assert published["vgg16-dfa"] == 1.0
     assert published["resnet56-letter-1"] == 66.92
     assert published["alexnet-alone-1"] is None
-    for change in ({"scale": 0.5}, {"shrink": 2}, {"dataset": "cifar10"}):
-        assert not any(arm.published for arm in arms("grape_deep", **(full | change)))
 
 
 def test_no_rule_but_the_papers_own_has_its_numbers(images):

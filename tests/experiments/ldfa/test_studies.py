@@ -12,6 +12,7 @@ from flax import nnx
 import jaxfa
 from experiments.common import data, operations, records, sweep
 from experiments.common.data import Dataset
+from experiments.common.experiment import Arm
 from experiments.common.task import Task
 from experiments.common.trainer import Trainer
 from experiments.ldfa import cost as ldfa_cost
@@ -179,3 +180,27 @@ def test_modes_have_factors_and_shares():
     found = ldfa_linear.modes(config, ldfa_linear.rule(config, 64, "P and Q fixed"))
     np.testing.assert_allclose(found[:, :, 2], 1, atol=1e-5)  # an orthonormal P of full rank keeps all
     assert abs(found[:, 0, 1]).max() < 0.5  # and a random Q knows nothing of the weights
+
+
+def test_how_much_of_the_weakest_mode_is_learned_is_told_where_the_paper_stops():
+    config = ldfa_linear.Config(ranks=(2,), iterations=15_000)
+    steps = np.array([2500, 5000, 15_000])
+    overlaps = dict(zip(ldfa_linear.VARIANTS, (0.9, 0.2, 0.1), strict=True))
+    found = {(2, name): np.zeros((2, 3, 3, 2)) for name in overlaps}
+    for name, overlap in overlaps.items():
+        found[2, name][:, 1, 0, 1] = [overlap - 0.05, overlap + 0.05]
+    ((learned, said),) = ldfa_linear.findings(config, steps, found)
+    assert learned == "0.90"
+    assert said.startswith(
+        "of the weakest mode is learned by iteration 5000 through feedback of rank 2, P and Q learned;"
+    )
+    assert said.endswith("; P fixed, Q learned: 0.20; P and Q fixed: 0.10.")
+
+
+def test_likeness_is_told_at_the_highest_rank_beside_the_lowest():
+    chosen = [Arm("bp", "Backpropagation", None, None), *(Arm(f"both-{rank}", "Both", rank, None) for rank in (10, 1))]
+    found = {"bp": np.full((2, 3), 0.8), "both-10": np.full((2, 3), 0.7), "both-1": np.full((2, 3), 0.2)}
+    assert representations.findings(chosen, found) == [
+        ("0.70", "is the likeness of the last hidden layer at rank 10, Both; at rank 1: 0.20."),
+        ("0.80", "is that of two backpropagations from other starts."),
+    ]

@@ -63,6 +63,22 @@ def test_hoyers_penalty_on_the_papers_schedule_lowers_the_ranks_that_pruning_kee
     assert ranks[config.hoyer] < ranks[0.0]
 
 
+def test_ssas_published_number_stands_beside_the_literal_reading_in_the_published_set_up_alone(tiny):
+    config = networks.Config(**TINY, networks=("vgg13",))
+    group = list(networks.arms(config))
+    end = {"top_one": [1.0], "top_five": [1.0], "angle": [1.0], "rank": None}
+    ends = {arm.name: end for arm in group}
+    head, *table = networks._rows(config, group, ends, {})
+    assert "published" not in " ".join(head)
+    full = dataclasses.replace(networks.EXPERIMENT.presets["paper"], networks=("vgg13",))
+    head, *table = networks._rows(full, group, ends, {})
+    assert head[-1] == "top-1, published (the paper's own)"
+    assert {row[0]: row[-1] for row in table if "SSA" in row[0] and row[-1]} == {
+        "SSA, parallel, weights pulled": "92.7"
+    }
+    assert [row[-1] for row in table[:2]] == ["93.75", "92.8"]
+
+
 def test_every_reading_is_an_arm_and_says_what_alignment_moves(tiny):
     found = {arm.name: arm for arm in networks.arms(networks.Config(**TINY, networks=("mlp",)))}
     kinds = {"parallel-weights", "parallel-feedback", "sequential-weights", "sequential-feedback"}

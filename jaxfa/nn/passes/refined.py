@@ -8,13 +8,13 @@ import jax
 from flax import nnx
 from jax import lax
 
-from jaxfa.nn.contraction import contractions_of, layer_of, sites_of
-from jaxfa.nn.leaves import error_in
-from jaxfa.nn.own import layer_of as own_layer_of
-from jaxfa.nn.program import Example, Program, method_of
-from jaxfa.nn.survey import by_path, own_of, survey
-from jaxfa.nn.tap import Tap, held_taps, plain_of, set_taps
-from jaxfa.nn.variables import Recorder
+from jaxfa.nn.model.leaves import error_in
+from jaxfa.nn.model.program import Example, Program, method_of
+from jaxfa.nn.model.variables import Recorder
+from jaxfa.nn.taps.tap import Tap, held_taps, plain_of, set_taps
+from jaxfa.nn.weights.contraction import contractions_of, layer_of, sites_of
+from jaxfa.nn.weights.own import layer_of as own_layer_of
+from jaxfa.nn.weights.survey import by_path, own_of, survey
 
 
 def own_at(attached: Any, example: Any) -> list[tuple[str, Any, Any]]:

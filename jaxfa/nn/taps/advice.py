@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxfa.base import DirectRule, Rule
-from jaxfa.nn.choose import Choice, choose, name_all
-from jaxfa.nn.describe import layer_name
-from jaxfa.nn.places import Forward, look
-from jaxfa.nn.put import Call
-from jaxfa.nn.variables import modules_of
+from jaxfa.nn.model.variables import modules_of
+from jaxfa.nn.taps.choose import Choice, choose, name_all
+from jaxfa.nn.taps.describe import layer_name
+from jaxfa.nn.taps.places import Forward, look
+from jaxfa.nn.taps.put import Call
 
 
 class Advice(NamedTuple):

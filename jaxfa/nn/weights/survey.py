@@ -14,11 +14,11 @@ from jaxfa.jaxprs.flows import Use
 from jaxfa.jaxprs.follow import Follower
 from jaxfa.jaxprs.versions import opened
 from jaxfa.jaxprs.weights import Value, base, is_float
-from jaxfa.nn.contraction import Contraction as OfLayer
-from jaxfa.nn.contraction import audited, place, sites_of
-from jaxfa.nn.own import OwnSite, contract, site_of, weights_of
-from jaxfa.nn.program import Example, Program
-from jaxfa.nn.variables import Feedback, init_at, init_stack, leaf_name, structs
+from jaxfa.nn.model.program import Example, Program
+from jaxfa.nn.model.variables import Feedback, init_at, init_stack, leaf_name, structs
+from jaxfa.nn.weights.contraction import Contraction as OfLayer
+from jaxfa.nn.weights.contraction import audited, place, sites_of
+from jaxfa.nn.weights.own import OwnSite, contract, site_of, weights_of
 
 
 class OwnContraction(nnx.Module):

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxfa.base import Layer
-from jaxfa.nn.contraction import find_site
-from jaxfa.nn.cotangents import is_float
-from jaxfa.nn.leaves import is_node, named_floats
-from jaxfa.nn.program import Example, Program, method_of
-from jaxfa.nn.tap import Held, plain_of
-from jaxfa.nn.taps import stacks_of
-from jaxfa.nn.variables import Recorder, intercept, modules_of, structs, value_of
+from jaxfa.nn.model.cotangents import is_float
+from jaxfa.nn.model.leaves import is_node, named_floats
+from jaxfa.nn.model.program import Example, Program, method_of
+from jaxfa.nn.model.variables import Recorder, intercept, modules_of, structs, value_of
+from jaxfa.nn.taps.tap import Held, plain_of
+from jaxfa.nn.taps.taps import stacks_of
+from jaxfa.nn.weights.contraction import find_site
 
 
 @dataclass(frozen=True)

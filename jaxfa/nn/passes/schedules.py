@@ -7,9 +7,9 @@ from typing import Any
 from flax import nnx
 
 from jaxfa.base import DirectRule, Rule
-from jaxfa.nn.dispatch import call_dispatched, check_dispatches
-from jaxfa.nn.modulate import call_modulated
-from jaxfa.nn.stream import call_streamed, check_streams
+from jaxfa.nn.passes.dispatch import call_dispatched, check_dispatches
+from jaxfa.nn.passes.modulate import call_modulated
+from jaxfa.nn.passes.stream import call_streamed, check_streams
 from jaxfa.stacks.schedules import Dispatch, Stored, Stream
 
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 
-from jaxfa.nn.contraction import Contraction
-from jaxfa.nn.survey import own_of
-from jaxfa.nn.tap import Tap
-from jaxfa.nn.variables import modules_of
+from jaxfa.nn.model.variables import modules_of
+from jaxfa.nn.taps.tap import Tap
+from jaxfa.nn.weights.contraction import Contraction
+from jaxfa.nn.weights.survey import own_of
 
 LOST = (
     "- {0!r} is contracted with an activation in a way that cannot be followed, as weights that data scales or chooses "

@@ -8,12 +8,12 @@ from flax import nnx
 
 from jaxfa.base import Layer, Rule
 from jaxfa.delivery import undifferentiated
-from jaxfa.nn.contraction import find_site
-from jaxfa.nn.factored import Factored
-from jaxfa.nn.leaves import at_leaves, named_floats
-from jaxfa.nn.program import at_once, is_transformed
-from jaxfa.nn.tap import Held, remove_taps
-from jaxfa.nn.variables import Feedback, Recorder, init_at, init_stack, intercept, modules_of
+from jaxfa.nn.model.leaves import at_leaves, named_floats
+from jaxfa.nn.model.program import at_once, is_transformed
+from jaxfa.nn.model.variables import Feedback, Recorder, init_at, init_stack, intercept, modules_of
+from jaxfa.nn.taps.tap import Held, remove_taps
+from jaxfa.nn.weights.contraction import find_site
+from jaxfa.nn.weights.factored import Factored
 from jaxfa.paths import matches
 
 

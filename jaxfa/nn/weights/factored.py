@@ -13,8 +13,8 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxfa.base import Operation
 from jaxfa.factored.svd import Factors
 from jaxfa.layers import Convolution, dot
-from jaxfa.nn.variables import modules_of
-from jaxfa.nn.views import Bound, Call, Matrices, bias_shape, of_einsum
+from jaxfa.nn.model.variables import modules_of
+from jaxfa.nn.weights.views import Bound, Call, Matrices, bias_shape, of_einsum
 from jaxfa.ops import INNER
 
 

@@ -3,7 +3,7 @@
 The forward pass keeps nothing but its inputs. When the output error is known the model runs once more, and every tapped
 block forms its update as it runs and drops its activations at once: direct feedback's promise of no activation storage,
 for blocks of any shapes. Where taps are at the inputs of layers, as SSA's are, the same is done with what is between
-two of them (:mod:`jaxfa.nn.pieces`). (For stacks of equal blocks without Flax, see :func:`jaxfa.direct_stack`.)
+two of them (:mod:`jaxfa.nn.passes.pieces`). (For stacks of equal blocks without Flax, see :func:`jaxfa.direct_stack`.)
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from jax import lax
 
 from jaxfa.base import DirectRule, Rule
 from jaxfa.delivery import deliver_for_all, filled, is_zero
-from jaxfa.nn.cotangents import floats_of, is_float, products, relearned, split_floats
-from jaxfa.nn.leaves import at_leaves, named_floats
-from jaxfa.nn.output import OutputError
-from jaxfa.nn.pieces import gradient_by_pieces
-from jaxfa.nn.program import Program, method_of
-from jaxfa.nn.refined import bound
-from jaxfa.nn.tap import Tap, held_taps, set_taps, taps_of
-from jaxfa.nn.taps import stacks_of
+from jaxfa.nn.model.cotangents import floats_of, is_float, products, relearned, split_floats
+from jaxfa.nn.model.leaves import at_leaves, named_floats
+from jaxfa.nn.model.program import Program, method_of
+from jaxfa.nn.passes.output import OutputError
+from jaxfa.nn.passes.pieces import gradient_by_pieces
+from jaxfa.nn.passes.refined import bound
+from jaxfa.nn.taps.tap import Tap, held_taps, set_taps, taps_of
+from jaxfa.nn.taps.taps import stacks_of
 from jaxfa.ops import deliver
 from jaxfa.order import after
 from jaxfa.stacks.schedules import Dispatch, Schedule

@@ -12,11 +12,11 @@ from jax.tree_util import DictKey
 from jaxfa.base import is_direct
 from jaxfa.jaxprs.audit import Audit, Outputs, audit
 from jaxfa.jaxprs.follow import with_local_products
-from jaxfa.nn.contraction import audited
-from jaxfa.nn.leaves import error_in, named_floats
-from jaxfa.nn.program import Example, Program, method_of
-from jaxfa.nn.tap import plain_of, taps_of
-from jaxfa.nn.variables import Feedback, structs, value_of
+from jaxfa.nn.model.leaves import error_in, named_floats
+from jaxfa.nn.model.program import Example, Program, method_of
+from jaxfa.nn.model.variables import Feedback, structs, value_of
+from jaxfa.nn.taps.tap import plain_of, taps_of
+from jaxfa.nn.weights.contraction import audited
 from jaxfa.paths import path_name
 
 _STATE = (nnx.Param, nnx.BatchStat, nnx.Cache, nnx.RngState, Feedback)

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxfa.nn.leaves import error_in
-from jaxfa.nn.program import Program
-from jaxfa.nn.tap import taps_of
+from jaxfa.nn.model.leaves import error_in
+from jaxfa.nn.model.program import Program
+from jaxfa.nn.taps.tap import taps_of
 from jaxfa.wire import reading
 
 

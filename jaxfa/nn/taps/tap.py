@@ -10,10 +10,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxfa.delivery import other_size, receive, receive_for_all, send, undifferentiated
-from jaxfa.nn.contraction import restore
-from jaxfa.nn.leaves import at_leaves, first_input
-from jaxfa.nn.program import is_transformed
-from jaxfa.nn.variables import REFUSAL, intercept, modules_of, release
+from jaxfa.nn.model.leaves import at_leaves, first_input
+from jaxfa.nn.model.program import is_transformed
+from jaxfa.nn.model.variables import REFUSAL, intercept, modules_of, release
+from jaxfa.nn.weights.contraction import restore
 from jaxfa.ops import ACTIVATION
 
 

@@ -8,13 +8,13 @@ from jaxfa.base import DirectRule
 from jaxfa.jaxprs.cuts import OUTPUT, Cuts
 from jaxfa.jaxprs.cuts import Use as Read
 from jaxfa.jaxprs.flows import Use
-from jaxfa.nn.choose import choose, name_all
-from jaxfa.nn.contraction import sites_of
-from jaxfa.nn.factored import Factored
-from jaxfa.nn.places import Forward
-from jaxfa.nn.survey import names_of, uses_in
-from jaxfa.nn.tap import Place
-from jaxfa.nn.variables import modules_of
+from jaxfa.nn.model.variables import modules_of
+from jaxfa.nn.taps.choose import choose, name_all
+from jaxfa.nn.taps.places import Forward
+from jaxfa.nn.taps.tap import Place
+from jaxfa.nn.weights.contraction import sites_of
+from jaxfa.nn.weights.factored import Factored
+from jaxfa.nn.weights.survey import names_of, uses_in
 from jaxfa.paths import matches
 
 

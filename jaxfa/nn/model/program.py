@@ -12,8 +12,8 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, get_opaque_trace_state, jaxpr_as_fun
 
 from jaxfa.jaxprs.versions import constants, opened
-from jaxfa.nn.leaves import is_node
-from jaxfa.nn.variables import Feedback, structs, written_whole
+from jaxfa.nn.model.leaves import is_node
+from jaxfa.nn.model.variables import Feedback, structs, written_whole
 
 with jax.ensure_compile_time_eval():
     _OUTSIDE = get_opaque_trace_state()

@@ -18,12 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxfa.base import LAYER, Rule
 from jaxfa.delivery import filled, is_zero
-from jaxfa.nn.cotangents import relearned, split_floats
-from jaxfa.nn.output import OutputError
-from jaxfa.nn.program import Program, method_of
-from jaxfa.nn.refined import bound
-from jaxfa.nn.stream import Walk, check_streams, learn, walked
-from jaxfa.nn.tap import Tap, taps_of
+from jaxfa.nn.model.cotangents import relearned, split_floats
+from jaxfa.nn.model.program import Program, method_of
+from jaxfa.nn.passes.output import OutputError
+from jaxfa.nn.passes.refined import bound
+from jaxfa.nn.passes.stream import Walk, check_streams, learn, walked
+from jaxfa.nn.taps.tap import Tap, taps_of
 from jaxfa.stacks import schedules
 from jaxfa.varying import refuse_shards, vary_alike
 

@@ -12,11 +12,11 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxfa.jaxprs.cuts import mark, marked
 from jaxfa.jaxprs.versions import opened
-from jaxfa.nn.leaves import at_leaves, error_in, first_input, named_floats
-from jaxfa.nn.program import Example, Program, method_of
-from jaxfa.nn.survey import Survey, look_through, program_of
-from jaxfa.nn.tap import Held, Place
-from jaxfa.nn.variables import Recorder, intercept, leaf_name, modules_of, structs
+from jaxfa.nn.model.leaves import at_leaves, error_in, first_input, named_floats
+from jaxfa.nn.model.program import Example, Program, method_of
+from jaxfa.nn.model.variables import Recorder, intercept, leaf_name, modules_of, structs
+from jaxfa.nn.taps.tap import Held, Place
+from jaxfa.nn.weights.survey import Survey, look_through, program_of
 
 
 class Forward(NamedTuple):

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from jaxfa.base import DirectRule
-from jaxfa.nn.above import surroundings
-from jaxfa.nn.ends import taps_at_end
-from jaxfa.nn.measured import tappable, that_are_read
-from jaxfa.nn.places import Forward, look, true_size
-from jaxfa.nn.program import Example
-from jaxfa.nn.tap import Place, held_taps, place_tap
-from jaxfa.nn.taps import (
+from jaxfa.nn.model.program import Example
+from jaxfa.nn.model.variables import asks, modules_of
+from jaxfa.nn.taps.above import surroundings
+from jaxfa.nn.taps.ends import taps_at_end
+from jaxfa.nn.taps.measured import tappable, that_are_read
+from jaxfa.nn.taps.places import Forward, look, true_size
+from jaxfa.nn.taps.tap import Place, held_taps, place_tap
+from jaxfa.nn.taps.taps import (
     check_calls,
     check_source,
     drop_unused,
@@ -23,9 +24,8 @@ from jaxfa.nn.taps import (
     only_leaf,
     refuse_unseen,
 )
-from jaxfa.nn.trace import weights_above
-from jaxfa.nn.variables import asks, modules_of
-from jaxfa.nn.wanted import check_modulated, places_for, refuse_unmatched
+from jaxfa.nn.taps.trace import weights_above
+from jaxfa.nn.taps.wanted import check_modulated, places_for, refuse_unmatched
 
 
 class Call(NamedTuple):

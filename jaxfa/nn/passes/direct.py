@@ -8,10 +8,10 @@ from flax import nnx
 
 from jaxfa.delivery import Error, with_error
 from jaxfa.jaxprs.follow import with_local_products
-from jaxfa.nn.output import OutputError
-from jaxfa.nn.program import Program, method_of
-from jaxfa.nn.refined import bound
-from jaxfa.nn.tap import Channel, set_taps
+from jaxfa.nn.model.program import Program, method_of
+from jaxfa.nn.passes.output import OutputError
+from jaxfa.nn.passes.refined import bound
+from jaxfa.nn.taps.tap import Channel, set_taps
 from jaxfa.varying import zeros_of
 
 # A model's own parameters, its other state, and its arguments.

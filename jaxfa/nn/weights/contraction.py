@@ -12,10 +12,10 @@ from jax import lax
 from jaxfa.base import Layer, LayerFeedback
 from jaxfa.delivery import undifferentiated
 from jaxfa.jaxprs.contractions import layer_scope
-from jaxfa.nn.factored import Factored
-from jaxfa.nn.program import is_transformed
-from jaxfa.nn.variables import REFUSAL, Feedback, Recorder, intercept, modules_of, release
-from jaxfa.nn.views import Call, Factorised, Groups, Matrices, Whole, of_einsum, roles
+from jaxfa.nn.model.program import is_transformed
+from jaxfa.nn.model.variables import REFUSAL, Feedback, Recorder, intercept, modules_of, release
+from jaxfa.nn.weights.factored import Factored
+from jaxfa.nn.weights.views import Call, Factorised, Groups, Matrices, Whole, of_einsum, roles
 from jaxfa.ops import with_feedback
 
 

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from jaxfa.jaxprs.cuts import OUTPUT, Cuts, Use
-from jaxfa.nn.contraction import sites_of
-from jaxfa.nn.describe import layer_name
-from jaxfa.nn.places import Forward
-from jaxfa.nn.survey import names_of
-from jaxfa.nn.tap import Place
-from jaxfa.nn.variables import modules_of
-from jaxfa.nn.why import Fault, why
+from jaxfa.nn.model.variables import modules_of
+from jaxfa.nn.taps.describe import layer_name
+from jaxfa.nn.taps.places import Forward
+from jaxfa.nn.taps.tap import Place
+from jaxfa.nn.taps.why import Fault, why
+from jaxfa.nn.weights.contraction import sites_of
+from jaxfa.nn.weights.survey import names_of
 from jaxfa.paths import matches
 
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from jaxfa.jaxprs.cuts import OUTPUT, Use
 from jaxfa.jaxprs.ends import Ends
 from jaxfa.jaxprs.flows import NONE
-from jaxfa.nn.places import Forward
-from jaxfa.nn.survey import names_of
-from jaxfa.nn.tap import Held
-from jaxfa.nn.taps import stacks_of
-from jaxfa.nn.variables import Recorder
+from jaxfa.nn.model.variables import Recorder
+from jaxfa.nn.taps.places import Forward
+from jaxfa.nn.taps.tap import Held
+from jaxfa.nn.taps.taps import stacks_of
+from jaxfa.nn.weights.survey import names_of
 
 
 def taps_at_end(held: dict[str, Held], forward: Forward, recorder: Recorder) -> list[str]:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from jaxfa.jaxprs.cuts import Cuts, Use
-from jaxfa.nn.describe import layer_name
+from jaxfa.nn.taps.describe import layer_name
 
 
 class Fault(NamedTuple):

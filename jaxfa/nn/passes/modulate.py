@@ -8,11 +8,11 @@ import jax
 from jax import lax
 
 from jaxfa.delivery import filled
-from jaxfa.nn.cotangents import floats_of, products, relearned
-from jaxfa.nn.output import OutputError
-from jaxfa.nn.program import Program, method_of
-from jaxfa.nn.stream import Walk, walked
-from jaxfa.nn.tap import Tap
+from jaxfa.nn.model.cotangents import floats_of, products, relearned
+from jaxfa.nn.model.program import Program, method_of
+from jaxfa.nn.passes.output import OutputError
+from jaxfa.nn.passes.stream import Walk, walked
+from jaxfa.nn.taps.tap import Tap
 from jaxfa.varying import zeros_of
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 from jaxfa.delivery import is_zero
-from jaxfa.nn.variables import Feedback, value_of
+from jaxfa.nn.model.variables import Feedback, value_of
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxfa.base import Layer, LayerFeedback, feedback_dataclass, transpose
 from jaxfa.jaxprs.contractions import Contraction
 from jaxfa.jaxprs.weights import over_stack, shape_of
-from jaxfa.nn.views import Bound, Call, Groups, Matrices, Whole, of_einsum, roles
+from jaxfa.nn.weights.views import Bound, Call, Groups, Matrices, Whole, of_einsum, roles
 from jaxfa.ops import CHOICE, with_feedback
 
 

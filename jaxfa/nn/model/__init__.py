@@ -1,0 +1,1 @@
+"""A Flax model as functions of the arrays in it."""

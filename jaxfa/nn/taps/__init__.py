@@ -1,0 +1,1 @@
+"""Where a direct rule taps a model: which places there are, which are chosen, and what is said of them."""
