@@ -91,7 +91,7 @@ def with_feedback(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 def _local_gradient(op: Operation, x: jax.Array, w: Any, delta: jax.Array) -> Any:
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(w)):
         return transpose(lambda w: op(x, w), w, delta)
-    # Of several factors none is linear alone; what the forward pass computed, too, the compiler finds again.
+    # No one of several factors is linear alone; what the forward pass computed, too, the compiler finds again.
     (dw,) = jax.vjp(lambda w: op(x, w), w)[1](delta)
     return dw
 

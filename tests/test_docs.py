@@ -139,6 +139,13 @@ def test_every_page_is_in_the_index():
     assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= set(listed)
 
 
+def test_every_room_and_file_of_the_library_is_in_the_designs_tree():
+    tree = (DOCS / "design.md").read_text().partition("```\njaxfa/\n")[2].partition("experiments/")[0]
+    there = [path for path in (ROOT / "jaxfa").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    listed = re.findall(r"^  (\S+)", tree, re.MULTILINE)
+    assert sorted(listed) == sorted(path.name + "/" * path.is_dir() for path in there if path.stem != "__init__")
+
+
 def test_every_public_name_is_in_the_reference():
     text = (DOCS / "reference.md").read_text()
     modules = [importlib.import_module(name) for name in re.findall(r"automodule:: ([\w.]+)$", text, re.MULTILINE)]
@@ -181,6 +188,11 @@ def test_one_import_is_enough_and_the_core_does_not_wait_for_flax():
 
 RULES = [name for name in jaxfa.__all__ if getattr(getattr(jaxfa, name), "__module__", "").startswith("jaxfa.rules.")]
 RULES = [name for name in RULES if inspect.isfunction(getattr(jaxfa, name))]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "jaxfa" / "rules").glob("[a-z]*.py")), ids=lambda file: file.stem)
+def test_a_file_of_a_method_gives_a_public_rule(file):
+    assert f"jaxfa.rules.{file.stem}" in {getattr(jaxfa, name).__module__ for name in RULES}, "jaxfa/__init__.py"
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -122,10 +122,8 @@ def draw(found: dict[str, dict[str, Any]]) -> Figure:
                 own = [rules[name][what] / one for rules, one in zip(sizes.values(), base, strict=True)]
                 panel.plot([*map(int, sizes)], own, marker="o", markersize=3, color=color, label=name)
             panel.axhline(1, color=plots.GREY, linewidth=0.6)
-            panel.set_xscale("log")
-            panel.set_xticks([*map(int, sizes)], labels=[*sizes])
-            panel.minorticks_off()
-            panel.set_title(f"{'time' if what == 'ratio' else 'memory'} against {axis}")
+            title = f"{'time' if what == 'ratio' else 'memory'} against {axis}"
+            plots.log_axis(panel, [*map(int, sizes)], title=title)
     panels[0, 0].legend(fontsize=6)
     return drawn
 
@@ -134,10 +132,6 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {"cpu": Config(), "paper": Config(rounds=50)},
-    Page(
-        "How does a step grow?",
-        "Direct feedback's step grows no faster than backpropagation's with depth, width, batch and length; with the "
-        "classes its matrices do, unless all layers share one into whose columns the classes are hashed.",
-    ),
+    Page("How does a step grow?"),
     study=study,
 )

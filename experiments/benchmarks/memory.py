@@ -49,7 +49,7 @@ def study(config: Config, histories: Histories) -> Study:
     left, right = drawn.subplots(1, 2, width_ratios=(1.25, 1))
     _draw(left, found["stack"], blocks, "blocks")
     _draw(right, found["resnet"], images, "layers")
-    drawn.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    plots.legend_below(drawn, 3)
     caption = (
         "Temporary memory of the compiled step, without parameters, gradients and optimizer state. A step is the "
         "gradient of all parameters; where blocks are updated at once it is the update, too."
@@ -114,14 +114,8 @@ def _draw(axes: Axes, rows: list[Measurement], title: str, counted: str) -> None
         if chosen:
             line = "o--" if method == FUSED else "o-"
             axes.plot([*chosen], [*chosen.values()], line, color=color, markersize=3, label=method)
-    depths = sorted({one["depth"] for one in rows})
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set_xticks(depths, [str(depth) for depth in depths])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set(xlabel=counted, ylabel="MiB", title=title)
-    axes.grid(axis="y")
+    plots.log_axis(axes, sorted({one["depth"] for one in rows}), xlabel=counted, ylabel="MiB", title=title)
+    plots.log_values(axes)
 
 
 def memory_table(measured: list[Measurement]) -> list[list[str]]:
@@ -157,10 +151,6 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {"cpu": Config(), "paper": Config(depths=(4, 16, 64, 256, 1024), width=1024, repeats=(1, 3, 9, 18), images=1024)},
-    Page(
-        "Does memory have to grow with depth?",
-        "Direct feedback needs no activations kept. Here it keeps none: memory and time of a training step against "
-        "depth, beside backpropagation with and without rematerialisation.",
-    ),
+    Page("Does memory have to grow with depth?"),
     study=study,
 )

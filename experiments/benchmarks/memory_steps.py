@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import lax
 
 import jaxfa
 import jaxfa.nn
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Options
 from experiments.common.task import cross_entropy
 from experiments.models.networks import ResNet
@@ -46,14 +47,14 @@ class Config(Options):
     """The width and height of the ResNet's images."""
     rounds: int = 9
     """How many rounds of timing there are."""
-    seed: int = 0
+    seed: Annotated[int, FROM_ZERO] = 0
     """The seed of all that is random."""
 
     def __post_init__(self) -> None:
-        pairs = ("timed", self.timed, self.depths), ("timed_repeats", self.timed_repeats, self.repeats)
-        for name, one, all_ in pairs:
-            if one not in all_:
-                raise ValueError(f"{name} must be one of {all_}, got {one}.")
+        super().__post_init__()
+        for name, all_ in ("timed", self.depths), ("timed_repeats", self.repeats):
+            if getattr(self, name) not in all_:
+                raise ValueError(f"{name} must be one of {all_}, got {getattr(self, name)}.")
 
 
 def stack(config: Config, depth: int) -> Steps:

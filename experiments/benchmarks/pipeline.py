@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from matplotlib.axes import Axes
 from rich.progress import track
@@ -29,8 +29,10 @@ from experiments.benchmarks import pipeline_worker
 from experiments.benchmarks.pipeline_model import METHODS, cost
 from experiments.benchmarks.pipeline_steps import BASES, Network
 from experiments.common import plots, records, timing
+from experiments.common.bounds import Bound
 from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
 
+ROUNDS = Bound("0, which leaves timing out, or at least 2", lambda rounds: rounds == 0 or rounds > 1)
 COLORS = dict(zip(METHODS, (plots.GREY, plots.INK, plots.BLUE, plots.GREEN), strict=True))
 
 
@@ -60,15 +62,13 @@ class Config(Options):
     """How many microbatches the timed stack takes a batch in."""
     steps: int = 2
     """How many steps a round of timing has."""
-    rounds: int = 15
+    rounds: Annotated[int, ROUNDS] = 15
     """How many rounds of timing there are; 0 leaves timing out."""
 
     def __post_init__(self) -> None:
-        records.refuse_below_one(self, "layers", "width", "outputs", "examples", "timed_layers", "steps")
+        super().__post_init__()
         if any(self.layers % stages for stages in self.stages):
             raise ValueError(f"stages must divide the {self.layers} layers, got {self.stages}.")
-        if self.rounds == 1:
-            raise ValueError("rounds must be 0, which leaves timing out, or at least 2, got 1.")
 
     def unread(self) -> tuple[str, ...]:
         """Without rounds nothing is timed."""
@@ -141,11 +141,10 @@ def figure(config: Config, counts: list[dict[str, Any]]) -> Any:
     _lines(kept, config, counts, lambda one: one["kept"] / 2**20, lambda one: one["model"]["kept"] / 2**20)
     _lines(bubble, config, counts, lambda one: one["model"]["bubble"], None)
     for axes, title in ((sent, "sent in a step (MB)"), (kept, "temporaries per device (MiB)"), (bubble, "bubble")):
-        axes.set(title=title, xlabel=f"stages S, M = {config.microbatches[0]}")
-    for axes in (sent, kept):
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    drawn.legend(*sent.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
+        plots.log_axis(axes, sorted(config.stages), title=title, xlabel=f"stages S, M = {config.microbatches[0]}")
+    plots.log_values(sent)
+    plots.log_values(kept)
+    plots.legend_below(drawn, len(METHODS))
     return drawn
 
 
@@ -161,8 +160,6 @@ def _lines(
         axes.plot(stages, [value(chosen[s]) for s in stages], style, color=color, label=arm)
         if model:
             axes.plot(stages, [model(chosen[s]) for s in stages], "x", color=color, markersize=4)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(stages, [str(s) for s in stages])
 
 
 def _counted(counts: list[dict[str, Any]]) -> list[list[str]]:
@@ -207,10 +204,6 @@ EXPERIMENT = Experiment(
             rounds=45,
         ),
     },
-    Page(
-        "What do layers on several devices cost?",
-        "Pipelines that broadcast the error to all stages at once, beside GPipe's, which sends it back from stage to "
-        "stage: bytes sent, memory, bubbles, and the speed-up of two cores over one.",
-    ),
+    Page("What do layers on several devices cost?"),
     study=study,
 )

@@ -20,7 +20,7 @@ import dataclasses
 import statistics
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 
 from experiments.benchmarks.workloads import EXACT, PLAIN, RULES, WORKLOADS, Started, start
 from experiments.common import plots, records, timing
+from experiments.common.bounds import MAY_BE_EMPTY, among
 from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
 
 PARTS = ("make", "attach", "trace", "compile")
@@ -38,21 +39,14 @@ Measured = dict[str, dict[str, Any]]
 class Config(Options):
     """The networks, and how often each thing is done."""
 
-    networks: tuple[str, ...] = ("mlp", "lenet", "resnet20", "decoder")
+    networks: Annotated[tuple[str, ...], among(WORKLOADS)] = ("mlp", "lenet", "resnet20", "decoder")
     """The networks whose steps are timed."""
-    deep: tuple[str, ...] = ("resnet56",)
+    deep: Annotated[tuple[str, ...], among(WORKLOADS), MAY_BE_EMPTY] = ("resnet56",)
     """The networks of which the start alone is timed."""
     starts: int = 3
     """How many times each step is made from nothing."""
     rounds: int = 15
     """How many rounds of timing there are."""
-
-    def __post_init__(self) -> None:
-        records.refuse_below_one(self, "starts")
-        records.refuse_empty(self, "networks")
-        for name in (*self.networks, *self.deep):
-            if name not in WORKLOADS:
-                raise ValueError(f"Unknown network {name!r}; choose from {', '.join(WORKLOADS)}.")
 
 
 def study(config: Config, histories: Histories) -> Study:
@@ -159,10 +153,6 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {"cpu": Config(), "paper": Config(rounds=50)},
-    Page(
-        "What does a step cost?",
-        "Layer-wise feedback costs what backpropagation does, direct feedback less. Time, memory and operations of a "
-        "training step under each rule, and the time from nothing to the first one, beside plain Flax and PyTorch.",
-    ),
+    Page("What does a step cost?"),
     study=study,
 )

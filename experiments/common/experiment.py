@@ -6,11 +6,12 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from matplotlib.figure import Figure
 
-from experiments.common import data, records
+from experiments.common import bounds, data, records
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.metrics import MetricName
 from experiments.common.task import Task
 from experiments.common.trainer import Loop
@@ -51,11 +52,10 @@ class Arm(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What the report says before any number.
+    """What the report says before any number, beside the docstring's first line and its claim.
 
     Attributes:
       title: a heading, best a question.
-      claim: what the paper says that the experiment will show.
       published: whose the published numbers are, and how they were taken.
       metric: what the numbers are.
       epoch: of which the published numbers are: the last, also where the paper does not say, or each training's best.
@@ -63,7 +63,6 @@ class Page(NamedTuple):
     """
 
     title: str
-    claim: str
     published: str = ""
     metric: MetricName = "accuracy"
     epoch: Literal["last", "best"] = "best"
@@ -132,6 +131,12 @@ class Experiment(NamedTuple):
         return [" ".join(one.split()) for one in (self.about or "").strip().split("\n\n")]
 
     @property
+    def claim(self) -> str:
+        """The docstring's first line, and the paragraph on what the paper says that the experiment will show."""
+        found = (one for one in self.paragraphs()[1:] if one.startswith("Claim"))
+        return " ".join([self.paragraphs()[0], *found]).replace("``", "")
+
+    @property
     def verdict(self) -> str:
         """The docstring's paragraph on whether the claim holds here, and if not, why; empty if it has none."""
         found = (one for one in self.paragraphs() if one.startswith("Verdict: "))
@@ -154,6 +159,9 @@ class Options:
     arms: ClassVar[tuple[str, ...]] = ()
     """The fields that choose arms: more of them may join the results that are there."""
 
+    def __post_init__(self) -> None:
+        bounds.check(self)
+
     def unread(self) -> tuple[str, ...]:
         """The fields that no arm of this run reads; the command line refuses to set them."""
         return ()
@@ -165,11 +173,8 @@ class Seeds(Options):
 
     seeds: int = 3
     """How many trainings each arm has, side by side."""
-    seed: int = 0
+    seed: Annotated[int, FROM_ZERO] = 0
     """The first seed; the others follow it."""
-
-    def __post_init__(self) -> None:
-        records.refuse_below_one(self, "seeds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,10 +204,6 @@ class Training(Seeds):
     only: str | None = None
     """The one arm that is trained, without a report; None trains all."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_below_one(self, "epochs", "save_every", "images", "test_images")
-
     def unread(self) -> tuple[str, ...]:
         return () if self.apart else ("minutes",)
 
@@ -215,12 +216,6 @@ class Config(Training):
     """How many examples a step has."""
     learning_rate: float = 1e-3
     """The learning rate of Adam, before it decays."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_below_one(self, "batch")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
 
 
 def load(config: Training, name: data.DatasetName, shrink: int = 1) -> data.Dataset:

@@ -68,14 +68,3 @@ METHODS: dict[str, Method] = {
     "predsim": Method("PredSim", LOCAL, "the same, and similarity matching", jaxfa.predsim),
     "auglocal": Method("AugLocal", LOCAL, "copies of layers above, redrawn", jaxfa.auglocal),
 }
-
-
-def method(name: str) -> Method:
-    """The method of a name.
-
-    Raises:
-      ValueError: if the name is unknown.
-    """
-    if name not in METHODS:
-        raise ValueError(f"Unknown method {name!r}; choose from {', '.join(METHODS)}.")
-    return METHODS[name]

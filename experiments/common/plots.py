@@ -55,6 +55,29 @@ def lines(axes: Axes, x: Any, values: np.ndarray, color: str, label: str) -> Non
     axes.plot(x, values.mean(0), color=color, linewidth=1.8, label=label)
 
 
+def log_axis(axes: Axes, ticks: Sequence[float], **named: Any) -> None:
+    """A logarithmic axis of what was varied, with ticks where it was measured; ``named`` as in ``Axes.set``."""
+    # It has no zero: where there is one, it stands a step below the least of the others.
+    least = min(filter(None, ticks), default=1)
+    log = {"value": "symlog", "linthresh": least} if 0 in ticks else {"value": "log"}
+    axes.set_xscale(**log, base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    axes.grid(axis="y")
+    axes.set(**named)
+
+
+def log_values(axes: Axes) -> None:
+    """A logarithmic axis of what was measured, in plain numbers."""
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def legend_below(figure: Figure, columns: int) -> None:
+    """The first panel's legend, below all."""
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+
+
 def course(
     history: Sequence[dict[str, Any]],
     reference: Sequence[dict[str, Any]],
@@ -160,7 +183,6 @@ def sweep(lines: Sequence[Line], levels: Sequence[Level], *, axis: str, unit: st
         longest = max(len(label) for label in [*(one.label for one in lines), *(one.label for one in levels)])
         axes = figure.add_axes((0.06, 0.14, 0.91 - 0.0082 * longest, 0.83) if wide else (0.12, 0.2, 0.85, 0.76))
         axes.spines["left"].set_visible(False)
-        axes.grid(axis="y")
         for level in levels:
             axes.axhline(level.y, color=level.color, linewidth=0.9 if level.published else 1.3, **_dash(level))
         for line in lines:
@@ -168,16 +190,9 @@ def sweep(lines: Sequence[Line], levels: Sequence[Level], *, axis: str, unit: st
             hollow = {"mfc": "white", "linewidth": 0.8} if line.published else {"linewidth": 1.6, "elinewidth": 1}
             bars = None if line.published else deviations
             axes.errorbar(x, y, bars, marker="o", ms=4, color=line.color, mec=line.color, **hollow, **_dash(line))
-        # A logarithmic axis has no zero: where there is one, it stands a step below the least of the others.
-        least = min(filter(None, ticks), default=1)
-        log = {"value": "symlog", "linthresh": least} if 0 in ticks else {"value": "log"}
-        axes.set_xscale(**log, base=2)
-        axes.xaxis.set_major_locator(mpl.ticker.FixedLocator(ticks))
-        axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        log_axis(axes, ticks, xlabel=axis)
         axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(6))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}{unit}")
-        axes.set_xlabel(axis)
         if wide:
             _label_ends(axes, lines, levels)
         return svg(figure)

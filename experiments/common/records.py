@@ -65,21 +65,6 @@ def identity(experiment: str, config: Any, ignored: Sequence[str]) -> dict[str, 
     return {"experiment": experiment} | fields
 
 
-def refuse_below_one(config: Any, *fields: str) -> None:
-    """Raises a ``ValueError`` if one of these fields is a number below 1; None is no number."""
-    for field in fields:
-        value = getattr(config, field)
-        if value is not None and value < 1:
-            raise ValueError(f"{field} must be at least 1, got {value}.")
-
-
-def refuse_empty(config: Any, *fields: str) -> None:
-    """Raises a ``ValueError`` if one of these fields, which choose what to train, chooses nothing."""
-    for field in fields:
-        if not getattr(config, field):
-            raise ValueError(f"{field} must name one or more, got none.")
-
-
 def environment() -> dict[str, Any]:
     """The machine, the versions, the commit and the time."""
     device = jax.devices()[0]

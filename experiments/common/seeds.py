@@ -1,6 +1,6 @@
 """Several trainings side by side, or in turns: on a CPU, where they convolve.
 
-XLA:CPU runs the convolutions of several seeds at once three to five times slower than those of one seed after another.
+XLA:CPU runs the convolutions of several seeds at once far slower than those of one seed after another.
 """
 
 from collections.abc import Callable, Sequence

@@ -39,8 +39,9 @@ def run(experiment: Experiment, config: Any) -> Path:
         return _train_one(config, known, arms)
     records.open_run(config.out, known, fresh=config.fresh)
     described = [_described(arm, arms[0].name) for arm in arms]
+    said = experiment.page._asdict() | {"claim": experiment.claim}
     told = {"as_published": as_published(experiment, known), "smaller": smaller(experiment, known), "arms": described}
-    records.write_json(config.out / "sweep.json", experiment.page._asdict() | told)
+    records.write_json(config.out / "sweep.json", said | told)
     if arms:
         _train(config, known, arms, timed=experiment.study is None)
     if experiment.study is not None:

@@ -48,7 +48,7 @@ class Trainer:
       task: what is trained.
       seeds: one training each, side by side.
       loop: ``"step"`` runs one compiled step per batch from Python, ``"scan"`` many in one call; ``"auto"`` is the
-        first on a CPU, where XLA runs convolutions inside loops 20 times slower, and the second elsewhere.
+        first on a CPU, where XLA runs convolutions inside loops far slower, and the second elsewhere.
 
     Raises:
       ValueError: if a batch is larger than the training set.

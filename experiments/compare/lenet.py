@@ -16,11 +16,11 @@ No rule is done in so few steps.
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import optax
 
-from experiments.common import records
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Page, Training, load
 from experiments.common.methods import METHODS
 from experiments.common.task import Task
@@ -49,17 +49,10 @@ class Config(Training):
     """How many examples a step has."""
     learning_rate: float | None = None
     """The learning rate of SGD, before it decays; None takes the one that was found for each rule."""
-    momentum: float = 0.9
+    momentum: Annotated[float, FROM_ZERO] = 0.9
     """The momentum of SGD."""
 
     arms = ("datasets",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_below_one(self, "batch")
-        records.refuse_empty(self, "datasets")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
 
 
 def arms(config: Config) -> Iterator[Arm]:
@@ -97,8 +90,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "Which feedback trains LeNet?",
-        "LeNet under backpropagation, fixed random feedback (FA, DFA) and the weights' signs (uSF, brSF, frSF), beside "
-        "BioTorch's accuracies, which are a third party's.",
         "BioTorch (Sanfiz and Akrout 2021), a third party: LeNet by SGD, epochs not known to us",
         epoch="last",
     ),

@@ -28,7 +28,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import jaxfa
-from experiments.common import experiment, plots, records
+from experiments.common import experiment, plots
 from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, load
 from experiments.common.metrics import shown
 from experiments.common.task import Task
@@ -75,11 +75,6 @@ class Config(experiment.Config):
     """The depth of the networks of other widths."""
 
     arms = ("depths", "factors")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_empty(self, "depths", "factors")
-        records.refuse_below_one(self, "depth")
 
     @property
     def sizes(self) -> list[tuple[int, float]]:
@@ -165,12 +160,8 @@ def _figure(config: Config, last: dict[str, tuple[np.ndarray, np.ndarray]]) -> F
         "(d) accuracy (%)",
     )
     for axes, label, title in zip(grid, labels, titles, strict=True):
-        ticks = config.factors if axes is grid[1] else config.depths
-        axes.set(xlabel=label, title=title)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.grid(axis="y")
-    drawn.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        plots.log_axis(axes, config.factors if axes is grid[1] else config.depths, xlabel=label, title=title)
+    plots.legend_below(drawn, 6)
     return drawn
 
 
@@ -181,11 +172,7 @@ EXPERIMENT = Experiment(
         "cpu": Config(epochs=4, images=3000, test_images=2000, batch=50, seeds=9),
         "paper": Config(depths=(1, 2, 4, 8, 16), factors=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0), epochs=20, seeds=5),
     },
-    Page(
-        "Where does random feedback lose its hold?",
-        "The angle between the updates of feedback alignment, layer by layer or direct, and the true gradient, in "
-        "dense and in convolutional networks that grow deeper and wider.",
-    ),
+    Page("Where does random feedback lose its hold?"),
     arms,
     study,
 )

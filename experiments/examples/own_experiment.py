@@ -44,7 +44,7 @@ EXPERIMENT = Experiment(
     "experiments.examples.own_experiment",
     __doc__,
     {"cpu": Ranks(epochs=10)},
-    Page("How many numbers does the error need?", "Feedback of rank 10 should do for ten classes."),
+    Page("How many numbers does the error need?"),
     arms,
 )
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import optax
 
 import jaxfa
-from experiments.common import data, records
+from experiments.common import data
 from experiments.common.experiment import Config, load
 from experiments.common.task import Task
 from experiments.models.alexnet import AlexNet
@@ -84,12 +84,6 @@ class Size(Config):
     """The side in pixels of the squares over which images are averaged."""
     scale: float = 1.0
     """The factor on the published numbers of channels."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_below_one(self, "shrink")
-        if not self.scale > 0:
-            raise ValueError(f"scale must be positive, got {self.scale}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,12 @@ not run at that size.
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from typing import Annotated
 
 import jax
 
 import jaxfa
-from experiments.common import records
+from experiments.common.bounds import among
 from experiments.common.experiment import Arm, Experiment, Page
 from experiments.grape.networks import BEST, CPU, LITERAL, NETWORKS, SIZE, TILED, Size, images, task
 
@@ -56,17 +57,10 @@ VARIANTS: dict[str, tuple[str, jaxfa.Rule]] = {
 class Config(Size):
     """The network's size and the variants."""
 
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: Annotated[tuple[str, ...], among(VARIANTS)] = tuple(VARIANTS)
     """The ways of learning feedback to train, beside backpropagation, feedback alignment and DFA."""
 
     arms = ("variants",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_empty(self, "variants")
-        unknown = set(self.variants) - set(VARIANTS)
-        if unknown:
-            raise ValueError(f"Unknown variants {sorted(unknown)}; choose from {', '.join(VARIANTS)}.")
 
 
 def arms(config: Config) -> Iterator[Arm]:
@@ -102,8 +96,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "Direct feedback alone in ResNet-20",
-        "Fixed (DFA) and learned (GrAPE) direct feedback and feedback alignment, no true gradient anywhere. In the "
-        "paper learned feedback alone reaches 24.3 % where fixed feedback has 20.9 and backpropagation 68.7.",
         "Caillon et al. 2026, CIFAR-100, hyper-parameters not stated",
         epoch="last",
     ),

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import optax
 
 import jaxfa
-from experiments.common import data, experiment, records
+from experiments.common import data, experiment
 from experiments.common.experiment import Arm, Experiment, Page
 from experiments.common.task import Task
 from experiments.grape.networks import BEST, LITERAL, TILED
@@ -58,10 +58,6 @@ class Config(experiment.Config):
     """The learning rate of Adam under PEPITA."""
 
     arms = ("datasets",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_empty(self, "datasets")
 
 
 def arms(config: Config) -> Iterator[Arm]:
@@ -110,8 +106,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "Does learned direct feedback close the gap?",
-        "Shallow convolutional networks under backpropagation, feedback alignment, and direct feedback that is fixed "
-        "(DFA) or learned (GrAPE). The paper's GrAPE is .2, 1.6 and 6.2 points below backpropagation.",
         "Caillon et al. 2026, networks and rates not stated",
         epoch="last",
     ),

@@ -5,8 +5,8 @@ here that of the digits' own variation and not of ten classes.
 
 Command: ``python -m experiments run ldfa_autoencoder``, 6 minutes.
 
-Accuracy is over pixels, 14 x 14 of them, binary at half the brightness; to call all dark is right for about 80 %. The
-narrow layer has ``hidden[1]`` units, which bounds what any rank can carry past it.
+Accuracy is over pixels, 14 x 14 of them, binary at half the brightness; to call all dark is right for most. The narrow
+layer has ``hidden[1]`` units, which bounds what any rank can carry past it.
 
 Verdict: holds. A rank of the number of classes falls short of backpropagation; a higher one comes close.
 """
@@ -69,9 +69,6 @@ EXPERIMENT = Experiment(
         ),
         "full": Config(ranks=(1, 2, 4, 10, 32, 64, 128), hidden=(512, 64, 512), epochs=40),
     },
-    Page(
-        "How many dimensions does the error of an image need?",
-        "Low-dimensional feedback in an autoencoder of MNIST, whose output is a whole image. No published number.",
-    ),
+    Page("How many dimensions does the error of an image need?"),
     arms,
 )

@@ -23,12 +23,14 @@ since without normalisation activations grow before ``Q`` has followed.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Annotated
 
 import numpy as np
 import optax
 from flax import nnx
 
-from experiments.common import data, experiment, records
+from experiments.common import data, experiment
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Page, prepare
 from experiments.common.task import Task
 from experiments.ldfa.arms import CPU, Varied, bp, by_rank
@@ -55,10 +57,6 @@ class Network(experiment.Config):
     """The side of every kernel, in pixels."""
     shrink: int = 1
     """The side of the squares of pixels that are averaged."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_below_one(self, "hidden", "window", "shrink")
 
     def grey(self) -> data.Dataset:
         """The images: grey, shrunk, on the device."""
@@ -88,7 +86,7 @@ class Config(Varied, Network):
     """Ranks of the feedback, the same for every layer."""
     learning_rate: float = 0.02
     """The learning rate of SGD with momentum .9."""
-    weight_decay: float = 0.015
+    weight_decay: Annotated[float, FROM_ZERO] = 0.015
     """The L2 penalty, of Q as of the weights."""
 
 
@@ -115,8 +113,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "How many dimensions does the error of a small convolutional network need?",
-        "Low-dimensional feedback in five convolutions without normalisation or pooling on grey CIFAR-10. The paper: "
-        "accuracy rises with the rank, and a learned P is ahead of a random one.",
         "Hanut and Kadmon 2025, five 9x9 convolutions of 32 channels, grey CIFAR-10, read from a figure",
     ),
     arms,

@@ -27,7 +27,7 @@ zero while a learned one's grow with its share.
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from matplotlib.figure import Figure
 
 import jaxfa
 from experiments.common import plots, records
+from experiments.common.bounds import FROM_ZERO, between
 from experiments.common.experiment import Experiment, Histories, Page, Seeds, Study, Table
 from experiments.common.metrics import shown
 
@@ -64,7 +65,7 @@ CLAIMS = {
 class Config(Seeds):
     """The teacher, the ranks, and for how long."""
 
-    ranks: tuple[int, ...] = (64, 2, 1)
+    ranks: Annotated[tuple[int, ...], between(1, OUTPUTS)] = (64, 2, 1)
     """Ranks of the feedback, one panel each."""
     strengths: tuple[float, ...] = (2.0, 1.0)
     """The teacher's singular values, from the largest; their number is its rank."""
@@ -72,20 +73,17 @@ class Config(Seeds):
     """Steps of gradient descent."""
     learning_rate: float = 2.5e-3
     """The learning rate of the weights and of Q."""
-    feedback_rate: float = 1e-3
+    feedback_rate: Annotated[float, FROM_ZERO] = 1e-3
     """The learning rate of P, the projection of the error."""
-    weight_decay: float = 1e-5
+    weight_decay: Annotated[float, FROM_ZERO] = 1e-5
     """The decay of Q and of the weights at each step."""
     seeds: int = 5
     """How many trainings each arm has, side by side."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        records.refuse_below_one(self, "iterations")
-        if not self.strengths or min(self.strengths) <= 0 or len(self.strengths) > OUTPUTS:
-            raise ValueError(f"strengths must be 1 to {OUTPUTS} positive numbers, got {self.strengths}.")
-        if not self.ranks or min(self.ranks) < 1 or max(self.ranks) > OUTPUTS:
-            raise ValueError(f"ranks must be from 1 to {OUTPUTS}, got {self.ranks}.")
+        if len(self.strengths) > OUTPUTS:
+            raise ValueError(f"strengths must be at most {OUTPUTS} numbers, got {self.strengths}.")
 
 
 def study(config: Config, histories: Histories) -> Study:
@@ -230,7 +228,7 @@ def figure(config: Config, steps: np.ndarray, found: dict[tuple[int, str], np.nd
         axes.set_title(f"rank {rank}: {relation}", color=plots.INK)
     for axes in grid[-1]:
         axes.set_xlabel("iterations")
-    drawn.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    plots.legend_below(drawn, 4)
     return drawn
 
 
@@ -238,12 +236,6 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {"cpu": Config(), "paper": Config(iterations=PUBLISHED, seeds=20)},
-    Page(
-        "Which modes does low-rank feedback find?",
-        "A two-layer linear network learns a teacher of rank d through feedback of rank r. The paper: learned "
-        "feedback of r >= d recovers the teacher as backpropagation does, r < d the leading modes alone; a fixed "
-        "projection gets stuck.",
-        "Hanut and Kadmon 2025, after 5000 iterations",
-    ),
+    Page("Which modes does low-rank feedback find?", "Hanut and Kadmon 2025, after 5000 iterations"),
     study=study,
 )

@@ -29,12 +29,13 @@ and the layer-wise one close to it; a network as narrow as the error is far wors
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 
 import jaxfa
 from experiments.common import data
+from experiments.common.bounds import between
 from experiments.common.experiment import Arm, Experiment, Page, load, prepare
 from experiments.ldfa import arms as ldfa
 from experiments.ldfa.arms import Variant, by_rank, low_rank, mlp
@@ -89,15 +90,10 @@ class Config(ldfa.Config):
     """Units of a hidden layer."""
     narrow: int = 64
     """Units of a hidden layer in the narrow network."""
-    classes: tuple[int, ...] = ()
+    classes: Annotated[tuple[int, ...], between(2, 100)] = ()
     """The numbers of classes of CIFAR-100 to learn in the place of CIFAR-10, a line of the figure each."""
 
     arms = (*ldfa.Config.arms, "classes")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not all(1 < n <= 100 for n in self.classes):
-            raise ValueError(f"classes must be numbers from 2 to 100, got {self.classes}.")
 
     def unread(self) -> tuple[str, ...]:
         """Subsets of classes are learned by no narrow network."""
@@ -167,9 +163,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "How many dimensions does an error need?",
-        "Low-dimensional feedback in a fully connected network on CIFAR-10. The paper: accuracy rises with the rank "
-        "of the error and reaches backpropagation's at about the number of classes, 10; a network that narrow is far "
-        "worse.",
         "Hanut and Kadmon 2025, best epoch of 160, width 512, all 50,000 images",
     ),
     arms,

@@ -121,9 +121,9 @@ def figure(chosen: list[Arm], found: dict[str, np.ndarray]) -> Figure:
             ranks, values = zip(*line, strict=True)
             mean, spread = np.mean(values, 1), np.std(values, 1)
             axes.errorbar(ranks, mean, spread, fmt="o-", color=color, markersize=4, label=title)
-        axes.set(title=f"hidden layer {i + 1}", xlabel="rank", ylim=(0, 1))
-        axes.grid(axis="y")
-    drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        ranks = sorted({float(arm.x) for arm in chosen if arm.x})
+        plots.log_axis(axes, ranks, title=f"hidden layer {i + 1}", xlabel="rank", ylim=(0, 1))
+    plots.legend_below(drawn, 3)
     return drawn
 
 
@@ -134,10 +134,7 @@ EXPERIMENT = Experiment(
         "cpu": Config(ranks=(1, 4, 10), shrink=2, width=128, epochs=8, images=8000, batch=128),
         "full": Config(ranks=(1, 4, 10, 32, 128), epochs=160, batch=32, learning_rate=6e-4, seeds=5),
     },
-    Page(
-        "Does low-rank feedback make the same hidden layers?",
-        "Likeness of hidden layers to backpropagation's from the same start, by linear CKA. No published number.",
-    ),
+    Page("Does low-rank feedback make the same hidden layers?"),
     arms,
     study,
 )

@@ -20,6 +20,7 @@ error, and none are of centre and surround, most likely since so few steps leave
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.common import data
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table
 from experiments.common.metrics import shown
 from experiments.common.trainer import State, Trainer
@@ -48,19 +50,19 @@ class Config(Network):
 
     ranks: tuple[int, ...] = (32, 16, 8, 4, 2, 1)
     """Ranks of the error that reaches the retina."""
-    feedback_rate: float = 0.1
+    feedback_rate: Annotated[float, FROM_ZERO] = 0.1
     """The learning rate of P, the projection of the error."""
 
     arms = ("ranks",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.ranks or min(self.ranks) < 1 or max(self.ranks) > self.cortex[0]:
+        if max(self.ranks) > self.cortex[0]:
             raise ValueError(f"ranks must be from 1 to the cortex's {self.cortex[0]} channels, got {self.ranks}.")
 
 
 def arms(config: Config) -> Iterator[Arm]:
-    """Backpropagation and every rank, seed by seed: side by side, XLA:CPU's wide convolutions are ten times slower."""
+    """Backpropagation and every rank, seed by seed: side by side, XLA:CPU's wide convolutions are far slower."""
     bp = config.task(config.grey())
     for rank in (None, *config.ranks):
         rule = low_rank(rank, config.feedback_rate) if rank else bp.rule
@@ -132,10 +134,7 @@ EXPERIMENT = Experiment(
         "paper": Config(epochs=100, learning_rate=5e-4, seeds=5),
     },
     Page(
-        "What does a retina see when its error has few dimensions?",
-        "Receptive fields of a model retina by the rank of the error that reaches it. The paper: the fewer dimensions"
-        " it has, the less the fields prefer an orientation, until they are centre and surround.",
-        "Hanut and Kadmon 2025, after Lindsey et al. 2019",
+        "What does a retina see when its error has few dimensions?", "Hanut and Kadmon 2025, after Lindsey et al. 2019"
     ),
     arms,
     study,

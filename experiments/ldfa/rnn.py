@@ -15,10 +15,12 @@ once more by every row.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Annotated
 
 import optax
 
 import jaxfa
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Page, load
 from experiments.common.task import Task
 from experiments.ldfa.arms import FEEDBACK_RATE, Varied, by_rank
@@ -29,7 +31,7 @@ from experiments.models.rnn import RNN
 class Config(Varied):
     """The network, the ranks, and for how long."""
 
-    feedback_rate: float = FEEDBACK_RATE / 14
+    feedback_rate: Annotated[float, FROM_ZERO] = FEEDBACK_RATE / 14
     """The learning rate of P, the projection of the error, at each of the rows."""
     width: int = 64
     """Units of the state."""
@@ -56,9 +58,6 @@ EXPERIMENT = Experiment(
         "cpu": Config(ranks=(10,), shrink=2, epochs=6, images=10_000, test_images=5000, batch=100, learning_rate=2e-3),
         "full": Config(ranks=(1, 2, 4, 8, 10, 16, 64), epochs=40, width=128, feedback_rate=FEEDBACK_RATE / 28),
     },
-    Page(
-        "How many dimensions does an error through time need?",
-        "Low-dimensional feedback in a recurrent network that reads MNIST row by row. No published number.",
-    ),
+    Page("How many dimensions does an error through time need?"),
     arms,
 )

@@ -63,8 +63,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "How many dimensions does a convolution's error need?",
-        "Low-dimensional feedback in a VGG-like network on CIFAR-10. The paper: accuracy rises with the rank, and an "
-        "eighth of each layer's width is too little.",
         "Hanut and Kadmon 2025, best epoch of 200 or more, widths 64 to 512, all 50,000 images",
     ),
     arms,

@@ -16,11 +16,13 @@ of fixed factors by more than its error in these few steps: its feedback is hard
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Annotated
 
 import optax
 from flax import nnx
 
 import jaxfa
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Page, load
 from experiments.common.task import Task
 from experiments.ldfa.arms import VariantName, Varied, by_rank
@@ -48,9 +50,9 @@ class Config(Varied):
     """How many blocks the network has."""
     heads: int = 8
     """How many heads each attention has."""
-    dropout: float = 0.1
+    dropout: Annotated[float, FROM_ZERO] = 0.1
     """The rate of every dropout, that of whole branches included."""
-    warmup: int = 10
+    warmup: Annotated[int, FROM_ZERO] = 10
     """Epochs in which the learning rate rises."""
 
 
@@ -91,8 +93,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "How many dimensions does a transformer's error need?",
-        "Low-dimensional feedback in a vision transformer on CIFAR-10. The paper, with factors fitted to the weights: "
-        "a sixth of the width loses a quarter of a point, a twenty-fourth two points.",
         "Hanut and Kadmon 2025, factors fitted to the weights, width 384, depth 8, 250 epochs, all 50,000 images",
     ),
     arms,

@@ -187,7 +187,7 @@ class ResNet(nnx.Module):
 def max_pool(x: jax.Array) -> jax.Array:
     """2x2 max-pooling of ``(N, H, W, C)``; an odd last row or column is dropped.
 
-    Maxima of pairs: XLA:CPU's gradient of a windowed one is eight times slower, and that of a maximum over axes divides
+    Maxima of pairs: XLA:CPU's gradient of a windowed one is far slower, and that of a maximum over axes divides
     by how many are equal to it, which is none where XLA computes the input twice and rounds it otherwise.
     """
     n, height, width, channels = x.shape

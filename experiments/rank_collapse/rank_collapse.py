@@ -27,13 +27,14 @@ errors through fixed weights do not shrink where activations grow.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import optax
 from flax import nnx
 
 import jaxfa
-from experiments.common import data, records
+from experiments.common import data
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Training, load
 from experiments.common.optimizers import hidden_kernels, muon
 from experiments.common.task import Task
@@ -119,7 +120,7 @@ class Config(Training):
     """The learning rate of every arm, before its cosine decay; None takes the one that was found for each."""
     adam_rate: float = 1e-3
     """The learning rate of Adam beside Muon, before it decays."""
-    weight_decay: float = 5e-4
+    weight_decay: Annotated[float, FROM_ZERO] = 5e-4
     """The L2 penalty of SGD; with Muon and Adam the decay is decoupled and multiplied by the learning rate."""
     window: int = 100
     """How many of the last steps the trajectory's rank is measured over."""
@@ -134,14 +135,6 @@ class Config(Training):
         """Adam stands beside Muon alone."""
         adam = any(name.endswith("muon") for name in self.trainings)
         return (*super().unread(), *(() if adam else ("adam_rate",)))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_below_one(self, "steps", "batch", "window", "sketch", "probe", "shrink")
-        if not self.trainings:
-            raise ValueError(f"trainings must name one of {', '.join(get_args(ArmName))}, or more.")
-        if self.rate is not None and not self.rate > 0:
-            raise ValueError(f"rate must be positive, got {self.rate}.")
 
 
 def arms(config: Config) -> list[Arm]:
@@ -224,8 +217,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "What undoes the rank collapse of feedback alignment?",
-        "Errors that return through fixed random weights span fewer directions than backpropagation's, the paper says; "
-        "Muon, and normalised activations, give them back, and accuracy with them, best together.",
         "Boeshertz, Pascanu and Clopath 2026, ResNet-18 on CIFAR-100; but for the gain of 9 points, by a third party",
     ),
     arms,

@@ -141,7 +141,7 @@ def figure(histories: Histories) -> Figure:
         axes.set_xlabel("steps")
         axes.set_ylim(0, None)
         axes.grid(axis="y")
-    drawn.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    plots.legend_below(drawn, 7)
     return drawn
 
 

@@ -23,12 +23,13 @@ retraction does what the loss does.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 import jaxfa
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Page, load
 from experiments.ssa import arms as ssa_arms
 from experiments.ssa.arms import NetworkName
@@ -46,9 +47,9 @@ class Config(ssa_arms.Config):
     """The network to train."""
     parallel: bool = True
     """Errors reach all layers at once, else one after the other."""
-    beta: float = 0.1
+    beta: Annotated[float, FROM_ZERO] = 0.1
     """The weight of the alignment loss."""
-    gamma: float = 1e-2
+    gamma: Annotated[float, FROM_ZERO] = 1e-2
     """The weight of the orthogonality loss, in the arms without a retraction."""
 
 
@@ -89,8 +90,6 @@ EXPERIMENT = Experiment(
     {"cpu": Config(network="mlp", gamma=1.0, **(ssa_arms.CPU | LEARNS)), "paper": Config(**ssa_arms.PAPER)},
     Page(
         "What do SSA's local losses do?",
-        "The gradient of the cross-entropy, alignment, orthogonality: all of them, and one left out at a time. The "
-        "paper: without the first nothing is learned, without one of the others 7 to 10 points are lost.",
         "Roy, Apolinario, Das Biswas and Roy 2025, VGG-13 on CIFAR-10, last epoch, 5 runs",
         epoch="last",
     ),

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import jaxfa
 import jaxfa.nn
 from experiments.common import experiment
 from experiments.common.augment import crop_and_flip
+from experiments.common.bounds import FROM_ZERO, SHARE
 from experiments.common.data import Dataset
 from experiments.common.task import Task
 from experiments.common.trainer import State, Trainer
@@ -53,11 +54,11 @@ def readings(beta: float, **options: Any) -> dict[str, tuple[str, jaxfa.Rule]]:
 class Config(experiment.Config):
     """The training and the rank; the paper names only the pruning."""
 
-    hoyer: float = 1.0
+    hoyer: Annotated[float, FROM_ZERO] = 1.0
     """The weight of Hoyer's penalty. At Yang et al.'s .03 and .005, in so few epochs, ranks hardly fall."""
     period: int = 10
     """Hoyer's penalty is on in one epoch of so many, during the first 30 %."""
-    energy: float = 0.95
+    energy: Annotated[float, SHARE] = 0.95
     """Pruning keeps this part of the squared singular values, after every epoch past the first 30 %."""
     multiple: int = 8
     """Ranks are rounded up to multiples of it, so that few different programs are compiled."""
@@ -65,11 +66,6 @@ class Config(experiment.Config):
     """The numbers of channels are multiplied by this."""
     shrink: int = 1
     """Images are made smaller by this factor."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.energy <= 1:
-            raise ValueError(f"energy must be in (0, 1], got {self.energy}.")
 
 
 def maker(name: NetworkName, config: Config, dataset: Dataset) -> Callable[[nnx.Rngs], nnx.Module]:

@@ -30,7 +30,7 @@ stay above those at which factors save operations.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -39,7 +39,8 @@ from matplotlib.figure import Figure
 
 import jaxfa
 import jaxfa.nn
-from experiments.common import data, operations, plots, records
+from experiments.common import data, operations, plots
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import OWN, Arm, Experiment, Histories, Page, Study, Table, identity, load
 from experiments.common.metrics import shown
 from experiments.common.published import as_published
@@ -66,16 +67,12 @@ class Config(ssa_arms.Config):
     """The images to learn."""
     networks: tuple[NetworkName, ...] = ("smallconv", "vgg13", "resnet32")
     """The networks to train."""
-    betas: tuple[float, ...] = (0.1,)
+    betas: Annotated[tuple[float, ...], FROM_ZERO] = (0.1,)
     """The weights of the alignment loss, every reading once at each."""
     costs: bool = True
     """Operations and memory are counted at the end, for which every network is compiled anew."""
 
     arms = ("networks",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_empty(self, "networks", "betas")
 
 
 def arms(config: Config) -> Iterator[Arm]:
@@ -216,7 +213,7 @@ def draw(groups: Mapping[NetworkName, list[Arm]], histories: Histories) -> Figur
         bottom.set_xlabel("epoch")
     panels[0, 0].set_ylabel("angle, degrees")
     panels[1, 0].set_ylabel("rank, of full rank")
-    drawn.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    plots.legend_below(drawn, 3)
     return drawn
 
 
@@ -239,9 +236,6 @@ EXPERIMENT = Experiment(
     },
     Page(
         "Learning in SVD space",
-        "Layers kept as factors, errors through factored feedback, ranks that fall while training. The paper, on "
-        "CIFAR-10: SSA is within a point of SVD training by backpropagation in VGG-13, four below in ResNet-32, and 13 "
-        "above DFA in a small network; angles are 40 to 45 degrees below DFA's; inference is the cheapest.",
         "Roy, Apolinario, Das Biswas and Roy 2025, last epoch, 5 runs; the small network is an earlier version's",
         epoch="last",
     ),

@@ -16,14 +16,15 @@ reading well and still ends behind DFA.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import optax
 from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments.common import experiment, records, text
+from experiments.common import experiment, text
+from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Page
 from experiments.common.task import Task
 from experiments.models.gpt import GPT
@@ -48,12 +49,8 @@ class Config(experiment.Config):
     """How many heads each attention has."""
     steps: int = 100
     """How many steps an epoch has."""
-    beta: float = 0.1
+    beta: Annotated[float, FROM_ZERO] = 0.1
     """The weight of the alignment loss."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        records.refuse_below_one(self, "steps", "context")
 
 
 def arms(config: Config) -> Iterator[Arm]:
@@ -85,11 +82,6 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {"cpu": Config(epochs=5, batch=16, test_images=256, learning_rate=3e-3)},
-    Page(
-        "Can a transformer learn in SVD space?",
-        "Attention's projections and the blocks' layers as factors, their errors through factored feedback. The paper "
-        "leaves transformers to the future.",
-        metric="perplexity",
-    ),
+    Page("Can a transformer learn in SVD space?", metric="perplexity"),
     arms,
 )

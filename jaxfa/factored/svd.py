@@ -126,8 +126,8 @@ def factorise(w: jax.Array | Factors, rank: float | None = None, *, name: str = 
 def matched(b: Factors, w: Factors) -> Factors:
     """The same product ``b``, its columns in the order and of the signs that are nearest to those of ``w``.
 
-    A decomposition leaves both open: ``(u_i, s_i, v_i)`` may stand anywhere, and two of the three may be negated. Of
-    all these ``|w.u - u|^2 + |w.s - s|^2 + |w.v - v|^2`` is least for the one that is returned.
+    A decomposition leaves both open: ``(u_i, s_i, v_i)`` may stand anywhere, and two of the three may be negated. The
+    one that is returned has the least ``|w.u - u|^2 + |w.s - s|^2 + |w.v - v|^2`` of all these.
     """
     own, to = wide(b), wide(w)
     of_u, of_v, of_s = to.u.mT @ own.u, to.v.mT @ own.v, jnp.expand_dims(to.s, -1) * jnp.expand_dims(own.s, -2)

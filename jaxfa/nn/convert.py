@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxfa.base import transpose
-from jaxfa.factored.rank import prune as prune_tree
+from jaxfa.factored.pruning import prune as prune_tree
 from jaxfa.factored.svd import Factors
 from jaxfa.factored.svd import factorise as factorise_weights
 from jaxfa.nn.attached import Attached, plain

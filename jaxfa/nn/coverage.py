@@ -54,11 +54,11 @@ class _Cover:
         flat = nnx.to_flat_state(nnx.state(attached.model, nnx.Not(Feedback)))
         self.shapes = {path_name(path): shape_of(value_of(leaf)) for path, leaf in flat}
         self.params = {path_name(path) for path, leaf in flat if isinstance(leaf, nnx.Param)}
-        # Of numbers that a model writes or returns beside its logits the gradient ends where a tap is.
+        # The gradient of numbers that a model writes or returns beside its logits ends where a tap is.
         terms = terms_beside(attached, example) if self.delivering and result.beside else set()
         self.stopped = {name for name in terms if not result.beside[name]}
         self.first = {name for use in result.uses if use.first for name in use.weights}
-        # Of weights that are made of a parameter and other state, such as a mask, the parameter has the row.
+        # Where weights are made of a parameter and other state, such as a mask, the parameter has the row.
         uses = [self.params & use.weights or use.weights for use in result.uses]
         self.names = list(dict.fromkeys(name for weights in uses for name in sorted(weights)))
 

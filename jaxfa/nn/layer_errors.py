@@ -56,7 +56,7 @@ def layer_errors(attached: Attached, loss: Any) -> dict[str, jax.Array]:
     recorder, probe, shifted = Recorder(), plain(attached), quiet(attached)
     for part in _shift(probe).values():
         part.recorder = recorder
-    # Of a copy inside: the pass may update statistics, which nobody asked for.
+    # A copy is made inside: the pass may update statistics, which nobody asked for.
     jax.eval_shape(lambda: loss(nnx.clone(probe)))
     parts = _shift(shifted.model)
     for path, shape in recorder.seen.items():

@@ -157,8 +157,8 @@ def _places(weights: list[Any], feedback: Any, name: str, shape: Shape) -> list[
             raise ValueError(
                 f"The feedback at {jax.tree_util.keystr(path)!r} learns as the weights {wanted} that it stands for do, "
                 f"but there {'are ' + str(near) if near else 'are none'} beside it. Give the optimizer each feedback "
-                f"with its weights, at the same path in the two trees or in one Flax layer. Of a frozen layer freeze "
-                f"both: for a Flax layer 'name', with learned = (nnx.Param, nnx.All(jaxfa.nn.Feedback, "
+                f"with its weights, at the same path in the two trees or in one Flax layer. Freeze both of a frozen "
+                f"layer: for a Flax layer 'name', with learned = (nnx.Param, nnx.All(jaxfa.nn.Feedback, "
                 f"nnx.Not(nnx.PathContains('name')))) as wrt= of the optimizer and of the gradient."
             )
         places += found

@@ -72,8 +72,8 @@ def mean(h: jax.Array, leading: int) -> jax.Array:
 def auglocal(*, depth: int = 3, pyramid: float = 0.5, learning_rate: float = 1e-3) -> DirectRule:
     """AugLocal: ``dh_l = dL_l / dh_l`` with ``L_l`` the cross-entropy of an auxiliary network of ``d_l`` blocks above.
 
-    Of ``L`` tapped blocks, ``l = 0`` the first, those at ``round(l + (L - l - 1) i / d_l)``, ``i = 1 ... d_l``, with
-    ``d_l = max(1, round(d + (1 - d) t l / (L - 2)))``; all that are above, where these are fewer.
+    They are those of ``L`` tapped blocks, counted from 0, at ``round(l + (L - l - 1) i / d_l)``, ``i = 1 ... d_l``,
+    with ``d_l = max(1, round(d + (1 - d) t l / (L - 2)))``; all that are above, where these are fewer.
 
     For classification by softmax cross-entropy with hard labels, a mean, a sum or weighted: the output error tells the
     targets, and examples count as they do there. Any other loss is refused, under ``jit`` by gradients that are NaN.

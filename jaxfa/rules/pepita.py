@@ -30,7 +30,7 @@ from jaxfa.varying import refuse_shards, vary_alike
 Activation = Callable[[jax.Array], jax.Array]
 Run = Callable[[Any, jax.Array, Activation], jax.Array]
 TOKENS = (
-    "pepita adds the error's projection to the input, which must be of floats, got {0}. Of tokens, modulate what "
+    "pepita adds the error's projection to the input, which must be of floats, got {0}. For tokens, modulate what "
     "embeds them: pepita(modulate='embed') with the path of that module; without Flax, let x be the embedded tokens."
 )
 

@@ -34,7 +34,7 @@ def direct_stack(
         ``L`` keys, or one shared by all blocks; None is the plain network with ordinary autodiff.
       schedule: ``jaxfa.stacks.stored``, ``parallel`` or ``stream``; without effect where ``feedback`` is None.
       unroll: whether blocks follow each other in straight code instead of a loop. None does so for convolutions on a
-        CPU, where XLA runs them some 20 times slower inside loops.
+        CPU, where XLA runs them far slower inside loops.
 
     Returns:
       ``(h, wire)`` after the last block.

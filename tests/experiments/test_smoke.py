@@ -1,6 +1,7 @@
 """Every experiment runs at a tiny preset: trains, times, records, reports, and its results become data."""
 
 import dataclasses
+import html
 import json
 import re
 
@@ -17,7 +18,8 @@ from experiments.ldfa import vgg as ldfa_vgg
 from experiments.models.networks import MLP
 from experiments.ssa import arms as ssa_arms
 
-# Most have the same network and data, so that most of what is compiled is compiled once.
+# Most have the same network and data, so that most of what is compiled is compiled once. An experiment needs no row if
+# it is quick with these alone.
 TRAINED = {"epochs": 1, "images": 32, "test_images": 16, "batch": 16, "seeds": 1, "loop": "step"}
 SWEEPS = {
     "compare": {"methods": ("ssa",), "hidden": (4,)},
@@ -46,7 +48,7 @@ SWEEPS = {
 }
 STUDIES = {
     "conservation": {"steps": 2, "iterations": 2, "seeds": 1},
-    "conservation_angle_against_depth": TRAINED | {"depths": (1,), "factors": (0.25,), "depth": 1},
+    "conservation_angle_against_depth": {"depths": (1,), "factors": (0.25,), "depth": 1},
     "growth": {"depth": (1,), "width": (8,), "batch": (4,), "classes": (3,), "length": (4,), "rounds": 2},
     "grape_bound": {"steps": 4, "batch": 8, "seeds": 1},
     "ldfa_cost": {
@@ -54,13 +56,10 @@ STUDIES = {
         "fractions": (0.5,),
         "ranks": (2,),
         "width": 4,
-        "epochs": 1,
-        "seeds": 1,
-        "batch": 16,
     },
     "ldfa_linear": {"ranks": (2,), "iterations": 4, "seeds": 1},
-    "ldfa_representations": TRAINED | {"ranks": (2,), "variants": ("both",), "width": 4, "shrink": 1},
-    "ldfa_retina": TRAINED | {"ranks": (2,), "retina": (3, 4), "cortex": (4,), "hidden": 4, "window": 3},
+    "ldfa_representations": {"ranks": (2,), "variants": ("both",), "width": 4, "shrink": 1},
+    "ldfa_retina": {"ranks": (2,), "retina": (3, 4), "cortex": (4,), "hidden": 4, "window": 3},
     "memory": {"depths": (2, 3), "timed": 2, "width": 4, "batch": 8, "repeats": (1,), "timed_repeats": 1, "images": 2},
     "pipeline": {
         "layers": 2,
@@ -71,10 +70,17 @@ STUDIES = {
         "microbatches": (2,),
         "rounds": 0,
     },
-    "rank_collapse": TRAINED
-    | {"trainings": ("fa",), "widths": (4, 4), "shrink": 1, "steps": 1, "window": 2, "sketch": 64, "probe": 8},
+    "rank_collapse": {
+        "trainings": ("fa",),
+        "widths": (4, 4),
+        "shrink": 1,
+        "steps": 1,
+        "window": 2,
+        "sketch": 64,
+        "probe": 8,
+    },
     "steps": {"networks": ("mlp",), "deep": ("lenet",), "starts": 1, "rounds": 2},
-    "ssa_networks": TRAINED | {"networks": ("mlp",), "energy": 0.7, "multiple": 2, "shrink": 1},
+    "ssa_networks": {"networks": ("mlp",), "energy": 0.7, "multiple": 2, "shrink": 1},
 }
 # The presets for a quarter of an hour on a GPU, with their own arms; every one in this process, one after the other.
 GPU15 = {
@@ -85,7 +91,12 @@ GPU15 = {
     "rank_collapse": {"widths": (4, 4), "steps": 1, "window": 2, "sketch": 64, "probe": 8},
     "ssa_networks": {"energy": 0.7, "multiple": 2},
 }
-QUICK = ("compare", "ldfa_linear")
+ARMS = [name for name, experiment in EXPERIMENTS.items() if experiment.study is None]
+SHOWN = [name for name in EXPERIMENTS if name not in ARMS]
+# What takes more than a few seconds is run by `make test-all` alone: it is compiling that takes them.
+LONG_SWEEPS = {*ARMS} - {"compare"}
+LONG_ARMS = {"grape_transformer", "ldfa_vit", "ssa_ablation", "ssa_transformer"}
+LONG_STUDIES = {*STUDIES} - {"ldfa_linear"}
 
 
 def small(shape, classes, *_, rngs=None, **__):
@@ -116,17 +127,17 @@ def tiny(mock, play, monkeypatch):
 def configured(name, folder, options, preset="cpu"):
     preset = EXPERIMENTS[name].presets[preset]
     extra = {"data": folder} if name.endswith("transformer") else {}
-    return dataclasses.replace(preset, **(options | extra), out=folder / "run")
+    known = {key: value for key, value in TRAINED.items() if hasattr(preset, key)}
+    return dataclasses.replace(preset, **(known | options | extra), out=folder / "run")
 
 
-def marked(names):
-    """All but the quick ones are run by `make test-all` alone: it is compiling that they take their time for."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in names]
+def marked(names, long):
+    return [pytest.param(name, marks=pytest.mark.long) if name in long else name for name in names]
 
 
-@pytest.mark.parametrize("name", marked(SWEEPS))
+@pytest.mark.parametrize("name", marked(ARMS, LONG_SWEEPS))
 def test_every_sweep_trains_times_and_reports(name, tiny, monkeypatch, capsys):
-    config = configured(name, tiny, TRAINED | SWEEPS[name])
+    config = configured(name, tiny, SWEEPS.get(name, {}))
     text = sweep.run(EXPERIMENTS[name], config).read_text()
     arms = list(EXPERIMENTS[name].arms(config))
     found = rows.read(config.out)
@@ -138,16 +149,30 @@ def test_every_sweep_trains_times_and_reports(name, tiny, monkeypatch, capsys):
         assert list(last["angle"].values())[-1][0] <= (5.0 if "pepita" in row.name else 0.0)
         assert row.step["ratio"] > 0
         assert row.coverage
-    assert EXPERIMENTS[name].page.title in text.replace("&#39;", "'")
+    assert EXPERIMENTS[name].page.title in html.unescape(text)
+    assert EXPERIMENTS[name].claim in html.unescape(text)
     assert not re.search(r"https?://|//[a-z]+\.|@import|url\((?!#)|<(link|script|img|iframe)\b", text)
     assert page.write(config.out).read_text() == text
     _is_data(name, config.out, tiny, monkeypatch)
     assert found[-1].name in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", marked(STUDIES))
+@pytest.mark.parametrize("name", marked(sorted(LONG_SWEEPS), LONG_ARMS))
+def test_the_last_arm_of_every_sweep_trains_and_reports(name, tiny):
+    """What the gate runs of a sweep: its data, network, rule and optimizer, of one arm."""
+    experiment = EXPERIMENTS[name]
+    config = configured(name, tiny, SWEEPS.get(name, {}))
+    *_, last = experiment.arms(config)
+    text = sweep.run(experiment._replace(arms=lambda _: [last._replace(reference=None)]), config).read_text()
+    (row,) = rows.read(config.out)
+    assert [record["step"] for record in row.history] == [0, last.task.steps or 2]
+    assert row.coverage
+    assert experiment.claim in html.unescape(text)
+
+
+@pytest.mark.parametrize("name", marked(SHOWN, LONG_STUDIES))
 def test_every_study_reports(name, tiny, monkeypatch, capsys):
-    config = configured(name, tiny, STUDIES[name])
+    config = configured(name, tiny, STUDIES.get(name, {}))
     text = sweep.run(EXPERIMENTS[name], config).read_text()
     assert text.count("<svg") == 1
     assert "<td" in text
@@ -162,8 +187,8 @@ def test_every_preset_for_a_gpu_trains_its_arms_and_reports(name, tiny, monkeypa
     preset = EXPERIMENTS[name].presets["gpu15"]
     assert preset.apart
     assert preset.minutes <= 12  # a quarter of an hour, less what compiling and the report take
-    config = configured(name, tiny, TRAINED | GPU15[name] | {"apart": False, "minutes": None}, "gpu15")
-    assert EXPERIMENTS[name].page.title in sweep.run(EXPERIMENTS[name], config).read_text().replace("&#39;", "'")
+    config = configured(name, tiny, GPU15[name] | {"apart": False, "minutes": None}, "gpu15")
+    assert EXPERIMENTS[name].page.title in html.unescape(sweep.run(EXPERIMENTS[name], config).read_text())
     assert rows.unfinished(config.out) == []
     assert len(list(config.out.glob("*/metrics.jsonl"))) == len(list(EXPERIMENTS[name].arms(config)))
     _is_data(name, config.out, tiny, monkeypatch)
@@ -192,5 +217,6 @@ def _is_data(name, folder, root, monkeypatch):
     assert made.get(figure) or figure.read_text()
 
 
-def test_every_experiment_is_run():
-    assert {*SWEEPS, *STUDIES} == set(EXPERIMENTS)
+def test_every_row_is_of_an_experiment():
+    assert {*SWEEPS} <= {*ARMS}
+    assert {*STUDIES} <= {*SHOWN}

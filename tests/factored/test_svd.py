@@ -8,12 +8,12 @@ import optax
 import pytest
 
 import jaxfa
-from jaxfa.factored import rank as ranks
-from jaxfa.factored.rank import by_name
+from jaxfa.factored import pruning
+from jaxfa.factored.pruning import by_name
 from jaxfa.factored.svd import Factors
 
 KEY = jax.random.PRNGKey(0)
-drift, standardise = jax.jit(ranks.drift), jax.jit(ranks.standardise)
+drift, standardise = jax.jit(pruning.drift), jax.jit(pruning.standardise)
 # name: (weights' shape, input's shape, options of jaxfa.conv)
 CONVOLUTIONS = {
     "one dimension": ((3, 4, 5), (2, 9, 4), {"strides": 2}),
@@ -132,13 +132,13 @@ def test_decomposing_anew_leaves_each_column_where_it_is(x64):
 
 def test_hoyers_measure_ignores_scale_and_its_penalty_makes_small_values_smaller(x64):
     s = jnp.array([3.0, 1.0, 0.2])
-    np.testing.assert_allclose(ranks.hoyer(7 * s), ranks.hoyer(s), rtol=1e-14)
-    np.testing.assert_allclose([ranks.hoyer(jnp.eye(3)[0]), ranks.hoyer(jnp.ones(9))], [1, 3], rtol=1e-14)
+    np.testing.assert_allclose(pruning.hoyer(7 * s), pruning.hoyer(s), rtol=1e-14)
+    np.testing.assert_allclose([pruning.hoyer(jnp.eye(3)[0]), pruning.hoyer(jnp.ones(9))], [1, 3], rtol=1e-14)
     w = {"w": jaxfa.factored.factorise(jnp.diag(s)), "b": jnp.ones(3)}
     tx = jaxfa.factored.hoyer_penalty(lambda step: jnp.where(step == 0, 0.5, 0.0))
     zeros, state = jax.tree.map(jnp.zeros_like, w), tx.init(w)
     updates, state = tx.update(zeros, state, w)
-    np.testing.assert_allclose(updates["w"].s, 0.5 * jax.jit(jax.grad(ranks.hoyer))(w["w"].s), rtol=1e-12)
+    np.testing.assert_allclose(updates["w"].s, 0.5 * jax.jit(jax.grad(pruning.hoyer))(w["w"].s), rtol=1e-12)
     np.testing.assert_allclose(updates["w"].s @ w["w"].s, 0, atol=1e-14)
     assert updates["w"].s[0] < 0 < updates["w"].s[2]
     chex.assert_trees_all_equal((updates["w"].u, updates["b"]), (zeros["w"].u, zeros["b"]))

@@ -114,7 +114,7 @@ def test_flops_of_products_and_convolutions_are_exact():
     image, kernel = shape(2, 9, 9, 3), shape(3, 3, 3, 8)
     assert diagnostics.flops(convolve, image, kernel) == 2 * 2 * 7 * 7 * 27 * 8
     assert diagnostics.flops(lambda x, w: convolve(x, w, (2, 2)), image, kernel) == 2 * 2 * 4 * 4 * 27 * 8
-    # Of 9 * 9 places times 3 * 3 taps, (3 * 9 - 2) ** 2 meet the image.
+    # (3 * 9 - 2) ** 2 of 9 * 9 places times 3 * 3 taps meet the image.
     assert diagnostics.flops(lambda x, w: convolve(x, w, padding="SAME"), image, kernel) == 2 * 2 * 25**2 * 3 * 8
 
 

@@ -194,7 +194,7 @@ class Wide(nnx.Module):
         return self.head(x)
 
 
-# Of examples that are compared in pairs there are fewer.
+# There are fewer examples where they are compared in pairs.
 @pytest.mark.parametrize(
     ("rule", "shape"),
     [

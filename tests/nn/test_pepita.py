@@ -158,7 +158,7 @@ def test_a_norm_is_tapped_in_the_place_of_the_layer_that_it_follows():
 
 def test_what_has_no_second_pass_is_refused():
     rule = jaxfa.pepita()
-    with pytest.raises(ValueError, match=r"must be of floats. Of tokens, modulate what embeds them"):
+    with pytest.raises(ValueError, match=r"must be of floats. For tokens, modulate what embeds them"):
         attach(Transformer(nnx.Rngs(0)), rule, jnp.zeros((9, 4), int), "block")
     with pytest.raises(ValueError, match="'blocks/norm' inside a transformation"):
         attach(Scanned(nnx.Rngs(0)), rule, inputs(9, 6))

@@ -210,7 +210,7 @@ def test_layers_that_share_a_matrix_share_its_product_with_the_error():
         step = jax.jit(lambda state, x: nnx.grad(loss)(nnx.merge(graphdef, state), x))
         return step.lower(state, x).compile().cost_analysis()["flops"]
 
-    # Of four layers' products one is left.
+    # One of four layers' products is left.
     products = 3 * 2 * 32 * 500 * 16
     assert operations(jaxfa.dfa()) - operations(jaxfa.dfa(shared=True)) > 0.9 * products
 

@@ -126,7 +126,7 @@ def test_p_is_stable_up_to_a_learning_rate_of_one(rate, converges, rng, x64):
     deltas, v = errors(rng, [1.0, 0.0, 0.0])
     start = np.asarray([[0.6], [0.7], [0.3]]) * 1.1
     rule = jaxfa.ldfa(1, learning_rate=rate)
-    # Of many steps some come close by chance.
+    # Some of many steps come close by chance.
     off = [abs(np.linalg.norm(learned(rule, deltas, steps, start).T @ v[:, :1]) - 1) for steps in (400, 401, 408)]
     assert max(off) < 1e-9 if converges else max(off) > 0.05, off
 

@@ -206,7 +206,7 @@ def weighted_cross_entropy(logits, y):
 
 
 def focal(logits, y):
-    """Of any function of the target's probability an example has a weight, too."""
+    """Any function of the target's probability gives an example a weight, too."""
     p = jnp.sum(y * jax.nn.softmax(logits), -1)
     return -jnp.mean((1 - p) ** 2 * jnp.log(p))
 
@@ -277,7 +277,7 @@ def test_no_rounding_hides_a_target_or_changes_its_weight(dtype, own, atol, scal
         t = np.asarray(jax.jit(reads)(z, e), float)
         assert np.isfinite(t).all()
         learns = t.any(-1)
-        # Of a sigmoid that is fitted there is no error, and no target.
+        # A sigmoid that is fitted has no error, and no target.
         want = -np.where((e != 0) | (loss is softmax), y, 0)
         np.testing.assert_allclose(t[learns], want[learns], atol=atol)
         return learns

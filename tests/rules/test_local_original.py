@@ -3,7 +3,7 @@
 PyTorch 2.13, float64. PredSim: ``LocalLossBlockLinear`` and ``LocalLossBlockConv`` of
 https://github.com/anokland/local-loss (7b3b40b), without batch norm, decoders of 20 features, whose loss is rounded to
 single precision. AugLocal: ``AuxNetwork`` of https://github.com/ChenxiangMA/AugLocal (98c90d6), two residual blocks of
-16 channels. Of every gradient there are the sum of magnitudes and the first four entries, in the order of our layout.
+16 channels. What is there of every gradient is the sum of magnitudes and the first four entries, in our layout's order.
 """
 
 import json

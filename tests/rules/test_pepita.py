@@ -160,7 +160,7 @@ def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match=r"mirror in \(0, 1\]"):
         jaxfa.pepita(mirror=1.5)
     feedback = jaxfa.pepita().init(KEY, jnp.zeros((5, 4)), jnp.zeros((5, 2)))
-    with pytest.raises(ValueError, match=r"must be of floats, got int32\. Of tokens, modulate what embeds them"):
+    with pytest.raises(ValueError, match=r"must be of floats, got int32\. For tokens, modulate what embeds them"):
         jaxfa.rules.modulated(biasless, [jnp.ones((4, 2))], jnp.ones((5, 4), jnp.int32), feedback)
     params = [jnp.ones((4, 3)), jnp.ones((3, 2))]
     with pytest.raises(TypeError, match="a backward pass and no forward mode"):

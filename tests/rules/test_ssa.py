@@ -11,12 +11,12 @@ import optax
 import pytest
 
 import jaxfa
-from jaxfa.factored import rank, svd
+from jaxfa.factored import pruning, svd
 from jaxfa.factored.svd import Factors
 from tests.methods import batch, create, forward, loss, signals, train
 
 KEY = jax.random.PRNGKey(0)
-drift = jax.jit(rank.drift)
+drift = jax.jit(pruning.drift)
 
 
 def with_feedback_of(params, feedback):

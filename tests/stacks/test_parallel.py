@@ -51,7 +51,7 @@ def create(rule, name="dense", dtype=jnp.float64):
     if rule is not None:
         first = rule.init(jax.random.key(0), x, jax.ShapeDtypeStruct((*batch, OUTPUTS), x.dtype))
         lead = () if first.shared else (layers,)
-        # Of zeros, as some rules start, nothing would be seen.
+        # With zeros, as some rules start, nothing would be seen.
         feedback = jax.tree.map(lambda leaf: draw(9, *lead, *leaf.shape), first)
     cast = [jax.tree.map(lambda leaf: leaf.astype(dtype), tree) for tree in (params, feedback, data[0])]
     return block, *cast[:2], (cast[2], data[1])

@@ -41,7 +41,7 @@ class Block:
         values = w[0] | w[1]
         flat = nnx.to_flat_state(nnx.state(module))
         nnx.update(module, nnx.from_flat_state([(p, _put(leaf, values.get(_name(p)))) for p, leaf in flat]))
-        # Of several outputs, such as a hidden state and a cache, the first array.
+        # The first array of several outputs, such as a hidden state and a cache.
         y = next(iter(named_floats(module(x, *self.args, **dict(self.kwargs))).values()))
         return nnx.relu(y) if self.is_layer else y
 

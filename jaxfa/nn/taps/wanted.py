@@ -128,7 +128,7 @@ def check_modulated(path: str, seen: dict[str, dict[str, Any]]) -> None:
     """Refuses an input that no error can be added to, and layers that come before it."""
     if not seen.get(path):
         raise ValueError(
-            "The error's projection is added to the input, which must be of floats. Of tokens, modulate what embeds "
+            "The error's projection is added to the input, which must be of floats. For tokens, modulate what embeds "
             "them: modulate='embed' with the path of that module, and allow='embed', since it does not learn then."
         )
     before = list(seen)[: list(seen).index(path)]

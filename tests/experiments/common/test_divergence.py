@@ -51,7 +51,7 @@ def arms(config=None):
 
 
 def experiment(arms, **options):
-    return Experiment("experiments.some.thing", "A line.", {}, Page("Title", "claim", "nobody"), arms, **options)
+    return Experiment("experiments.some.thing", "A line.", {}, Page("Title", "nobody"), arms, **options)
 
 
 def test_a_sweep_goes_on_past_an_arm_that_diverges_and_does_not_train_it_again(trained, tmp_path, capsys):

@@ -31,7 +31,7 @@ def experiment(mock, *names):
         task = Task(Dropping, jaxfa.backprop(), optax.sgd(0.1), prepare(config, mock), 40)
         return [Arm(name, "linear", rank or None, task) for rank, name in enumerate(names)]
 
-    return Experiment("experiments.some.thing", "A line.", {}, Page("Title", "claim", "nobody"), arms)
+    return Experiment("experiments.some.thing", "A line.", {}, Page("Title", "nobody"), arms)
 
 
 def test_a_killed_sweep_goes_on_and_more_arms_join_it(mock, tmp_path, monkeypatch):

@@ -32,8 +32,8 @@ def test_the_published_numbers_are_those_of_the_papers_arms(play):
     ("options", "message"),
     [
         ({"calibrations": (0, 3)}, r"divide an epoch's 2 steps \(--steps\), got \(0, 3\)"),
-        ({"calibrations": ()}, "one or more numbers from 0"),
-        ({"calibrations": (-1,)}, "one or more numbers from 0"),
+        ({"calibrations": ()}, "calibrations must name one or more, got none"),
+        ({"calibrations": (-1,)}, r"calibrations must be at least 0, got \(-1,\)"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
     ],
 )

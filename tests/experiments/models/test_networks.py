@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxfa.nn
-from experiments.common.methods import METHODS, method
+from experiments.common.methods import METHODS
 from experiments.models import networks as models
 from experiments.models.vgg import VGG
 from experiments.models.vit import ViT
@@ -103,8 +103,6 @@ def test_refusals_name_the_choices():
         models.architecture("lenet", (8, 8, 1))
     with pytest.raises(ValueError, match=r"vgg.*mlp, lenet, convnet, resnet20"):
         models.architecture("vgg", (32, 32, 3))
-    with pytest.raises(ValueError, match=r"hebb.*bp, fa, usf"):
-        method("hebb")
 
 
 def test_networks_of_the_published_sizes():

@@ -1,4 +1,4 @@
-"""How the rank of factored weights falls during training: a penalty that makes few singular values carry it, pruning.
+"""How the rank of factored weights falls in training: a penalty that makes small singular values smaller, and pruning.
 
 Both from Yang, Tang, Wen, Yan, Hu, Li, Li, Chen, "Learning Low-rank Deep Neural Networks via Singular Vector
 Orthogonality Regularization and Singular Value Sparsification", 2020, https://arxiv.org/abs/2004.09031
