@@ -7,13 +7,14 @@ Command: ``make bench``, or ``python -m experiments run steps`` for this one alo
 
 Verdict: half of it on a core. Steps of feedback alignment are level with plain Flax's, of direct feedback ahead in
 dense networks and LeNet, and level in the ResNet. Low-rank feedback costs more in wide dense layers, where the batch is
-as small as the rank, and learned direct feedback more in the ResNet. FA's and DFA's starts keep the promise in the
+as small as the rank, and learned direct feedback more in the ResNet: XLA:CPU moves the reshapes of BatchNorm before it
+looks for what is computed twice, and so runs the forward pass once more. FA's and DFA's starts keep the promise in the
 small networks alone. PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a CPU, whatever the rule.
 
 Steps are timed in interleaved rounds, PyTorch's, where it is installed, among them; ratios are within one round. The
-start is the median of some that take turns, with nothing compiled before: the model's making, ``attach``, the trace,
-and the compiler. A step has the rule's own phase, the gradient, and Adam's update. Memory and operations are read off
-the compiled program.
+start is the median of some that take turns, with nothing compiled before: the model's making, which is one median for
+all rules, ``attach``, the trace, and the compiler. A step has the rule's own phase, the gradient, and Adam's update.
+Memory and operations are read off the compiled program.
 """
 
 import dataclasses
@@ -69,10 +70,12 @@ def measure(network: str, starts: int, rounds: int) -> Measured:
             if one := start(WORKLOADS[network], name):
                 # Only the last program is kept.
                 begun[name] = [*(old._replace(run=one.run) for old in begun.get(name, [])), one]
+    # No rule has a part in the model's making.
+    making = statistics.median(one.seconds["make"] for each in begun.values() for one in each)
     found: Measured = {
         name: {
             "seconds": {part: statistics.median(one.seconds[part] for one in each) for part in PARTS},
-            "whole": statistics.median(sum(one.seconds.values()) for one in each),
+            "whole": making + statistics.median(sum(one.seconds[part] for part in PARTS[1:]) for one in each),
             "gigaflops": each[0].flops / 1e9,
             "mebibytes": each[0].temporary / 2**20,
         }
