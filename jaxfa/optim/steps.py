@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from jaxfa.order import after
-from jaxfa.varying import varying_axes
 
 # What keeps a copy of the parameters, or searches along its own step, would undo or overlook a step made after it.
 _NOT_INSIDE = (
@@ -87,15 +86,8 @@ def stepped(tx: Any, updates: Any, state: Any, params: Any, **extra: Any) -> tup
 
 def _after(updates: Any, steps: Any) -> Any:
     """The gradients, bit for bit, but not before it is known which are stepped on."""
-    known, ones = [step.astype(jnp.float32) for step in jax.tree.leaves(steps)], {}
-
-    def wait(g: jax.Array) -> jax.Array:
-        axes = varying_axes(jax.typeof(g))
-        if axes not in ones:
-            ones[axes] = after(jnp.ones(()), [one for one in known if varying_axes(jax.typeof(one)) <= axes])
-        return g * ones[axes].astype(g.dtype)
-
-    return jax.tree.map(wait, updates)
+    one = after(jnp.ones(()), [step.astype(jnp.float32) for step in jax.tree.leaves(steps)])
+    return jax.tree.map(lambda g: g * one.astype(g.dtype), updates)
 
 
 def _opposite(g: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from jax.nn import initializers
@@ -127,3 +128,22 @@ def test_a_convolution_shards_too(mesh, x64):
 
     expected = jax.grad(objective, argnums=(0, 1))(w, feedback, x)
     chex.assert_trees_all_close(sharded(gradient, mesh)(w, feedback, x, x), expected, atol=1e-14, rtol=1e-12)
+
+
+def test_a_step_of_split_and_of_whole_weights_is_that_of_one_device(mesh):
+    rule, weights = jaxfa.kolen_pollack(), {"split": jnp.ones((8, 4)), "whole": jnp.ones((4, 6))}
+    keys = jax.random.split(jax.random.key(0))
+    both = weights, {name: rule.init(key, weights[name]) for key, name in zip(keys, weights, strict=True)}
+    tx = jaxfa.optimizer(optax.adam(1e-2), rule)
+
+    def step(gradient, state, both):
+        updates, state = tx.update(gradient, state, both)
+        return optax.apply_updates(both, updates), state
+
+    def specs(tree):
+        return jax.tree_util.tree_map_with_path(lambda path, _: P("data") if "split" in str(path) else P(), tree)
+
+    args = jax.tree.map(jnp.sin, both), tx.init(both), both
+    ins, outs = tuple(map(specs, args)), (specs(both), specs(args[1]))
+    got = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=ins, out_specs=outs))(*args)
+    chex.assert_trees_all_close(got, jax.jit(step)(*args), rtol=1e-6)
