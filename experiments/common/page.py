@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Column
 from rich.table import Table as Printed
 
-from experiments.common import plots, records
+from experiments.common import courses, plots, records
 from experiments.common import rows as rows_of
 from experiments.common.experiment import Study
 from experiments.common.findings import TIMES, findings, labels
@@ -133,10 +133,10 @@ def _courses(rows: Sequence[Row], metric: Metric) -> list[tuple[Row, dict[str, s
         (
             row,
             {
-                "metric": plots.course(
+                "metric": courses.course(
                     row.history, histories.get(row.arm["reference"], row.history), row.color, metric, limits
                 ),
-                "angle": plots.angles(row.history, top) if row.turns and row.layers else "",
+                "angle": courses.angles(row.history, top) if row.turns and row.layers else "",
             },
         )
         for row in rows

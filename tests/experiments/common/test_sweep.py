@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxfa
-from experiments.common import page, plots, records, rows, sweep, timing
+from experiments.common import courses, page, records, rows, sweep, timing
 from experiments.common.experiment import Arm, Config, Experiment, Page, prepare
 from experiments.common.task import Task
 from experiments.common.trainer import Trainer
@@ -153,7 +153,7 @@ def test_an_angle_that_is_not_there_yet_hides_no_others():
     def record(epoch, angle):
         return {"epoch": epoch, "test_accuracy": [0.1], "test_loss": [1.0], "angle": {"a": [angle], "b": [0.0]}}
 
-    assert "<svg" in plots.angles(rows.by_part([record(0, None), record(1, 60.0)]), 100)
+    assert "<svg" in courses.angles(rows.by_part([record(0, None), record(1, 60.0)]), 100)
     assert np.isnan(rows.by_part([record(0, None)])[0]["angle"]["a"][0])
 
 
