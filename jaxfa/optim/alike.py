@@ -48,21 +48,10 @@ def alike(
     tx = with_extra(tx)
 
     def init(both: Any) -> OptimizerState:
-        params, feedback = both
-        state = init_on(tx, params)
-        refuse_inside(state)
+        begun = _begin(tx, both, name, shape)
         if learning_rate:
-            refuse_accumulation(state)
-        put, _, paths = _seats(params, feedback, name, shape)
-        try:
-            full = tx.init(put(params, feedback))
-        except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"The optimizer steps on the weights, but not on the {name} of their feedback, which it was shown at "
-                f"{[jax.tree_util.keystr(path) for path in paths]}: give it masks and labels as functions of a tree, "
-                f"which go by names or numbers of axes, in the place of trees."
-            ) from error
-        return OptimizerState(state, own_state(full, state, paths))
+            refuse_accumulation(begun.params)
+        return begun
 
     def update(updates: Any, state: OptimizerState, both: Any, **extra: Any) -> tuple[Any, OptimizerState]:
         (gradients, signals), (params, feedback) = updates, both
@@ -87,6 +76,23 @@ def alike(
         return (jax.tree.map(decay, found, params, steps), news), OptimizerState(after, own_state(kept, after, paths))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _begin(tx: Any, both: Any, name: str, shape: Shape | None) -> OptimizerState:
+    """The first state, with an error if ``tx`` steps on weights, but not on what learns as they do."""
+    params, feedback = both
+    state = init_on(tx, params)
+    refuse_inside(state)
+    put, _, paths = _seats(params, feedback, name, shape)
+    try:
+        full = tx.init(put(params, feedback))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"The optimizer steps on the weights, but not on the {name} of their feedback, which it was shown at "
+            f"{[jax.tree_util.keystr(path) for path in paths]}: give it masks and labels as functions of a tree, "
+            f"which go by names or numbers of axes, in the place of trees."
+        ) from error
+    return OptimizerState(state, own_state(full, state, paths))
 
 
 def _decayed(step: jax.Array, w: jax.Array, steps: jax.Array, weight_decay: float) -> jax.Array:
