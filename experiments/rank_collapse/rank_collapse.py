@@ -144,7 +144,8 @@ def arms(config: Config) -> list[Arm]:
 
 def study(config: Config, histories: Histories) -> Study:
     """The ranks along the trainings."""
-    return rank_report.study(config.network, histories)
+    dataset = load(config, NETWORKS[config.network].data, config.shrink)
+    return rank_report.study(config.network if config.shrink == 1 else "", histories, dataset.classes)
 
 
 def task(config: Config, name: ArmName, dataset: data.Dataset) -> Task:

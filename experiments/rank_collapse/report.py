@@ -39,28 +39,29 @@ GAINS = (
 PUBLISHED_RANKS = {"cnn": {"bp": "about 100", "fa": "< 20"}}
 
 
-def study(network: str, histories: Histories) -> Study:
+def study(network: str, histories: Histories, classes: int) -> Study:
     """What the report shows.
 
     Args:
-      network: its name.
+      network: its name, beside whose published numbers they stand; "" is beside none.
       histories: the records of each arm.
+      classes: how many there are to guess from.
     """
-    level = matched_loss(histories)
+    level = matched_loss(histories, classes)
     caption = (
         "Effective ranks (Roy and Vetterli, of singular values), mean of the layers but the head: of the errors at a "
         "layer's output, of a block's activations behind their ReLU, of a kernel's gradient as a matrix of inputs and "
-        "outputs, of the flattened gradients of the last steps. In the table, at the loss that all arms but fa-fast "
-        f"have reached on the probe, {level:.2f}, and after the last epoch. What is a third party's is not the paper's "
-        "own. Thin lines are seeds."
+        "outputs, of the flattened gradients of the last steps. In the table, at the loss on the probe "
+        f"that all arms reach that fall below the loss of guessing, {level:.2f}, and after the last epoch. What is a "
+        "third party's is not the paper's own. Thin lines are seeds."
     )
-    tables = [Table("Accuracy and effective ranks", table(network, histories))]
-    return Study(figure(histories), caption, tables, findings(histories))
+    tables = [Table("Accuracy and effective ranks", table(network, histories, level))]
+    return Study(figure(histories), caption, tables, findings(histories, level))
 
 
-def findings(histories: Histories) -> list[tuple[str, str]]:
-    """What Muon and normalisation gain, and how many directions FA's errors have beside backpropagation's."""
-    found, level = [], matched_loss(histories)
+def findings(histories: Histories, level: float) -> list[tuple[str, str]]:
+    """What Muon and normalisation gain, and how many directions FA's errors have beside backpropagation's at a loss."""
+    found = []
     for name, like, text in GAINS:
         if name in histories and like in histories:
             ends = [100 * np.mean(histories[arm][-1]["test_accuracy"]) for arm in (name, like)]
@@ -72,15 +73,16 @@ def findings(histories: Histories) -> list[tuple[str, str]]:
                 for kind in KINDS
             }
             ratios = {kind: ours / theirs for kind, (ours, theirs) in pairs.items()}
+            if np.isnan(ratios["channels"]):
+                continue
             others = ", ".join(f"of {kind} {ratio:.2f}" for kind, ratio in ratios.items() if kind != "channels")
             said = f"is the ratio of {name}'s rank of errors over channels to {like}'s at loss {level:.2f}; {others}."
             found.append((f"{ratios['channels']:.2f}", said))
     return found
 
 
-def table(network: str, histories: Histories) -> list[list[str]]:
+def table(network: str, histories: Histories, level: float) -> list[list[str]]:
     """Accuracies, and ranks at the matched loss and after the last epoch."""
-    level = matched_loss(histories)
     ranks = [f"{title}, at loss {level:.2f} / last" for title in KINDS.values()]
     others = [PUBLISHED.get(network, {}), PUBLISHED_RANKS.get(network, {})]
     heads = ["third party, accuracy, %", "third party, trajectory"]
@@ -97,10 +99,10 @@ def table(network: str, histories: Histories) -> list[list[str]]:
     return rows
 
 
-def matched_loss(histories: Histories) -> float:
-    """The lowest loss on the probe that every arm whose loss falls has reached, in every seed."""
-    chosen = [history for name, history in histories.items() if name in LOOKS and name != "fa-fast"]
-    return max(float(_losses(history).min(1).max()) for history in chosen or histories.values())
+def matched_loss(histories: Histories, classes: int) -> float:
+    """The lowest loss on the probe that every arm has reached in every seed that falls below the loss of guessing."""
+    ends = [float(_losses(history).min(1).max()) for name, history in histories.items() if name in LOOKS]
+    return max((end for end in ends if end < np.log(classes)), default=np.nan)
 
 
 def at_loss(history: Sequence[dict[str, Any]], ranks: np.ndarray, level: float) -> np.ndarray:
@@ -108,7 +110,7 @@ def at_loss(history: Sequence[dict[str, Any]], ranks: np.ndarray, level: float) 
     found = []
     for loss, rank in zip(_losses(history), ranks, strict=True):
         after = int((loss <= level).argmax())
-        if loss[after] > level:
+        if not loss[after] <= level:
             found.append(np.nan)
         elif after == 0:
             found.append(rank[0])

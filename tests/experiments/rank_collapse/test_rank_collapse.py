@@ -229,7 +229,9 @@ def history(losses, ranks):
 
 def test_ranks_at_a_matched_loss_lie_between_epochs():
     slow, fast = history([2.3, 2.1, 1.8], [10, 20, 30]), history([2.3, 1.9, 1.0], [10, 50, 60])
-    assert rank_report.matched_loss({"fa": slow, "bp": fast, "bp-norm-rank-1": history([2.3, 2.2], [1, 1])}) == 1.8
+    controls = {"bp-norm-rank-1": history([2.3, 2.2], [1, 1]), "fa-muon": history([2.4, 2.5], [1, 1])}
+    assert rank_report.matched_loss({"fa": slow, "bp": fast} | controls, 10) == 1.8
+    assert np.isnan(rank_report.matched_loss({"fa": slow, "bp": fast}, 2))
 
     def at(one, level):
         return rank_report.at_loss(one, np.array([[10.0, 20.0, 30.0]]), level)[0]
@@ -238,10 +240,11 @@ def test_ranks_at_a_matched_loss_lie_between_epochs():
     assert at(slow, 2.5) == 10
     assert at(fast, 1.9) == 20
     assert np.isnan(at(slow, 1.7))
-    _, fa, bp = rank_report.table("cnn", {"fa": slow, "bp": fast})
+    assert np.isnan(at(slow, np.nan))
+    _, fa, bp = rank_report.table("cnn", {"fa": slow, "bp": fast}, 1.8)
     assert fa[1:] == ["10.0", "10.0", "1.8", *["60.0 / 60.0"] * 5, "< 20"]
     assert (bp[4], bp[-1]) == ("102.2 / 120.0", "about 100")
-    assert rank_report.table("resnet18", {"fa": slow})[1][-1] == "1.4"
+    assert rank_report.table("resnet18", {"fa": slow}, 1.8)[1][-1] == "1.4"
 
 
 @pytest.mark.parametrize("normalised", [True, False])
@@ -265,9 +268,11 @@ def test_normalisation_can_be_left_out(normalised):
 
 
 def test_findings_are_the_gains_and_the_ratios_of_ranks():
-    found = rank_report.findings({"fa": history([2.3, 1.9], [10, 20]), "bp": history([2.3, 1.9], [10, 40])})
+    histories = {"fa": history([2.3, 1.9], [10, 20]), "bp": history([2.3, 1.9], [10, 40])}
+    found = rank_report.findings(histories, 1.9)
     assert found[0][0] == "0.50"
     assert "fa's rank of errors over channels to bp's at loss 1.90" in found[0][1]
     better = [record | {"test_accuracy": [0.3]} for record in history([2.3, 1.9], [10, 20])]
-    (gain,) = rank_report.findings({"fa-norm": history([2.3, 1.9], [10, 20]), "fa-norm-muon": better})
+    assert not rank_report.findings(histories, np.nan)
+    (gain,) = rank_report.findings({"fa-norm": history([2.3, 1.9], [10, 20]), "fa-norm-muon": better}, 1.9)
     assert gain[0] == "+20.0"
