@@ -16,11 +16,12 @@ from .03, .01, .003, .001 (FA alone .01, .003, .001, .0003; with BN .1, .03, .01
 so large that BP's loss falls to that of guessing alone, at .01 to .0001; FA's rises from .003 to 3e-5 and falls at 1e-5
 (the thin network, training images): so .001 and 1e-5.
 
-Verdict: does not hold in the small network. At a rate at which it learns, feedback alignment's errors, activations and
-gradients span more directions than backpropagation's; the collapse is there at backpropagation's rate alone, where the
-loss explodes. Normalisation is worth much, Muon nothing, alone or on top of it; truncated updates cost backpropagation
-some accuracy. In a thin ResNet-18 without normalisation feedback alignment does not learn at all, most likely since
-errors through fixed weights do not shrink where activations grow.
+Verdict: does not hold in the small network. At the rate at which it learns best feedback alignment's errors,
+activations and gradients span as many directions as backpropagation's, within their errors; the collapse is there at
+backpropagation's rate alone, where the loss explodes. Normalisation is worth much. Muon makes updates span more
+directions and costs some points, alone and on top of normalisation, most likely since without a collapse there is none
+to undo; updates of rank 1 cost backpropagation more. In a thin ResNet-18 without normalisation nothing learns,
+backpropagation neither; with it feedback alignment learns a little, and Muon costs here, too.
 """
 
 import dataclasses
