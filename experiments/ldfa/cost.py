@@ -94,7 +94,22 @@ def study(config: Config, histories: Histories) -> Study:
     )
     tables = [Table(f"{name}, backpropagation = 1", step_rows(one)) for name, one in steps.items()]
     numbers = {"steps": steps, "reach": curve}
-    return Study(figure(steps, curve), caption, [*tables, Table(f"To {goal}", reach_rows(curve))], numbers=numbers)
+    tables.append(Table(f"To {goal}", reach_rows(curve)))
+    return Study(figure(steps, curve), caption, tables, list(findings(steps, curve, goal)), numbers)
+
+
+def findings(steps: dict[str, Any], curve: dict[str, Any], goal: str) -> Iterator[tuple[str, str]]:
+    """The least backward pass of every network, and what the cheapest rank spends to learn."""
+    for name, one in steps.items():
+        least = one["P and Q learned"]
+        fraction = one["fractions"][int(np.argmin(least))]
+        yield f"{min(least):.2f} x", f"backpropagation's operations of a backward pass: {name} at rank {fraction:g} m."
+    reference = np.mean(_numbers(curve["bp"]["operations"]))
+    spent = {name: _numbers(one["operations"]).mean() / reference for name, one in curve.items() if one["rank"]}
+    reached = {name: ratio for name, ratio in spent.items() if not np.isnan(ratio)}
+    if reached:
+        best = min(reached, key=reached.__getitem__)
+        yield f"{reached[best]:.2f} x", f"backpropagation's operations to {goal}, at the cheapest rank: {best}."
 
 
 def task(config: Config, name: NetworkName, dataset: data.Dataset, rule: jaxfa.Rule | None) -> Task:

@@ -92,7 +92,8 @@ def study(config: Config, histories: Histories) -> Study:
             results[_name(rank)] = receptive_fields.describe(after, accuracies)
     if not results:
         raise FloatingPointError(f"Nothing in {config.out} is left to draw: at every rank a seed diverged.")
-    return Study(receptive_fields.figure(results), CAPTION, [Table("Receptive fields", _rows(results))])
+    table = Table("Receptive fields", _rows(results))
+    return Study(receptive_fields.figure(results), CAPTION, [table], list(_findings(results)))
 
 
 def fields(config: Config, dataset: data.Dataset, state: State) -> np.ndarray:
@@ -103,6 +104,15 @@ def fields(config: Config, dataset: data.Dataset, state: State) -> np.ndarray:
     images = (jnp.asarray(dataset.test_images[:PROBES], jnp.float32) - mean) / deviation
     side = 1 + len(config.retina) * (config.window - 1)
     return np.asarray(receptive_fields.receptive_fields(nnx.merge(graph, variables).ganglion, images, side))
+
+
+def _findings(results: dict[str, Result]) -> Iterator[tuple[str, str]]:
+    """How selective the fields are at the least rank, and how symmetric, beside backpropagation's."""
+    whole, *ranks = [name for name in results if name != "untrained"]
+    for what in ("selectivity", "symmetry") if ranks else ():
+        ours, theirs = (getattr(results[name], what) for name in (ranks[-1], whole))
+        ours, theirs = (shown(values[~np.isnan(values)]) for values in (ours, theirs))
+        yield ours, f"is the {what} of fields at {ranks[-1]}, beside {theirs} by {whole}."
 
 
 def _rows(results: dict[str, Result]) -> list[list[str]]:
