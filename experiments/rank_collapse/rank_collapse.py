@@ -35,8 +35,9 @@ from flax import nnx
 import jaxfa
 from experiments.common import data
 from experiments.common.bounds import FROM_ZERO
-from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Training, load
+from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Training, identity, load
 from experiments.common.optimizers import hidden_kernels, muon
+from experiments.common.published import as_published
 from experiments.common.task import Task
 from experiments.models.cnn import PoolingCNN
 from experiments.models.networks import ResNet
@@ -146,7 +147,8 @@ def arms(config: Config) -> list[Arm]:
 def study(config: Config, histories: Histories) -> Study:
     """The ranks along the trainings."""
     dataset = load(config, NETWORKS[config.network].data, config.shrink)
-    return rank_report.study(config.network if config.shrink == 1 else "", histories, dataset.classes)
+    same = as_published(EXPERIMENT, identity(EXPERIMENT.name, config))
+    return rank_report.study(histories, dataset.classes, same)
 
 
 def task(config: Config, name: ArmName, dataset: data.Dataset) -> Task:
@@ -222,4 +224,5 @@ EXPERIMENT = Experiment(
     ),
     arms,
     study,
+    size=("network", "widths", "shrink"),
 )
