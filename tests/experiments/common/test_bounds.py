@@ -43,4 +43,6 @@ def test_what_a_field_may_not_hold_is_refused(field, value, message):
 
 
 def test_the_bounds_themselves_are_inside():
-    Config(count=1, rate=1e-9, hidden=(), classes=(2, 5), decay=0.0, names=("b", "a"), energies=(1.0,), on=False)
+    inside = {"count": 1, "rate": 1e-9, "hidden": (), "classes": (2, 5), "decay": 0.0, "energies": (1.0,), "on": False}
+    config = Config(**inside, names=("b", "a"))
+    assert dataclasses.asdict(config) == dataclasses.asdict(Config()) | inside | {"names": ("b", "a")}
