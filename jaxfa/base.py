@@ -69,7 +69,7 @@ class LayerFeedback:
     def learn(
         self, op: Operation, x: jax.Array, w: jax.Array, delta: jax.Array, dw: jax.Array
     ) -> tuple[jax.Array, Self]:
-        """Both, for rules whose signal is cheaper to compute from the operation."""
+        """Both; overridden beside ``signal``, which tells the same, where the operation makes that cheaper."""
         return self.transport(op, x, w, delta), self.signal(x, w, delta, dw)
 
 

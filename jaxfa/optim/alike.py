@@ -61,8 +61,11 @@ def alike(
         found, after, steps = stepped(tx, gradients, state.params, params, **extra)
         full = whole_state(state.feedback, state.params)
         second = put(gradients, signals), full, put(params, feedback)
-        learned, kept, *others = stepped(tx, *second, **extra) if shape is None else tx.update(*second, **extra)
-        learns = zip(take(learned), take(others[0] if others else steps), strict=True)
+        if shape is None:
+            learned, kept, own = stepped(tx, *second, **extra)
+        else:
+            (learned, kept), own = tx.update(*second, **extra), steps
+        learns = zip(take(learned), take(own), strict=True)
 
         def learn(node: Any, signal: Any) -> Any:
             (step, steps), q = next(learns), getattr(node, name)

@@ -72,7 +72,7 @@ class LearnedLowRank(LowRank):
         if delta.size // delta.shape[-1] >= delta.shape[-1]:
             return super().learn(op, x, w, delta, dw)
 
-        # Of fewer errors than units, the second pass is the smaller product: delta p is there already.
+        # Where there are fewer errors than units, a second pass is the smaller product: delta p is there already.
         def hebb(p: jax.Array) -> jax.Array:
             return transpose(lambda q: op(x, q), self.q.astype(w.dtype), jnp.tensordot(delta, p, 1))
 
