@@ -108,11 +108,13 @@ def fields(config: Config, dataset: data.Dataset, state: State) -> np.ndarray:
 
 def _findings(results: dict[str, Result]) -> Iterator[tuple[str, str]]:
     """How selective the fields are at the least rank, and how symmetric, beside backpropagation's."""
-    whole, *ranks = [name for name in results if name != "untrained"]
-    for what in ("selectivity", "symmetry") if ranks else ():
-        ours, theirs = (getattr(results[name], what) for name in (ranks[-1], whole))
-        ours, theirs = (shown(values[~np.isnan(values)]) for values in (ours, theirs))
-        yield ours, f"is the {what} of fields at {ranks[-1]}, beside {theirs} by {whole}."
+    whole, least = _name(None), [*results][-1]
+    if whole not in results or whole == least:
+        return
+    for what in ("selectivity", "symmetry"):
+        pair = (getattr(results[name], what) for name in (least, whole))
+        ours, theirs = (shown(values[~np.isnan(values)]) for values in pair)
+        yield ours, f"is the {what} of fields at {least}, beside {theirs} by {whole}."
 
 
 def _rows(results: dict[str, Result]) -> list[list[str]]:

@@ -173,6 +173,7 @@ def untrained(monkeypatch):
     monkeypatch.setattr(ldfa_retina, "fields", lambda config, *_: (config.window, config.retina))
     monkeypatch.setattr(receptive_fields, "describe", lambda *_: None)
     monkeypatch.setattr(ldfa_retina, "_rows", lambda results: [])
+    monkeypatch.setattr(ldfa_retina, "_findings", lambda results: [])
     for name in ("draw", "_rows", "_findings", "_end"):
         monkeypatch.setattr(ssa_networks, name, lambda *_: [])
     monkeypatch.setattr(laws, "follow", lambda *_, **__: laws.Followed(*4 * [np.zeros((1, 1))]))

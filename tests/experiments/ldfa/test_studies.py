@@ -204,3 +204,29 @@ def test_likeness_is_told_at_the_highest_rank_beside_the_lowest():
         ("0.70", "is the likeness of the last hidden layer at rank 10, Both; at rank 1: 0.20."),
         ("0.80", "is that of two backpropagations from other starts."),
     ]
+
+
+def test_fields_are_told_at_the_least_rank_beside_backpropagations():
+    def seen(*selectivity):
+        return receptive_fields.Result(np.zeros(0), np.array(selectivity), np.array([0.5, 0.5]), np.zeros(1))
+
+    results = {
+        "untrained": seen(0, 0),
+        "backpropagation": seen(0.2, 0.4),
+        "rank 4": seen(9, 9),
+        "rank 1": seen(0.1, np.nan),
+    }
+    (number, said), (symmetry, _) = ldfa_retina._findings(results)
+    assert (number, symmetry) == ("0.10", "0.50 ± 0.00")
+    assert said == "is the selectivity of fields at rank 1, beside 0.30 ± 0.14 by backpropagation."
+    assert not list(ldfa_retina._findings({"untrained": seen(0, 0), "rank 4": seen(1, 1)}))
+
+
+def test_operations_are_told_at_their_least():
+    steps = {"mlp": {"fractions": (1.0, 0.5, 0.25), "P and Q learned": [2.0, 1.5, 0.9]}}
+    runs = {"bp": [None, [2.0]], "rank-2": [2, [None]], "rank-4": [4, [3.0]], "rank-8": [8, [5.0]]}
+    curve = {name: {"rank": rank, "operations": spent} for name, (rank, spent) in runs.items()}
+    assert list(ldfa_cost.findings(steps, curve, "42 %")) == [
+        ("0.90 x", "backpropagation's operations of a backward pass: mlp at rank 0.25 m."),
+        ("1.50 x", "backpropagation's operations to 42 %, at the cheapest rank: rank-4."),
+    ]
