@@ -54,7 +54,7 @@ class Config(experiment.Config):
 
 
 def arms(config: Config) -> Iterator[Arm]:
-    """Backpropagation, dense and factored; DFA between the blocks; all readings of SSA."""
+    """Backpropagation, dense and factored; DFA between the blocks; all readings of SSA, without alignment, too."""
     dataset = experiment.prepare(config, text.load(config.corpus, config.data, context=config.context, vocabulary=None))
 
     def make(rngs: nnx.Rngs) -> GPT:
@@ -74,7 +74,7 @@ def arms(config: Config) -> Iterator[Arm]:
     yield Arm("bp", "Backpropagation", None, bp)
     yield Arm("svd_bp", "SVD, backpropagation", None, ssa_arms.on_manifold(bp))
     yield Arm("dfa", "DFA", None, bp._replace(rule=jaxfa.dfa(), at=TAPS))
-    for name, (title, rule) in ssa_arms.readings(config.beta).items():
+    for name, (title, rule) in (ssa_arms.readings(0.0) | ssa_arms.readings(config.beta)).items():
         yield Arm(name, title, None, bp._replace(rule=rule, allow=TAPS))
 
 

@@ -90,14 +90,16 @@ def test_every_reading_is_an_arm_and_says_what_alignment_moves(tiny):
 
 
 def test_every_reading_is_an_arm_at_each_of_several_betas_and_pulls_as_hard_as_they_say(tiny):
-    config = dataclasses.replace(networks.EXPERIMENT.presets["betas"], **TINY, networks=("mlp",), shrink=1)
+    config = networks.Config(**TINY, networks=("mlp",), betas=(0.0, 0.01, 0.1))
     found = {arm.name: arm for arm in networks.arms(config)}
     one = {arm.name for arm in networks.arms(dataclasses.replace(config, betas=config.betas[:1]))}
     readings = ("parallel-weights", "parallel-feedback", "sequential-weights", "sequential-feedback")
     assert {name for name in found if name.count("-") > 1} == {
-        f"mlp-{reading}-{beta:g}" for reading in readings for beta in (0.001, 0.01, 0.1)
+        f"mlp-{reading}-{beta:g}" for reading in readings for beta in (0.01, 0.1)
     }
-    assert one == {*(name for name in found if name.count("-") == 1), *(f"mlp-{name}" for name in readings)}
+    without = {name for name in found if name.count("-") == 1}
+    assert {"mlp-parallel", "mlp-sequential"} < without  # whatever alignment would move
+    assert one == without
 
     def pull(name):
         trainer = Trainer(found[name].task._replace(optimizer=optax.identity()), [0])
@@ -108,7 +110,7 @@ def test_every_reading_is_an_arm_at_each_of_several_betas_and_pulls_as_hard_as_t
         return sum(float(jnp.abs(one).sum()) for one in jax.tree.leaves(updates))
 
     strong, weak = (pull(f"mlp-sequential-weights-{beta:g}") for beta in (0.1, 0.01))
-    assert strong > 0
+    assert strong > 1e3 * pull("mlp-sequential")
     np.testing.assert_allclose(strong, 10 * weak, rtol=0.05)  # the way back onto the manifold bends a step
 
 
