@@ -4,7 +4,7 @@ Claim (Hanut and Kadmon 2025): accuracy rises with the rank of one layer's feedb
 backpropagation's at about the number of classes; a network as narrow as the error is far worse; where P learns by Oja's
 rule, Q may stay random.
 
-Command: ``python -m experiments run ldfa_rank_mlp``, 8 minutes; ``--preset gpu15`` for its width and all images
+Command: ``python -m experiments run ldfa_rank_mlp``, 17 minutes; ``--preset gpu15`` for its width and all images
 on one H100 in a quarter of an hour, ``--preset paper`` for the published set-up.
 
 ``B1``, ``B2`` and ``B3`` carry the error to the first, second and third hidden layer, past the weights of the next one:
