@@ -10,8 +10,8 @@ pooling, and only the first convolution has a stride, 2. All learn MNIST average
 for as many steps, so that angles are compared at equal time, not at equal accuracy. An angle is of a layer's kernel on
 512 training images after the last epoch.
 
-Verdict: half of it. In dense networks the angles of both rules grow with depth and fall with width. In convolutional ones
-they are near a right angle at every depth, though accuracy falls far behind only in deep and in thin networks.
+Verdict: half of it. In dense networks the angles of both rules grow with depth and fall with width. In convolutional
+ones they are near a right angle at every depth, though accuracy falls far behind only in deep and in thin networks.
 """
 
 import dataclasses
