@@ -84,9 +84,10 @@ class Network:
 
     def derivative(self, tangents):
         """The logits' derivative along perturbations of the inputs of the last layers, as many as there are."""
-        first, moved = len(self.layers) - len(tangents), None
-        for i, x in enumerate(tangents, first):
-            x = x if i == first else x + self._shaped(self.layers[i], self.slope(i - 1) * moved)
+        first = len(self.layers) - len(tangents)
+        moved = self.layers[first](tangents[0], self.w[first])
+        for i, tangent in enumerate(tangents[1:], first + 1):
+            x = tangent + self._shaped(self.layers[i], self.slope(i - 1) * moved)
             moved = self.layers[i](x, self.w[i])
         return moved
 

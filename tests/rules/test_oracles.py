@@ -14,10 +14,10 @@ import jaxfa
 from tests.methods import METHODS
 from tests.oracles import backwards, phases
 from tests.oracles.backwards import REFERENCES
-from tests.oracles.networks import Dense, Network, plain
-from tests.twins import CLASSES, IMAGES, KEY, NETWORKS, close, create, refined, signals
+from tests.oracles.networks import Conv, Dense, Network, plain
+from tests.twins import CLASSES, IMAGES, KEY, NETWORKS, close, create, operation, refined, signals
 
-# Their references, as independent, are in test_forward_gradient and test_pepita.
+# Their references, as independent, are in test_forward_gradient, test_pepita and, of the mirror, test_oracle_phases.
 ELSEWHERE = {"forward_gradient", "pepita", "pepita_mirrored"}
 ROWS = {method.name: method.rule for method in METHODS if method.name not in ELSEWHERE}
 grid = pytest.mark.parametrize("kind", NETWORKS)
@@ -119,26 +119,35 @@ def test_tiles_scales_and_the_kalman_mean_are_the_equations(kind, x64):
             close(new.log_scale, expected)
 
 
+STACKS = {"dense": (Dense(), (4,), (4, 4)), "conv": (Conv(1), (4, 4, 2), (3, 3, 2, 2))}
+
+
+@pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.parametrize("unroll", [False, True], ids=["loop", "straight"])
 @pytest.mark.parametrize("schedule", ["stored", "parallel", "stream"])
-def test_stacks_of_blocks_are_the_equations(schedule, x64):
-    rng = np.random.default_rng(5)
-    w, x = jnp.asarray(rng.normal(size=(3, 4, 4)) / 2), jnp.asarray(rng.normal(size=(IMAGES, 4)))
-    head, labels = jnp.asarray(rng.normal(size=(4, CLASSES))), rng.integers(CLASSES, size=IMAGES)
-    b = jnp.asarray(rng.normal(size=(3, 4, CLASSES)))
+def test_stacks_of_blocks_are_the_equations(schedule, unroll, kind, x64):
+    rng, (layer, inputs, shape) = np.random.default_rng(5), STACKS[kind]
+    size = np.prod(inputs)
+    w, x = jnp.asarray(rng.normal(size=(3, *shape)) / 2), jnp.asarray(rng.normal(size=(IMAGES, *inputs)))
+    head, labels = jnp.asarray(rng.normal(size=(size, CLASSES))), rng.integers(CLASSES, size=IMAGES)
+    b = jnp.asarray(rng.normal(size=(3, *inputs, CLASSES)))
 
-    def loss(w, head):
+    def loss(w, feedback, head):
         wire = jaxfa.error_wire(jnp.zeros((IMAGES, CLASSES)))
-        feedback = jaxfa.DirectMatrix(b)
-        how = getattr(jaxfa.stacks, schedule)
-        h, wire = jaxfa.stacks.direct_stack(lambda w, h: jnp.tanh(h @ w), w, x, wire, feedback, schedule=how)
-        return optax.softmax_cross_entropy_with_integer_labels(h @ head + wire, labels).mean()
+        how = {"schedule": getattr(jaxfa.stacks, schedule), "unroll": unroll}
+        h, wire = jaxfa.direct_stack(lambda w, h: jnp.tanh(operation(layer)(h, w)), w, x, wire, feedback, **how)
+        logits = jaxfa.with_wire(h.reshape(IMAGES, size) @ head, wire, feedback)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    got = jax.grad(loss, argnums=(0, 1))(w, head)
+    # Direct Kolen-Pollack, whose feedback learns, too.
+    feedback = dataclasses.replace(jaxfa.dkp().init(KEY, x, jnp.zeros((IMAGES, CLASSES))), b=b)
+    got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(w, feedback, head)
     params = [{"w": np.asarray(one), "b": np.zeros(one.shape[-1])} for one in (*w, head)]
-    net = Network((Dense(),) * 4, params, np.asarray(x), labels)
-    grads, _ = net.learn(backwards.dfa, [None, *(SimpleNamespace(b=np.asarray(one)) for one in b)])
+    net = Network((layer, layer, layer, Dense()), params, np.asarray(x), labels)
+    grads, slots = net.learn(backwards.dkp, [None, *(SimpleNamespace(b=np.asarray(one)) for one in b)])
     close(got[0], np.stack([g["w"] for g in grads[:-1]]))
-    close(got[1], grads[-1]["w"])
+    close(got[1].b, np.stack([one["b"].reshape(*inputs, CLASSES) for one in slots]))
+    close(got[2], grads[-1]["w"])
 
 
 def test_every_method_has_its_equations():
