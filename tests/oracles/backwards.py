@@ -96,8 +96,11 @@ def by_tile(net, i, feedback, delta, e):
 
 
 def local_classifier(net, i, feedback, delta, e):
-    error, signal = local.classify(net.xs[i], feedback.sides, feedback, net.targets)
-    return error, {} if type(feedback).__name__ == "FixedClassifier" else signal
+    return local.classify(net.xs[i], feedback.sides, feedback, net.targets)
+
+
+def fixed_classifier(net, i, feedback, delta, e):
+    return local_classifier(net, i, feedback, delta, e)[0], {}
 
 
 def predsim(net, i, feedback, delta, e):
@@ -140,7 +143,7 @@ REFERENCES = {
     "ssa_transported": by_factors,
     "dldfa": dldfa,
     "local_classifier": local_classifier,
-    "local_classifier_fixed": local_classifier,
+    "local_classifier_fixed": fixed_classifier,
     "predsim": predsim,
     "auglocal": auglocal,
 }

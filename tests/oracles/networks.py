@@ -83,10 +83,11 @@ class Network:
         return self.layers[i].to_input(self.xs[i], w, delta)
 
     def derivative(self, tangents):
-        """The logits' derivative along perturbations of the inputs of all layers but the first."""
-        moved = 0
-        for i in range(1, len(self.layers)):
-            x = tangents[i - 1] + (moved if i == 1 else self._shaped(self.layers[i], self.slope(i - 1) * moved))
+        """The logits' derivative along perturbations of the inputs of the last layers, as many as there are."""
+        first = len(self.layers) - len(tangents)
+        moved = self.layers[first](tangents[0], self.w[first])
+        for i, tangent in enumerate(tangents[1:], first + 1):
+            x = tangent + self._shaped(self.layers[i], self.slope(i - 1) * moved)
             moved = self.layers[i](x, self.w[i])
         return moved
 
@@ -130,9 +131,11 @@ def factored(w, dw):
 
 
 def plain(tree):
-    """A feedback or factors as a namespace of NumPy arrays."""
+    """A feedback or factors as a namespace of NumPy arrays; lists and dictionaries of these."""
     if hasattr(tree, "__dataclass_fields__"):
         return SimpleNamespace(**{name: plain(getattr(tree, name)) for name in tree.__dataclass_fields__})
     if isinstance(tree, dict):
         return {name: plain(one) for name, one in tree.items()}
+    if isinstance(tree, list):
+        return [plain(one) for one in tree]
     return np.asarray(tree) if hasattr(tree, "dtype") else tree

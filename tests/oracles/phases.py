@@ -38,12 +38,25 @@ def kalman(mean, variance, estimates, drift):
     return mean + gain * (new - mean), (1 - gain) * prior
 
 
-def turn(b, estimate, shape, learning_rate):
-    """One step up the sum of the columns' cosines, all of the map counted; then norm 1. The result is a tile again."""
+def watch(watched, b, estimates):
+    """Means, in which a batch weighs 0.05, of ``<b, J> / |b|`` and of ``|J|^2``, of which the noise's is taken off."""
+    new, count = estimates.mean(0), len(estimates)
+    noise = ((estimates - new) ** 2).sum() / (count * (count - 1))
+    found = (b.ravel() @ new.ravel()) / np.linalg.norm(b), (new**2).sum() - noise
+    return 0.95 * watched + 0.05 * np.array(found)
+
+
+def turn(b, estimate, shape, learning_rate, axis=0):
+    """One step up the sum of the columns' cosines, all of the map counted; then norm 1. The result is a tile again.
+
+    A column belongs to one output; with ``axis`` 1, to one unit.
+    """
     columns, goal = (whole(one, shape).reshape(-1, b.shape[-1]) for one in (b, estimate))
-    norm, unit = np.linalg.norm(columns, axis=0), goal / np.linalg.norm(goal, axis=0)
-    columns = columns + learning_rate * (unit - (columns * unit).sum(0) / norm * columns / norm) / norm
-    columns = (columns / np.linalg.norm(columns, axis=0)).reshape(*shape, -1)
+    norm, size = (np.linalg.norm(one, axis=axis, keepdims=True) for one in (columns, goal))
+    unit = goal / size
+    cosines = (columns * unit).sum(axis, keepdims=True) / norm
+    columns = columns + learning_rate * (unit - cosines * columns / norm) / norm
+    columns = (columns / np.linalg.norm(columns, axis=axis, keepdims=True)).reshape(*shape, -1)
     return columns[tuple(slice(side) for side in b.shape[:-1])]
 
 
@@ -64,3 +77,10 @@ def scales(log_scales, tangents, moved, tiles, rate):
 def whole(tile, shape):
     """A tile, and its outputs, over all of a layer's map."""
     return np.tile(tile, [*(size // side for size, side in zip(shape, tile.shape[:-1], strict=True)), 1])
+
+
+def mirror(b, noise, moved, rate):
+    """``F`` turns by ``rate`` towards ``-<x y^T>``, made as long as itself, with noise ``x`` and its answer ``y``."""
+    seen, length = np.einsum("n...,nc->...c", noise, moved) / len(noise), np.linalg.norm(b)
+    turned = (1 - rate) * b - rate * length * seen / np.linalg.norm(seen)
+    return length * turned / np.linalg.norm(turned)

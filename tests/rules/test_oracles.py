@@ -1,6 +1,7 @@
 """Every rule of the table against its equations in NumPy, in a dense and a convolutional network, float64."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -10,102 +11,16 @@ import optax
 import pytest
 
 import jaxfa
-from jaxfa.base import is_direct
-from jaxfa.nn.model.variables import init_at
 from tests.methods import METHODS
 from tests.oracles import backwards, phases
 from tests.oracles.backwards import REFERENCES
 from tests.oracles.networks import Conv, Dense, Network, plain
+from tests.twins import CLASSES, IMAGES, KEY, NETWORKS, close, create, operation, refined, signals
 
-KEY = jax.random.key(7)
-CLASSES, IMAGES = 3, 6
-NETWORKS = {
-    "dense": ((Dense(), Dense(), Dense()), ((5,), (5, 7), (7, 6), (6, CLASSES))),
-    "conv": (
-        (Conv(1), Conv(2), Dense(), Dense()),
-        ((8, 8, 2), (3, 3, 2, 4), (3, 3, 4, 3), (48, 6), (6, CLASSES)),
-    ),
-}
-# Their references, as independent, are in test_forward_gradient and test_pepita.
+# Their references, as independent, are in test_forward_gradient, test_pepita and, of the mirror, test_oracle_phases.
 ELSEWHERE = {"forward_gradient", "pepita", "pepita_mirrored"}
 ROWS = {method.name: method.rule for method in METHODS if method.name not in ELSEWHERE}
 grid = pytest.mark.parametrize("kind", NETWORKS)
-
-
-def operation(layer):
-    """The layer that the reference has, as jaxfa computes it."""
-    if isinstance(layer, Dense):
-        return jaxfa.linear
-    return lambda x, w, feedback=None: jaxfa.conv(x, w, feedback, strides=layer.stride)
-
-
-def block(op):
-    """A hidden layer, as a rule is told of it."""
-
-    def run(x, w):
-        y = op(x, w[0]["w"])
-        return jnp.tanh(y + w[0]["b"].reshape(*[1] * (y.ndim - 1), -1))
-
-    return run
-
-
-def create(kind, rule):
-    """A network, parameters, a batch, and feedback for the input of every layer but the first."""
-    layers, (inputs, *shapes) = NETWORKS[kind]
-    rng = np.random.default_rng(3)
-    x, labels = jnp.asarray(rng.normal(size=(IMAGES, *inputs))), rng.integers(CLASSES, size=IMAGES)
-    params = [
-        {"w": jnp.asarray(rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1]))), "b": jnp.zeros(shape[-1])}
-        for shape in shapes
-    ]
-    if rule.weights is not None:
-        params = [p | {"w": rule.weights(p["w"], f"layer {i}")} for i, p in enumerate(params)]
-    xs = Network(layers, [plain(p) for p in params], np.asarray(x), labels).xs
-
-    def ops(params):
-        return [
-            jaxfa.Layer(operation(one), jax.ShapeDtypeStruct(x.shape, x.dtype), p["w"])
-            for one, x, p in zip(layers, xs, params, strict=False)
-        ]
-
-    # One program, which compiles sooner than as many as there are operations.
-    feedback = jax.jit(lambda params: feedback_of(rule, ops(params), params))(params)
-    return layers, params, (x, labels), ops(params), [None, *feedback]
-
-
-def feedback_of(rule, ops, params):
-    """Feedback for the input of every layer but the first."""
-    keys, logits = jax.random.split(KEY, len(ops)), jax.ShapeDtypeStruct((IMAGES, CLASSES), jnp.float64)
-    if not is_direct(rule):
-        return [rule.init(k, one.w) for k, one in zip(keys, ops, strict=True)][1:]
-    hidden = [jaxfa.Layer(block(one.op), one.x, (p, {})) for one, p in zip(ops[:-1], params, strict=False)]
-    known = [{"layer": one, "above": tuple(hidden[i:]), "below": i - 1} for i, one in enumerate(ops)]
-    feedback = [init_at(rule, **own)(k, own["layer"].x, logits) for k, own in zip(keys, known, strict=True)][1:]
-    return [max(feedback, key=lambda f: f.b.size)] * len(feedback) if feedback[0].shared else feedback
-
-
-def forward(layers, params, feedback, x, taps=None):
-    """The logits, every error as the feedback says."""
-    wire = jaxfa.error_wire(jnp.zeros((len(x), CLASSES)))
-    for i, (layer, p, f) in enumerate(zip(layers, params, feedback, strict=True)):
-        x = x.reshape(len(x), -1) if isinstance(layer, Dense) else x
-        x = x if taps is None or i == 0 else x + taps[i - 1]
-        x, wire = jaxfa.direct(x, wire, f) if isinstance(f, jaxfa.DirectFeedback) else (x, wire)
-        y = operation(layer)(x, p["w"], f if isinstance(f, jaxfa.LayerFeedback) else None)
-        y = y + p["b"].reshape(*[1] * (y.ndim - 1), -1)
-        x = jnp.tanh(y)
-    return jaxfa.with_wire(y, wire, feedback)
-
-
-def signals(layers, params, feedback, data):
-    """What the parameters and the feedback learn."""
-    x, labels = data
-
-    def loss(params, feedback):
-        logits = forward(layers, params, feedback, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, feedback)
 
 
 def arrays(feedback):
@@ -113,10 +28,6 @@ def arrays(feedback):
     if hasattr(feedback, "seed_bytes"):
         return SimpleNamespace(magnitude=None)
     return plain(feedback)
-
-
-def close(got, expected, tolerance=1e-12):
-    np.testing.assert_allclose(np.asarray(got), expected, atol=tolerance, rtol=tolerance)
 
 
 def begun(feedback):
@@ -181,30 +92,10 @@ def test_normative_factors_are_alternating_least_squares(kind, x64):
         close(after.q, q, 1e-10)
 
 
-def refined(kind, rule, steps):
-    """Feedback after some phases, with each phase's perturbations and the logits' derivatives along them, in NumPy."""
-    layers, params, (x, labels), _, feedback = create(kind, rule)
-    net, seen, found = Network(layers, [plain(p) for p in params], np.asarray(x), labels), [], [feedback[1:]]
-
-    def logits(taps):
-        return forward(layers, params, [None] * len(layers), x, taps)
-
-    spy = jax.custom_jvp(logits)
-
-    @spy.defjvp
-    def perturb(primals, tangents):
-        seen.append([np.asarray(one) for one in tangents[0]])
-        return jax.jvp(logits, primals, tangents)
-
-    for step in range(steps):
-        found.append(rule.refine(spy, found[-1], jax.random.fold_in(KEY, step)))
-    return [[plain(f) for f in one] for one in found], seen, [net.derivative(one) for one in seen]
-
-
 @grid
 def test_fdfa_is_the_running_mean_of_its_estimates(kind, x64):
     found, tangents, moved = refined(kind, jaxfa.fdfa(learning_rate=0.3), 2)
-    for before, after, along, y in zip(found, found[1:], tangents, moved, strict=False):
+    for (before, after), along, y in zip(itertools.pairwise(plain(found)), tangents, moved, strict=True):
         for f, new, p in zip(before, after, along, strict=True):
             estimate = phases.jacobian(p, y, f.b.shape[:-1], 1.0).mean(0).reshape(f.b.shape)
             close(new.b, f.b + 0.3 * (estimate - f.b))
@@ -215,7 +106,7 @@ def test_tiles_scales_and_the_kalman_mean_are_the_equations(kind, x64):
     rule = jaxfa.grape(averaging=jaxfa.rules.kalman(0.5), tile=4, scaling=0.3, learning_rate=0.2, epsilon=0.0)
     found, tangents, moved = refined(kind, rule, 3)
     known = [(0.0, None)] * len(found[0])
-    for before, after, along, y in zip(found, found[1:], tangents, moved, strict=False):
+    for (before, after), along, y in zip(itertools.pairwise(plain(found)), tangents, moved, strict=True):
         tiles = [f.b.shape[:-1] for f in before]
         logs = [float(f.log_scale) for f in before]
         for i, (f, new, p) in enumerate(zip(before, after, along, strict=True)):
@@ -228,26 +119,35 @@ def test_tiles_scales_and_the_kalman_mean_are_the_equations(kind, x64):
             close(new.log_scale, expected)
 
 
+STACKS = {"dense": (Dense(), (4,), (4, 4)), "conv": (Conv(1), (4, 4, 2), (3, 3, 2, 2))}
+
+
+@pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.parametrize("unroll", [False, True], ids=["loop", "straight"])
 @pytest.mark.parametrize("schedule", ["stored", "parallel", "stream"])
-def test_stacks_of_blocks_are_the_equations(schedule, x64):
-    rng = np.random.default_rng(5)
-    w, x = jnp.asarray(rng.normal(size=(3, 4, 4)) / 2), jnp.asarray(rng.normal(size=(IMAGES, 4)))
-    head, labels = jnp.asarray(rng.normal(size=(4, CLASSES))), rng.integers(CLASSES, size=IMAGES)
-    b = jnp.asarray(rng.normal(size=(3, 4, CLASSES)))
+def test_stacks_of_blocks_are_the_equations(schedule, unroll, kind, x64):
+    rng, (layer, inputs, shape) = np.random.default_rng(5), STACKS[kind]
+    size = np.prod(inputs)
+    w, x = jnp.asarray(rng.normal(size=(3, *shape)) / 2), jnp.asarray(rng.normal(size=(IMAGES, *inputs)))
+    head, labels = jnp.asarray(rng.normal(size=(size, CLASSES))), rng.integers(CLASSES, size=IMAGES)
+    b = jnp.asarray(rng.normal(size=(3, *inputs, CLASSES)))
 
-    def loss(w, head):
+    def loss(w, feedback, head):
         wire = jaxfa.error_wire(jnp.zeros((IMAGES, CLASSES)))
-        feedback = jaxfa.DirectMatrix(b)
-        how = getattr(jaxfa.stacks, schedule)
-        h, wire = jaxfa.stacks.direct_stack(lambda w, h: jnp.tanh(h @ w), w, x, wire, feedback, schedule=how)
-        return optax.softmax_cross_entropy_with_integer_labels(h @ head + wire, labels).mean()
+        how = {"schedule": getattr(jaxfa.stacks, schedule), "unroll": unroll}
+        h, wire = jaxfa.direct_stack(lambda w, h: jnp.tanh(operation(layer)(h, w)), w, x, wire, feedback, **how)
+        logits = jaxfa.with_wire(h.reshape(IMAGES, size) @ head, wire, feedback)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    got = jax.grad(loss, argnums=(0, 1))(w, head)
+    # Direct Kolen-Pollack, whose feedback learns, too.
+    feedback = dataclasses.replace(jaxfa.dkp().init(KEY, x, jnp.zeros((IMAGES, CLASSES))), b=b)
+    got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(w, feedback, head)
     params = [{"w": np.asarray(one), "b": np.zeros(one.shape[-1])} for one in (*w, head)]
-    net = Network((Dense(),) * 4, params, np.asarray(x), labels)
-    grads, _ = net.learn(backwards.dfa, [None, *(SimpleNamespace(b=np.asarray(one)) for one in b)])
+    net = Network((layer, layer, layer, Dense()), params, np.asarray(x), labels)
+    grads, slots = net.learn(backwards.dkp, [None, *(SimpleNamespace(b=np.asarray(one)) for one in b)])
     close(got[0], np.stack([g["w"] for g in grads[:-1]]))
-    close(got[1], grads[-1]["w"])
+    close(got[1].b, np.stack([one["b"].reshape(*inputs, CLASSES) for one in slots]))
+    close(got[2], grads[-1]["w"])
 
 
 def test_every_method_has_its_equations():
