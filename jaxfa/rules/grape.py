@@ -89,8 +89,8 @@ def grape(
         return columns / (_norm(columns, norm_axis) + epsilon)
 
     def turn(feedback: JacobianFeedback, estimate: jax.Array) -> jax.Array:
-        # In the layer's own space a matrix counts once for each of the pixels that share it.
-        size = math.sqrt(feedback.repeats)
+        # In the layer's own space an output's column goes on over all the pixels that share a matrix; a unit's does not.
+        size = math.sqrt(feedback.repeats) if norm_axis == 0 else 1.0
         b, j = (size * array.reshape(math.prod(feedback.tile), -1) for array in (feedback.b, estimate))
         norm = _norm(b, norm_axis) + epsilon
         cosine = jnp.sum(b * unit(j), norm_axis, keepdims=True) / norm

@@ -20,6 +20,7 @@ OPTIONS = {
     "separate": NORMAL | {"separate": True},
     "running mean": {"averaging": 0.9},
     "columns of units": NORMAL | {"norm_axis": 1},
+    "columns of units, tiles": NORMAL | {"norm_axis": 1, "tile": 2},
     "watched": {"watch": True, "tile": 2},
     "all": NORMAL | {"separate": True, "averaging": 0.9, "norm_axis": 1, "watch": True},
 }
