@@ -199,13 +199,32 @@ class LayerRule(Rule):
     arguments = ("key", "w")
 
 
+class ForwardPass(NamedTuple):
+    """A plain network's forward pass on one batch, as a direct rule's ``refine`` may look at it.
+
+    Attributes:
+      run: ``taps -> logits`` with ``taps[l]`` added to ``h_l``; the object is called as this is.
+      moved: ``(key, noise) -> `` how each ``h_l`` moves, to first order, if the parameters since the taps before it
+        move by ``noise(key, shape, dtype)``, as a tree of the feedback's shape; None where they have no fewer entries
+        than an example's ``h_l``.
+    """
+
+    run: Callable[[Any], jax.Array]
+    moved: Callable[[jax.Array, Initializer], Any]
+
+    def __call__(self, taps: Any) -> jax.Array:
+        """The logits."""
+        return self.run(taps)
+
+
 @dataclasses.dataclass(frozen=True)
 class DirectRule(Rule):
     """A rule that delivers the output error directly: ``init(key, h, logits)`` makes a :class:`DirectFeedback`.
 
     With a keyword ``layer``, ``init`` is told the :class:`Layer` that ``h`` enters; with ``above`` and ``below``, the
     tapped modules that come later, as :class:`Layer` of one array, and how many come before. Its ``refine`` is given
-    ``forward``, the function ``taps -> logits`` of the plain network with ``taps[l]`` added to ``h_l``.
+    ``forward``, the function ``taps -> logits`` of the plain network with ``taps[l]`` added to ``h_l``; of an attached
+    model it is a :class:`ForwardPass`.
 
     Attributes:
       source: the path of the module where the error is taken, at its input without ``at=``, at its output with it;

@@ -1,17 +1,19 @@
 """The model that :func:`jaxfa.nn.attach` returns, its plain twin, and how well the two agree."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-from jaxfa.base import Rule, is_direct, keep
+from jaxfa.base import ForwardPass, Rule, is_direct, keep
 from jaxfa.measure.diagnostics import Alignment, compare, weight_angle
 from jaxfa.nn.coverage import cover
 from jaxfa.nn.learning import Phase, quiet, remind
 from jaxfa.nn.model.program import Example, Program, is_transformed, method_of
+from jaxfa.nn.passes.between import moved_by_weights
 from jaxfa.nn.passes.direct import call_direct
 from jaxfa.nn.passes.refined import layers_of, own_at, shifted_forward
 from jaxfa.nn.table import Coverage
@@ -110,7 +112,11 @@ class Attached(nnx.Module):
         taps = {path: tap for path, tap in taps_of(self.model).items() if tap.feedback is not None}
         layers = contractions_of(self.model) | by_path(own_of(self))
         parts = taps if is_direct(self.rule) else layers
-        forward = shifted_forward(self, args, kwargs) if is_direct(self.rule) else layers_of(self, args, kwargs)
+        if is_direct(self.rule):
+            run, moved = shifted_forward(self, args, kwargs), partial(moved_by_weights, self, args, kwargs)
+            forward: Any = ForwardPass(run, moved)
+        else:
+            forward = layers_of(self, args, kwargs)
         if isinstance(forward, dict):  # a layer that this forward pass does not use has nothing to mirror
             parts = {path: parts[path] for path in forward}
         feedback = {path: part.feedback.get_value() for path, part in parts.items()}

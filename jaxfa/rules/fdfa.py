@@ -53,6 +53,7 @@ def fdfa(
         return feedback.b + learning_rate * (estimate - feedback.b)
 
     return jacobian_rule(
+        "fdfa",
         follow,
         jax.nn.initializers.zeros,
         averaging=0.0,

@@ -10,10 +10,10 @@ share with an activation count as examples. Under batch normalisation in trainin
 adds variance, no bias.
 
 The paper's rule to the letter is :func:`published_grape`; the defaults of :func:`grape` draw signs, and scale every
-layer's perturbation for the least noise. Weights are never perturbed, though the paper does so where they have fewer
-dimensions. A dense layer's never have, and examples share the noise that they make: more variance at the same cost. A
-kernel has if it is smaller than the map, and then tells nothing of that part of the Jacobian that its patches don't
-see: a bias, which the experiment ``grape_bound`` measures.
+layer's perturbation for the least noise. The paper perturbs weights where they have fewer dimensions, which
+``published_grape(weights=True)`` does and nothing else. A dense layer's never have, and examples share the noise that
+they make: more variance at the same cost. A kernel has if it is smaller than the map, and then tells nothing of that
+part of the Jacobian that its patches don't see: a bias, which the experiment ``grape_bound`` measures.
 
 A ``tile`` trades bias for noise. What is learned is the Jacobian's mean over the tiles: its relative variance is lower
 by the number of repeats or more, and what differs from tile to tile is lost. Below a global average pool a linear
@@ -23,6 +23,7 @@ axes before the last count as pixels do.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -84,21 +85,9 @@ def grape(
     """
     if norm_axis not in (0, 1):
         raise ValueError(f"norm_axis must be 0 (columns of one output) or 1 (of one unit), got {norm_axis!r}.")
-
-    def unit(columns: jax.Array) -> jax.Array:
-        return columns / (_norm(columns, norm_axis) + epsilon)
-
-    def turn(feedback: JacobianFeedback, estimate: jax.Array) -> jax.Array:
-        # In the layer's own space an output's column goes on over all the pixels that share a matrix; a unit's does not.
-        size = math.sqrt(feedback.repeats) if norm_axis == 0 else 1.0
-        b, j = (size * array.reshape(math.prod(feedback.tile), -1) for array in (feedback.b, estimate))
-        norm = _norm(b, norm_axis) + epsilon
-        cosine = jnp.sum(b * unit(j), norm_axis, keepdims=True) / norm
-        b = b + learning_rate * (unit(j) - cosine * b / norm) / norm
-        return (unit(b) if column_norm else b).reshape(feedback.b.shape) / size
-
     return jacobian_rule(
-        turn,
+        "grape",
+        partial(_turn, learning_rate, column_norm=column_norm, norm_axis=norm_axis, epsilon=epsilon),
         _unit_columns,
         averaging=averaging,
         tile=tile,
@@ -109,16 +98,23 @@ def grape(
     )
 
 
-def published_grape(*, learning_rate: float = 0.05) -> DirectRule:
-    """GrAPE to the letter, where it perturbs activations: a full ``B``, normal noise of one scale, no running mean.
+def published_grape(*, learning_rate: float = 0.05, weights: bool = False) -> DirectRule:
+    """GrAPE to the letter: a full ``B``, normal noise of one scale, no running mean.
 
-    ``grape(scaling=0.0, perturbation=jax.random.normal)``. See :mod:`jaxfa.rules.grape` for what it leaves out.
+    ``grape(scaling=0.0, perturbation=jax.random.normal)``. With ``weights`` the noise is in the weights of every layer
+    whose weights are fewer than its activations, as in the paper, which does not say more: ``p_l`` is how ``h_l`` moves
+    by it, and the estimate ``<p_l y'^T>`` has a bias.
 
     Args:
       learning_rate: as for :func:`jaxfa.grape`.
+      weights: whether weights are perturbed where they are fewer. For attached models, whose taps are outside of loops,
+        and for a :class:`jaxfa.rules.ForwardPass`.
 
     Returns:
       A :class:`jaxfa.DirectRule` whose ``refine`` must run to learn.
+
+    Raises:
+      ValueError: by ``refine`` with ``weights``, if the network does not tell its weights.
 
     Example:
       >>> import jaxfa
@@ -126,7 +122,40 @@ def published_grape(*, learning_rate: float = 0.05) -> DirectRule:
 
     Source: as :func:`jaxfa.grape`.
     """
-    return grape(learning_rate=learning_rate, scaling=0.0, perturbation=jax.random.normal)
+    return jacobian_rule(
+        "published_grape",
+        partial(_turn, learning_rate, column_norm=True, norm_axis=0, epsilon=1e-8),
+        _unit_columns,
+        averaging=0.0,
+        tile=None,
+        perturbation=jax.random.normal,
+        separate=False,
+        scaling=0.0,
+        weights=weights,
+    )
+
+
+def _turn(
+    learning_rate: float,
+    feedback: JacobianFeedback,
+    estimate: jax.Array,
+    *,
+    column_norm: bool,
+    norm_axis: int,
+    epsilon: float,
+) -> jax.Array:
+    """One gradient step on the columns' cosines with an estimate."""
+
+    def unit(columns: jax.Array) -> jax.Array:
+        return columns / (_norm(columns, norm_axis) + epsilon)
+
+    # In the layer's own space an output's column goes on over all the pixels that share a matrix; a unit's does not.
+    size = math.sqrt(feedback.repeats) if norm_axis == 0 else 1.0
+    b, j = (size * array.reshape(math.prod(feedback.tile), -1) for array in (feedback.b, estimate))
+    norm = _norm(b, norm_axis) + epsilon
+    cosine = jnp.sum(b * unit(j), norm_axis, keepdims=True) / norm
+    b = b + learning_rate * (unit(j) - cosine * b / norm) / norm
+    return (unit(b) if column_norm else b).reshape(feedback.b.shape) / size
 
 
 def _unit_columns(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -1,7 +1,7 @@
 """Unbiased estimates of the Jacobian of the logits in tapped activations, from forward-mode derivatives."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,9 +32,15 @@ class Estimate(NamedTuple):
 
 
 def jacobian_estimates(
-    forward: Callable[..., jax.Array], nodes: list[Any], key: jax.Array, *, perturbation: Initializer, separate: bool
+    forward: Callable[..., jax.Array],
+    nodes: list[Any],
+    key: jax.Array,
+    *,
+    perturbation: Initializer,
+    separate: bool,
+    given: Sequence[jax.Array | None] | None = None,
 ) -> list[Estimate]:
-    """Unbiased estimates of the Jacobian of the logits in every tapped activation."""
+    """Estimates of the Jacobian of the logits in every tapped activation, unbiased but for ``given`` perturbations."""
     refuse_shards(
         "the Jacobian's estimate is a mean over the whole batch, so that each device would come to a feedback of its "
         "own. Call refine outside, on arrays that are sharded under jit."
@@ -46,6 +52,8 @@ def jacobian_estimates(
     batches = [logits.shape[: logits.ndim - node.outputs] for node in nodes]
     keys = jax.random.split(key, len(nodes))
     drawn = [_draw(*one, perturbation) for one in zip(keys, batches, nodes, strict=True)]
+    if given is not None:
+        drawn = [own if p is None else (p, None) for own, p in zip(drawn, given, strict=True)]
     tiles = [p for p, _ in drawn]
     tangents = [
         _along(node.scale, node.spread(p, len(node.stack) + len(batch)))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass, is_feedback
+from jaxfa.base import DirectFeedback, DirectRule, ForwardPass, Initializer, feedback_dataclass, is_feedback
 from jaxfa.rules.shared.estimates import Estimate, jacobian_estimates
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
 
@@ -84,6 +84,7 @@ class JacobianFeedback(DirectFeedback):
 
 
 def jacobian_rule(
+    name: str,
     turn: Callable[[JacobianFeedback, jax.Array], jax.Array],
     distribution: Initializer,
     *,
@@ -93,8 +94,9 @@ def jacobian_rule(
     separate: bool,
     scaling: float,
     watch: bool = False,
+    weights: bool = False,
 ) -> DirectRule:
-    """A rule whose feedback ``turn``s to each new estimate, or running mean, of the Jacobian."""
+    """The rule of a name whose feedback ``turn``s to each new estimate, or running mean, of the Jacobian."""
     _check(averaging, tile, separate, scaling)
     estimate = partial(jacobian_estimates, perturbation=perturbation, separate=separate)
 
@@ -113,12 +115,23 @@ def jacobian_rule(
 
     def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:
         nodes, structure = jax.tree.flatten(feedback, is_leaf=is_feedback)
-        found = estimate(lambda taps: forward(jax.tree.unflatten(structure, taps)), nodes, key)
+        given = _moved(forward, key, perturbation) if weights else None
+        found = estimate(lambda taps: forward(jax.tree.unflatten(structure, taps)), nodes, key, given=given)
         nodes = [_learn(turn, averaging, node, one) for node, one in zip(nodes, found, strict=True)]
         return jax.tree.unflatten(structure, rescale(nodes, found, scaling) if scaling else nodes)
 
-    refine.__qualname__ = turn.__qualname__  # a message about it names the rule
+    refine.__qualname__ = name  # as messages say
     return DirectRule(init, refine)
+
+
+def _moved(forward: Any, key: jax.Array, noise: Initializer) -> list[jax.Array | None]:
+    """How weights' noise moves every node's activation; None where they are not fewer."""
+    if not isinstance(forward, ForwardPass):
+        raise ValueError(
+            "weights=True perturbs weights, which forward(taps) does not tell: attach the rule to a model "
+            "(jaxfa.nn.attach), or give refine a jaxfa.rules.ForwardPass."
+        )
+    return jax.tree.leaves(forward.moved(jax.random.fold_in(key, 1), noise), is_leaf=lambda one: one is None)
 
 
 def _learn(turn: Any, averaging: float | Gain, feedback: JacobianFeedback, estimate: Estimate) -> JacobianFeedback:
