@@ -28,7 +28,8 @@ from experiments.common import data
 from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Page
 from experiments.common.task import Task
-from experiments.grape.networks import BEST, CPU_RATES, NETWORKS, PAPER, SIZE, WATCHED, NetworkName, Rates, images, task
+from experiments.grape.networks import CPU_RATES, NETWORKS, PAPER, SIZE, NetworkName, Rates, images, task
+from experiments.grape.variants import BEST, LITERAL, WATCHED
 
 AXIS = "epochs from one true gradient to the next"
 
@@ -67,7 +68,7 @@ def _arms(config: Config, dataset: data.Dataset, name: NetworkName) -> Iterator[
     yield arm("bp", "backpropagation", None, task(config, dataset, name))
     rules = {
         "dfa": ("DFA", jaxfa.dfa(), config.dfa_rate),
-        "letter": ("GrAPE to the letter", jaxfa.rules.published_grape(), config.grape_rate),
+        "letter": ("GrAPE to the letter", LITERAL, config.grape_rate),
         "ours": ("GrAPE", BEST, config.grape_rate),
     }
     for rule, (title, value, rate) in rules.items():

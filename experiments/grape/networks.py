@@ -16,13 +16,6 @@ from experiments.models.networks import ResNet
 from experiments.models.vgg import VGG
 
 NetworkName = Literal["alexnet", "vgg16", "resnet20", "resnet56"]
-# The paper's rule to the letter, the library's with a mean, and that with a tile: less noise, and a bias.
-LITERAL = jaxfa.rules.published_grape()
-# The same with the paper's perturbation: of weights, where they are fewer.
-LITERAL_WEIGHTS = jaxfa.rules.published_grape(weights=True)
-BEST = jaxfa.grape(averaging=jaxfa.rules.kalman())
-WATCHED = jaxfa.grape(averaging=jaxfa.rules.kalman(), watch=True)
-TILED = jaxfa.grape(averaging=jaxfa.rules.kalman(), tile=4)
 
 
 class Network(NamedTuple):

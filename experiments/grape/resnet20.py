@@ -21,38 +21,13 @@ not run at that size.
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from typing import Annotated
-
-import jax
 
 import jaxfa
 from experiments.common.bounds import among
 from experiments.common.experiment import Arm, Experiment, Page
-from experiments.grape.networks import BEST, CPU, LITERAL, LITERAL_WEIGHTS, NETWORKS, SIZE, TILED, Size, images, task
-
-_plain = partial(jaxfa.grape, scaling=0.0)
-VARIANTS: dict[str, tuple[str, jaxfa.Rule]] = {
-    "letter": ("GrAPE to the letter", LITERAL),
-    "letter-weights": ("The same, weights perturbed where fewer", LITERAL_WEIGHTS),
-    "ours": ("GrAPE, scales, tiles and a Kalman mean", TILED),
-    "full": ("GrAPE, scales and a Kalman mean", BEST),
-    "per-unit": ("Columns of units", _plain(perturbation=jax.random.normal, norm_axis=1)),
-    "signs": ("Signs", _plain()),
-    "separate": ("One derivative for each layer", _plain(separate=True)),
-    "scaled": ("Scales", _plain(scaling=0.3)),
-    "tile-4": ("Tiles of 4", _plain(tile=4)),
-    "tile-1": ("A matrix per channel", _plain(tile=1)),
-    "tile-4-scaled": ("Tiles of 4, scales", jaxfa.grape(tile=4)),
-    "mean-0.9": ("Running mean, .9", _plain(averaging=0.9)),
-    "mean-0.98": ("Running mean, .98", _plain(averaging=0.98)),
-    "kalman": ("Kalman mean", _plain(averaging=jaxfa.rules.kalman())),
-    "tile-4-mean": ("Tiles of 4, running mean, .9", _plain(tile=4, averaging=0.9)),
-    "tile-4-kalman": ("Tiles of 4, Kalman mean", _plain(tile=4, averaging=jaxfa.rules.kalman())),
-    "magnitudes": ("Magnitudes kept", _plain(column_norm=False)),
-    "fdfa": ("FDFA", jaxfa.fdfa()),
-    "tile-4-fdfa": ("FDFA, tiles of 4", jaxfa.fdfa(tile=4)),
-}
+from experiments.grape.networks import CPU, NETWORKS, SIZE, Size, images, task
+from experiments.grape.variants import VARIANTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

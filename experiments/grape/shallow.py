@@ -28,7 +28,7 @@ import jaxfa
 from experiments.common import data, experiment
 from experiments.common.experiment import Arm, Experiment, Page
 from experiments.common.task import Task
-from experiments.grape.networks import BEST, LITERAL, LITERAL_WEIGHTS, TILED
+from experiments.grape.variants import BEST, LITERAL, LITERAL_WEIGHTS, TILED
 from experiments.models.cnn import ShallowCNN
 
 Name = Literal["mnist", "cifar10", "cifar100"]
@@ -76,11 +76,12 @@ def arms(config: Config) -> Iterator[Arm]:
     for name in config.datasets:
         dataset = experiment.load(config, name)
         for rule, (title, value, rate) in rules.items():
-            task, number = _task(config, dataset, value, rate), PUBLISHED[name].get(rule)
-            yield Arm(f"{name}-{rule}", TITLES[name], None, task, number, f"{name}-bp", title=title)
+            made, number = task(config, dataset, value, rate), PUBLISHED[name].get(rule)
+            yield Arm(f"{name}-{rule}", TITLES[name], None, made, number, f"{name}-bp", title=title)
 
 
-def _task(config: Config, dataset: data.Dataset, rule: jaxfa.Rule, rate: float) -> Task:
+def task(config: experiment.Config, dataset: data.Dataset, rule: jaxfa.Rule, rate: float) -> Task:
+    """The training of the shallow network by a rule."""
     shape, classes = dataset.train_images.shape[1:], dataset.classes
     steps = len(dataset.train_labels) // config.batch
     # The ancestor's: 5 % less every epoch of a hundred, and no augmentation.

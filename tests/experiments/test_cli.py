@@ -202,6 +202,7 @@ CASES = {
     "compare_lenet": [SMALL | {"batch": 16, "datasets": ("cifar10",)}],
     "conservation_aligned_start": [{"datasets": ("digits",), "batch": 16}],
     "grape_deep": [DEEP],
+    "grape_first_layer": [SMALL | {"batch": 16, "variants": ("letter",)}],
     "grape_shallow": [SMALL | {"batch": 16, "datasets": ("cifar10",)}],
     "grape_transformer": [GPT | {"calibrations": (0, 1), "steps": 2}, GPT | {"calibrations": (0,)}],
     "ldfa_cost": [

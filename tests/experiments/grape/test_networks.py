@@ -13,8 +13,9 @@ import jaxfa.nn
 from experiments.__main__ import EXPERIMENTS
 from experiments.common import data
 from experiments.common.data import Dataset
-from experiments.grape.networks import BEST, NETWORKS, TILED, WATCHED
-from experiments.grape.resnet20 import VARIANTS
+from experiments.grape.first_layer import findings
+from experiments.grape.networks import NETWORKS
+from experiments.grape.variants import BEST, TILED, VARIANTS, WATCHED
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10}
 
@@ -100,3 +101,14 @@ def test_shrinking_averages_squares():
     np.testing.assert_array_equal(found.train_images[0, :, :, 0], np.rint([[2.5, 4.5], [10.5, 12.5]]))
     with pytest.raises(ValueError, match=r"Images of 4 x 4 pixels have no whole squares of 3"):
         data.shrink(found._replace(train_images=images), 3)
+
+
+def test_what_came_of_the_first_layer_is_how_far_the_options_turn_it_from_the_letter():
+    angles = {
+        name: np.array(of) for name, of in (("bp", (0, 0)), ("letter", (60, 70)), ("a", (90, 80)), ("b", (50, 60)))
+    }
+    far, near = findings("conv1", {"a": "Tiles", "b": "Scales"}, angles)
+    assert far == ("+20 ± 14°", "from the letter's angle in conv1: Tiles, farthest from the truth of all.")
+    assert near == ("-10 ± 0°", "from the letter's angle in conv1: Scales, closest to the truth of all.")
+    assert not findings("conv1", {}, {"letter": angles["letter"]})
+    assert not findings("conv1", {"a": "Tiles"}, {"a": angles["a"]})
