@@ -1,6 +1,7 @@
 """Sparse calibration: now and then a step of the true gradient in the place of the rule's."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -86,14 +87,10 @@ def calibrate(
     def update(
         updates: Any, state: CalibrationState, params: Any = None, *, true_gradient: Callable[[], Any], **extra: Any
     ) -> tuple[Any, CalibrationState]:
-        pseudo = _weights(updates)
-
-        def choose(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(now, a, b), new, old)
-
-        now = (state.step + 1) % every == 0
+        pseudo, now = _weights(updates), (state.step + 1) % every == 0
         if below is not None:
             now &= _alignment(params) < below
+        choose = partial(jax.tree.map, lambda new, old: jnp.where(now, new, old))
         true = lax.cond(now, lambda: _like(jax.tree.leaves(true_gradient()), pseudo), lambda: pseudo)
         chosen = pseudo if optimizer else choose(true, pseudo)
         found, inner = tx.update(_with_weights(updates, chosen), state.inner, params, **extra)

@@ -144,10 +144,7 @@ def ssa(
 
     Source: Roy et al., "Feedback Alignment Meets Low-Rank Manifolds", 2025, https://arxiv.org/abs/2510.25594
     """
-    if min(alpha, beta, gamma) < 0:
-        raise ValueError(f"ssa needs alpha, beta and gamma >= 0, got {alpha}, {beta} and {gamma}.")
-    if scale <= 0:
-        raise ValueError(f"ssa needs scale > 0, or no error passes a layer; got {scale}.")
+    _check(alpha, beta, gamma, scale)
     rank_of(rank, 1)  # refuses what is no rank
     draw = distribution or initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -172,6 +169,13 @@ def ssa(
     if parallel:
         return DirectRule(init_parallel, transform=learn, weights=weights)
     return LayerRule(init, transform=learn, weights=weights)
+
+
+def _check(alpha: float, beta: float, gamma: float, scale: float) -> None:
+    if min(alpha, beta, gamma) < 0:
+        raise ValueError(f"ssa needs alpha, beta and gamma >= 0, got {alpha}, {beta} and {gamma}.")
+    if scale <= 0:
+        raise ValueError(f"ssa needs scale > 0, or no error passes a layer; got {scale}.")
 
 
 def _learn(alpha: float, beta: float, gamma: float, *, project: bool, retract: bool, pull: tuple[bool, bool]) -> Local:

@@ -130,14 +130,12 @@ def pipeline(
         dparams, dh, signals = learn_own((params, feedback, kept), e)
         return dparams, dh[0], signals, None
 
-    if taps is not None and taps.shape not in ((layers,), (layers, *h.shape)):
-        raise ValueError(f"taps must have the shape {(layers,)} or {(layers, *h.shape)}, got {taps.shape}.")
+    if taps is not None:
+        _check_taps(taps, feedback, layers, h)
     if feedback is None and taps is None:
         return forward(lambda p, h: (block(p, h), None), params, copies)[0], wire
     if feedback is None:
         return forward(partial(_shifted, block), params, copies, taps)[0], wire
-    if taps is not None:
-        raise ValueError("pipeline adds taps to the plain network alone: give feedback=None with taps.")
     end, kept = forward(partial(how.run_block, block), *lax.stop_gradient((params, copies)))
     return lax.stop_gradient(end), listen(backward, wire, (params, h, check_feedback(feedback, layers), kept))
 
@@ -145,6 +143,13 @@ def pipeline(
 def _shifted(block: Block, p: tuple[Any, jax.Array], h: jax.Array) -> tuple[jax.Array, None]:
     out = block(p[0], h)
     return out + p[1].astype(out.dtype), None
+
+
+def _check_taps(taps: jax.Array, feedback: Any, layers: int, h: jax.Array) -> None:
+    if taps.shape not in ((layers,), (layers, *h.shape)):
+        raise ValueError(f"taps must have the shape {(layers,)} or {(layers, *h.shape)}, got {taps.shape}.")
+    if feedback is not None:
+        raise ValueError("pipeline adds taps to the plain network alone: give feedback=None with taps.")
 
 
 def _check_mesh(mesh: Mesh) -> None:

@@ -54,15 +54,7 @@ def update_stack(
     Source: as :func:`jaxfa.direct_stack`.
     """
     layers = check_stack(block, both[0], h)
-    if check_feedback(both[1], layers) is not both[1]:
-        raise ValueError(
-            "update_stack needs a feedback for each block, got one shared by all: give each a copy, on a leading axis."
-        )
-    if any(jnp.shape(leaf)[:1] != (layers,) for leaf in jax.tree.leaves(state)):
-        raise ValueError(
-            f"Every array in the optimizer's state has a leading axis for these {layers} blocks: make it by "
-            f"jax.vmap(optimizer.init)(both)."
-        )
+    _check(both[1], state, layers)
     straight = layers if is_unrolled(block, both[0], h, unroll) else 1
     ordered = order(straight)
     dh = input_error(block, both[0], h, both[1], e)
@@ -89,6 +81,18 @@ def update_stack(
     first = *ordered((h, e), e), trees, at(layers - 1, trees)
     _, _, trees, last = lax.fori_loop(0, layers, step, first, unroll=straight)
     return *put(layers - 1, trees, last), dh
+
+
+def _check(feedback: Any, state: Any, layers: int) -> None:
+    if check_feedback(feedback, layers) is not feedback:
+        raise ValueError(
+            "update_stack needs a feedback for each block, got one shared by all: give each a copy, on a leading axis."
+        )
+    if any(jnp.shape(leaf)[:1] != (layers,) for leaf in jax.tree.leaves(state)):
+        raise ValueError(
+            f"Every array in the optimizer's state has a leading axis for these {layers} blocks: make it by "
+            f"jax.vmap(optimizer.init)(both)."
+        )
 
 
 def _moved(value: jax.Array, update: jax.Array) -> Any:
