@@ -27,7 +27,7 @@ SWEEPS = {
     "conservation_aligned_start": {"datasets": ("mnist",), "hidden": (4,)},
     "grape_deep": {"networks": ("alexnet",), "shrink": 1},
     "grape_first_layer": {"shrink": 1, "variants": ("letter", "scaled")},
-    "grape_resnet20": {"shrink": 1, "variants": ("letter",)},
+    "grape_resnet20": {"shrink": 1, "variants": ("letter", "letter-weights")},
     "grape_shallow": {"datasets": ("cifar10",)},
     "grape_transformer": {
         "calibrations": (1,),

@@ -30,6 +30,16 @@ class Net(nnx.Module):
         return self.head(nnx.relu(self.second(h)).reshape(len(h), -1))
 
 
+class Twice(nnx.Module):
+    """A block that is called twice."""
+
+    def __init__(self, rngs):
+        self.block, self.head = nnx.Linear(6, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.block(nnx.relu(self.block(x)))))
+
+
 def images(seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(BATCH, SIDE, SIDE, 2)), jnp.float32)
 
@@ -112,6 +122,9 @@ def test_what_tells_no_weights_is_refused():
     stacked = attach(Scanned(nnx.Rngs(0)), RULE, x, ("stem", "blocks"))
     with pytest.raises(ValueError, match=r"calls 'blocks' several times, or inside a transformation.*weights=True"):
         stacked.refine(jax.random.key(0), x)
+    twice = attach(Twice(nnx.Rngs(0)), RULE, x, ("block",))
+    with pytest.raises(ValueError, match=r"calls 'block' several times"):
+        twice.refine(jax.random.key(0), x)
     h, w = jnp.ones((4, 3)), jnp.eye(3, 2)
     feedback = [RULE.init(jax.random.key(0), h, jnp.ones((4, 2)))]
     with pytest.raises(ValueError, match=r"weights=True perturbs weights, which forward\(taps\) does not tell"):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,45 +14,35 @@ from jaxfa.base import Initializer
 from jaxfa.jaxprs.versions import opened
 from jaxfa.nn.model.program import Program, method_of
 from jaxfa.nn.model.variables import structs
+from jaxfa.nn.passes.modulate import First
 from jaxfa.nn.passes.stream import Walk, walked
 from jaxfa.nn.taps.tap import Tap, taps_of
 
-# What a tap lets by, by its path and the leaf's name.
-Seen = dict[str, dict[str, jax.Array]]
+# The tapped activations, by their taps' scopes.
+Seen = dict[str, list[jax.Array]]
 
 
-class Between(Walk):
-    """A pass whose tapped activations go on as constants, so that each moves with the weights since the taps before it.
+class Between(First):
+    """A pass whose tapped activations go on as constants, so that each moves with the weights since the taps before."""
 
-    Attributes:
-      seen: the tapped activations.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(())
-        self.seen: Seen = {}
-
-    def visit(self, tap: Tap, module: Any, own_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return tap(own_call(module, *args, **kwargs))
-
-    def entering(self, tap: Tap) -> dict[str, Callable[[jax.Array], jax.Array]]:
-        return {name: partial(self.enter, tap, name) for name in tap.feedbacks()}
-
-    def enter(self, tap: Tap, leaf: str, h: jax.Array) -> jax.Array:
-        """``h`` as a constant; what it was is kept."""
-        known = self.seen.setdefault(tap.path, {})
+    def check(self, tap: Tap) -> None:
         try:
-            self.check(tap)
+            Walk.check(self, tap)
         except ValueError:
-            known[leaf] = h
-        if leaf in known:
-            raise ValueError(
-                f"The model calls {tap.path!r} several times, or inside a transformation (scan, vmap, remat, jit), "
-                f"where its own weights' part in what moves is not told: call it once as it is, name with at= the "
-                f"module around that, or perturb activations, by published_grape() without weights=True."
-            )
-        known[leaf] = h
-        return lax.stop_gradient(h)
+            raise ValueError(_UNTOLD.format(tap.path)) from None
+
+    def enter(self, tap: Tap, leaf: str, feedback: Any, h: jax.Array) -> jax.Array:
+        """``h`` as a constant; what it was is kept."""
+        if tap.scope(leaf) in self.seen:
+            raise ValueError(_UNTOLD.format(tap.path))
+        return lax.stop_gradient(super().enter(tap, leaf, feedback, h))
+
+
+_UNTOLD = (
+    "The model calls {!r} several times, or inside a transformation (scan, vmap, remat, jit), where its own weights' "
+    "part in what moves is not told: call it once as it is, name with at= the module around that, or perturb "
+    "activations, by published_grape() without weights=True."
+)
 
 
 def moved_by_weights(
@@ -75,26 +64,31 @@ def moved_by_weights(
         return jax.jvp(seen, (weights,), (changes,))[1]
 
     leaves, structure = jax.tree.flatten(weights)
-    keys = jax.random.split(key, max(1, len(leaves)))
     fewer, perturbed = _fewer(moved, jax.eval_shape(seen, structs(weights)), structs(weights))
+    keys = jax.random.split(key, len(leaves))
     changes = [
         noise(one, leaf.shape, leaf.dtype) if moves else jnp.zeros_like(leaf)
-        for one, leaf, moves in zip(keys, leaves, perturbed, strict=False)
+        for one, leaf, moves in zip(keys, leaves, perturbed, strict=True)
     ]
-    found = moved(weights, jax.tree.unflatten(structure, changes))
-    chosen = {path: {name: h if fewer[path][name] else None for name, h in one.items()} for path, one in found.items()}
-    shared = {path: tap.feedback.get_value() for path, tap in taps_of(attached.model).items() if path in chosen}
-    return {path: one if isinstance(shared[path], dict) else one.popitem()[1] for path, one in chosen.items()}
+    all_moved = moved(weights, jax.tree.unflatten(structure, changes))
+    found = jax.tree.map(lambda h, chosen: h if chosen else None, all_moved, fewer)
+    return {path: _as_feedback(tap, found) for path, tap in taps_of(attached.model).items() if tap.feedback is not None}
+
+
+def _as_feedback(tap: Tap, found: Any) -> Any:
+    """What was found at a tap's leaves, one for each feedback there."""
+    by_leaf = {name: found[tap.scope(name)][0] for name in tap.feedbacks()}
+    return by_leaf if isinstance(tap.feedback.get_value(), dict) else by_leaf.popitem()[1]
 
 
 def _is_weight(path: Any, value: Any) -> bool:
     return path[0] == 0 and isinstance(value, nnx.Param) and jnp.issubdtype(value.dtype, jnp.inexact)
 
 
-def _fewer(moved: Callable[..., Seen], seen: Any, weights: Any) -> tuple[dict[str, dict[str, bool]], list[bool]]:
-    """Where fewer weights move an activation than it has entries, by its tap and leaf; and those weights."""
+def _fewer(moved: Callable[..., Seen], seen: Any, weights: Any) -> tuple[Any, list[bool]]:
+    """Where fewer weights move an activation than it has entries, as a tree of these; and which weights those are."""
     jaxpr = opened(jax.make_jaxpr(moved)(weights, weights))
-    leaves, activations, structure = jax.tree.leaves(weights), *jax.tree.flatten(seen)
+    leaves, activations = jax.tree.leaves(weights), jax.tree.leaves(seen)
     found, perturbed = [], [False] * len(leaves)
     for at, h in enumerate(activations):
         _, used = dce_jaxpr(jaxpr, [at == other for other in range(len(activations))])
@@ -102,4 +96,4 @@ def _fewer(moved: Callable[..., Seen], seen: Any, weights: Any) -> tuple[dict[st
         size = sum(leaf.size for leaf, moves in zip(leaves, moving, strict=True) if moves)
         found.append(0 < size < math.prod(h.shape[1:]))
         perturbed = [a or (found[-1] and b) for a, b in zip(perturbed, moving, strict=True)]
-    return jax.tree.unflatten(structure, found), perturbed
+    return jax.tree.unflatten(jax.tree.structure(seen), found), perturbed
