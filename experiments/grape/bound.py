@@ -12,7 +12,8 @@ by which the first layer's feedback ends elsewhere. What it estimates in expecta
 patch's norm: each pixel's Jacobian smoothed by the products of patches; its angle is the bias.
 
 Verdict: the lemma holds and says nothing here. Its guarantee is empty in both layers to the end, where the feedback is
-close to the Jacobian; what perturbed weights estimate is far from it, also in expectation.
+close to the Jacobian; what perturbed weights estimate is far from it, also in expectation, and so is the feedback that
+they teach. On these digits accuracy does not tell.
 """
 
 import dataclasses
