@@ -56,7 +56,6 @@ def fdfa(
         "fdfa",
         follow,
         jax.nn.initializers.zeros,
-        averaging=0.0,
         tile=tile,
         perturbation=perturbation,
         separate=separate,

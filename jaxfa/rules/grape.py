@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from jaxfa.base import DirectRule, Initializer
 from jaxfa.rules.shared.estimates import random_signs
-from jaxfa.rules.shared.jacobian import Gain, JacobianFeedback, jacobian_rule
+from jaxfa.rules.shared.jacobian import Gain, jacobian_rule
 
 
 def grape(
@@ -87,7 +87,7 @@ def grape(
         raise ValueError(f"norm_axis must be 0 (columns of one output) or 1 (of one unit), got {norm_axis!r}.")
     return jacobian_rule(
         "grape",
-        partial(_turn, learning_rate, column_norm=column_norm, norm_axis=norm_axis, epsilon=epsilon),
+        partial(_turn, learning_rate, normed=column_norm, axis=norm_axis, epsilon=epsilon),
         _unit_columns,
         averaging=averaging,
         tile=tile,
@@ -124,38 +124,28 @@ def published_grape(*, learning_rate: float = 0.05, weights: bool = False) -> Di
     """
     return jacobian_rule(
         "published_grape",
-        partial(_turn, learning_rate, column_norm=True, norm_axis=0, epsilon=1e-8),
+        partial(_turn, learning_rate),
         _unit_columns,
-        averaging=0.0,
-        tile=None,
         perturbation=jax.random.normal,
-        separate=False,
-        scaling=0.0,
         weights=weights,
     )
 
 
 def _turn(
-    learning_rate: float,
-    feedback: JacobianFeedback,
-    estimate: jax.Array,
-    *,
-    column_norm: bool,
-    norm_axis: int,
-    epsilon: float,
+    rate: float, feedback: Any, estimate: jax.Array, *, normed: bool = True, axis: int = 0, epsilon: float = 1e-8
 ) -> jax.Array:
     """One gradient step on the columns' cosines with an estimate."""
 
     def unit(columns: jax.Array) -> jax.Array:
-        return columns / (_norm(columns, norm_axis) + epsilon)
+        return columns / (_norm(columns, axis) + epsilon)
 
     # In the layer's own space an output's column goes on over all the pixels that share a matrix; a unit's does not.
-    size = math.sqrt(feedback.repeats) if norm_axis == 0 else 1.0
+    size = math.sqrt(feedback.repeats) if axis == 0 else 1.0
     b, j = (size * array.reshape(math.prod(feedback.tile), -1) for array in (feedback.b, estimate))
-    norm = _norm(b, norm_axis) + epsilon
-    cosine = jnp.sum(b * unit(j), norm_axis, keepdims=True) / norm
-    b = b + learning_rate * (unit(j) - cosine * b / norm) / norm
-    return (unit(b) if column_norm else b).reshape(feedback.b.shape) / size
+    norm = _norm(b, axis) + epsilon
+    cosine = jnp.sum(b * unit(j), axis, keepdims=True) / norm
+    b = b + rate * (unit(j) - cosine * b / norm) / norm
+    return (unit(b) if normed else b).reshape(feedback.b.shape) / size
 
 
 def _unit_columns(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

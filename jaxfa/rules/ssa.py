@@ -166,9 +166,8 @@ def ssa(
         return factorise(w, rank, name=path)
 
     learn = _learn(alpha, beta, gamma, project=project, retract=retract, pull=(pull_weights, pull_feedback))
-    if parallel:
-        return DirectRule(init_parallel, transform=learn, weights=weights)
-    return LayerRule(init, transform=learn, weights=weights)
+    rule, make = (DirectRule, init_parallel) if parallel else (LayerRule, init)
+    return rule(make, transform=learn, weights=weights)
 
 
 def _check(alpha: float, beta: float, gamma: float, scale: float) -> None:
@@ -197,8 +196,7 @@ def _learn(alpha: float, beta: float, gamma: float, *, project: bool, retract: b
     def towards(w: Factors, to: Factors) -> Factors:
         return jax.tree.map(lambda a, b: 2 * beta * (a - b.astype(a.dtype)), w, to)
 
-    pull_weights, pull_feedback = pull
-    return Local(is_factors, gradient, step, towards if pull_feedback else None, pull_weights and beta > 0)
+    return Local(is_factors, gradient, step, towards if pull[1] else None, aligns=pull[0] and beta > 0)
 
 
 def _columns(change: Any, d: Factors, w: Factors) -> Factors:
