@@ -26,7 +26,6 @@ SWEEPS = {
     "compare_lenet": {"datasets": ("mnist",)},
     "conservation_aligned_start": {"datasets": ("mnist",), "hidden": (4,)},
     "grape_deep": {"networks": ("alexnet",), "shrink": 1},
-    "grape_first_layer": {"shrink": 1, "variants": ("letter", "scaled")},
     "grape_resnet20": {"shrink": 1, "variants": ("letter", "letter-weights")},
     "grape_shallow": {"datasets": ("cifar10",)},
     "grape_transformer": {
@@ -52,6 +51,7 @@ STUDIES = {
     "conservation_angle_against_depth": {"depths": (1,), "factors": (0.25,), "depth": 1},
     "growth": {"depth": (1,), "width": (8,), "batch": (4,), "classes": (3,), "length": (4,), "rounds": 2},
     "grape_bound": {"steps": 4, "batch": 8, "seeds": 1},
+    "grape_first_layer": {"shrink": 1, "variants": ("letter", "scaled")},
     "ldfa_cost": {
         "networks": ("mlp",),
         "fractions": (0.5,),
