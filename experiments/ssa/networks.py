@@ -21,12 +21,11 @@ one only below the rank ``n m / (n + m)``, half of full rank for a square one, s
 fall. Operations are XLA's count (:func:`jaxfa.diagnostics.flops`) at the last epoch's ranks; memory is what training
 keeps from step to step: weights, feedback, optimizer state, statistics, without activations.
 
-Verdict: half of it, in short trainings of small networks. SVD training is level with backpropagation. Of SSA's readings
-the sequential one whose alignment pulls the feedback, which is weight transport, is the best: ahead of DFA or level
-with it, far behind SVD training; its angles are the lowest but in the VGG-like network, where no reading's is below
-DFA's by more than its error. Pulled to random matrices, weights learn no more than by DFA in the ResNet and far less in
-the VGG-like network: ``L_align`` leads the parallel reading's lift nowhere. Inference is not the cheapest, since ranks
-stay above those at which factors save operations.
+Verdict: half of it, in short trainings of small networks. SVD training loses a little to backpropagation as ranks fall.
+The sequential reading whose alignment pulls the feedback, which is weight transport, is the best of SSA's: ahead of DFA
+in all networks, with angles half of DFA's in two of the three, and far behind SVD training. Pulled to random matrices,
+weights turn their updates by less, learn no more than by DFA, and in the VGG-like network less. Inference takes the
+fewest operations in the fully connected network; in the convolutional ones ranks would have to fall further.
 """
 
 import dataclasses
