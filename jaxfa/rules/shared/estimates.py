@@ -51,9 +51,10 @@ def jacobian_estimates(
         raise ValueError(f"An estimate needs one example or more, got logits {logits.shape}: leave empty batches out.")
     batches = [logits.shape[: logits.ndim - node.outputs] for node in nodes]
     keys = jax.random.split(key, len(nodes))
-    drawn = [_draw(*one, perturbation) for one in zip(keys, batches, nodes, strict=True)]
-    if given is not None:
-        drawn = [own if p is None else (p, None) for own, p in zip(drawn, given, strict=True)]
+    drawn = [
+        _draw(key, batch, node, perturbation) if p is None else (p.astype(node.b.dtype), None)
+        for key, batch, node, p in zip(keys, batches, nodes, given or [None] * len(nodes), strict=True)
+    ]
     tiles = [p for p, _ in drawn]
     tangents = [
         _along(node.scale, node.spread(p, len(node.stack) + len(batch)))
