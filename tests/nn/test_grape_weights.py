@@ -96,7 +96,7 @@ def feedback_of(aligned):
     return {path: tap.feedback.get_value() for path, tap in taps_of(aligned.model).items()}
 
 
-def test_in_training_mode_dropout_and_statistics_are_those_of_the_same_pass():
+def test_every_feedback_turns_and_parameters_statistics_and_keys_stay():
     class Noisy(Net):
         def __init__(self, rngs):
             super().__init__(rngs)
