@@ -3,8 +3,8 @@
 Claim (Caillon et al. 2026): learned direct feedback alone, 24.3 %, is ahead of fixed, 20.9, and far from
 backpropagation's 68.7. The estimate is noisy in early layers, so that what lowers its variance should help.
 
-Command: ``python -m experiments run grape_resnet20 --preset gpu15``, some 10 minutes on one H100, arms side by side; in
-the preset ``cpu`` every variant, half an hour.
+Command: ``python -m experiments run grape_resnet20``, half an hour; ``--preset variants`` for every variant, one seed,
+as long; ``--preset gpu15`` for all images, arms side by side, some 10 minutes on one H100.
 
 The paper's rule (activations perturbed by normal noise, no tiles, no scales) is ``letter``; with noise in the weights
 where these are fewer, as the paper has it, ``letter-weights``. Ours with a Kalman-weighted mean and scales is ``full``,
@@ -57,7 +57,8 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {
-        "cpu": Config(**CPU),
+        "cpu": Config(variants=("letter", "letter-weights", "ours", "full"), **CPU | {"seeds": 3}),
+        "variants": Config(**CPU),
         # 195 steps of some 4 ms on an H100 are .8 s, so that an epoch of the six arms, which share it, is 5 s: 70 are 6
         # minutes, compiling side by side 1 to 2 more.
         "gpu15": Config(

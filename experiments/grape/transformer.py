@@ -149,7 +149,6 @@ EXPERIMENT = Experiment(
             dfa_rate=3e-3,
             grape_rate=3e-3,
             control_rate=1e-2,
-            seeds=1,
         ),
         # A step of 64 x 256 tokens is some 11 ms on an H100, where 16 x 256 take 20.9 in a network twice as deep and
         # twice as wide; learned feedback adds a fifth. 4000 steps of the seven arms that take all are some 6 minutes.
