@@ -14,7 +14,7 @@ ARMS = {
     "backprop()": ("bp",),
     "dfa(shared=True)": ("shared_dfa",),
     "dfa(shared=True, buckets=256)": ("hashed_dfa",),
-    "grape()": ("grape", "letter"),
+    "grape()": ("grape", "activations"),
     "pepita(mirror=0.1)": ("mirrored_pepita",),
     "ssa(parallel=False)": ("ssa_sequential",),
 }

@@ -41,8 +41,8 @@ LETTER, WEIGHTS = "GrAPE to the letter", "the same, weights perturbed"
 RULES: dict[str, tuple[jaxfa.Rule, str]] = {
     "backpropagation": (jaxfa.backprop(), plots.GREY),
     "DFA": (jaxfa.dfa(), plots.VERMILLION),
-    LETTER: (jaxfa.rules.published_grape(), plots.BLUE),
-    WEIGHTS: (jaxfa.rules.published_grape(weights=True), plots.PURPLE),
+    LETTER: (jaxfa.rules.published_grape(weights=False), plots.BLUE),
+    WEIGHTS: (jaxfa.rules.published_grape(), plots.PURPLE),
 }
 # One batch's estimate itself, by the letter's perturbations.
 ESTIMATOR = jaxfa.fdfa(learning_rate=1.0, perturbation=jax.random.normal)

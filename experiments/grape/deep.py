@@ -29,7 +29,7 @@ from experiments.common.bounds import FROM_ZERO
 from experiments.common.experiment import Arm, Experiment, Page
 from experiments.common.task import Task
 from experiments.grape.networks import CPU_RATES, NETWORKS, PAPER, SIZE, NetworkName, Rates, images, task
-from experiments.grape.variants import BEST, LITERAL, WATCHED
+from experiments.grape.variants import VARIANTS, WATCHED
 
 AXIS = "epochs from one true gradient to the next"
 
@@ -68,8 +68,7 @@ def _arms(config: Config, dataset: data.Dataset, name: NetworkName) -> Iterator[
     yield arm("bp", "backpropagation", None, task(config, dataset, name))
     rules = {
         "dfa": ("DFA", jaxfa.dfa(), config.dfa_rate),
-        "letter": ("GrAPE to the letter", LITERAL, config.grape_rate),
-        "ours": ("GrAPE", BEST, config.grape_rate),
+        **{name: (*VARIANTS[name], config.grape_rate) for name in ("letter", "full")},
     }
     for rule, (title, value, rate) in rules.items():
         plain = task(config, dataset, name, rate)._replace(rule=value, at=network.taps)
@@ -78,7 +77,7 @@ def _arms(config: Config, dataset: data.Dataset, name: NetworkName) -> Iterator[
             fixed = partial(jaxfa.calibrate, every=period * epoch)
             yield arm(f"{rule}-{period}", title, period, plain._replace(calibrate=fixed), int(period == 1))
     event = plain._replace(rule=WATCHED, calibrate=partial(jaxfa.calibrate, every=epoch, below=config.below))
-    yield arm("event", "GrAPE, on its own estimate", 1, event)
+    yield arm("event", "The same, on its own estimate", 1, event)
     for period in config.periods:
         # One step an epoch, of which all but every so many are left out.
         taken = dataclasses.replace(config, epochs=max(1, config.epochs // period))

@@ -1,7 +1,7 @@
 """The first layer under learned direct feedback: which of the rule's options turns its update away from the truth.
 
 Claim: none published. What lowers the estimate's noise should bring updates closer to the true gradient; with tiles,
-scales and a Kalman mean at once the first layer's came out farther from it than to the letter.
+scales and a Kalman mean at once the first layer's came out farther from it than without.
 
 Command: ``python -m experiments run grape_first_layer``, 10 minutes.
 
@@ -28,7 +28,7 @@ from experiments.common.metrics import shown
 from experiments.grape import shallow
 from experiments.grape.variants import VARIANTS
 
-LETTER = "letter"
+PLAIN = "activations"
 CAPTION = (
     "The angle between each layer's update and backpropagation's, after the last epoch. Bars are deviations of seeds."
 )
@@ -39,7 +39,7 @@ class Config(experiment.Config):
     """The options, and the images' size."""
 
     variants: Annotated[tuple[str, ...], among(VARIANTS)] = (
-        *(LETTER, "letter-weights", "scaled", "kalman", "tile-4", "tile-1", "full", "ours"),
+        *(PLAIN, "letter", "scaled", "kalman", "tile-4", "tile-1", "full", "tiled"),
     )
     """The forms of GrAPE, beside backpropagation and DFA."""
     shrink: int = 2
@@ -72,15 +72,15 @@ def study(config: Config, histories: Histories) -> Study:
 
 
 def findings(layer: str, titles: dict[str, str], angles: dict[str, np.ndarray]) -> list[tuple[str, str]]:
-    """How the forms that end farthest from the truth and closest to it differ from the letter, in one layer."""
-    forms = {name: angle for name, angle in angles.items() if name not in (LETTER, "bp", "dfa")}
-    if not forms or LETTER not in angles:
+    """How far the forms that end farthest from the truth and closest to it are from the one without options."""
+    forms = {name: angle for name, angle in angles.items() if name not in (PLAIN, "bp", "dfa")}
+    if not forms or PLAIN not in angles:
         return []
-    others, found = {name: angle - angles[LETTER] for name, angle in forms.items()}, []
+    others, found = {name: angle - angles[PLAIN] for name, angle in forms.items()}, []
     for which, of in (("farthest from", max), ("closest to", min)):
         name = of(others, key=lambda one: others[one].mean())
         gap = others[name]
-        said = f"from the letter's angle in {layer}: {titles[name]}, {which} the truth of all."
+        said = f"from the angle without options in {layer}: {titles[name]}, {which} the truth."
         found.append((f"{gap.mean():+.0f}" + (f" ± {gap.std(ddof=1):.0f}°" if gap.size > 1 else "°"), said))
     return found
 
@@ -91,7 +91,7 @@ def _figure(layers: list[str], titles: dict[str, str], angles: dict[str, np.ndar
     names = [name for name in titles if name != "bp"]
     for at, (layer, axes) in enumerate(zip(layers, grid, strict=True)):
         for row, name in enumerate(names):
-            color = plots.BLUE if name == LETTER else plots.GREY
+            color = plots.BLUE if name == PLAIN else plots.GREY
             axes.errorbar(angles[name][at].mean(), row, xerr=angles[name][at].std(), fmt="o", ms=4, color=color)
         axes.axvline(90, color=plots.GREY, linewidth=0.7, linestyle=":")
         axes.set(title=layer, xlabel="angle (°)", xlim=(0, 120))

@@ -6,10 +6,10 @@ import jax
 
 import jaxfa
 
-# The paper's rule to the letter, the library's with a mean, and that with a tile: less noise, and a bias.
+# The paper's rule to the letter, whose noise is in the weights where they are fewer; and in activations everywhere.
 LITERAL = jaxfa.rules.published_grape()
-# The same with the paper's perturbation: of weights, where they are fewer.
-LITERAL_WEIGHTS = jaxfa.rules.published_grape(weights=True)
+ACTIVATIONS = jaxfa.rules.published_grape(weights=False)
+# The library's with a mean, and that with a tile: less noise, and a bias.
 BEST = jaxfa.grape(averaging=jaxfa.rules.kalman())
 WATCHED = jaxfa.grape(averaging=jaxfa.rules.kalman(), watch=True)
 TILED = jaxfa.grape(averaging=jaxfa.rules.kalman(), tile=4)
@@ -17,8 +17,8 @@ TILED = jaxfa.grape(averaging=jaxfa.rules.kalman(), tile=4)
 _plain = partial(jaxfa.grape, scaling=0.0)
 VARIANTS: dict[str, tuple[str, jaxfa.Rule]] = {
     "letter": ("GrAPE to the letter", LITERAL),
-    "letter-weights": ("The same, weights perturbed where fewer", LITERAL_WEIGHTS),
-    "ours": ("GrAPE, scales, tiles and a Kalman mean", TILED),
+    "activations": ("GrAPE, activations perturbed", ACTIVATIONS),
+    "tiled": ("GrAPE, scales, tiles and a Kalman mean", TILED),
     "full": ("GrAPE, scales and a Kalman mean", BEST),
     "per-unit": ("Columns of units", _plain(perturbation=jax.random.normal, norm_axis=1)),
     "signs": ("Signs", _plain()),

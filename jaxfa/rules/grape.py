@@ -11,7 +11,7 @@ adds variance, no bias.
 
 The paper's rule to the letter is :func:`published_grape`; the defaults of :func:`grape` draw signs, and scale every
 layer's perturbation for the least noise. The paper perturbs weights where they have fewer dimensions, which
-``published_grape(weights=True)`` does and nothing else. A dense layer's never have, and examples share the noise that
+:func:`published_grape` alone does. A dense layer's never have, and examples share the noise that
 they make: more variance at the same cost. A kernel has if it is smaller than the map, and then tells nothing of that
 part of the Jacobian that its patches don't see: a bias, which the experiment ``grape_bound`` measures.
 
@@ -98,17 +98,17 @@ def grape(
     )
 
 
-def published_grape(*, learning_rate: float = 0.05, weights: bool = False) -> DirectRule:
-    """GrAPE to the letter: a full ``B``, normal noise of one scale, no running mean.
+def published_grape(*, learning_rate: float = 0.05, weights: bool = True) -> DirectRule:
+    """GrAPE to the letter: a full ``B``, normal noise of one scale, in weights where they are fewer, no running mean.
 
-    ``grape(scaling=0.0, perturbation=jax.random.normal)``. With ``weights`` the noise is in the weights of every layer
-    whose weights are fewer than its activations, as in the paper, which does not say more: ``p_l`` is how ``h_l`` moves
-    by it, and the estimate ``<p_l y'^T>`` has a bias.
+    The noise is in the weights of every layer whose weights are fewer than its activations, else in these; the paper
+    does not say more. ``p_l`` is how ``h_l`` moves by it. From weights the estimate ``<p_l y'^T>`` has a bias. With
+    ``weights=False`` this is ``grape(scaling=0.0, perturbation=jax.random.normal)``.
 
     Args:
       learning_rate: as for :func:`jaxfa.grape`.
-      weights: whether weights are perturbed where they are fewer. For attached models, whose taps are outside of loops,
-        and for a :class:`jaxfa.rules.ForwardPass`.
+      weights: whether weights are perturbed where they are fewer: in attached models, whose taps are outside of loops,
+        and with a :class:`jaxfa.rules.ForwardPass`. False perturbs activations in every layer.
 
     Returns:
       A :class:`jaxfa.DirectRule` whose ``refine`` must run to learn.

@@ -26,7 +26,7 @@ SWEEPS = {
     "compare_lenet": {"datasets": ("mnist",)},
     "conservation_aligned_start": {"datasets": ("mnist",), "hidden": (4,)},
     "grape_deep": {"networks": ("alexnet",), "shrink": 1},
-    "grape_resnet20": {"shrink": 1, "variants": ("letter", "letter-weights")},
+    "grape_resnet20": {"shrink": 1, "variants": ("letter", "activations")},
     "grape_shallow": {"datasets": ("cifar10",)},
     "grape_transformer": {
         "calibrations": (1,),

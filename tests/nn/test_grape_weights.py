@@ -12,7 +12,7 @@ from jaxfa.nn.taps.tap import taps_of
 from tests.networks import Scanned, attach, inputs
 
 BATCH, SIDE, CLASSES = 6, 6, 3
-RULE = jaxfa.rules.published_grape(weights=True, learning_rate=0.02)
+RULE = jaxfa.rules.published_grape(learning_rate=0.02)
 
 
 class Net(nnx.Module):
@@ -120,12 +120,12 @@ def test_every_feedback_turns_and_parameters_statistics_and_keys_stay():
 def test_what_tells_no_weights_is_refused():
     x = inputs(4, 6)
     stacked = attach(Scanned(nnx.Rngs(0)), RULE, x, ("stem", "blocks"))
-    with pytest.raises(ValueError, match=r"calls 'blocks' several times, or inside a transformation.*weights=True"):
+    with pytest.raises(ValueError, match=r"calls 'blocks' several times, or inside a transformation.*weights=False"):
         stacked.refine(jax.random.key(0), x)
     twice = attach(Twice(nnx.Rngs(0)), RULE, x, ("block",))
     with pytest.raises(ValueError, match=r"calls 'block' several times"):
         twice.refine(jax.random.key(0), x)
     h, w = jnp.ones((4, 3)), jnp.eye(3, 2)
     feedback = [RULE.init(jax.random.key(0), h, jnp.ones((4, 2)))]
-    with pytest.raises(ValueError, match=r"weights=True perturbs weights, which forward\(taps\) does not tell"):
+    with pytest.raises(ValueError, match=r"The rule perturbs weights, which forward\(taps\) does not tell"):
         RULE.refine(lambda taps: (h + taps[0]) @ w, feedback, jax.random.key(0))

@@ -41,7 +41,7 @@ class Between(First):
 _UNTOLD = (
     "The model calls {!r} several times, or inside a transformation (scan, vmap, remat, jit), where its own weights' "
     "part in what moves is not told: call it once as it is, name with at= the module around that, or perturb "
-    "activations, by published_grape() without weights=True."
+    "activations alone, by published_grape(weights=False)."
 )
 
 

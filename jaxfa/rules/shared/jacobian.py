@@ -128,8 +128,8 @@ def _moved(forward: Any, key: jax.Array, noise: Initializer) -> list[jax.Array |
     """How weights' noise moves every node's activation; None where they are not fewer."""
     if not isinstance(forward, ForwardPass):
         raise ValueError(
-            "weights=True perturbs weights, which forward(taps) does not tell: attach the rule to a model "
-            "(jaxfa.nn.attach), or give refine a jaxfa.rules.ForwardPass."
+            "The rule perturbs weights, which forward(taps) does not tell: attach it to a model (jaxfa.nn.attach), "
+            "give refine a jaxfa.rules.ForwardPass, or perturb activations alone, by weights=False."
         )
     return jax.tree.leaves(forward.moved(jax.random.fold_in(key, 1), noise), is_leaf=lambda one: one is None)
 

@@ -74,7 +74,7 @@ def test_the_control_has_as_many_steps_as_there_are_calibrations(images):
 
 
 def test_direct_rules_reach_every_hidden_layer_of_a_plain_network(images):
-    (arm,) = (arm for arm in arms("grape_deep", networks=("vgg16",), scale=0.05) if arm.name == "vgg16-ours")
+    (arm,) = (arm for arm in arms("grape_deep", networks=("vgg16",), scale=0.05) if arm.name == "vgg16-full")
 
     def attach():
         example = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
@@ -85,7 +85,7 @@ def test_direct_rules_reach_every_hidden_layer_of_a_plain_network(images):
 
 
 def test_variants_of_the_ablation_are_rules_of_their_own(images):
-    found = arms("grape_resnet20")
+    found = arms("grape_resnet20", variants=tuple(VARIANTS))
     assert [arm.name for arm in found] == ["bp", "fa", "dfa", *VARIANTS]
     h, logits = jax.ShapeDtypeStruct((4, 8, 8, 2), jnp.float32), jax.ShapeDtypeStruct((4, 3), jnp.float32)
     made = {name: rule.init(jax.random.key(0), h, logits) for name, (_, rule) in VARIANTS.items()}
@@ -103,12 +103,12 @@ def test_shrinking_averages_squares():
         data.shrink(found._replace(train_images=images), 3)
 
 
-def test_what_came_of_the_first_layer_is_how_far_the_options_turn_it_from_the_letter():
+def test_what_came_of_the_first_layer_is_how_far_the_options_turn_it():
     angles = {
-        name: np.array(of) for name, of in (("bp", (0, 0)), ("letter", (60, 70)), ("a", (90, 80)), ("b", (50, 60)))
+        name: np.array(of) for name, of in (("bp", (0, 0)), ("activations", (60, 70)), ("a", (90, 80)), ("b", (50, 60)))
     }
     far, near = findings("conv1", {"a": "Tiles", "b": "Scales"}, angles)
-    assert far == ("+20 ± 14°", "from the letter's angle in conv1: Tiles, farthest from the truth of all.")
-    assert near == ("-10 ± 0°", "from the letter's angle in conv1: Scales, closest to the truth of all.")
-    assert not findings("conv1", {}, {"letter": angles["letter"]})
+    assert far == ("+20 ± 14°", "from the angle without options in conv1: Tiles, farthest from the truth.")
+    assert near == ("-10 ± 0°", "from the angle without options in conv1: Scales, closest to the truth.")
+    assert not findings("conv1", {}, {"activations": angles["activations"]})
     assert not findings("conv1", {"a": "Tiles"}, {"a": angles["a"]})
