@@ -6,7 +6,6 @@
 import argparse
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +14,7 @@ import tyro
 from rich.console import Console
 
 from experiments.common import apart, page, records, results, rows, sweep
-from experiments.common.experiment import Experiment
+from experiments.common.experiment import Experiment, identity
 
 # Every experiment, the names of its file and of its folder: a new one is one more.
 _FILES = {
@@ -120,21 +119,21 @@ def run_all(options: list[str], run: Callable[[str, str], int] = _apart) -> None
         raise ValueError(f"No experiment has the preset {preset!r}; cpu is every one's.")
     left = []
     for experiment in chosen:
-        folder, started = experiment.preset(preset).out, time.monotonic()
-        status = 0 if _is_done(folder) else run(experiment.name, preset)
-        if _is_done(folder):
-            print(
-                f"Results: {results.write(folder, EXPERIMENTS, preset)} ({(time.monotonic() - started) / 60:.0f} min)"
-            )
+        folder = experiment.preset(preset).out
+        status = 0 if _is_done(experiment, preset) else run(experiment.name, preset)
+        if _is_done(experiment, preset):
+            print(f"Results: {results.write(folder, EXPERIMENTS, preset)}")
         else:
             left.append(f"{experiment.name} (exit status {status})")
     if left:
         raise FloatingPointError(f"Not done: {', '.join(left)}. The same command goes on with them.")
 
 
-def _is_done(folder: Path) -> bool:
-    """Whether a run came to its report, with nothing cut."""
-    return (folder / "report.html").exists() and not rows.unfinished(folder)
+def _is_done(experiment: Experiment, preset: str) -> bool:
+    """Whether a run of this preset, as it is today, came to its report, with nothing cut."""
+    folder, known = experiment.preset(preset).out, identity(experiment.name, experiment.presets[preset])
+    done = (folder / "report.html").exists() and records.read_json(folder / "config.json") == known
+    return done and not rows.unfinished(folder)
 
 
 def _about(experiment: Experiment) -> str:

@@ -131,7 +131,7 @@ def draw(found: dict[str, dict[str, Any]]) -> Figure:
 EXPERIMENT = Experiment(
     __name__,
     __doc__,
-    {"cpu": Config(), "paper": Config(rounds=50)},
+    {"cpu": Config(), "long": Config(rounds=50)},
     Page("How does a step grow?"),
     study=study,
 )

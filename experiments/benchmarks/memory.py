@@ -150,7 +150,7 @@ def _mib(one: Measurement) -> float:
 EXPERIMENT = Experiment(
     __name__,
     __doc__,
-    {"cpu": Config(), "paper": Config(depths=(4, 16, 64, 256, 1024), width=1024, repeats=(1, 3, 9, 18), images=1024)},
+    {"cpu": Config(), "large": Config(depths=(4, 16, 64, 256, 1024), width=1024, repeats=(1, 3, 9, 18), images=1024)},
     Page("Does memory have to grow with depth?"),
     study=study,
 )

@@ -191,7 +191,7 @@ EXPERIMENT = Experiment(
     __doc__,
     {
         "cpu": Config(),
-        "paper": Config(
+        "large": Config(
             layers=128,
             width=1024,
             examples=65536,

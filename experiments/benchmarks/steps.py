@@ -48,6 +48,8 @@ class Config(Options):
     """How many times each step is made from nothing."""
     rounds: int = 15
     """How many rounds of timing there are."""
+    keep_programs: bool = False
+    """Compiled programs are kept in the user's cache folder, so that no later run measures how they are made."""
 
 
 def study(config: Config, histories: Histories) -> Study:
@@ -155,7 +157,7 @@ def _bars(axes: Axes, ratios: dict[str, dict[str, float]], title: str) -> None:
 EXPERIMENT = Experiment(
     __name__,
     __doc__,
-    {"cpu": Config(), "paper": Config(rounds=50)},
+    {"cpu": Config(), "long": Config(rounds=50)},
     Page("What does a step cost?"),
     study=study,
 )

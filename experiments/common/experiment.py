@@ -155,6 +155,8 @@ class Options:
     """The folder of the results; a run that was killed goes on from its last checkpoint there."""
     fresh: bool = False
     """The results in the folder are deleted first."""
+    keep_programs: bool = True
+    """Compiled programs are kept in the user's cache folder, for other arms and the next run to find."""
 
     arms: ClassVar[tuple[str, ...]] = ()
     """The fields that choose arms: more of them may join the results that are there."""
@@ -232,5 +234,5 @@ def prepare(config: Training, dataset: data.Dataset) -> data.Dataset:
 
 def identity(experiment: str, config: Options) -> dict[str, Any]:
     """What results depend on: the configuration without where and how it runs, and which arms stand beside."""
-    how = ("loop", "diagnostics", "save_every", "out", "data", "fresh", "apart", "minutes", "only")
+    how = ("loop", "diagnostics", "save_every", "out", "data", "fresh", "keep_programs", "apart", "minutes", "only")
     return records.identity(experiment, config, (*how, *config.arms))

@@ -3,7 +3,6 @@
 It is where all images are there, and every field that an experiment's ``size`` names is as in its preset ``paper``.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,8 +34,19 @@ def smaller(experiment: Experiment, config: Mapping[str, Any]) -> str:
     return f"A smaller set-up than the published one, so that no published number stands here: {'; '.join(found)}."
 
 
+def changed(experiment: Experiment, name: str, config: Mapping[str, Any]) -> str:
+    """A sentence on what a preset has of other values today than a run of its name had; empty if nothing."""
+    today = identity(experiment.name, experiment.presets[name]) if name in experiment.presets else {}
+    found = [
+        f"{field.replace('_', ' ')} {_said(value)}, not {_said(config[field])}"
+        for field, value in today.items()
+        if field in config and config[field] != value
+    ]
+    return f"The preset has changed since: {'; '.join(found)}." if found else ""
+
+
 def _differences(experiment: Experiment, config: Mapping[str, Any]) -> list[str]:
-    full = json.loads(json.dumps(identity(experiment.name, experiment.presets["paper"])))
+    full = identity(experiment.name, experiment.presets["paper"])
     fields = (*_IMAGES, *(experiment.size or ()))
     found = [
         f"{field.replace('_', ' ')} {_said(config.get(field, 'unknown'))}, not {_said(full[field])}"

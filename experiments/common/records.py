@@ -50,6 +50,12 @@ def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False) -> No
     write_json(folder / "environment.json", [*starts, environment()])
 
 
+def took(folder: Path, seconds: float) -> None:
+    """Notes how long the run that ends took since its start; one that a kill ends notes nothing."""
+    *before, last = read_json(folder / "environment.json")
+    write_json(folder / "environment.json", [*before, last | {"minutes": round(seconds / 60, 1)}])
+
+
 def identity(experiment: str, config: Any, ignored: Sequence[str]) -> dict[str, Any]:
     """What results depend on: a configuration without where it runs, and which other runs stand beside.
 
@@ -59,10 +65,10 @@ def identity(experiment: str, config: Any, ignored: Sequence[str]) -> dict[str, 
       ignored: the fields that no result depends on.
 
     Returns:
-      The experiment and the other fields.
+      The experiment and the other fields, as JSON values.
     """
     fields = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
-    return {"experiment": experiment} | fields
+    return json.loads(json.dumps({"experiment": experiment} | fields))
 
 
 def environment() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from experiments.common import readme, records, rows, strips
 from experiments.common.experiment import Experiment
 from experiments.common.findings import findings, full_title
 from experiments.common.metrics import METRICS, Estimate
-from experiments.common.published import as_published
+from experiments.common.published import as_published, changed
 from experiments.common.verdicts import glance, not_run, verdict
 
 ROOT = Path(__file__).parents[2]
@@ -157,7 +157,9 @@ def _result(experiment: Experiment, found: dict[str, Any], figure: Path) -> str:
         *(f"- {name} {note}" for name, note in found["diverged"].items()),
         *(f"- {sentence}" for sentence in found["cut"]),
     ]
-    return "\n".join([*lines, "", _origin(found), ""])
+    return "\n".join(
+        [*lines, "", f"{_origin(found)} {changed(experiment, found['name'], found['config'])}".rstrip(), ""]
+    )
 
 
 def _findings(experiment: Experiment, found: dict[str, Any]) -> Sequence[Sequence[str]]:
@@ -211,11 +213,20 @@ def _origin(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {first[name]}" for name in ("jax", "flax", "optax"))
     commands = "; ".join(f"`{command}`" for command in dict.fromkeys(one["command"] for one in found["runs"]))
     commits = " and ".join(dict.fromkeys(one["commit"] for one in found["runs"]))
-    seconds = sum(arm["seconds"] for arm in found.get("arms", {}).values())
-    took = f", {seconds:.0f} s of training" if seconds else ""
     seeds = f"seed {found['seeds'][0]}" if len(found["seeds"]) == 1 else f"{len(found['seeds'])} seeds"
-    where = f"{first['device']}, {versions}, commit {commits}"
-    return f"{commands}: {seeds}, {where}, {first['time'].split()[0]}{took}."
+    cores = f"{first['cores']} core{'s' if first['cores'] > 1 else ''} of {first['processor']}"
+    device = cores if first["backend"] == "cpu" else first["device"]
+    where = f"{device}, {versions}, commit {commits}"
+    return f"{commands}: {seeds}, {where}, {first['time'].split()[0]}{_took(found)}."
+
+
+def _took(found: dict[str, Any]) -> str:
+    """How long the runs took, which those that were killed do not tell; else how long their arms trained."""
+    minutes = [one.get("minutes") for one in found["runs"]]
+    if None not in minutes:
+        return f", {sum(minutes):.0f} minutes" if sum(minutes) >= 1 else ", less than a minute"
+    seconds = sum(arm["seconds"] for arm in found.get("arms", {}).values())
+    return f", {seconds:.0f} s of training" if seconds else ""
 
 
 def _known(start: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 An experiment that was killed goes on where it was.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.common import apart, page, plots, records, timing
 from experiments.common.experiment import Arm, Experiment, Histories, Training, identity
+from experiments.common.programs import keep_programs
 from experiments.common.published import as_published, smaller
 from experiments.common.train import DivergenceError, train
 from experiments.common.trainer import Trainer
@@ -32,7 +34,9 @@ def run(experiment: Experiment, config: Any) -> Path:
       FileNotFoundError: if the data set is not there.
       FloatingPointError: if a study has nothing left to show, since every training diverged.
     """
-    known = identity(experiment.name, config)
+    started, known = time.monotonic(), identity(experiment.name, config)
+    if config.keep_programs:
+        keep_programs()
     arms = list(experiment.arms(config)) if experiment.arms else []
     _check(experiment, arms)
     if getattr(config, "only", None) is not None:  # one arm's process leaves the folder to the one that started it
@@ -46,6 +50,7 @@ def run(experiment: Experiment, config: Any) -> Path:
         _train(config, known, arms, timed=experiment.study is None)
     if experiment.study is not None:
         _study(experiment, config, arms)
+    records.took(config.out, time.monotonic() - started)
     Console().print(*page.tables(config.out))
     return page.write(config.out)
 

@@ -15,6 +15,8 @@ WHY = {
     "gpu15": "it takes a quarter of an hour of a GPU",
     "paper": "the published size takes a GPU for hours or days",
     "imagenet": "it takes a GPU for days",
+    "long": "more rounds of the same",
+    "large": "it takes a large machine",
 }
 _MANY = 8
 _TESTS = 10_000  # test images of MNIST and of both CIFARs: published set-ups take all
@@ -109,7 +111,7 @@ def not_run(experiment: Experiment, names: Iterable[str]) -> str:
     left = [
         preset
         for preset in experiment.presets
-        if preset != "cpu" and not any(name == preset or name.startswith(f"{preset}-") for name in done)
+        if not any(name == preset or name.startswith(f"{preset}-") for name in done)
     ]
     told = []
     for preset in left:
@@ -120,7 +122,11 @@ def not_run(experiment: Experiment, names: Iterable[str]) -> str:
 
 def glance(experiment: Experiment, found: Iterable[dict[str, Any]]) -> str:
     """A row of the table of all claims: the question, the verdict's first two sentences, and the order."""
-    lines = [line for one in found for line in verdict(experiment, one)]
-    order = "; ".join(match[1] for line in lines if (match := _ORDER.search(line)))
+    order = "; ".join(
+        f"{match[1]}{' (one seed)' if len(one['seeds']) == 1 else ''}"
+        for one in found
+        for line in verdict(experiment, one)
+        if (match := _ORDER.search(line))
+    )
     said = ". ".join(experiment.verdict.replace("``", "`").split(". ")[:2]).rstrip(".")
     return f"| [{experiment.page.title}](#{experiment.name}) | {said[:1].upper()}{said[1:]}. | {order} |"

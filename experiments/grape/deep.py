@@ -90,7 +90,7 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {
-        "cpu": Config(**CPU_RATES | {"networks": ("alexnet", "resnet20"), "seeds": 3}, control_rate=1e-2),
+        "cpu": Config(**CPU_RATES | {"networks": ("resnet20",), "seeds": 3}, control_rate=1e-2),
         "paper": Config(**PAPER),
     },
     Page("How much backpropagation does a deep network need?", "Caillon et al. 2026, CIFAR-100", epoch="last"),

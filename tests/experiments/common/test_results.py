@@ -11,6 +11,8 @@ from rich.progress import Progress
 
 from experiments.__main__ import EXPERIMENTS
 from experiments.common import apart, records, results, rows, sweep, verdicts
+from experiments.common.experiment import identity
+from experiments.common.published import changed
 
 
 def test_what_is_made_of_results_is_what_the_committed_files_say():
@@ -203,6 +205,7 @@ def test_a_glance_is_the_verdicts_first_two_sentences_and_the_order_of_every_tab
     found = result(known("bp", 8.0, 9.0), known("dfa", 2.0, 5.0))
     row = verdicts.glance(asked, [found, result(), found])
     assert row == f"| [{asked.page.title}](#grape_resnet20) | Holds. It does, `x`. | 1 of 1; 1 of 1 |"
+    assert verdicts.glance(asked, [found | {"seeds": [0]}]).endswith("| 1 of 1 (one seed) |")
 
 
 def test_presets_without_a_result_are_told_with_the_reason():
@@ -262,3 +265,24 @@ def test_one_arm_alone_must_be_one_of_the_sweep(mock, tmp_path):
     with pytest.raises(ValueError, match="No arm is called 'nothing'; choose one of bp, fa"):
         sweep.run(experiment, config)
     assert not config.out.exists()
+
+
+def test_a_result_says_how_long_its_runs_took_unless_one_was_killed(tmp_path, monkeypatch):
+    run = folder(tmp_path)
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    records.took(run, 90.0)
+    found = json.loads(results.write(run, EXPERIMENTS, "cpu").read_text())
+    assert results._took(found) == ", 2 minutes"
+    assert results._took(found | {"runs": [{"minutes": 0.2}]}) == ", less than a minute"
+    records.open_run(run, json.loads((run / "config.json").read_text()))  # and is killed
+    found = json.loads(results.write(run, EXPERIMENTS, "cpu").read_text())
+    assert results._took(found) == ", 4 s of training"
+
+
+def test_what_a_preset_has_changed_since_a_result_is_said():
+    experiment = EXPERIMENTS["grape_resnet20"]
+    config = identity(experiment.name, experiment.presets["cpu"])
+    assert changed(experiment, "cpu", config) == ""
+    said = changed(experiment, "cpu", config | {"seeds": 1, "images": None})
+    assert said == "The preset has changed since: seeds 3, not 1; images 4000, not all."
+    assert changed(experiment, "some run", config) == ""
