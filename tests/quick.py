@@ -100,7 +100,10 @@ ROWS = {
     "test_a_streamed_model_learns_by_the_equations": ("dkp-conv",),
     "test_ssas_losses_and_steps_are_the_equations": ("literal-parallel-conv", "along and back-sequential-dense"),
     "test_alignment_that_pulls_the_feedback_is_the_equations": ("parallel-conv",),
-    "test_grapes_options_are_the_equations": ("separate-dense", "run*-conv", "columns*-dense", "watched-conv", "all-*"),
+    "test_grapes_options_are_the_equations": (
+        "separate-dense", "run*-conv", "columns*-dense", "free*outputs*-conv", "free*units*-dense", "watched-conv",
+        "all-*",
+    ),
     "test_rules_are_the_gradient_of_a_surrogate": ("fa", "kolen_pollack", "dfa", "dkp"),
     "test_direct_feedback_of_every_shape": ("dense", "image", "token_heads", "vector_to_sequence"),
     "test_shard_map_with_its_type_checks_sums_over_the_devices_by_itself": (

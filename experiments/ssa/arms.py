@@ -156,15 +156,22 @@ def _optimizer(config: Config, dataset: Dataset) -> optax.GradientTransformation
     return optax.adam(optax.piecewise_constant_schedule(config.learning_rate, drops))
 
 
-def _falling(task: Task, config: Config) -> Task:
-    steps, last = len(task.data.train_labels) // config.batch, round(0.3 * config.epochs)
+def hoyer(step: Any, *, config: Config, steps: int) -> Any:
+    """The weight of Hoyer's penalty at a step, of which an epoch has ``steps``."""
+    epoch = step // steps
+    return jnp.where((epoch < _first(config)) & (epoch % config.period == 0), config.hoyer, 0.0)
 
-    def strength(step: Any) -> Any:
-        epoch = step // steps
-        return jnp.where((epoch < last) & (epoch % config.period == 0), config.hoyer, 0.0)
+
+def _first(config: Config) -> int:
+    """How many epochs the first 30 % are."""
+    return round(0.3 * config.epochs)
+
+
+def _falling(task: Task, config: Config) -> Task:
+    strength = partial(hoyer, config=config, steps=len(task.data.train_labels) // config.batch)
 
     def prune(state: State, epoch: int) -> State:
-        if epoch <= last:
+        if epoch <= _first(config):
             return state
         trees = (state.params, state.feedback, state.optimizer)
         params, feedback, optimizer = jaxfa.factored.prune(*trees, energy=config.energy, multiple=config.multiple)

@@ -53,9 +53,9 @@ def calibrate(
 
     Returns:
       A transformation whose ``update`` takes one argument more, ``true_gradient``: a function of no arguments that
-        returns the parameters' true gradient on this batch, run at these steps only. Its leaves, in order, stand for
-        the parameters among the updates': ``jax.grad(loss)(params, None)``, or
-        ``nnx.grad(loss)(jaxfa.nn.plain(model))``.
+        returns the parameters' true gradient on this batch, run at these steps only; under ``jax.vmap``, such as over
+        seeds, it runs at every step, and is used at these. Its leaves, in order, stand for the parameters among the
+        updates': ``jax.grad(loss)(params, None)``, or ``nnx.grad(loss)(jaxfa.nn.plain(model))``.
 
     Raises:
       ValueError: if ``every`` is below 1; by ``update``, if ``below`` is given and no feedback measures its cosine.

@@ -72,6 +72,27 @@ def test_weights_are_perturbed_where_they_are_fewer_and_by_themselves_alone():
     np.testing.assert_allclose(first, expected, rtol=1e-5, atol=1e-5)
 
 
+class Tokens(nnx.Module):
+    """Dense layers on every token, with logits for each token or for all."""
+
+    def __init__(self, rngs, each):
+        self.first, self.second = nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 5, rngs=rngs)
+        self.head, self.each = nnx.Linear(5, CLASSES, rngs=rngs), each
+
+    def __call__(self, x):
+        h = nnx.relu(self.second(nnx.relu(self.first(x))))
+        return self.head(h if self.each else h.mean(1))
+
+
+def test_tokens_with_logits_of_their_own_are_examples_whose_entries_do_not_add_up():
+    # 16 and 25 weights are fewer than eight tokens' 32 and 40 entries, and more than the 4 and 5 of one.
+    x = inputs(6, 8, 3)
+    assert all(one is None for one in moved(Tokens(nnx.Rngs(0), each=True), x, jax.random.normal).values())
+    found = moved(Tokens(nnx.Rngs(0), each=False), x, jax.random.normal)
+    assert found["second"].shape == (6, 8, 4)
+    assert found["head"] is None  # after the mean, five entries
+
+
 def test_its_mean_is_the_jacobian_smoothed_by_the_patches_and_not_the_jacobian():
     # E y' (x) p = J P P^T, where P, the derivative of h in the first layer's weights, makes the movement p of noise.
     model, x = Net(nnx.Rngs(0)), images()

@@ -135,6 +135,41 @@ def test_on_an_event_it_calibrates_where_the_estimates_find_no_alignment(watched
     np.testing.assert_allclose(updates[0], -(2.0 if calibrated else 1.0) * w)
 
 
+@pytest.mark.parametrize("seeds", [None, 2], ids=["alone", "seeds side by side"])
+@pytest.mark.parametrize("below", [None, 0.5], ids=["on time", "on an event"])
+def test_compiled_the_true_backward_pass_runs_at_these_steps_alone_but_for_seeds_side_by_side(below, seeds):
+    rule, ran = jaxfa.grape(watch=True), []
+    tx = jaxfa.calibrate(jaxfa.optimizer(optax.sgd(0.1), rule), every=2 if below is None else 1, below=below)
+
+    @jax.custom_vjp
+    def loss(w):
+        return jnp.sum(w)
+
+    def backward(w, g):
+        jax.debug.callback(lambda w: ran.append(1), w)
+        return (g * w,)
+
+    loss.defvjp(lambda w: (loss(w), w), backward)
+
+    def step(both, state, cosine):
+        both = both[0], replace(both[1], watched=jnp.stack([cosine, jnp.ones_like(cosine)]))
+        return tx.update(both, state, both, true_gradient=lambda: jax.grad(loss)(both[0]))[1]
+
+    both = jnp.ones((3, 2)), rule.init(KEY, jnp.ones((4, 3)), jnp.ones((4, 2)))
+    state, counts = tx.init(both), []
+    if seeds:
+        both, state = (jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds), tree) for tree in (both, state))
+        step = jax.vmap(step, (0, 0, None))
+    step = jax.jit(step)
+    for cosine in (0.9, 0.1, -1.0, 0.6, 0.4):
+        state = step(both, state, jnp.asarray(cosine))
+        jax.effects_barrier()
+        counts.append(len(ran))
+    these = [0, 1, 1, 2, 2] if below is None else [0, 1, 2, 2, 3]
+    assert np.all(state.calibrations == these[-1])
+    assert counts == (these if seeds is None else [2, 4, 6, 8, 10])  # every seed at every step
+
+
 def test_a_flax_model_calibrates_by_its_plain_twin():
     rule, x = jaxfa.dfa(), inputs(9, 6)
     aligned = attach(MLP(nnx.Rngs(0)), rule, x)

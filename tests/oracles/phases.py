@@ -27,6 +27,11 @@ def jacobian(tangents, moved, tile, scale):
     return np.einsum("bi,bk->bik", mean.reshape(len(moved), -1), moved) / (scale * math.prod(counts))
 
 
+def moved_by(net, i, dw, db):
+    """``tanh'(h) (dW x + db)``: how the activation after layer ``i`` moves with its own weights, ``x`` held."""
+    return net.slope(i) * (net.layers[i](net.xs[i], dw) + db)
+
+
 def kalman(mean, variance, estimates, drift):
     """The textbook's filter of a random walk; ``variance`` is None before the first batch."""
     new, count = estimates.mean(0), len(estimates)
@@ -46,18 +51,18 @@ def watch(watched, b, estimates):
     return 0.95 * watched + 0.05 * np.array(found)
 
 
-def turn(b, estimate, shape, learning_rate, axis=0):
+def turn(b, estimate, shape, learning_rate, axis=0, *, normed=True):
     """One step up the sum of the columns' cosines, all of the map counted; then norm 1. The result is a tile again.
 
-    A column belongs to one output; with ``axis`` 1, to one unit.
+    A column belongs to one output; with ``axis`` 1, to one unit. What is not ``normed`` keeps the step's norm.
     """
     columns, goal = (whole(one, shape).reshape(-1, b.shape[-1]) for one in (b, estimate))
     norm, size = (np.linalg.norm(one, axis=axis, keepdims=True) for one in (columns, goal))
     unit = goal / size
     cosines = (columns * unit).sum(axis, keepdims=True) / norm
     columns = columns + learning_rate * (unit - cosines * columns / norm) / norm
-    columns = (columns / np.linalg.norm(columns, axis=axis, keepdims=True)).reshape(*shape, -1)
-    return columns[tuple(slice(side) for side in b.shape[:-1])]
+    columns = columns / np.linalg.norm(columns, axis=axis, keepdims=True) if normed else columns
+    return columns.reshape(*shape, -1)[tuple(slice(side) for side in b.shape[:-1])]
 
 
 def scales(log_scales, tangents, moved, tiles, rate):

@@ -21,6 +21,9 @@ OPTIONS = {
     "running mean": {"averaging": 0.9},
     "columns of units": NORMAL | {"norm_axis": 1},
     "columns of units, tiles": NORMAL | {"norm_axis": 1, "tile": 2},
+    "free columns": {"column_norm": False},
+    "free columns of outputs, tiles": NORMAL | {"column_norm": False, "tile": 2},
+    "free columns of units, tiles": NORMAL | {"column_norm": False, "norm_axis": 1, "tile": 2},
     "watched": {"watch": True, "tile": 2},
     "all": NORMAL | {"separate": True, "averaging": 0.9, "norm_axis": 1, "watch": True},
 }
@@ -55,7 +58,12 @@ def test_grapes_options_are_the_equations(name, kind, x64):
             if "averaging" in options:
                 goal = 0.9 * f.mean + 0.1 * goal
                 close(new.mean, goal)
-            close(new.b, phases.turn(f.b, goal, p.shape[1:], 0.2, options.get("norm_axis", 0)))
+            turned, wrong = (
+                phases.turn(f.b, goal, p.shape[1:], 0.2, options.get("norm_axis", 0), normed=normed)
+                for normed in (options.get("column_norm", True), not options.get("column_norm", True))
+            )
+            close(new.b, turned)
+            assert np.abs(new.b - wrong).max() > 1e-3
 
 
 @grid

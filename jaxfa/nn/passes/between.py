@@ -12,11 +12,13 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxfa.base import Initializer
 from jaxfa.jaxprs.versions import opened
+from jaxfa.nn.model.leaves import error_in
 from jaxfa.nn.model.program import Program, method_of
 from jaxfa.nn.model.variables import structs
 from jaxfa.nn.passes.modulate import First
 from jaxfa.nn.passes.stream import Walk, walked
 from jaxfa.nn.taps.tap import Tap, taps_of
+from jaxfa.rules.shared.projection import shared_axes
 
 # The tapped activations, by their taps' scopes.
 Seen = dict[str, list[jax.Array]]
@@ -50,21 +52,24 @@ def moved_by_weights(
 ) -> dict[str, Any]:
     """How much each tapped activation moves if the weights since the taps before it do; None if these are not fewer.
 
-    The tree is that of the taps' feedback. Weights are all parameters: kernels, biases, a norm's scale.
+    The tree is that of the taps' feedback. Weights are all parameters: kernels, biases, a norm's scale. Axes that the
+    logits share with an activation count as examples, whose entries are not added up.
     """
     program = Program(attached.model, method_of(attached.method), args, kwargs, _is_weight)
     weights, rest = program.states
 
-    def seen(weights: Any) -> Seen:
+    def run(weights: Any) -> tuple[Seen, jax.Array]:
         walk = Between()
-        program.run(weights, rest, prepare=walked(walk))
-        return walk.seen
+        outputs, _ = program.run(weights, rest, prepare=walked(walk))
+        return walk.seen, error_in(program.returned(outputs), attached.logits)
 
     def moved(weights: Any, changes: Any) -> Seen:
-        return jax.jvp(seen, (weights,), (changes,))[1]
+        return jax.jvp(lambda weights: run(weights)[0], (weights,), (changes,))[1]
 
     leaves, structure = jax.tree.flatten(weights)
-    fewer, perturbed = _fewer(moved, jax.eval_shape(seen, structs(weights)), structs(weights))
+    seen, logits = jax.eval_shape(run, structs(weights))
+    sizes = jax.tree.map(lambda h: math.prod(h.shape[shared_axes(h, logits) :]), seen)
+    fewer, perturbed = _fewer(moved, sizes, structs(weights))
     keys = jax.random.split(key, len(leaves))
     changes = [
         noise(one, leaf.shape, leaf.dtype) if moves else jnp.zeros_like(leaf)
@@ -85,15 +90,15 @@ def _is_weight(path: Any, value: Any) -> bool:
     return path[0] == 0 and isinstance(value, nnx.Param) and jnp.issubdtype(value.dtype, jnp.inexact)
 
 
-def _fewer(moved: Callable[..., Seen], seen: Any, weights: Any) -> tuple[Any, list[bool]]:
-    """Where fewer weights move an activation than it has entries, as a tree of these; and which weights those are."""
+def _fewer(moved: Callable[..., Seen], sizes: Any, weights: Any) -> tuple[Any, list[bool]]:
+    """Where fewer weights move an activation than its size, as a tree of these; and which weights those are."""
     jaxpr = opened(jax.make_jaxpr(moved)(weights, weights))
-    leaves, activations = jax.tree.leaves(weights), jax.tree.leaves(seen)
+    leaves, activations = jax.tree.leaves(weights), jax.tree.leaves(sizes)
     found, perturbed = [], [False] * len(leaves)
-    for at, h in enumerate(activations):
+    for at, most in enumerate(activations):
         _, used = dce_jaxpr(jaxpr, [at == other for other in range(len(activations))])
         moving = used[len(leaves) :]
         size = sum(leaf.size for leaf, moves in zip(leaves, moving, strict=True) if moves)
-        found.append(0 < size < math.prod(h.shape[1:]))
+        found.append(0 < size < most)
         perturbed = [a or (found[-1] and b) for a, b in zip(perturbed, moving, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(seen), found), perturbed
+    return jax.tree.unflatten(jax.tree.structure(sizes), found), perturbed

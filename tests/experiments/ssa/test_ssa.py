@@ -13,7 +13,7 @@ import pytest
 import jaxfa
 from experiments.common import checkpoint, data, records, sweep
 from experiments.common.train import train
-from experiments.common.trainer import Trainer
+from experiments.common.trainer import State, Trainer
 from experiments.models.networks import MLP
 from experiments.ssa import ablation, networks
 from experiments.ssa import arms as ssa_arms
@@ -61,6 +61,39 @@ def test_hoyers_penalty_on_the_papers_schedule_lowers_the_ranks_that_pruning_kee
             state = task.between(state, epoch)
         ranks[weight] = sum(jaxfa.factored.ranks(state.params).values())
     assert ranks[config.hoyer] < ranks[0.0]
+
+
+@pytest.mark.parametrize(
+    ("preset", "epochs"), [("paper", [0, 10, 20, 30, 40]), ("imagenet", [0, 10, 20]), ("cpu", [0, 1])]
+)
+def test_hoyers_penalty_is_on_in_every_tenth_epoch_of_the_first_thirty_percent_or_in_both_of_two(preset, epochs):
+    config, steps = dataclasses.replace(networks.EXPERIMENT.presets[preset], hoyer=0.3), 7
+    found = ssa_arms.hoyer(jnp.arange(config.epochs * steps), config=config, steps=steps)
+    by_epoch = np.asarray(found).reshape(config.epochs, steps)
+    assert set(by_epoch.ravel().tolist()) == {0.0, float(np.float32(0.3))}
+    np.testing.assert_array_equal(by_epoch.min(1), by_epoch.max(1))  # an epoch's steps are alike
+    assert np.flatnonzero(by_epoch[:, 0]).tolist() == epochs
+
+
+def test_hoyers_penalty_changes_a_tasks_steps_by_that_schedule_and_pruning_begins_where_it_has_ended(tiny):
+    # It is on in the epochs 0 and 2 of the first three.
+    config = networks.Config(**(TINY | {"epochs": 10, "multiple": 1, "period": 2, "hoyer": 0.3}))
+    task = ssa_arms.ssa("mlp", config, data.first(tiny, 32, 12), jaxfa.ssa(beta=0.0))
+    w = jaxfa.factored.factorise(jnp.asarray(np.random.default_rng(0).normal(size=(6, 5))), name="w")
+    s, zero = np.asarray(w.s), jax.tree.map(jnp.zeros_like, w)
+    own = 0.3 * (1 / np.linalg.norm(s) - s.sum() * s / np.linalg.norm(s) ** 3)
+    tx, update = task.optimizer, jax.jit(task.optimizer.update)
+    state, moved = tx.init(w), []
+    for _ in range(4 * 2):  # two steps an epoch
+        before = state[1][0].mu.s
+        _, state = update(zero, state, w)
+        moved.append(np.asarray((state[1][0].mu.s - 0.9 * before) / 0.1))  # what Adam was given
+    for step, given in enumerate(moved):
+        np.testing.assert_allclose(given, own if step // 2 in (0, 2) else 0 * own, atol=1e-6)
+    start = State(w, None, None, state, None, None)
+    ranks = [task.between(start, epoch).params.s.size for epoch in (1, 2, 3, 4)]
+    assert ranks[:3] == [w.s.size] * 3
+    assert ranks[3] < w.s.size
 
 
 def test_ssas_published_number_stands_beside_the_literal_reading_in_the_published_set_up_alone(tiny):
