@@ -3,7 +3,8 @@
 Claim (ours): a layer-wise rule starts in 1.3 times plain Flax's time and its steps cost what backpropagation's do; a
 direct rule starts in 1.5 times and its steps cost less, since no error travels through the layers.
 
-Command: ``make bench``, or ``python -m experiments run steps`` for this one alone, on cores that nothing else uses.
+Command: ``make bench``, or ``python -m experiments run steps`` for this one alone, on cores that nothing else uses;
+``--preset gpu`` for networks that fill a large GPU. A network named by ``--deep`` is compiled and counted, not timed.
 
 Verdict: half of it on a core. Steps of feedback alignment are level with plain Flax's, of direct feedback ahead in
 dense networks and LeNet, and level in the ResNet. Low-rank feedback costs more in wide dense layers, where the batch is
@@ -14,7 +15,8 @@ small networks alone. PyTorch's own convolutions and BatchNorm are far ahead of 
 Steps are timed in interleaved rounds, PyTorch's, where it is installed, among them; ratios are within one round. The
 start is the median of some that take turns, with nothing compiled before: the model's making, which is one median for
 all rules, ``attach``, the trace, and the compiler. A step has the rule's own phase, the gradient, and Adam's update.
-Memory and operations are read off the compiled program.
+Memory, operations and bytes are read off the compiled program. "At least" is what they would take at the rates of a
+large matrix product and of a copy, by whichever takes longer; bytes are counted as if nothing stayed in a cache.
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.benchmarks import ceilings
 from experiments.benchmarks.workloads import EXACT, PLAIN, RULES, WORKLOADS, Started, start
 from experiments.common import plots, records, timing
 from experiments.common.bounds import MAY_BE_EMPTY, among
@@ -72,14 +75,14 @@ def measure(network: str, starts: int, rounds: int) -> Measured:
             if one := start(WORKLOADS[network], name):
                 # Only the last program is kept.
                 begun[name] = [*(old._replace(run=one.run) for old in begun.get(name, [])), one]
-    # No rule has a part in the model's making.
-    making = statistics.median(one.seconds["make"] for each in begun.values() for one in each)
+    limit = ceilings.measure()
     found: Measured = {
         name: {
             "seconds": {part: statistics.median(one.seconds[part] for one in each) for part in PARTS},
-            "whole": making + statistics.median(sum(one.seconds[part] for part in PARTS[1:]) for one in each),
             "gigaflops": each[0].flops / 1e9,
+            "gigabytes": each[0].moved / 1e9,
             "mebibytes": each[0].temporary / 2**20,
+            "least": limit.least(each[0].flops / 1e9, each[0].moved / 1e9),
         }
         for name, each in begun.items()
     }
@@ -95,8 +98,9 @@ def measure(network: str, starts: int, rounds: int) -> Measured:
 def _peers(network: str) -> dict[str, Any]:
     if find_spec("torch") is None:
         return {}
+    peers = import_module("experiments.benchmarks.peers")
     inputs, labels = (np.asarray(one) for one in WORKLOADS[network].data())
-    return import_module("experiments.benchmarks.peers").steps(network, inputs, labels)
+    return peers.steps(network, inputs, labels) if network in peers.STAGES else {}
 
 
 def report(config: Config, found: dict[str, Measured]) -> Study:
@@ -105,12 +109,24 @@ def report(config: Config, found: dict[str, Measured]) -> Study:
     above, below = drawn.subplots(2, len(config.networks), squeeze=False)
     for top, bottom, name in zip(above, below, config.networks, strict=True):
         _bars(top, {rule: one["step"] for rule, one in found[name].items() if "step" in one}, f"{name}: a step")
-        whole = {rule: one["whole"] for rule, one in found[name].items() if "whole" in one}
-        starts = {rule: {"ratio": one / whole[PLAIN]} for rule, one in whole.items()}
-        _bars(bottom, starts, f"{name}: from nothing to the first")
+        begun = {rule: {"ratio": one["start"]} for rule, one in starts(found[name]).items()}
+        _bars(bottom, begun, f"{name}: from nothing to the first")
     caption = f"Times as multiples of {PLAIN}'s; of steps with the quartiles over {config.rounds} rounds."
-    tables = [Table(name, rows(one)) for name, one in found.items()]
+    tables = [Table(f"{name}, a step", step_rows(one)) for name, one in found.items()]
+    tables += [Table(f"{name}, from nothing to the first", start_rows(one)) for name, one in found.items()]
     return Study(drawn, caption, tables, findings(found), found)
+
+
+def starts(rules: Measured) -> dict[str, dict[str, float]]:
+    """How long each rule's first step takes to come, and without the model's making, as multiples of plain Flax's."""
+    seconds = {name: one["seconds"] for name, one in rules.items() if "seconds" in one}
+    # No rule has a part in the model's making.
+    making = statistics.median(one["make"] for one in seconds.values())
+    rest = {name: sum(one[part] for part in PARTS[1:]) for name, one in seconds.items()}
+    return {
+        name: {"start": (making + one) / (making + rest[PLAIN]), "without making": one / rest[PLAIN]}
+        for name, one in rest.items()
+    }
 
 
 def findings(found: dict[str, Measured]) -> list[tuple[str, str]]:
@@ -122,23 +138,31 @@ def findings(found: dict[str, Measured]) -> list[tuple[str, str]]:
                 told.append(
                     (f"{rules[rule]['step']['ratio']:.2f}x", f"the time of plain Flax: a step of {rule}, {network}.")
                 )
+        for rule in ("FA", "DFA"):
+            ratio = starts(rules)[rule]["start"]
+            told.append((f"{ratio:.2f}x", f"the time of plain Flax: {rule} from nothing to the first step, {network}."))
     return told
 
 
-def rows(rules: Measured) -> list[list[str]]:
-    """One network's table."""
-    plain = rules[PLAIN]["whole"]
-    table = [["", "step", "quartiles", "milliseconds", "GFLOP", "MiB", "start", *(f"{part}, s" for part in PARTS)]]
+def step_rows(rules: Measured) -> list[list[str]]:
+    """One network's table of steps: ratios, and what the compiled program takes."""
+    table = [["", "step", "quartiles", "milliseconds", "at least, ms", "GFLOP", "GB", "MiB"]]
     for name, one in rules.items():
-        step = one.get("step")
-        row = [name, "", "", ""]
+        step, row = one.get("step"), [name, "", "", ""]
         if step:
             spread = f"{step['low']:.2f} to {step['high']:.2f}"
             row = [name, f"{step['ratio']:.2f}", spread, f"{step['milliseconds']:.1f}"]
-        if "whole" in one:
-            row += [f"{one['gigaflops']:.2f}", f"{one['mebibytes']:.1f}", f"{one['whole'] / plain:.2f}"]
-            row += [f"{one['seconds'][part]:.2f}" for part in PARTS]
-        table.append([*row, *[""] * (len(table[0]) - len(row))])
+        counts = (("least", 1), ("gigaflops", 2), ("gigabytes", 2), ("mebibytes", 1))
+        table.append([*row, *(f"{one[key]:.{digits}f}" if key in one else "" for key, digits in counts)])
+    return table
+
+
+def start_rows(rules: Measured) -> list[list[str]]:
+    """One network's table of starts: ratios, and the seconds of every part."""
+    table = [["", "start", "without making", *(f"{part}, s" for part in PARTS)]]
+    for name, ratios in starts(rules).items():
+        parts = (f"{rules[name]['seconds'][part]:.2f}" for part in PARTS)
+        table.append([name, *(f"{one:.2f}" for one in ratios.values()), *parts])
     return table
 
 
@@ -157,7 +181,11 @@ def _bars(axes: Axes, ratios: dict[str, dict[str, float]], title: str) -> None:
 EXPERIMENT = Experiment(
     __name__,
     __doc__,
-    {"cpu": Config(), "long": Config(rounds=50)},
+    {
+        "cpu": Config(),
+        "long": Config(rounds=50),
+        "gpu": Config(networks=("mlp-4096", "resnet20-256", "resnet18", "decoder-768"), deep=(), starts=1),
+    },
     Page("What does a step cost?"),
     study=study,
 )

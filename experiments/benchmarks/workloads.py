@@ -40,26 +40,37 @@ class Workload(NamedTuple):
         keys = jax.random.split(jax.random.key(0))
         shape = (self.batch, *self.inputs)
         if len(self.inputs) == 1:
-            return jax.random.randint(keys[0], shape, 0, VOCABULARY), jax.random.randint(keys[1], shape, 0, VOCABULARY)
+            tokens = (jax.random.randint(key, shape, 0, VOCABULARY) for key in keys)
+            return next(tokens), next(tokens)
         return jax.random.normal(keys[0], shape), jax.random.randint(keys[1], (self.batch,), 0, CLASSES)
 
 
-def _resnet(repeats: int) -> Workload:
+def _mlp(width: int, depth: int, batch: int) -> Workload:
+    shape = (28, 28, 1)
+    return Workload(lambda rngs: MLP(shape, CLASSES, (width,) * depth, rngs=rngs), shape, batch)
+
+
+def _resnet(repeats: int, batch: int = 128, **sizes: Any) -> Workload:
     shape = (32, 32, 3)
-    return Workload(lambda rngs: ResNet(shape, CLASSES, repeats=repeats, rngs=rngs), shape, batch=128, at=BLOCKS)
+    return Workload(lambda rngs: ResNet(shape, CLASSES, repeats=repeats, **sizes, rngs=rngs), shape, batch, BLOCKS)
+
+
+def _decoder(width: int, heads: int, context: int) -> Workload:
+    sizes = {"context": context, "width": width, "depth": 12, "heads": heads}
+    return Workload(lambda rngs: GPT(VOCABULARY, **sizes, rngs=rngs), (context,), 16, ("embedding", "blocks/*"))
 
 
 WORKLOADS = {
-    "mlp": Workload(lambda rngs: MLP((28, 28, 1), CLASSES, (1024,) * 4, rngs=rngs), (28, 28, 1), batch=256),
+    "mlp": _mlp(1024, 4, batch=256),
     "lenet": Workload(lambda rngs: LeNet((28, 28, 1), CLASSES, rngs=rngs), (28, 28, 1), batch=256),
     "resnet20": _resnet(3),
     "resnet56": _resnet(9),
-    "decoder": Workload(
-        lambda rngs: GPT(VOCABULARY, context=CONTEXT, width=128, depth=12, heads=4, rngs=rngs),
-        (CONTEXT,),
-        batch=16,
-        at=("embedding", "blocks/*"),
-    ),
+    "decoder": _decoder(128, 4, CONTEXT),
+    # What fills a large GPU.
+    "mlp-4096": _mlp(4096, 8, batch=4096),
+    "resnet20-256": _resnet(3, batch=256),
+    "resnet18": _resnet(2, batch=256, widths=(64, 128, 256, 512)),
+    "decoder-768": _decoder(768, 12, 256),
 }
 RULES: dict[str, tuple[jaxfa.Rule | None, jaxfa.stacks.Schedule]] = {
     PLAIN: (None, jaxfa.stacks.stored),
@@ -84,6 +95,7 @@ class Started(NamedTuple):
       run: takes one step and returns its seconds.
       seconds: of ``make``, ``attach``, ``trace`` and ``compile``.
       flops: operations of a step, by XLA's count.
+      moved: bytes that a step reads and writes, by XLA's count.
       temporary: bytes that the program allocates beside inputs and outputs.
       given: bytes of its inputs.
     """
@@ -91,6 +103,7 @@ class Started(NamedTuple):
     run: Callable[[], float]
     seconds: dict[str, float]
     flops: float
+    moved: float
     temporary: int
     given: int
 
@@ -130,7 +143,8 @@ def start(workload: Workload, name: str) -> Started | None:
 
     cost = compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
-    return Started(run, seconds, cost.get("flops", 0.0), memory.temp_size_in_bytes, memory.argument_size_in_bytes)
+    counted = cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)
+    return Started(run, seconds, *counted, memory.temp_size_in_bytes, memory.argument_size_in_bytes)
 
 
 def _step(graph: Any, learned: Any, refines: bool, arrays: Any, batch: Any) -> Any:

@@ -15,6 +15,7 @@ WHY = {
     "gpu15": "it takes a quarter of an hour of a GPU",
     "paper": "the published size takes a GPU for hours or days",
     "imagenet": "it takes a GPU for days",
+    "gpu": "it takes a quarter of an hour of a GPU",
     "long": "more rounds of the same",
     "large": "it takes a large machine",
 }
