@@ -9,8 +9,9 @@ Command: ``make bench``, or ``python -m experiments run steps`` for this one alo
 Verdict: half of it on a core. Steps of feedback alignment are level with plain Flax's, of direct feedback ahead in
 dense networks and LeNet, and level in the ResNet. Low-rank feedback costs more in wide dense layers, where the batch is
 as small as the rank, and learned direct feedback more in the ResNet: XLA:CPU moves the reshapes of BatchNorm before it
-looks for what is computed twice, and so runs the forward pass once more. FA's and DFA's starts keep the promise in the
-small networks alone. PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a CPU, whatever the rule.
+looks for what is computed twice, and so runs the forward pass once more. Starts under FA and DFA keep the promise,
+learned feedback takes longer; without the model's making, most of a start, FA comes close, and one direct matrix for
+all layers keeps it. PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a CPU, whatever the rule.
 
 Steps are timed in interleaved rounds, PyTorch's, where it is installed, among them; ratios are within one round. The
 start is the median of some that take turns, with nothing compiled before: the model's making, which is one median for
@@ -154,7 +155,8 @@ def step_rows(rules: Measured) -> list[list[str]]:
             row = [name, f"{step['ratio']:.2f}", spread, f"{step['milliseconds']:.1f}"]
         counts = (("least", 1), ("gigaflops", 2), ("gigabytes", 2), ("mebibytes", 1))
         table.append([*row, *(f"{one[key]:.{digits}f}" if key in one else "" for key, digits in counts)])
-    return table
+    filled = [i for i, column in enumerate(zip(*table[1:], strict=True)) if any(column)]
+    return [[row[i] for i in filled] for row in table]
 
 
 def start_rows(rules: Measured) -> list[list[str]]:
