@@ -24,7 +24,8 @@ _HEAD = """# Results
 
 What was run, by which command, with seeds, spread, versions and device. `make results` makes this page of the data in
 `experiments/*/results/`. The order counts the pairs of arms that stand as published, in each table of the published
-set-up in turn: all images, the published network's size, many epochs.
+set-up in turn: all images, the published network's size, many epochs. Where this page shows the table alone, each
+paper's own page is the README in its folder under `experiments/`.
 
 | question | does the claim hold here? | order |
 | --- | --- | --- |"""

@@ -58,7 +58,7 @@ def _gaps(found: dict[str, Any], known: dict[str, Any], epoch: str) -> list[str]
         text = f"{full_title(arm)} {ours:+.{metric.digits}f} (published {theirs:+.{metric.digits}f})"
         (holds if abs(ours - theirs) <= metric.close else fails).append(text)
     lines = [f"- Gaps to the reference that hold within {metric.margin}: {'; '.join(holds)}."] if holds else []
-    return lines + ([f"- Gaps that do not: {'; '.join(fails)}."] if fails else [])
+    return lines + ([f"- Gaps to the reference that do not hold: {'; '.join(fails)}."] if fails else [])
 
 
 def _order(found: dict[str, Any], known: dict[str, Any], epoch: str) -> list[str]:

@@ -9,7 +9,7 @@ One option at a time is turned on, in the network of ``grape_shallow`` on images
 repeats the feedback over the map; below a dense layer the Jacobian does not repeat, so that most of it is lost.
 
 Verdict: tiles do it, the only option whose turn is beyond its error: scales turn nothing and the mean little, alone or
-together. Accuracy does not tell in so short a training. So :func:`jaxfa.grape` has no tile by default. Noise in weights
+together. Accuracy does not tell in so short a training. So ``jaxfa.grape`` has no tile by default. Noise in weights
 leaves the first layer where noise in activations does, and turns the others away; they learn less by it.
 """
 

@@ -152,7 +152,7 @@ def test_a_verdict_tells_the_published_gaps_and_the_order_that_are_ours_from_tho
     assert holds == (
         "- Gaps to the reference that hold within 1 point: near -2.0 (published -2.5); level -1.6 (published -1.0)."
     )
-    assert fails == "- Gaps that do not: far -30.0 (published -0.5)."
+    assert fails == "- Gaps to the reference that do not hold: far -30.0 (published -0.5)."
     assert order == "- **Order: 3 of 6 pairs of arms stand as published.**"
     assert level == "- Within twice the standard error: level before near."
     assert other == "- The other way round: far before near; far before level."
