@@ -10,7 +10,7 @@ the letter. The Jacobian is exact: the mean over the batch of every example's ow
 weights where they have fewer dimensions than the map, as the first kernel has (72 against 512): a rule of its own here,
 by which the first layer's feedback ends elsewhere. What it estimates in expectation is known exactly, too: every
 example's Jacobian where its ReLU is open, summed over positions by the products of their patches. Its cosine, along the
-training by perturbed weights, is the bias.
+training by perturbed weights, is the bias: of one batch, while feedback averages over many.
 
 Verdict: the lemma holds and says nothing here. Its guarantee is empty in both layers to the end, where the feedback is
 close to the Jacobian; what perturbed weights estimate is far from it, also in expectation, and so is the feedback that
