@@ -123,8 +123,9 @@ def _fair(experiment: Experiment, found: dict[str, Any]) -> dict[str, Any]:
 def _title(paper: str) -> str:
     first = (FOLDER / paper / "__init__.py").read_text().split('"""')[1].strip().splitlines()[0]
     return (
-        f"# {first.rstrip('.')}\n\nMade by `make results` from `results/*.json`, which hold every arm's course, seeds, "
-        "versions and commit. Accuracies are of the last epoch on the test images.\n"
+        f"# {first.rstrip('.')}\n\nMade by `make results` from `results/*.json`, which hold seeds, versions, commit "
+        "and every arm's course; those of studies hold their tables instead. Accuracies are of the last epoch on the "
+        "test images.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""How many directions a layer's activations, errors and gradients span: measured after every epoch."""
+"""How many directions a layer's activations, errors and gradients span: measured along a training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,9 @@ from experiments.common.trainer import State, Trainer
 from experiments.rank_collapse.spectra import Trajectory
 
 
-def ranks(trainer: Trainer, *, probe: int, blocks: tuple[str, ...]) -> Callable[[State], dict[str, Any]]:
+def ranks(
+    trainer: Trainer, *, probe: int, blocks: tuple[str, ...], epochs: int = 0, every: int = 1
+) -> Callable[[State], dict[str, Any]]:
     """What measures the loss on a probe and the effective ranks, ``{kind: {layer: (seeds,)}}``.
 
     Within a batch, the probe: ``error`` and ``channels``, the loss's gradient in a layer's output, as a row per image
@@ -25,11 +27,17 @@ def ranks(trainer: Trainer, *, probe: int, blocks: tuple[str, ...]) -> Callable[
         :func:`experiments.rank_collapse.spectra.remember`.
       probe: how many training images the ranks within a batch are of, the first, unaugmented.
       blocks: the modules at the paths that begin with one of these hand activations on.
+      epochs: how many there will be.
+      every: epochs from one measurement to the next, counted back from the last; before the first step there is one,
+        too, and after other epochs none.
     """
     images = tuple(array[:probe] for array in trainer.data)
     signals_of = trainer.of_seeds(lambda state, x, y: _signals(trainer, state, x, y, blocks), (0, None, None))
 
     def measure(state: State) -> dict[str, Any]:
+        epoch = int(state.step[0]) // trainer.steps
+        if epoch and (epochs - epoch) % every:
+            return {}
         loss, found = jax.device_get(signals_of(state, *images))
         (last,) = (one for one in jax.tree.leaves(state.optimizer, is_leaf=_is_trajectory) if _is_trajectory(one))
         matrices = found | {"trajectory": _by_layer(last.rows)}

@@ -1,5 +1,7 @@
 """The lemma beside what happens: the bound is one, and perturbed weights see the Jacobian through patches."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,3 +25,21 @@ def test_what_came_of_it_is_each_layers_cosine_beside_its_guarantee():
     assert (first, second, bias) == ("0.90", "0.50", "0.35")
     assert said == "is the cosine of feedback and Jacobian in the first layer; the lemma grants 0.00."
     assert granted.endswith("in the second layer; the lemma grants 0.50.")
+
+
+def test_what_perturbed_weights_estimate_in_expectation_is_the_mean_of_their_estimates():
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = ((4, 8, 8, 1), (3, 3, 1, 8), (3, 3, 8, 8), (128, 10))
+    x, *params = (jax.random.normal(*one) for one in zip(keys, shapes, strict=False))
+    taps = [jnp.zeros((4, 8, 8, 8)), jnp.zeros((4, 4, 4, 8))]
+
+    def estimate(key):
+        p, _ = bound._moved(params[0], x, key, jax.random.normal)
+        moved = jax.jvp(lambda taps: bound.above(params, x, taps), (taps,), ([p, taps[1]],))[1]
+        return jnp.einsum("nhwc,no->ohwc", p, moved) / len(x)
+
+    found = jax.lax.map(estimate, jax.random.split(keys[4], 4000)).mean(0)
+    each = jax.vmap(lambda one: jax.jacrev(lambda tap: bound.above(params, one[None], [tap, 0.0])[0])(taps[0][:1]))(x)
+    wanted = bound.expected(params[0], x, each[:, :, 0])
+    assert jnp.linalg.norm(found - wanted) < 0.15 * jnp.linalg.norm(wanted)
+    assert bound._cosine(wanted, each.mean(0)[:, 0]) < 0.8

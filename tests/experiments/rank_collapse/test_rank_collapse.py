@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -206,11 +207,13 @@ def test_the_experiment_and_its_report(tiny, optimized, tmp_path):
 
 
 @pytest.mark.long
-def test_resnet18_runs_and_stands_beside_the_published_numbers(tiny, optimized, tmp_path):
+def test_resnet18_runs_and_stands_beside_the_published_numbers(tiny, optimized, tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_collapse, "as_published", lambda *_: True)
     options = SMALL | {"widths": (2, 3), "epochs": 1, "images": None, "test_images": None}
     config = rank_collapse.Config(**options, network="resnet18", trainings=("fa", "fa-norm"), out=tmp_path / "run")
     text = sweep.run(rank_collapse.EXPERIMENT, config).read_text()
-    assert all(f">{number}<" in text for number in ("1.4", "37.1", "third party, accuracy, %"))
+    assert all(f">{number}<" in text for number in ("1.4", "37.1"))
+    assert "accuracy, published (a third party" in text
     found = records.read(config.out / "fa-norm")[-1]["rank"]
     assert len(found["error"]) == 1 + 2 * 4 + 1 + 1  # the stem, four blocks, one shortcut, the head
     assert set(found["error"]) - set(found["trajectory"]) == {"stem/layers/0/conv", "head"}
@@ -269,10 +272,35 @@ def test_normalisation_can_be_left_out(normalised):
 
 def test_findings_are_the_gains_and_the_ratios_of_ranks():
     histories = {"fa": history([2.3, 1.9], [10, 20]), "bp": history([2.3, 1.9], [10, 40])}
-    found = rank_report.findings(histories, 1.9)
+    found = rank_report.findings(histories, 1.9, False)
     assert found[0][0] == "0.50"
     assert "fa's rank of errors over channels to bp's at loss 1.90" in found[0][1]
     better = [record | {"test_accuracy": [0.3]} for record in history([2.3, 1.9], [10, 20])]
-    assert not rank_report.findings(histories, np.nan)
-    (gain,) = rank_report.findings({"fa-norm": history([2.3, 1.9], [10, 20]), "fa-norm-muon": better}, 1.9)
-    assert gain[0] == "+20.0"
+    assert not rank_report.findings(histories, np.nan, False)
+    pair = {"fa-norm": history([2.3, 1.9], [10, 20]), "fa-norm-muon": better}
+    (gain,) = rank_report.findings(pair, 1.9, False)
+    assert gain == ("+20.0", "points by Muon on top of normalisation.")
+    assert rank_report.findings(pair, 1.9, True)[0][1].endswith("normalisation; the paper's own is +9.")
+
+
+def test_epochs_without_ranks_leave_the_others_where_they_are():
+    every = history([2.3, 2.1, 1.8], [10, 20, 30])
+    rarely = [every[0], {"test_accuracy": [0.5]}, every[2]]
+    assert rank_report.matched_loss({"fa": rarely}, 10) == 1.8
+    np.testing.assert_array_equal(rank_report.hidden(rarely, "error"), [[20, 60]])
+    assert rank_report.at_loss(rarely, np.array([[10.0, 30.0]]), 2.05)[0] == pytest.approx(20)
+    _, fa = rank_report.table({"fa": rarely}, 1.8, False)
+    assert fa[1:4] == ["10.0", "50.0", "1.8"]
+
+
+def test_ranks_are_measured_at_the_start_at_the_end_and_between_as_often_as_asked():
+    trainer = SimpleNamespace(
+        of_seeds=lambda function, axes: lambda *_: (np.ones(1), {}),
+        coverage=SimpleNamespace(rows=[]),
+        data=(np.ones(2), np.ones(2)),
+        steps=3,
+    )
+    measure = measure_ranks(trainer, probe=1, blocks=(), epochs=7, every=3)
+    optimizer = spectra.Trajectory(jnp.zeros(()), {})
+    states = [SimpleNamespace(step=np.array([3 * epoch]), optimizer=optimizer) for epoch in range(8)]
+    assert [epoch for epoch, state in enumerate(states) if "rank" in measure(state)] == [0, 1, 4, 7]

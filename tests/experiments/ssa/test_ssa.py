@@ -42,7 +42,9 @@ def test_ranks_fall_and_costs_with_them(tiny, tmp_path):
     assert all(top >= one for top, one in zip(history[-1]["top_five"], history[-1]["test_accuracy"], strict=True))
     numbers = records.read_json(tmp_path / "study.json")["numbers"]
     costs = numbers["costs"]
-    assert costs["mlp-parallel-weights"]["inference"] < costs["mlp-bp"]["inference"]
+    assert set(costs) == {f"mlp-{arm}" for arm in networks.COUNTED}
+    for arm in ("svd_bp", "parallel-weights", "sequential-feedback"):
+        assert costs[f"mlp-{arm}"]["inference"] < costs["mlp-bp"]["inference"]
     assert numbers["ends"]["mlp-parallel-weights"]["rank"] < 0.9
 
 
