@@ -55,7 +55,9 @@ EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {
-        "cpu": Config(ranks=(10,), shrink=2, epochs=6, images=10_000, test_images=5000, batch=100, learning_rate=2e-3),
+        "cpu": Config(
+            ranks=(10, 64), shrink=2, epochs=6, images=10_000, test_images=5000, batch=100, learning_rate=2e-3
+        ),
         "full": Config(ranks=(1, 2, 4, 8, 10, 16, 64), epochs=40, width=128, feedback_rate=FEEDBACK_RATE / 28),
     },
     Page("How many dimensions does an error through time need?"),
