@@ -117,7 +117,7 @@ EXPERIMENT = Experiment(
     __doc__,
     {
         "cpu": Config(
-            ranks=(2, 10, 32, 64),
+            ranks=(10, 32, 64),
             variants=("both", "local", "fixed"),
             shrink=2,
             epochs=8,
