@@ -9,7 +9,11 @@ Accuracy is over pixels, 14 x 14 of them, binary at half the brightness; to call
 layer has ``hidden[1]`` units, which bounds what any rank can carry past it. The dimension of the output's error is its
 participation ratio, a row per training image, a column per pixel.
 
-Verdict: holds. A rank of the number of classes falls short of backpropagation; a higher one comes close.
+Verdict: half of it. The number of classes is too low a rank, and a higher one gains much. But what suffices is not the
+dimension of the output's error, which by backpropagation is higher than every rank here: beyond the width of the narrow
+layer a rank gains next to nothing, most likely since no error has more dimensions below that layer, and no rank reaches
+backpropagation. A random ``Q`` behind a ``P`` that learns is level at the number of classes, and behind at higher
+ranks; fixed factors are behind at every rank.
 """
 
 import dataclasses
