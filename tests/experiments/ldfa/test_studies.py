@@ -224,9 +224,12 @@ def test_fields_are_told_at_the_least_rank_beside_backpropagations():
 
 def test_operations_are_told_at_their_least():
     steps = {"mlp": {"fractions": (1.0, 0.5, 0.25), "P and Q learned": [2.0, 1.5, 0.9]}}
-    runs = {"bp": [None, [2.0]], "rank-2": [2, [None]], "rank-4": [4, [3.0]], "rank-8": [8, [5.0]]}
+    runs = {"bp": [None, [1.0, 3.0]], "rank-2": [2, [None, 1]], "rank-4": [4, [3.0, 3.0]], "rank-8": [8, [5.0, 5.0]]}
     curve = {name: {"rank": rank, "operations": spent} for name, (rank, spent) in runs.items()}
     assert list(ldfa_cost.findings(steps, curve, "42 %")) == [
         ("0.90 x", "backpropagation's operations of a backward pass: mlp at rank 0.25 m."),
-        ("1.50 x", "backpropagation's operations to 42 %, at the cheapest rank: rank-4."),
+        (
+            "1.50 ± 0.00 x",
+            "backpropagation's operations to 42 %, at the cheapest rank: rank-4; backpropagation's own: 1.00 ± 0.71.",
+        ),
     ]

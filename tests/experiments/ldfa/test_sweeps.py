@@ -1,6 +1,7 @@
 """LDFA's sweeps: every arm as it says, beside the published numbers, and Q by reconstruction."""
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,8 @@ def configured(name, **options):
         ("ldfa_rank_mlp", {"variants": ("B3-exact",)}, {"B3-exact-2": None, "narrow": 58.1}),
         ("ldfa_rank_mlp", {"variants": DIRECT[2:]}, {"direct-output-2": None}),
         ("ldfa_rank_mlp", {"variants": DIRECT[:2]}, {"direct-2": 49.2, "direct-local-2": None}),
+        ("ldfa_rank_mlp", {"variants": get_args(rank_mlp.FactorName)[:5]}, {"direct-convolutional-2": None}),
+        ("ldfa_rank_mlp", {"variants": get_args(rank_mlp.FactorName)[3:]}, {"direct-output-fixed-2": None}),
         ("ldfa_rank_mlp", {"classes": (2, 3), "variants": ("both",)}, {"2-classes-both-2": None, "3-classes-bp": None}),
         ("ldfa_autoencoder", {}, {"both-2": None}),
         ("ldfa_cnn", {"retina": (32,) * 2, "cortex": (32,) * 3, "ranks": (4,)}, {"bp": 84.3, "hebbian-4": 75.2}),
@@ -81,6 +84,18 @@ def test_pixels_are_labelled_by_their_brightness(mock):
     assert found.train_labels.shape == (40, 192)
     assert found.classes == 2
     np.testing.assert_array_equal(found.test_labels[3], mock.test_images[3].ravel() > 127)
+
+
+def test_the_dimension_of_an_outputs_error_is_that_of_the_losss_gradient(mock):
+    trainer = Trainer(next(configured("ldfa_autoencoder")).task, (0, 1))
+    state = trainer.init()
+    found = autoencoder.output_error(trainer)(state)["error_dimension"]
+    model = trainer.model(jax.tree.map(lambda leaf: leaf[1], state))
+    model.eval()
+    images, labels = trainer.data
+    errors = jax.grad(trainer.task.loss)(model(trainer.inputs(images)), labels)
+    assert found.shape == (2,)
+    assert found[1] == pytest.approx(float(jaxfa.diagnostics.participation_ratio(errors[..., 1])), rel=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(9, 5), pytest.param((3, 3, 2, 5), marks=pytest.mark.long)])
