@@ -5,10 +5,10 @@ sqrt(1 - a^2) sqrt(1 - b^2)``. It is tight, and says nothing where ``a^2 + b^2 <
 
 Command: ``python -m experiments run grape_bound``, a minute (no data needed).
 
-Two convolutions (3x3, 8 channels, the second strided) and a linear layer learn scikit-learn's digits by the rule to
-the letter. The Jacobian is exact: the mean over the batch of every example's own, by reverse mode. The paper perturbs
-weights where they have fewer dimensions than the map, as the first kernel has (72 against 512): a rule of its own here,
-by which the first layer's feedback ends elsewhere. What it estimates in expectation is known exactly, too: every
+Two convolutions (3x3, 8 channels, the second strided) and a linear layer learn scikit-learn's digits, with noise in
+activations. The Jacobian is exact: the mean over the batch of every example's own, by reverse mode. To the letter,
+weights are perturbed where they have fewer dimensions than the map, as the first kernel has (72 against 512): another
+rule, by which the first layer's feedback ends elsewhere. What it estimates in expectation is known exactly, too: every
 example's Jacobian where its ReLU is open, summed over positions by the products of their patches. Its cosine, along the
 training by perturbed weights, is the bias: of one batch, while feedback averages over many.
 
@@ -38,14 +38,14 @@ from jaxfa.base import Initializer, keep
 from jaxfa.rules import ForwardPass
 
 LAYERS = {"first layer": plots.BLUE, "second layer": plots.GREEN}
-LETTER, WEIGHTS = "GrAPE to the letter", "the same, weights perturbed"
+ACTIVATIONS, LETTER = "GrAPE, activations perturbed", "GrAPE to the letter"
 RULES: dict[str, tuple[jaxfa.Rule, str]] = {
     "backpropagation": (jaxfa.backprop(), plots.GREY),
     "DFA": (jaxfa.dfa(), plots.VERMILLION),
-    LETTER: (jaxfa.rules.published_grape(weights=False), plots.BLUE),
-    WEIGHTS: (jaxfa.rules.published_grape(), plots.PURPLE),
+    ACTIVATIONS: (jaxfa.rules.published_grape(weights=False), plots.BLUE),
+    LETTER: (jaxfa.rules.published_grape(), plots.PURPLE),
 }
-# One batch's estimate itself, by the letter's perturbations.
+# One batch's estimate itself, by perturbations of activations.
 ESTIMATOR = jaxfa.fdfa(learning_rate=1.0, perturbation=jax.random.normal)
 CAPTION = (
     "(a) Cosines with the exact Jacobian along training, and the lemma's bound (dotted). (b) A point for every step "
@@ -70,14 +70,14 @@ def study(config: Config, _: Histories) -> Study:
     seeds, late = range(config.seed, config.seed + config.seeds), slice(-max(1, config.steps // 4), None)
     found = {name: [follow(rule, config, seed) for seed in seeds] for name, (rule, _) in RULES.items()}
     cosines, bias = (
-        np.stack([one[key] for one in found[rule]]) for rule, key in ((LETTER, "cosines"), (WEIGHTS, "bias"))
+        np.stack([one[key] for one in found[rule]]) for rule, key in ((ACTIVATIONS, "cosines"), (LETTER, "bias"))
     )
     rows = [["last quarter of the steps", "a", "b", "the lemma's bound", "cos(B, J)"]]
     for name, measured in zip(LAYERS, np.moveaxis(cosines[:, late].mean(1), 1, 0), strict=True):
         a, b, c = measured.T
         rows.append([name, *map(shown, (a, b, _bound(a, b), c))])
-    weights = np.stack([one["cosines"][late, 0, 2].mean() for one in found[WEIGHTS]])
-    rows.append(["first layer, its weights perturbed", "", "", "", shown(weights)])
+    weights = np.stack([one["cosines"][late, 0, 2].mean() for one in found[LETTER]])
+    rows.append(["first layer, to the letter: its weights perturbed", "", "", "", shown(weights)])
     rows.append(["first layer, what that estimates in expectation", "", "", "", shown(bias[:, late].mean(1))])
     accuracies = {name: 100 * np.stack([one["accuracy"] for one in runs]) for name, runs in found.items()}
     ends = [[name, shown(one[:, late].mean(1), 1)] for name, one in accuracies.items()]
