@@ -68,6 +68,7 @@ EXPERIMENT = Experiment(
             learning_rate=3e-3,
             seeds=1,
             apart=True,
+            save_every=1,
             minutes=8.0,
         ),
         "paper": Config(epochs=200, batch=256),

@@ -161,6 +161,7 @@ EXPERIMENT = Experiment(
             steps=50,
             seeds=1,
             apart=True,
+            save_every=1,
             minutes=11.0,
         ),
         "paper": Config(

@@ -180,6 +180,7 @@ EXPERIMENT = Experiment(
             epochs=60,
             batch=128,
             apart=True,
+            save_every=1,
             minutes=10.0,
         ),
         "paper": Config(epochs=160, **PAPER),

@@ -216,6 +216,7 @@ EXPERIMENT = Experiment(
             batch=128,
             seeds=1,
             apart=True,
+            save_every=1,
             minutes=11.0,
         ),
         "paper": Config(

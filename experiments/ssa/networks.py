@@ -231,7 +231,15 @@ EXPERIMENT = Experiment(
         # take twice that, and 6 ms more of retractions: 15 s for an epoch of all nine arms, 5 minutes for 20. Ranks in
         # multiples of 128 change a few times, and each time the five arms compile anew for a minute, side by side.
         "gpu15": Config(
-            networks=("vgg13",), costs=False, epochs=20, batch=256, multiple=128, seeds=1, apart=True, minutes=11.0
+            networks=("vgg13",),
+            costs=False,
+            epochs=20,
+            batch=256,
+            multiple=128,
+            seeds=1,
+            apart=True,
+            save_every=1,
+            minutes=11.0,
         ),
         "paper": Config(**ssa_arms.PAPER),
         "imagenet": Config(
