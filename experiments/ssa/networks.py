@@ -227,20 +227,7 @@ EXPERIMENT = Experiment(
     {
         "cpu": Config(networks=("mlp", "vgg5", "resnet8"), **ssa_arms.CPU),
         "betas": Config(networks=("resnet8",), betas=(0.0, 0.1, 1.0), costs=False, **ssa_arms.CPU),
-        # A step of 256 images is some 3 ms on an H100, where ResNet-18 takes 8.2 for 2.4 times the operations; factors
-        # take twice that, and 6 ms more of retractions: 15 s for an epoch of all nine arms, 5 minutes for 20. Ranks in
-        # multiples of 128 change a few times, and each time the five arms compile anew for a minute, side by side.
-        "gpu15": Config(
-            networks=("vgg13",),
-            costs=False,
-            epochs=20,
-            batch=256,
-            multiple=128,
-            seeds=1,
-            apart=True,
-            save_every=1,
-            minutes=11.0,
-        ),
+        "gpu15": Config(networks=("vgg13",), costs=False, **ssa_arms.GPU15),
         "paper": Config(**ssa_arms.PAPER),
         "imagenet": Config(
             dataset="imagenet64", networks=("vgg13", "resnet32"), epochs=90, batch=256, seeds=1, save_every=1
