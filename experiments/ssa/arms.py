@@ -37,9 +37,9 @@ CPU: dict[str, Any] = {
     "shrink": 2,
     "multiple": 4,
 }
-# A step of 256 images of VGG-13 is some 3 ms on an H100, where ResNet-18 takes 8.2 for 2.4 times the operations; factors
-# take twice that, and 6 ms more of retractions: 15 s for an epoch of all nine arms, 5 minutes for 20. Ranks in multiples
-# of 128 change a few times, and each time the five arms compile anew for a minute, side by side.
+# A step of 256 images of VGG-13 is some 3 ms on an H100, where ResNet-18 takes 8.2 for 2.4 times the operations;
+# factors take twice that, and 6 ms more of retractions: 15 s for an epoch of all nine arms, 5 minutes for 20. Ranks in
+# multiples of 128 change a few times, and each time the five arms compile anew for a minute, side by side.
 GPU15: dict[str, Any] = {
     "epochs": 20,
     "batch": 256,
