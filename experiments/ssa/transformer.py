@@ -2,7 +2,7 @@
 
 Claim (Roy, Apolinario, Das Biswas and Roy 2025): none; transformers are the paper's future work.
 
-Command: ``python -m experiments run ssa_transformer``, 12 minutes.
+Command: ``python -m experiments run ssa_transformer``, 17 minutes.
 
 Every linear layer of the blocks and the head are factors, and so are attention's four projections. Read sequentially,
 errors go from layer to layer through factored feedback, and through attention's own softmax and products exactly.
@@ -11,7 +11,8 @@ and to the blocks' outputs, below which it is exact.
 
 Verdict: only the sequential reading whose alignment pulls the feedback, which is weight transport, is ahead of DFA, and
 close to SVD training by backpropagation. The literal pull, of the weights to random matrices, aligns the sequential
-reading well and still ends behind DFA.
+reading well, and still leaves either reading behind DFA and worse off than no alignment does, most likely since weights
+that serve the pull serve the task less.
 """
 
 import dataclasses
