@@ -17,8 +17,8 @@ are ours: a retraction in the place of ``L_ortho``, and alignment that pulls the
 
 Verdict: half of it. Without the cross-entropy's gradient hardly anything is learned, without orthogonality accuracy is
 lost beyond its error. Alignment is worth nothing here, most likely since weights that follow random matrices pay for
-it, and turns updates by no more than the error; feedback that follows the weights, which is transport, gains. A
-retraction does what the loss does.
+it, and turns updates by no more than the error; feedback that follows the weights, which is transport, gains no more
+than the error. A retraction does what the loss does.
 """
 
 import dataclasses
