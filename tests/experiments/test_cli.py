@@ -358,8 +358,8 @@ def test_all_are_run_one_after_the_other_and_the_next_time_those_that_were_left(
     run_all([], run)
     assert seen == [*EXPERIMENTS, "compare", "grape_deep", "memory"]
     assert "compare-cpu.json" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="No experiment has the preset 'gpu'"):
-        run_all(["--preset", "gpu"], run)
+    with pytest.raises(ValueError, match="No experiment has the preset 'tpu'"):
+        run_all(["--preset", "tpu"], run)
 
 
 def test_compiled_programs_are_kept_where_nobody_said_otherwise(tmp_path, monkeypatch):
