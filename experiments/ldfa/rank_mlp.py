@@ -17,7 +17,7 @@ moments of the training images used; in the direct rule the error at the last hi
 weights, theirs through a learned ``Q P`` of full rank, and their ``P`` learns from errors of which every unit has
 deviation 1. ``Q`` shares the weights' Adam and L2 penalty, as there.
 
-The preset ``direct``, 5 minutes, asks which factor must learn where the error comes directly, from two sources, and
+The preset ``direct``, 4 minutes, asks which factor must learn where the error comes directly, from two sources, and
 what a structure costs: units in a row whose ``P`` and ``Q`` reach neighbours alone, at first or for good, or by the
 same weights everywhere, a convolution. There is no direct ``Q`` by reconstruction: it rebuilds one linear layer's input
 from its output, and between a layer and a distant source lie others that are not linear. The factors of a convolutional
@@ -34,7 +34,9 @@ CIFAR-10, by more with as many classes of CIFAR-100, where a higher rank brings 
 not rank that is missing, but most likely time: the feedback is still turning to the weights when training ends. With
 more classes accuracy rises on beyond ten. A network as narrow as the error is far worse. At the rank of the number of
 classes, behind a ``P`` that learns, a random ``Q`` is level with one that learns; where ``P`` is fixed, learning ``Q``
-helps no more than the error.
+helps no more than the error. Below that rank, directly from the last hidden layer, neither which factor learns nor a
+structure makes a difference beyond the error; from the output a ``P`` that learns is far behind one that does not, most
+likely since all layers then follow the same few classes.
 """
 
 import dataclasses
