@@ -37,7 +37,6 @@ SWEEPS = {
         "batch": 4,
         "images": 9,
     },
-    "ldfa_autoencoder": {"ranks": (2,), "hidden": (4,), "shrink": 4},
     "ldfa_cnn": {"variants": ("local",), "ranks": (2,), "retina": (2,), "cortex": (2,), "hidden": 4, "window": 3},
     "ldfa_rank_mlp": {"ranks": (2,), "variants": ("B3",), "width": 4, "narrow": 64, "shrink": 1},
     "ldfa_rnn": {"variants": ("rebuilt",), "ranks": (2,), "width": 4, "shrink": 4},
@@ -52,6 +51,7 @@ STUDIES = {
     "growth": {"depth": (1,), "width": (8,), "batch": (4,), "classes": (3,), "length": (4,), "rounds": 2},
     "grape_bound": {"steps": 4, "batch": 8, "seeds": 1},
     "grape_first_layer": {"shrink": 1, "variants": ("letter", "scaled")},
+    "ldfa_autoencoder": {"ranks": (2,), "hidden": (4,), "shrink": 4},
     "ldfa_cost": {
         "networks": ("mlp",),
         "fractions": (0.5,),
