@@ -33,11 +33,22 @@ def findings(arms: Arms, metric: Metric = METRICS["accuracy"], epoch: str = "bes
       A list, empty where there is nothing to tell.
     """
     groups = dict.fromkeys(arm["group"] for arm in arms.values())
-    return [found for group in groups for found in _least(arms, group, metric, epoch)] or _overall(arms, metric)
+    told: dict[tuple[str, str, str], list[str]] = {}
+    for group in groups:
+        for first, axis, published in _least(arms, group, metric, epoch):
+            told.setdefault((first, axis, published), []).append(f"“{group}”")
+    return [
+        (first, f"is the least {axis} at which {_either(of)} comes within {metric.margin} of its reference{published}.")
+        for (first, axis, published), of in told.items()
+    ] or _overall(arms, metric)
 
 
-def _least(arms: Arms, group: str, metric: Metric, epoch: str) -> list[tuple[str, str]]:
-    """The least ``x`` of a group of several that comes close to its reference."""
+def _either(names: Sequence[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _least(arms: Arms, group: str, metric: Metric, epoch: str) -> list[tuple[str, str, str]]:
+    """The least ``x`` of a group of several that comes close to its reference, its axis, and what is published."""
     members = sorted(
         (name for name, arm in arms.items() if arm["group"] == group and arm["x"] is not None),
         key=lambda name: arms[name]["x"],
@@ -45,10 +56,9 @@ def _least(arms: Arms, group: str, metric: Metric, epoch: str) -> list[tuple[str
     if len({arms[name]["x"] for name in members}) < 2:
         return []
     ours, theirs = ({name: of(arms, name, epoch) for name in members} for of in (_gap, _published_gap))
-    text = f"is the least {arms[members[0]]['axis']} at which “{group}” comes within {metric.margin}"
     told = any(gap is not None for gap in theirs.values())
-    said = f"; published: {_first(arms, theirs, metric) or 'none of these'}." if told else "."
-    return [(_first(arms, ours, metric) or "none", f"{text} of its reference{said}")]
+    published = f"; published: {_first(arms, theirs, metric) or 'none of these'}" if told else ""
+    return [(_first(arms, ours, metric) or "none", arms[members[0]]["axis"], published)]
 
 
 def _first(arms: Arms, gaps: Mapping[str, float | None], metric: Metric) -> str:

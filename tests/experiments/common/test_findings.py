@@ -63,6 +63,16 @@ def test_the_least_rank_is_of_the_published_numbers_epoch(epoch, first):
     )
 
 
+def test_groups_of_one_least_rank_are_told_in_one_sentence():
+    arms = {"bp": arm("BP", "BP", 90.0, reference="bp")}
+    for group, last in (("A", 70.0), ("B", 89.5), ("C", 60.0), ("D", 50.0)):
+        arms |= {f"{group}-{rank}": arm(group, f"{group} {rank}", last, reference="bp", x=rank) for rank in (4, 8)}
+    assert findings(arms) == [
+        ("none", "is the least rank at which “A”, “C” or “D” comes within 1 point of its reference."),
+        ("4", "is the least rank at which “B” comes within 1 point of its reference."),
+    ]
+
+
 def test_in_every_committed_result_what_an_arm_is_called_is_its_own():
     for path in results.FOLDER.glob("*/results/*.json"):
         found = json.loads(path.read_text())
