@@ -16,6 +16,7 @@ WHY = {
     "paper": "the published size takes a GPU for hours or days",
     "imagenet": "it takes a GPU for days",
     "gpu": "it takes a quarter of an hour of a GPU",
+    "full": "it takes all images, for hours",
     "long": "more rounds of the same",
     "large": "it takes a large machine",
 }

@@ -12,7 +12,7 @@ Two backpropagations from other starts are the measure of what is alike by the t
 Verdict: the first half holds. The second holds in no layer but the first, and there not at every rank, and in the last
 at the highest rank alone: below that rank fixed feedback leaves the last hidden layer more like backpropagation's than
 learned feedback does, most likely since feedback that has learned drives that layer along the few directions that it
-carries, while fixed feedback, which teaches less, leaves more of the start that all trainings share.
+carries, by which it ends less like backpropagation's than it began.
 """
 
 import dataclasses
