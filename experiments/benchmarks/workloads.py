@@ -40,8 +40,7 @@ class Workload(NamedTuple):
         keys = jax.random.split(jax.random.key(0))
         shape = (self.batch, *self.inputs)
         if len(self.inputs) == 1:
-            tokens = (jax.random.randint(key, shape, 0, VOCABULARY) for key in keys)
-            return next(tokens), next(tokens)
+            return jax.random.randint(keys[0], shape, 0, VOCABULARY), jax.random.randint(keys[1], shape, 0, VOCABULARY)
         return jax.random.normal(keys[0], shape), jax.random.randint(keys[1], (self.batch,), 0, CLASSES)
 
 
