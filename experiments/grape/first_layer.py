@@ -6,7 +6,9 @@ scales and a Kalman mean at once the first layer's came out farther from it than
 Command: ``python -m experiments run grape_first_layer``, 10 minutes.
 
 One option at a time is turned on, in the network of ``grape_shallow`` on images averaged to 16 x 16 pixels. A tile
-repeats the feedback over the map; below a dense layer the Jacobian does not repeat, so that most of it is lost.
+repeats the feedback over the map. What that costs without any noise is measured in the network that backpropagation
+trains: of the linear feedback that gives the first layer's errors with the least squared error, what repeats, and by
+how much more it turns the layer's update away.
 
 Verdict: tiles do it, the only option whose turn is beyond its error: scales turn nothing and the mean little, alone or
 together. Accuracy does not tell in so short a training. So ``jaxfa.grape`` has no tile by default. Noise in weights
@@ -14,21 +16,28 @@ leaves the first layer where noise in activations does, and turns the others awa
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from matplotlib.figure import Figure
 
 import jaxfa
+import jaxfa.nn
 from experiments.common import experiment, plots
 from experiments.common.bounds import among
 from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, load
 from experiments.common.metrics import shown
+from experiments.common.trainer import State, Trainer
 from experiments.grape import shallow
 from experiments.grape.variants import VARIANTS
 
 PLAIN = "activations"
+TILE = 4
+PROBE = 512  # examples
 CAPTION = (
     "The angle between each layer's update and backpropagation's, after the last epoch. Bars are deviations of seeds."
 )
@@ -53,7 +62,57 @@ def arms(config: Config) -> Iterator[Arm]:
     dataset = load(config, "cifar10", config.shrink)
     rules = {"bp": ("Backpropagation", jaxfa.backprop()), "dfa": ("DFA", jaxfa.dfa())}
     for name, (title, rule) in (rules | {name: VARIANTS[name] for name in config.variants}).items():
-        yield Arm(name, title, None, shallow.task(config, dataset, rule, config.learning_rate))
+        task = shallow.task(config, dataset, rule, config.learning_rate)
+        yield Arm(name, title, None, task._replace(measure=repeating if name == "bp" else None))
+
+
+def repeating(trainer: Trainer) -> Callable[[State], dict[str, Any]]:
+    """Measures in the first layer the best linear feedback of a probe's errors, and what of it tiles can hold.
+
+    Args:
+      trainer: that of an arm by backpropagation, whose errors are the true ones.
+
+    Returns:
+      What measures a state: ``best`` and ``tiled``, the angles in degrees between the first kernel's update by that
+      feedback and by its mean over the repeats, and the true one; ``share``, of its squares, the mean's.
+    """
+
+    @jax.jit
+    def one(state: State, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+        model, x = trainer.model(state, copy=True), trainer.inputs(images)
+        model.train()
+        errors = jaxfa.nn.layer_errors(model, lambda model: trainer.task.loss(model(x), labels))
+        e, delta = errors["head"], errors["conv1"]
+        b = (jnp.linalg.pinv(e) @ delta.reshape(len(delta), -1)).reshape(-1, *delta.shape[1:])
+        tiled = repeated(b)
+        graph, kernel = nnx.split(jaxfa.nn.plain(model).conv1)
+        pull = jax.vjp(lambda kernel: nnx.merge(graph, kernel)(x), kernel)[1]
+        true, best, by_tile = (
+            jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(pull(error))])
+            for error in (delta, jnp.tensordot(e, b, 1), jnp.tensordot(e, tiled, 1))
+        )
+        share = (tiled**2).sum() / (b**2).sum()
+        return {"best": _angle(best, true), "tiled": _angle(by_tile, true), "share": share}
+
+    def measure(state: State) -> dict[str, Any]:
+        seeds = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(len(trainer.seeds))]
+        found = jax.device_get([one(seed, *(array[:PROBE] for array in trainer.data)) for seed in seeds])
+        return {"first_layer": jax.tree.map(lambda *values: np.stack(values), *found)}
+
+    return measure
+
+
+def repeated(b: jax.Array) -> jax.Array:
+    """The feedback ``(classes, H, W, C)`` closest to this one that repeats from tile to tile; a rest stays out."""
+    classes, height, width, channels = b.shape
+    rows, columns = height // TILE, width // TILE
+    whole = b[:, : rows * TILE, : columns * TILE].reshape(classes, rows, TILE, columns, TILE, channels)
+    mean = jnp.tile(whole.mean((1, 3)), (1, rows + 1, columns + 1, 1))
+    return mean[:, :height, :width]
+
+
+def _angle(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.degrees(jnp.arccos(jnp.clip(a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b), -1, 1)))
 
 
 def study(config: Config, histories: Histories) -> Study:
@@ -68,7 +127,18 @@ def study(config: Config, histories: Histories) -> Study:
         rows.append([arm.group, *(f"{shown(angle, 0)}°" for angle in angles[arm.name]), shown(accuracy, 1)])
     titles = {arm.name: arm.group for arm in every}
     found = findings(layers[0], titles, {name: one[0] for name, one in angles.items()})
-    return Study(_figure(layers, titles, angles), CAPTION, [Table("Angles by layer", rows)], found)
+    tables = [Table("Angles by layer", rows), *([_lost(histories["bp"])] if "bp" in histories else [])]
+    return Study(_figure(layers, titles, angles), CAPTION, tables, found)
+
+
+def _lost(history: list[dict[str, Any]]) -> Table:
+    """What tiles lose without any noise."""
+    rows = [["in backpropagation's network", "the best", "what repeats", "farther by", "its share of the squares"]]
+    for record, when in ((history[0], "before training"), (history[-1], "after")):
+        best, tiled, share = (np.array(record["first_layer"][key], float) for key in ("best", "tiled", "share"))
+        turns = (f"{shown(angle, 0)}°" for angle in (best, tiled, tiled - best))
+        rows.append([when, *turns, shown(share)])
+    return Table(f"The first layer's angle by the best linear feedback, and by what repeats in tiles of {TILE}", rows)
 
 
 def findings(layer: str, titles: dict[str, str], angles: dict[str, np.ndarray]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ import jaxfa.nn
 from experiments.__main__ import EXPERIMENTS
 from experiments.common import data
 from experiments.common.data import Dataset
-from experiments.grape.first_layer import findings
+from experiments.grape.first_layer import findings, repeated
 from experiments.grape.networks import NETWORKS
 from experiments.grape.variants import BEST, TILED, VARIANTS, WATCHED
 
@@ -101,6 +101,17 @@ def test_shrinking_averages_squares():
     np.testing.assert_array_equal(found.train_images[0, :, :, 0], np.rint([[2.5, 4.5], [10.5, 12.5]]))
     with pytest.raises(ValueError, match=r"Images of 4 x 4 pixels have no whole squares of 3"):
         data.shrink(found._replace(train_images=images), 3)
+
+
+def test_what_repeats_of_a_feedback_is_its_projection():
+    b, other = np.random.default_rng(0).normal(size=(2, 3, 8, 10, 2))
+    tiled = np.array(repeated(b))
+    np.testing.assert_allclose(repeated(tiled), tiled, rtol=1e-6)
+    np.testing.assert_array_equal(tiled[:, :4], tiled[:, 4:])
+    np.testing.assert_array_equal(tiled[:, :, :6], tiled[:, :, 4:])
+    # The last two columns are no whole tile.
+    left, anything = (b - tiled)[:, :, :8], np.array(repeated(other))[:, :, :8]
+    assert abs((left * anything).sum()) < 1e-4 < abs((b[:, :, :8] * anything).sum())
 
 
 def test_what_came_of_the_first_layer_is_how_far_the_options_turn_it():
