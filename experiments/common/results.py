@@ -15,20 +15,23 @@ from experiments.common.experiment import Experiment
 from experiments.common.findings import findings, full_title
 from experiments.common.metrics import METRICS, Estimate
 from experiments.common.published import as_published, changed
+from experiments.common.spent import together, took
 from experiments.common.verdicts import glance, not_run, verdict
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
 OLDER = "older measurement"
-_HEAD = """# Results
+_HEAD = (
+    """# Results
 
 What was run, by which command, with seeds, spread, versions and device. `make results` makes this page of the data in
-`experiments/*/results/`. The order counts the pairs of arms that stand as published, in each table of the published
-set-up in turn: all images, the published network's size, many epochs. Where this page shows the table alone, each
-paper's own page is the README in its folder under `experiments/`.
-
-| question | does the claim hold here? | order |
-| --- | --- | --- |"""
+`experiments/*/results/`. The order counts the pairs of arms that stand as published, beyond their error, in each table
+in turn. It says where the set-up is smaller than the published one: fewer images, a smaller network or few epochs, by
+which no number compares, though an order may. Where this page shows the table alone, each paper's own page is the
+README in its folder under `experiments/`.""",
+    """| question | does the claim hold here? | order |
+| --- | --- | --- |""",
+)
 # The results that the main README shows beside the rules.
 COLUMNS = {
     "400 digits, MLP": "compare/results/compare-cpu.json",
@@ -63,18 +66,27 @@ def write(folder: Path, experiments: Mapping[str, Experiment], name: str) -> Pat
         "diverged": rows.diverged(folder),
         "cut": rows.unfinished(folder),
     }
+    if page["arms"]:
+        # What came of arms is told when pages are made of them, so that it is never older than what tells it.
+        found["arms"] = _arms(folder, page)
     if study.exists():
         shown = records.read_json(study)
         found |= {key: shown[key] for key in ("findings", "caption", "tables", "numbers")}
-    else:
-        # What came of arms is told when pages are made of them, so that it is never older than what tells it.
-        found["arms"] = {row.name: rows.told(row, METRICS[page["metric"]]) for row in rows.read(folder)}
     path = FOLDER / experiment.paper / "results" / f"{experiment.module.rpartition('.')[2]}-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     records.write_json(path, found)
     if study.exists():
         records.replace(path.with_suffix(".svg"), strips.standing(records.read_json(study)["figure"]))
     return path
+
+
+def _arms(folder: Path, page: dict[str, Any]) -> dict[str, Any]:
+    """What came of every arm, with its published number, which a report of a smaller set-up leaves out."""
+    arms = {row.name: rows.told(row, METRICS[page["metric"]]) for row in rows.read(folder)}
+    for arm in page["arms"]:
+        if arm["name"] in arms and arm["published"] is not None:
+            arms[arm["name"]]["published"] = {"value": arm["published"], "from": arm["origin"]}
+    return arms
 
 
 def pages(experiments: Iterable[Experiment]) -> dict[Path, str]:
@@ -94,7 +106,8 @@ def pages(experiments: Iterable[Experiment]) -> dict[Path, str]:
 
 def _all(papers: Mapping[str, Sequence[Experiment]]) -> str:
     """The page of all results: every question with its answer, then the papers' own pages, the benchmarks' last."""
-    lines = [_HEAD]
+    every = [found for members in papers.values() for one in members for _, found in _results(one)]
+    lines = [f"{_HEAD[0]}\n\n{together(every)}\n\n{_HEAD[1]}"]
     last = sorted(papers, key=lambda paper: paper == "benchmarks")
     for experiment in (one for paper in last for one in papers[paper] if one.verdict):
         lines.append(glance(experiment, (found for _, found in _results(experiment) if found["kind"] != OLDER)))
@@ -108,12 +121,12 @@ def _results(experiment: Experiment) -> list[tuple[Path, dict[str, Any]]]:
     """An experiment's files and what they hold, those of older measurements last."""
     folder, stem = FOLDER / experiment.paper / "results", experiment.module.rpartition(".")[2]
     # A name may begin with another's: resnet20-cpu with none, so that the dash tells them apart.
-    found = [(path, _fair(experiment, records.read_json(path))) for path in sorted(folder.glob(f"{stem}-*.json"))]
+    found = [(path, records.read_json(path)) for path in sorted(folder.glob(f"{stem}-*.json"))]
     return sorted(found, key=lambda one: one[1]["kind"] == OLDER)
 
 
 def _fair(experiment: Experiment, found: dict[str, Any]) -> dict[str, Any]:
-    """What a file holds, without published numbers where its set-up is not the published one."""
+    """What a file holds, without published numbers where its set-up is smaller: they stand apart from ours there."""
     if "arms" not in found or as_published(experiment, found["config"]):
         return found
     arms = {name: {key: arm[key] for key in arm if key != "published"} for name, arm in found["arms"].items()}
@@ -139,8 +152,8 @@ def _section(experiment: Experiment, made: dict[Path, str]) -> str:
             parts.append(_older(found))
             continue
         parts.append(_result(experiment, found, path.with_suffix(".svg")))
-        if "arms" in found:
-            made[path.with_suffix(".svg")] = strips.figure(found)
+        if "tables" not in found:
+            made[path.with_suffix(".svg")] = strips.figure(_fair(experiment, found))
     if not every:
         parts.append("Not measured.\n")
     parts.append(not_run(experiment, (found["name"] for _, found in every if found["kind"] != OLDER)))
@@ -148,11 +161,12 @@ def _section(experiment: Experiment, made: dict[Path, str]) -> str:
 
 
 def _result(experiment: Experiment, found: dict[str, Any], figure: Path) -> str:
+    fair = _fair(experiment, found)
     lines = [f"### {experiment.page.title} ({found['name']})", ""]
-    told = _findings(experiment, found)
+    told = _findings(experiment, fair)
     lines += [*(f"- **{number}** {sentence}" for number, sentence in told), *([""] if told else [])]
     lines += [f"![{experiment.page.title}](results/{figure.name})", ""]
-    lines += [_table(found)] if "arms" in found else [f"{_cells(table)}\n" for table in found["tables"]]
+    lines += [f"{_cells(table)}\n" for table in found["tables"]] if "tables" in found else [_table(fair)]
     lines += [
         "",
         *verdict(experiment, found),
@@ -166,7 +180,7 @@ def _result(experiment: Experiment, found: dict[str, Any], figure: Path) -> str:
 
 def _findings(experiment: Experiment, found: dict[str, Any]) -> Sequence[Sequence[str]]:
     """What came of it: told of arms anew, of a study as it is stored."""
-    if "arms" not in found:
+    if "tables" in found:
         return found["findings"]
     return findings(found["arms"], METRICS[found["metric"]], experiment.page.epoch)
 
@@ -219,16 +233,7 @@ def _origin(found: dict[str, Any]) -> str:
     cores = f"{first['cores']} core{'s' if first['cores'] > 1 else ''} of {first['processor']}"
     device = cores if first["backend"] == "cpu" else first["device"]
     where = f"{device}, {versions}, commit {commits}"
-    return f"{commands}: {seeds}, {where}, {first['time'].split()[0]}{_took(found)}."
-
-
-def _took(found: dict[str, Any]) -> str:
-    """How long the runs took, which those that were killed do not tell; else how long their arms trained."""
-    minutes = [one.get("minutes") for one in found["runs"]]
-    if None not in minutes:
-        return f", {sum(minutes):.0f} minutes" if sum(minutes) >= 1 else ", less than a minute"
-    seconds = sum(arm["seconds"] for arm in found.get("arms", {}).values())
-    return f", {seconds:.0f} s of training" if seconds else ""
+    return f"{commands}: {seeds}, {where}, {first['time'].split()[0]}{took(found)}."
 
 
 def _known(start: dict[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ WHY = {
     "large": "it takes a large machine",
 }
 _MANY = 8
-_TESTS = 10_000  # test images of MNIST and of both CIFARs: published set-ups take all
-_ORDER = re.compile(r"Order: (\d+ of \d+)")
+_TESTS = 10_000  # test images of MNIST and of both CIFARs
+_ORDER = re.compile(r"Order.*: (\d+ of \d+)")
 
 
 def verdict(experiment: Experiment, found: dict[str, Any]) -> list[str]:
@@ -33,17 +33,27 @@ def verdict(experiment: Experiment, found: dict[str, Any]) -> list[str]:
       found: a result.
 
     Returns:
-      Lines of Markdown: none where nothing is published; of a smaller set-up a sentence that says so, and no more.
+      Lines of Markdown: none where nothing is published; of a smaller set-up a sentence that says so, the published
+      numbers by themselves, and the order.
     """
     small = smaller(experiment, found["config"])
     known = {name: arm for name, arm in found.get("arms", {}).items() if "published" in arm}
-    if small or not known:
+    if not known:
         return [small] if small else []
     epoch, whose = experiment.page.epoch, ", ".join(dict.fromkeys(arm["published"]["from"] for arm in known.values()))
+    if small:
+        return [small, "", _stated(found, known, whose), *_order(found, known, epoch, " at this smaller size")]
     epochs = found["config"]["epochs"]
     ours = f"Ours: the published set-up, {epochs} epochs, of which the {epoch} is compared"
     lines = [f"Published: {found['published']}. Whose number: {whose}. {ours}.", ""]
     return lines + _gaps(found, known, epoch) + _order(found, known, epoch)
+
+
+def _stated(found: dict[str, Any], known: dict[str, Any], whose: str) -> str:
+    """The published numbers, which stand in no table of ours."""
+    digits = METRICS[found["metric"]].digits
+    numbers = (f"{full_title(arm)} {arm['published']['value']:.{digits}f}" for arm in known.values())
+    return f"- Published at its own size ({whose}; {found['published']}): {'; '.join(numbers)}."
 
 
 def _gaps(found: dict[str, Any], known: dict[str, Any], epoch: str) -> list[str]:
@@ -62,16 +72,19 @@ def _gaps(found: dict[str, Any], known: dict[str, Any], epoch: str) -> list[str]
     return lines + ([f"- Gaps to the reference that do not hold: {'; '.join(fails)}."] if fails else [])
 
 
-def _order(found: dict[str, Any], known: dict[str, Any], epoch: str) -> list[str]:
+def _order(found: dict[str, Any], known: dict[str, Any], epoch: str, size: str = "") -> list[str]:
     pairs = list(_pairs(known))
     if not pairs:
         return []
-    metric = METRICS[found["metric"]]
+    metric, tests = METRICS[found["metric"]], found["config"].get("test_images") or _TESTS
     sign = metric.sign
     ahead = [(a, b) if sign * (a["published"]["value"] - b["published"]["value"]) > 0 else (b, a) for a, b in pairs]
-    leads = [(a, b, sign * (a[epoch]["mean"] - b[epoch]["mean"]), _error(metric, a[epoch], b[epoch])) for a, b in ahead]
+    leads = [
+        (a, b, sign * (a[epoch]["mean"] - b[epoch]["mean"]), _error(metric, tests, a[epoch], b[epoch]))
+        for a, b in ahead
+    ]
     stand = sum(error is not None and lead > error for _, _, lead, error in leads)
-    lines = [f"- **Order: {stand} of {len(pairs)} pairs of arms stand as published.**"]
+    lines = [f"- **Order{size}: {stand} of {len(pairs)} pairs of arms stand as published.**"]
     for said, some in (
         (
             "Within twice the standard error",
@@ -94,17 +107,17 @@ def _pairs(known: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
             yield known[a], known[b]
 
 
-def _error(metric: Metric, *ends: dict[str, Any]) -> float | None:
+def _error(metric: Metric, tests: int, *ends: dict[str, Any]) -> float | None:
     """Twice the standard error of a difference; None where a seed alone tells none."""
-    variances = [_variance(metric, end) for end in ends]
+    variances = [_variance(metric, tests, end) for end in ends]
     return None if None in variances else 2 * sum(filter(None, variances)) ** 0.5
 
 
-def _variance(metric: Metric, end: dict[str, Any]) -> float | None:
+def _variance(metric: Metric, tests: int, end: dict[str, Any]) -> float | None:
     """Of a mean over seeds; of one seed's accuracy, that which the test images leave open."""
     if end["std"] is not None:
         return end["std"] ** 2 / len(end["seeds"])
-    return end["mean"] * (100 - end["mean"]) / _TESTS if metric.name == "accuracy" else None
+    return end["mean"] * (100 - end["mean"]) / tests if metric.name == "accuracy" else None
 
 
 def not_run(experiment: Experiment, names: Iterable[str]) -> str:
@@ -125,10 +138,17 @@ def not_run(experiment: Experiment, names: Iterable[str]) -> str:
 def glance(experiment: Experiment, found: Iterable[dict[str, Any]]) -> str:
     """A row of the table of all claims: the question, the verdict's first two sentences, and the order."""
     order = "; ".join(
-        f"{match[1]}{' (one seed)' if len(one['seeds']) == 1 else ''}"
+        f"{match[1]}{_but(experiment, one)}"
         for one in found
         for line in verdict(experiment, one)
         if (match := _ORDER.search(line))
     )
     said = ". ".join(experiment.verdict.replace("``", "`").split(". ")[:2]).rstrip(".")
     return f"| [{experiment.page.title}](#{experiment.name}) | {said[:1].upper()}{said[1:]}. | {order} |"
+
+
+def _but(experiment: Experiment, found: dict[str, Any]) -> str:
+    """What an order at a glance must not be read without."""
+    said = ["one seed"] if len(found["seeds"]) == 1 else []
+    said += ["smaller"] if smaller(experiment, found["config"]) else []
+    return f" ({', '.join(said)})" if said else ""

@@ -10,7 +10,7 @@ import pytest
 from rich.progress import Progress
 
 from experiments.__main__ import EXPERIMENTS
-from experiments.common import apart, records, results, rows, sweep, verdicts
+from experiments.common import apart, records, results, rows, spent, sweep, verdicts
 from experiments.common.experiment import identity
 from experiments.common.published import changed
 
@@ -74,22 +74,36 @@ def test_a_result_has_every_arm_its_spread_and_where_it_was_run(commit, tree, tm
     assert "| Ours: epochs 1 | 30.0 ± 14.1 | 70° |  | 2.5 | 40.0 ± 14.1 | 30.0 |" in table
 
 
-def test_a_smaller_set_ups_result_has_no_published_number_and_neither_has_its_page(tmp_path, monkeypatch):
+def test_a_smaller_set_ups_published_numbers_stand_apart_from_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     path = results.write(folder(tmp_path, same=False), EXPERIMENTS, "cpu")
     found = json.loads(path.read_text())
     assert not found["as_published"]
-    assert "published" not in found["arms"]["one"]
-    # One that was written before there was the rule: what it says is measured by its configuration.
-    found["arms"]["one"]["published"] = {"value": 31.4, "from": "the paper's own"}
+    found["arms"]["one"]["published"]["value"] = 31.4
     found["findings"] = [["31.4", "is what it once said."]]
+    # What it says of itself does not count: its configuration does.
     records.write_json(path, found | {"as_published": True})
     made = {}
     text = results._section(EXPERIMENTS["grape_deep"], made)
     assert "fill='none'" not in made[path.with_suffix(".svg")]  # the hollow mark of a published number
-    assert "31.4" not in text
-    assert "A smaller set-up than the published one, so that no published number stands here: epochs 2, not 50" in text
+    (line,) = (line for line in text.splitlines() if "31.4" in line)
+    assert line == "- Published at its own size (the paper's own; A paper): Ours: epochs 1 31.4."
+    assert "A smaller set-up than the published one, so that no number compares with its: epochs 2, not 50" in text
     assert "once said" not in text
+
+
+def test_a_studys_file_keeps_every_seed_of_its_arms_and_its_page_its_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    run = folder(tmp_path)
+    told = {"findings": [], "caption": "", "tables": [{"title": "", "rows": [["its own"]]}], "numbers": {}}
+    records.write_json(run / "study.json", told | {"figure": "<svg></svg>"})
+    path = results.write(run, EXPERIMENTS, "cpu")
+    assert json.loads(path.read_text())["arms"]["one"]["last"]["seeds"] == [40.0, 20.0]
+    made = {}
+    text = results._section(EXPERIMENTS["grape_deep"], made)
+    assert "its own" in text
+    assert "Ours: epochs 1 |" not in text
+    assert not made  # the figure is the study's
 
 
 def test_older_measurements_come_last_and_no_blank_line_first(tmp_path, monkeypatch):
@@ -183,14 +197,24 @@ def test_one_seeds_perplexity_tells_no_order():
         assert other == "- Not told by one seed: bp before dfa."
 
 
-def test_of_a_smaller_set_up_nothing_is_computed_and_no_order_is_at_a_glance():
+def test_of_a_smaller_set_up_the_order_alone_is_told_and_the_numbers_apart():
     found = result(known("bp", 80.0, 90.0, 90.0), known("dfa", 70.0, 60.0, 60.0), images=4000)
-    (line,) = verdicts.verdict(experiment(), found)
-    assert line == (
-        "A smaller set-up than the published one, so that no published number stands here: images 4000, not all."
+    small, _, stated, order = verdicts.verdict(experiment(), found)
+    assert (
+        small == "A smaller set-up than the published one, so that no number compares with its: images 4000, not all."
     )
-    assert verdicts.glance(experiment(), [found]).endswith(". |  |")
+    assert stated == "- Published at its own size (a third party's; A paper): bp 80.0; dfa 70.0."
+    assert order == "- **Order at this smaller size: 1 of 1 pairs of arms stand as published.**"
+    assert verdicts.glance(experiment(), [found]).endswith(". | 1 of 1 (smaller) |")
+    assert verdicts.glance(experiment(), [found | {"seeds": [0]}]).endswith(". | 1 of 1 (one seed, smaller) |")
     assert verdicts.verdict(experiment(size=None), result()) == []
+
+
+def test_one_seeds_accuracy_on_fewer_test_images_is_told_less_well():
+    arms = known("bp", 80.0, 52.0), known("dfa", 70.0, 50.0)
+    for images, stands in ((None, 1), (500, 0)):
+        lines = "\n".join(verdicts.verdict(experiment(), result(*arms, test_images=images)))
+        assert f"{stands} of 1 pairs" in lines
 
 
 def test_the_page_of_results_answers_every_question_and_holds_every_paper():
@@ -273,11 +297,21 @@ def test_a_result_says_how_long_its_runs_took_unless_one_was_killed(tmp_path, mo
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     records.took(run, 90.0)
     found = json.loads(results.write(run, EXPERIMENTS, "cpu").read_text())
-    assert results._took(found) == ", 2 minutes"
-    assert results._took(found | {"runs": [{"minutes": 0.2}]}) == ", less than a minute"
+    assert spent.took(found) == ", 2 minutes"
+    assert spent.took(found | {"runs": [{"minutes": 0.2}]}) == ", less than a minute"
     records.open_run(run, json.loads((run / "config.json").read_text()))  # and is killed
     found = json.loads(results.write(run, EXPERIMENTS, "cpu").read_text())
-    assert results._took(found) == ", 4 s of training"
+    assert spent.took(found) == ", 4 s of training"
+
+
+def test_what_all_results_of_a_preset_took_is_said_with_what_is_missing():
+    runs = [{"minutes": 60.0}, {"minutes": 30.0}]
+    night = [{"name": "cpu", "runs": runs}, {"name": "paper", "runs": runs}]
+    assert spent.together(night) == "All 1 results of the preset `cpu` took 1.5 hours."
+    killed = {"name": "cpu", "runs": [{}], "arms": {"one": {"seconds": 1800.0}}}
+    assert spent.together([*night, killed]) == (
+        "All 2 results of the preset `cpu` took 2.0 hours, of which 1 tell no more than their arms' training."
+    )
 
 
 def test_what_a_preset_has_changed_since_a_result_is_said():
