@@ -130,3 +130,9 @@ def _check_same(where: Path, found: dict[str, Any], expected: dict[str, Any]) ->
                 f"The checkpoint {where} is not of this run: {path} is {there.get(path, 'missing')}, expected "
                 f"{here.get(path, 'no such array')}. Choose another --out, or start again with --fresh."
             )
+
+
+def last_state(folder: Path, start: Any) -> Any:
+    """The state after a run's last epoch, from its checkpoint; ``start``, of the same shapes, where there is none."""
+    with checkpoints(folder) as manager:
+        return (restore(manager, start) or (0, start))[1]

@@ -6,9 +6,9 @@ scales and a Kalman mean at once the first layer's came out farther from it than
 Command: ``python -m experiments run grape_first_layer``, 10 minutes.
 
 One option at a time is turned on, in the network of ``grape_shallow`` on images averaged to 16 x 16 pixels. A tile
-repeats the feedback over the map. What that costs without any noise is measured in the network that backpropagation
-trains: of the linear feedback that gives the first layer's errors with the least squared error, what repeats, and by
-how much more it turns the layer's update away.
+repeats the feedback over the map. What that costs without any noise is computed in every trained network: of the linear
+feedback that gives the first layer's errors with the least squared error, what repeats, and by how much it turns the
+layer's update away.
 
 Verdict: tiles do it, the only option whose turn is beyond its error: scales turn nothing and the mean little, alone or
 together. Accuracy does not tell in so short a training. So ``jaxfa.grape`` has no tile by default. Noise in weights
@@ -16,8 +16,8 @@ leaves the first layer where noise in activations does, and turns the others awa
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ import jaxfa
 import jaxfa.nn
 from experiments.common import experiment, plots
 from experiments.common.bounds import among
+from experiments.common.checkpoint import last_state
 from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, load
 from experiments.common.metrics import shown
 from experiments.common.trainer import State, Trainer
@@ -62,44 +63,50 @@ def arms(config: Config) -> Iterator[Arm]:
     dataset = load(config, "cifar10", config.shrink)
     rules = {"bp": ("Backpropagation", jaxfa.backprop()), "dfa": ("DFA", jaxfa.dfa())}
     for name, (title, rule) in (rules | {name: VARIANTS[name] for name in config.variants}).items():
-        task = shallow.task(config, dataset, rule, config.learning_rate)
-        yield Arm(name, title, None, task._replace(measure=repeating if name == "bp" else None))
+        yield Arm(name, title, None, shallow.task(config, dataset, rule, config.learning_rate))
 
 
-def repeating(trainer: Trainer) -> Callable[[State], dict[str, Any]]:
-    """Measures in the first layer the best linear feedback of a probe's errors, and what of it tiles can hold.
+class Linear(NamedTuple):
+    """What linear feedback could do for the first layer, for every seed.
 
-    Args:
-      trainer: that of an arm by backpropagation, whose errors are the true ones.
-
-    Returns:
-      What measures a state: ``best`` and ``tiled``, the angles in degrees between the first kernel's update by that
-      feedback and by its mean over the repeats, and the true one; ``share``, of its squares, the mean's.
+    Attributes:
+      best: the angle in degrees between the true gradient of the kernel and its update by the feedback that gives the
+        true errors of a probe with the least squared error.
+      tiled: the same by that feedback's mean over the repeats.
+      share: of the feedback's squares, the mean's.
     """
 
+    best: Any
+    tiled: Any
+    share: Any
+
+
+def linear(config: Config, arm: Arm) -> Linear:
+    """What linear feedback could do for the first layer in the network that an arm's run has trained."""
+    trainer = Trainer(arm.task, range(config.seed, config.seed + config.seeds), config.loop)
+    state = last_state(config.out / arm.name, trainer.init())
+
     @jax.jit
-    def one(state: State, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-        model, x = trainer.model(state, copy=True), trainer.inputs(images)
+    def one(state: State, images: jax.Array, labels: jax.Array) -> Linear:
+        model, x = jaxfa.nn.plain(trainer.model(state, copy=True)), trainer.inputs(images)
         model.train()
-        errors = jaxfa.nn.layer_errors(model, lambda model: trainer.task.loss(model(x), labels))
+        exact = jaxfa.nn.attach(model, jaxfa.backprop(), rngs=nnx.Rngs(0))
+        errors = jaxfa.nn.layer_errors(exact, lambda model: trainer.task.loss(model(x), labels))
         e, delta = errors["head"], errors["conv1"]
         b = (jnp.linalg.pinv(e) @ delta.reshape(len(delta), -1)).reshape(-1, *delta.shape[1:])
         tiled = repeated(b)
-        graph, kernel = nnx.split(jaxfa.nn.plain(model).conv1)
+        graph, kernel = nnx.split(model.conv1)
         pull = jax.vjp(lambda kernel: nnx.merge(graph, kernel)(x), kernel)[1]
         true, best, by_tile = (
             jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(pull(error))])
             for error in (delta, jnp.tensordot(e, b, 1), jnp.tensordot(e, tiled, 1))
         )
         share = (tiled**2).sum() / (b**2).sum()
-        return {"best": _angle(best, true), "tiled": _angle(by_tile, true), "share": share}
+        return Linear(_angle(best, true), _angle(by_tile, true), share)
 
-    def measure(state: State) -> dict[str, Any]:
-        seeds = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(len(trainer.seeds))]
-        found = jax.device_get([one(seed, *(array[:PROBE] for array in trainer.data)) for seed in seeds])
-        return {"first_layer": jax.tree.map(lambda *values: np.stack(values), *found)}
-
-    return measure
+    seeds = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(config.seeds)]
+    found = jax.device_get([one(seed, *(array[:PROBE] for array in trainer.data)) for seed in seeds])
+    return jax.tree.map(lambda *values: np.stack(values), *found)
 
 
 def repeated(b: jax.Array) -> jax.Array:
@@ -127,18 +134,21 @@ def study(config: Config, histories: Histories) -> Study:
         rows.append([arm.group, *(f"{shown(angle, 0)}°" for angle in angles[arm.name]), shown(accuracy, 1)])
     titles = {arm.name: arm.group for arm in every}
     found = findings(layers[0], titles, {name: one[0] for name, one in angles.items()})
-    tables = [Table("Angles by layer", rows), *([_lost(histories["bp"])] if "bp" in histories else [])]
-    return Study(_figure(layers, titles, angles), CAPTION, tables, found)
+    could = {arm.name: linear(config, arm) for arm in every}
+    tables = [Table("Angles by layer", rows), _could(titles, angles, could)]
+    return Study(
+        _figure(layers, titles, angles), CAPTION, tables, found, {"linear": jax.tree.map(np.ndarray.tolist, could)}
+    )
 
 
-def _lost(history: list[dict[str, Any]]) -> Table:
-    """What tiles lose without any noise."""
-    rows = [["in backpropagation's network", "the best", "what repeats", "farther by", "its share of the squares"]]
-    for record, when in ((history[0], "before training"), (history[-1], "after")):
-        best, tiled, share = (np.array(record["first_layer"][key], float) for key in ("best", "tiled", "share"))
-        turns = (f"{shown(angle, 0)}°" for angle in (best, tiled, tiled - best))
-        rows.append([when, *turns, shown(share)])
-    return Table(f"The first layer's angle by the best linear feedback, and by what repeats in tiles of {TILE}", rows)
+def _could(titles: dict[str, str], angles: dict[str, np.ndarray], could: dict[str, Linear]) -> Table:
+    """What each form's network lets linear feedback do, without any noise."""
+    rows = [["in the network that it trained", "its own", "the best linear", "what repeats of it", "share of squares"]]
+    for name, title in titles.items():
+        best, tiled, share = could[name]
+        turns = (f"{shown(angle, 0)}°" for angle in (angles[name][0], best, tiled))
+        rows.append([title, *turns, shown(share)])
+    return Table(f"The first layer's angle by its own feedback, the best, and what repeats in tiles of {TILE}", rows)
 
 
 def findings(layer: str, titles: dict[str, str], angles: dict[str, np.ndarray]) -> list[tuple[str, str]]:

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -11,14 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxfa
-from experiments.common import checkpoint, experiment
+from experiments.common import experiment
 from experiments.common.augment import crop_and_flip, flip_and_rotate
 from experiments.common.bounds import FROM_ZERO
 from experiments.common.data import Dataset
 from experiments.common.experiment import Arm
 from experiments.common.optimizers import adam
 from experiments.common.task import Task
-from experiments.common.trainer import State
 from experiments.models.networks import MLP, Shape
 from jaxfa.base import is_layer
 
@@ -158,12 +156,6 @@ def by_rank(
             # Where all have one rank, it tells none of them apart.
             called = title if len(config.ranks) == 1 else ""
             yield Arm(f"{start}{name}-{rank:g}", title, rank, task, numbers.get(rank), f"{start}bp", axis, called)
-
-
-def last_state(folder: Path, start: State) -> State:
-    """The state after a run's last epoch, from its checkpoint; ``start`` where there is none."""
-    with checkpoint.checkpoints(folder) as manager:
-        return (checkpoint.restore(manager, start) or (0, start))[1]
 
 
 def bp(

@@ -26,10 +26,11 @@ from matplotlib.figure import Figure
 
 import jaxfa.nn
 from experiments.common import plots
+from experiments.common.checkpoint import last_state
 from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, load
 from experiments.common.metrics import shown
 from experiments.common.trainer import Trainer
-from experiments.ldfa.arms import VariantName, Varied, by_rank, last_state, mlp
+from experiments.ldfa.arms import VariantName, Varied, by_rank, mlp
 
 PROBES = 1000
 

@@ -29,11 +29,12 @@ from flax import nnx
 
 from experiments.common import data
 from experiments.common.bounds import FROM_ZERO
+from experiments.common.checkpoint import last_state
 from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table
 from experiments.common.metrics import shown
 from experiments.common.trainer import State, Trainer
 from experiments.ldfa import receptive_fields
-from experiments.ldfa.arms import last_state, low_rank
+from experiments.ldfa.arms import low_rank
 from experiments.ldfa.cnn import Network
 from experiments.ldfa.receptive_fields import Result
 
