@@ -5,7 +5,8 @@ backpropagation's at about the number of classes; a network as narrow as the err
 rule, Q may stay random.
 
 Command: ``python -m experiments run ldfa_rank_mlp``, 17 minutes; ``--preset gpu15`` for its width and all images
-on one H100 in a quarter of an hour, ``--preset paper`` for the published set-up.
+on one H100 in a quarter of an hour, ``--preset long`` for the same, shorter, on a core, ``--preset paper`` for the
+published set-up.
 
 ``B1``, ``B2`` and ``B3`` carry the error to the first, second and third hidden layer, past the weights of the next one:
 each alone is of low rank. As in the authors' code the feedback of all other layers is learned, too, of full rank, and
@@ -173,6 +174,15 @@ EXPERIMENT = Experiment(
         ),
         "direct": Config(
             ranks=(4,), variants=("direct", "direct-local", "direct-output", *get_args(FactorName)), **SMALL
+        ),
+        # The published width and all images, as many epochs as fit an hour or two of one core.
+        "long": Config(
+            ranks=(1, 10),
+            variants=("both", "local", "hebbian", "fixed", "B3", "direct"),
+            narrow=10,
+            epochs=20,
+            batch=128,
+            save_every=1,
         ),
         # 17 arms, one a core; a step of such small products is launches, .3 to .4 ms on an H100, where a ResNet-20's
         # takes 3.8: some 3 s for an epoch of all arms, 3 minutes for all epochs, and 2 to 3 of compiling, all at once.
