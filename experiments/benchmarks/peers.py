@@ -1,10 +1,16 @@
-"""PyTorch's training steps of the same networks: backpropagation, and FA and DFA as one writes them from the equations.
+"""PyTorch's training steps of the same networks: backpropagation, FA and DFA as one writes them from the equations, and
+BioTorch's.
 
-They need PyTorch, which nothing else here does: ``pip install torch``.
+They need PyTorch, which nothing else here does: ``pip install torch``. BioTorch needs no more of what it asks for:
+``pip install --no-deps biotorch``.
 """
 
+import io
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -111,6 +117,9 @@ def steps(network: str, inputs: Any, labels: Any) -> dict[str, Callable[[], floa
             for stage in stages:
                 stage.apply(_give_feedback)
         runs[f"PyTorch, {name}"] = _timed(learn, stages, x, y)
+    if find_spec("biotorch") is not None and network != "decoder":  # whose attention it cannot turn into its own layers
+        for name in ("FA", "DFA"):
+            runs[f"BioTorch, {name}"] = _timed(_by_biotorch, [_biotorch(STAGES[network](), name.lower())], x, y)
     return runs
 
 
@@ -136,6 +145,19 @@ def _backpropagation(stages: Sequence[nn.Module], x: Any, y: Any) -> None:
     for stage in stages:
         x = stage(x)
     _loss(x, y).backward()
+
+
+def _biotorch(stages: Sequence[nn.Module], mode: str) -> nn.Module:
+    """The network in one piece, whose layers BioTorch has made its own; it says so, at length."""
+    with redirect_stdout(io.StringIO()):
+        biomodule = import_module("biotorch.module.biomodule")
+        return biomodule.BioModule(nn.Sequential(*stages), mode=mode, output_dim=CLASSES)
+
+
+def _by_biotorch(stages: Sequence[nn.Module], x: Any, y: Any) -> None:
+    (model,) = stages
+    # Its DFA gets the output's error during the forward pass, for which it asks for the loss.
+    _loss(model(x, y, _loss), y).backward()
 
 
 def _direct() -> Callable[..., None]:

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import jax
 
 DIVERGED = "diverged.txt"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_PEERS = ("torch", "biotorch")  # beside which benchmarks run, where they are installed
 
 
 def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False) -> None:
@@ -82,10 +84,18 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: version(name) for name in _PACKAGES},
+        **_versions(),
         "commit": _commit(),
         "command": " ".join(sys.argv),
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {name: version(name) for name in _PACKAGES}
+    for name in _PEERS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def append(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
