@@ -17,6 +17,7 @@ WHY = {
     "imagenet": "it takes a GPU for days",
     "gpu": "it takes a quarter of an hour of a GPU",
     "full": "it takes all images, for hours",
+    "hour": "it takes an hour or so of one core",
     "long": "more rounds of the same",
     "large": "it takes a large machine",
 }

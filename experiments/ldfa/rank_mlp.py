@@ -5,7 +5,7 @@ backpropagation's at about the number of classes; a network as narrow as the err
 rule, Q may stay random.
 
 Command: ``python -m experiments run ldfa_rank_mlp``, 17 minutes; ``--preset gpu15`` for its width and all images
-on one H100 in a quarter of an hour, ``--preset long`` for the same, shorter, on a core, ``--preset paper`` for the
+on one H100 in a quarter of an hour, ``--preset hour`` for the same, shorter, on a core, ``--preset paper`` for the
 published set-up.
 
 ``B1``, ``B2`` and ``B3`` carry the error to the first, second and third hidden layer, past the weights of the next one:
@@ -175,8 +175,8 @@ EXPERIMENT = Experiment(
         "direct": Config(
             ranks=(4,), variants=("direct", "direct-local", "direct-output", *get_args(FactorName)), **SMALL
         ),
-        # The published width and all images, as many epochs as fit an hour or two of one core.
-        "long": Config(
+        # The published width and all images, as many epochs as fit an hour or so of one core.
+        "hour": Config(
             ranks=(1, 10),
             variants=("both", "local", "hebbian", "fixed", "B3", "direct"),
             narrow=10,
