@@ -1,8 +1,8 @@
 """PyTorch's training steps of the same networks: backpropagation, FA and DFA as one writes them from the equations, and
 BioTorch's.
 
-They need PyTorch, which nothing else here does: ``pip install torch``. BioTorch needs no more of what it asks for:
-``pip install --no-deps biotorch``.
+They need PyTorch, which nothing else here does: ``pip install torch``. BioTorch is left out where it is not installed:
+``pip install --no-deps biotorch``, since of its requirements no other is needed.
 """
 
 import io
@@ -117,7 +117,8 @@ def steps(network: str, inputs: Any, labels: Any) -> dict[str, Callable[[], floa
             for stage in stages:
                 stage.apply(_give_feedback)
         runs[f"PyTorch, {name}"] = _timed(learn, stages, x, y)
-    if find_spec("biotorch") is not None and network != "decoder":  # whose attention it cannot turn into its own layers
+    # BioTorch cannot turn attention into layers of its own.
+    if find_spec("biotorch") is not None and network != "decoder":
         for name in ("FA", "DFA"):
             runs[f"BioTorch, {name}"] = _timed(_by_biotorch, [_biotorch(STAGES[network](), name.lower())], x, y)
     return runs

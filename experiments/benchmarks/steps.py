@@ -13,12 +13,12 @@ looks for what is computed twice, and so runs the forward pass once more. Starts
 learned feedback takes longer; without the model's making, most of a start, FA comes close, and one direct matrix for
 all layers keeps it. PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a CPU, whatever the rule.
 
-Steps are timed in interleaved rounds, PyTorch's, where it is installed, among them; ratios are within one round. The
-start is the median of some that take turns, with nothing compiled before: the model's making, which is one median for
-all rules, ``attach``, the trace, and the compiler. A step has the rule's own phase, the gradient, and Adam's update.
-Memory, operations and bytes are read off the compiled program. "At least" is what they would take at the rates of a
-large matrix product and of a copy, by whichever takes longer; bytes are counted as if nothing stayed in a cache.
-"""
+Steps are timed in interleaved rounds, PyTorch's and BioTorch's, where they are installed, among them; ratios are within
+one round. The start is the median of some that take turns, with nothing compiled before: the model's making, which is
+one median for all rules, ``attach``, the trace, and the compiler. A step has the rule's own phase, the gradient, and
+Adam's update. Memory, operations and bytes are read off the compiled program. "At least" is what they would take at the
+rates of a large matrix product and of a copy, by whichever takes longer; bytes are counted as if nothing stayed in a
+cache."""
 
 import dataclasses
 import statistics
@@ -171,7 +171,9 @@ def start_rows(rules: Measured) -> list[list[str]]:
 def _bars(axes: Axes, ratios: dict[str, dict[str, float]], title: str) -> None:
     for i, (name, one) in enumerate(ratios.items()):
         bars = [[max(one["ratio"] - one.get("low", one["ratio"]), 0)], [max(one.get("high", 0) - one["ratio"], 0)]]
-        color = plots.GREY if name == PLAIN else plots.ORANGE if name.startswith("PyTorch") else plots.BLUE
+        color = (
+            plots.GREY if name == PLAIN else plots.ORANGE if name.startswith(("PyTorch", "BioTorch")) else plots.BLUE
+        )
         axes.barh(-i, one["ratio"], 0.4, xerr=bars, color=color, error_kw={"linewidth": 0.8})
         axes.annotate(f"{name}: {one['ratio']:.2f}", (0, -i + 0.24), fontsize=6.6, va="bottom")
     axes.set_yticks([])

@@ -225,6 +225,11 @@ def load(config: Training, name: data.DatasetName, shrink: int = 1) -> data.Data
     return prepare(config, data.shrink(data.load(name, config.data), shrink))
 
 
+def finished(config: Training, arms: Iterable[Arm], histories: Histories) -> list[Arm]:
+    """The arms that were trained to the last epoch: of others there may be no last state, or an earlier one."""
+    return [arm for arm in arms if arm.name in histories and histories[arm.name][-1]["epoch"] == config.epochs]
+
+
 def prepare(config: Training, dataset: data.Dataset) -> data.Dataset:
     """The part of a data set that a configuration asks for, on the device."""
     if config.split == "validation":

@@ -1,6 +1,5 @@
 """What came of a sweep in a few sentences, told of its arms as a file of results holds them, each by a clear title."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,9 +15,8 @@ def full_title(arm: Mapping[str, Any]) -> str:
 
 
 def labels(arms: Arms) -> dict[str, str]:
-    """What a sentence calls each arm, by its name: the title, with the group where others have the same title."""
-    count = Counter(arm["title"] for arm in arms.values())
-    return {name: arm["title"] if count[arm["title"]] == 1 else full_title(arm) for name, arm in arms.items()}
+    """What a sentence calls each arm, by its name."""
+    return {name: full_title(arm) for name, arm in arms.items()}
 
 
 def findings(arms: Arms, metric: Metric = METRICS["accuracy"], epoch: str = "best") -> list[tuple[str, str]]:

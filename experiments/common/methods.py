@@ -51,8 +51,11 @@ METHODS: dict[str, Method] = {
     "shared_dfa": Method("DFA, shared", DIRECT, "one fixed random for all", partial(jaxfa.dfa, shared=True)),
     "dkp": Method("DKP", DIRECT, "learned: activity times error", jaxfa.dkp),
     "dldfa": Method("dLDFA, rank 8", DIRECT, "learned, 8 numbers wide", partial(jaxfa.dldfa, 8)),
-    "grape": Method("GrAPE", DIRECT, "learned from forward-mode derivatives", jaxfa.grape),
-    "fdfa": Method("FDFA", DIRECT, "the same, magnitudes kept", jaxfa.fdfa),
+    "grape": Method("GrAPE, scaled", DIRECT, "learned from forward-mode derivatives", jaxfa.grape),
+    "published_grape": Method(
+        "GrAPE to the letter", DIRECT, "the same, weights perturbed where they are fewer", jaxfa.rules.published_grape
+    ),
+    "fdfa": Method("FDFA", DIRECT, "learned likewise, magnitudes kept", jaxfa.fdfa),
     "forward_gradient": Method(
         "Forward gradient", DIRECT, "a random direction, times the slope along it", jaxfa.forward_gradient
     ),

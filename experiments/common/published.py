@@ -31,7 +31,7 @@ def smaller(experiment: Experiment, config: Mapping[str, Any]) -> str:
     found = _differences(experiment, config) if experiment.size is not None else []
     if not found:
         return ""
-    return f"A smaller set-up than the published one, so that no number compares with its: {'; '.join(found)}."
+    return f"Not the published set-up, so that numbers do not compare: {'; '.join(found)}."
 
 
 def changed(experiment: Experiment, name: str, config: Mapping[str, Any]) -> str:

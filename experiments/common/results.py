@@ -26,9 +26,9 @@ _HEAD = (
 
 What was run, by which command, with seeds, spread, versions and device. `make results` makes this page of the data in
 `experiments/*/results/`. The order counts the pairs of arms that stand as published, beyond their error, in each table
-in turn. It says where the set-up is smaller than the published one: fewer images, a smaller network or few epochs, by
-which no number compares, though an order may. Where this page shows the table alone, each paper's own page is the
-README in its folder under `experiments/`.""",
+in turn. Another set-up than the published one has fewer or other images, a smaller network or few epochs: numbers do
+not compare then, an order may. Where this page shows the table alone, each paper's own page is the README in its folder
+under `experiments/`.""",
     """| question | does the claim hold here? | order |
 | --- | --- | --- |""",
 )
@@ -68,7 +68,7 @@ def write(folder: Path, experiments: Mapping[str, Experiment], name: str) -> Pat
     }
     if page["arms"]:
         # What came of arms is told when pages are made of them, so that it is never older than what tells it.
-        found["arms"] = _arms(folder, page)
+        found["arms"] = {row.name: rows.told(row, METRICS[page["metric"]]) for row in rows.read(folder, stated=True)}
     if study.exists():
         shown = records.read_json(study)
         found |= {key: shown[key] for key in ("findings", "caption", "tables", "numbers")}
@@ -78,15 +78,6 @@ def write(folder: Path, experiments: Mapping[str, Experiment], name: str) -> Pat
     if study.exists():
         records.replace(path.with_suffix(".svg"), strips.standing(records.read_json(study)["figure"]))
     return path
-
-
-def _arms(folder: Path, page: dict[str, Any]) -> dict[str, Any]:
-    """What came of every arm, with its published number, which a report of a smaller set-up leaves out."""
-    arms = {row.name: rows.told(row, METRICS[page["metric"]]) for row in rows.read(folder)}
-    for arm in page["arms"]:
-        if arm["name"] in arms and arm["published"] is not None:
-            arms[arm["name"]]["published"] = {"value": arm["published"], "from": arm["origin"]}
-    return arms
 
 
 def pages(experiments: Iterable[Experiment]) -> dict[Path, str]:
@@ -137,7 +128,7 @@ def _title(paper: str) -> str:
     first = (FOLDER / paper / "__init__.py").read_text().split('"""')[1].strip().splitlines()[0]
     return (
         f"# {first.rstrip('.')}\n\nMade by `make results` from `results/*.json`, which hold seeds, versions, commit "
-        "and every arm's course; those of studies hold their tables instead. Accuracies are of the last epoch on the "
+        "and every arm's course; those of studies hold their tables, too. Accuracies are of the last epoch on the "
         "test images.\n"
     )
 
@@ -152,7 +143,7 @@ def _section(experiment: Experiment, made: dict[Path, str]) -> str:
             parts.append(_older(found))
             continue
         parts.append(_result(experiment, found, path.with_suffix(".svg")))
-        if "tables" not in found:
+        if found.get("arms") and "tables" not in found:
             made[path.with_suffix(".svg")] = strips.figure(_fair(experiment, found))
     if not every:
         parts.append("Not measured.\n")
@@ -166,7 +157,8 @@ def _result(experiment: Experiment, found: dict[str, Any], figure: Path) -> str:
     told = _findings(experiment, fair)
     lines += [*(f"- **{number}** {sentence}" for number, sentence in told), *([""] if told else [])]
     lines += [f"![{experiment.page.title}](results/{figure.name})", ""]
-    lines += [f"{_cells(table)}\n" for table in found["tables"]] if "tables" in found else [_table(fair)]
+    best = experiment.page.epoch == "best"
+    lines += [f"{_cells(table)}\n" for table in found["tables"]] if "tables" in found else [_table(fair, best=best)]
     lines += [
         "",
         *verdict(experiment, found),
@@ -194,21 +186,24 @@ def _older(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(found: dict[str, Any]) -> str:
-    """Every arm's numbers."""
+def _table(found: dict[str, Any], *, best: bool = False) -> str:
+    """Every arm's numbers, with those of its best epoch where it is asked for."""
     metric = METRICS[found["metric"]]
     known, taken = (any(key in arm for arm in found["arms"].values()) for key in ("published", "calibrations"))
+    best = best or known
     head = ["", f"{metric.name},{metric.unit}" if metric.unit else metric.name, "angle to backpropagation", "step"]
-    lines = [[*head, *(["true gradients"] if taken else []), *(["best epoch", "published"] if known else [])]]
+    more = (("true gradients", taken), ("best epoch", best), ("published", known))
+    lines = [[*head, *(title for title, there in more if there)]]
     for arm in found["arms"].values():
         angle = f"{arm['angle']['mean']:.0f}°" if arm["angle"] else ""
         cells = [full_title(arm), _shown(arm["last"], metric.digits), angle]
         cells.append(f"{arm['step']['ratio']:.2f} x" if arm["step"] else "")
         if taken:
             cells.append(f"{arm['calibrations']:g}" if "calibrations" in arm else "")
+        if best:
+            cells.append(_shown(arm["best"], metric.digits))
         if known:
-            published = f"{arm['published']['value']:.{metric.digits}f}" if "published" in arm else ""
-            cells += [_shown(arm["best"], metric.digits), published]
+            cells.append(f"{arm['published']['value']:.{metric.digits}f}" if "published" in arm else "")
         lines.append(cells)
     return _cells({"title": "", "rows": lines})
 

@@ -64,13 +64,12 @@ class Row(NamedTuple):
         return any(angle > 1 for record in self.history for one in record["angle"].values() for angle in one)
 
 
-def read(folder: Path) -> list[Row]:
+def read(folder: Path, *, stated: bool = False) -> list[Row]:
     """Reads every arm that a folder holds, but for those that diverged, in the experiment's order.
-
-    Published numbers are left out unless the folder says that its set-up is the published one.
 
     Args:
       folder: what an experiment filled.
+      stated: whether published numbers are kept where the folder does not say that its set-up is the published one.
 
     Returns:
       A list of :class:`Row`.
@@ -80,7 +79,8 @@ def read(folder: Path) -> list[Row]:
     """
     path = folder / "sweep.json"
     described = records.read_json(path) if path.exists() else {"arms": []}
-    arms = [arm if described.get("as_published") else arm | {"published": None} for arm in described["arms"]]
+    keep = stated or described.get("as_published")
+    arms = [arm if keep else arm | {"published": None} for arm in described["arms"]]
     lost = diverged(folder) if arms else {}
     histories = {arm["name"]: by_part(records.read(folder / arm["name"])) for arm in arms if arm["name"] not in lost}
     histories = {name: history for name, history in histories.items() if len(history) > 1}

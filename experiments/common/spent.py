@@ -13,10 +13,10 @@ def took(found: Mapping[str, Any]) -> str:
     Returns:
       Where a run was killed, how long its arms trained; empty where nothing tells.
     """
-    whole, minutes = _minutes(found)
-    if whole:
-        return f", {minutes:.0f} minutes" if minutes >= 1 else ", less than a minute"
-    return f", {60 * minutes:.0f} s of training" if minutes else ""
+    whole, trained = _minutes(found)
+    if whole is not None:
+        return f", {whole:.0f} minutes" if whole >= 1 else ", less than a minute"
+    return f", {60 * trained:.0f} s of training" if trained else ""
 
 
 def together(every: Iterable[Mapping[str, Any]], preset: str = "cpu") -> str:
@@ -27,17 +27,19 @@ def together(every: Iterable[Mapping[str, Any]], preset: str = "cpu") -> str:
       preset: whose results are counted.
 
     Returns:
-      The sentence, which says how many of them tell less than all.
+      The sentence, which says how many tell less.
     """
     told = [_minutes(found) for found in every if found.get("name") == preset]
-    less = sum(not whole for whole, _ in told)
-    but = f", of which {less} tell no more than their arms' training" if less else ""
-    return f"All {len(told)} results of the preset `{preset}` took {sum(time for _, time in told) / 60:.1f} hours{but}."
+    hours = sum(trained if whole is None else whole for whole, trained in told) / 60
+    part = sum(whole is None and trained > 0 for whole, trained in told)
+    none = sum(whole is None and not trained for whole, trained in told)
+    less = [f"of {part} only the training was timed"] if part else []
+    less += [f"{none} tell no time"] if none else []
+    return f"Results of the preset `{preset}`: {len(told)}, {hours:.1f} hours{''.join(f'; {one}' for one in less)}."
 
 
-def _minutes(found: Mapping[str, Any]) -> tuple[bool, float]:
-    """Whether all of a result's runs tell their time; and minutes, of its arms' training if they do not."""
+def _minutes(found: Mapping[str, Any]) -> tuple[float | None, float]:
+    """The minutes of a result's runs, unless one was killed or is too old to tell; and those of its arms' training."""
     minutes = [run.get("minutes") for run in found["runs"]]
-    if None not in minutes:
-        return True, sum(minutes)
-    return False, sum(arm["seconds"] for arm in found.get("arms", {}).values()) / 60
+    trained = sum(arm["seconds"] for arm in found.get("arms", {}).values()) / 60
+    return (None if None in minutes else sum(minutes)), trained

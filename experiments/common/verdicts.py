@@ -17,13 +17,13 @@ WHY = {
     "imagenet": "it takes a GPU for days",
     "gpu": "it takes a quarter of an hour of a GPU",
     "full": "it takes all images, for hours",
-    "hour": "it takes an hour or so of one core",
+    "hours": "it takes some hours of one core",
     "long": "more rounds of the same",
     "large": "it takes a large machine",
 }
 _MANY = 8
-_TESTS = 10_000  # test images of MNIST and of both CIFARs
-_ORDER = re.compile(r"Order.*: (\d+ of \d+)")
+_TESTS = {"test": 10_000, "validation": 5_000}  # images of both CIFARs, and hardly more or less of MNIST
+_ORDER = re.compile(r"\*\*Order.*: (\d+ of \d+)")
 
 
 def verdict(experiment: Experiment, found: dict[str, Any]) -> list[str]:
@@ -34,16 +34,16 @@ def verdict(experiment: Experiment, found: dict[str, Any]) -> list[str]:
       found: a result.
 
     Returns:
-      Lines of Markdown: none where nothing is published; of a smaller set-up a sentence that says so, the published
+      Lines of Markdown: none where nothing is published; of another set-up a sentence that says so, the published
       numbers by themselves, and the order.
     """
     small = smaller(experiment, found["config"])
     known = {name: arm for name, arm in found.get("arms", {}).items() if "published" in arm}
-    if not known:
+    if not known or experiment.size is None:
         return [small] if small else []
     epoch, whose = experiment.page.epoch, ", ".join(dict.fromkeys(arm["published"]["from"] for arm in known.values()))
     if small:
-        return [small, "", _stated(found, known, whose), *_order(found, known, epoch, " at this smaller size")]
+        return [small, "", _stated(found, known, whose), *_order(found, known, epoch, f" of the {epoch} epochs here")]
     epochs = found["config"]["epochs"]
     ours = f"Ours: the published set-up, {epochs} epochs, of which the {epoch} is compared"
     lines = [f"Published: {found['published']}. Whose number: {whose}. {ours}.", ""]
@@ -51,10 +51,10 @@ def verdict(experiment: Experiment, found: dict[str, Any]) -> list[str]:
 
 
 def _stated(found: dict[str, Any], known: dict[str, Any], whose: str) -> str:
-    """The published numbers, which stand in no table of ours."""
+    """The published numbers of another set-up, which stand in no table of ours."""
     digits = METRICS[found["metric"]].digits
     numbers = (f"{full_title(arm)} {arm['published']['value']:.{digits}f}" for arm in known.values())
-    return f"- Published at its own size ({whose}; {found['published']}): {'; '.join(numbers)}."
+    return f"- Published, in a set-up of its own ({whose}; {found['published']}): {'; '.join(numbers)}."
 
 
 def _gaps(found: dict[str, Any], known: dict[str, Any], epoch: str) -> list[str]:
@@ -77,7 +77,8 @@ def _order(found: dict[str, Any], known: dict[str, Any], epoch: str, size: str =
     pairs = list(_pairs(known))
     if not pairs:
         return []
-    metric, tests = METRICS[found["metric"]], found["config"].get("test_images") or _TESTS
+    metric, config = METRICS[found["metric"]], found["config"]
+    tests = config.get("test_images") or _TESTS[config.get("split", "test")]
     sign = metric.sign
     ahead = [(a, b) if sign * (a["published"]["value"] - b["published"]["value"]) > 0 else (b, a) for a, b in pairs]
     leads = [
@@ -85,7 +86,8 @@ def _order(found: dict[str, Any], known: dict[str, Any], epoch: str, size: str =
         for a, b in ahead
     ]
     stand = sum(error is not None and lead > error for _, _, lead, error in leads)
-    lines = [f"- **Order{size}: {stand} of {len(pairs)} pairs of arms stand as published.**"]
+    untold = all(error is None for *_, error in leads)
+    lines = [] if untold else [f"- **Order{size}: {stand} of {len(pairs)} pairs of arms stand as published.**"]
     for said, some in (
         (
             "Within twice the standard error",
@@ -151,5 +153,5 @@ def glance(experiment: Experiment, found: Iterable[dict[str, Any]]) -> str:
 def _but(experiment: Experiment, found: dict[str, Any]) -> str:
     """What an order at a glance must not be read without."""
     said = ["one seed"] if len(found["seeds"]) == 1 else []
-    said += ["smaller"] if smaller(experiment, found["config"]) else []
+    said += ["another set-up"] if smaller(experiment, found["config"]) else []
     return f" ({', '.join(said)})" if said else ""

@@ -14,7 +14,8 @@ Verdict: half of it. In dense networks the first layer's angle is much the same 
 in thin ones it is a right angle within its error, and width beyond the middle one helps little. In convolutional
 networks FA's is a right one within its error at every depth, and so is DFA's but for two middle depths, where it is a
 little less; seeds lie far to either side. Most likely kernels, which all positions share, cannot carry to the layer
-above what feedback differs in from position to position. Accuracy falls far behind only in deep and in thin networks.
+above what feedback differs in from position to position. Accuracy falls with depth before that angle turns: in dense
+networks from the second depth on, in convolutional ones from the third.
 """
 
 import dataclasses

@@ -11,7 +11,8 @@ feedback has no matrix of the weights' shape; the one that fits the whole traini
 stands in its place, and still fails.
 
 Verdict: holds. The law is exact to rounding where it should be, and all that should break it does; the linear network
-comes to the solution of minimum norm, exponentially, from the starts that the theory names and from no other.
+comes to the solution of minimum norm, exponentially, from the starts that the theory names and from no other. In the
+span of the data it does so though the theory's bound of the rate is below zero there, and promises nothing.
 """
 
 import dataclasses

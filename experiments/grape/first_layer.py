@@ -31,9 +31,9 @@ from matplotlib.figure import Figure
 import jaxfa
 import jaxfa.nn
 from experiments.common import experiment, plots
-from experiments.common.bounds import among
+from experiments.common.bounds import among, between
 from experiments.common.checkpoint import last_state
-from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, load
+from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, finished, load
 from experiments.common.metrics import shown
 from experiments.common.trainer import State, Trainer
 from experiments.grape import shallow
@@ -55,8 +55,8 @@ class Config(experiment.Config):
         *(PLAIN, "letter", "scaled", "kalman", "tile-4", "tile-1", "full", "tiled"),
     )
     """The forms of GrAPE, beside backpropagation and DFA."""
-    shrink: int = 2
-    """The side in pixels of the squares over which images are averaged."""
+    shrink: Annotated[int, between(1, 2)] = 2
+    """The side in pixels of the squares over which images are averaged: smaller ones have no place for the network."""
 
     arms = ("variants",)
 
@@ -70,22 +70,22 @@ def arms(config: Config) -> Iterator[Arm]:
 
 
 class Linear(NamedTuple):
-    """What linear feedback could do for the first layer, for every seed.
+    """What linear feedback does for the first layer without any noise, for every seed.
 
     Attributes:
-      best: the angle in degrees between the true gradient of the kernel and its update by the feedback that gives the
-        true errors of a probe with the least squared error.
+      fitted: the angle in degrees between the true gradient of the kernel and its update by the feedback that gives the
+        true errors of a probe with the least squared error, which is not the least angle.
       tiled: the same by that feedback's mean over the repeats.
       share: of the feedback's squares, the mean's.
     """
 
-    best: Any
+    fitted: Any
     tiled: Any
     share: Any
 
 
 def linear(config: Config, arm: Arm) -> Linear:
-    """What linear feedback could do for the first layer in the network that an arm's run has trained."""
+    """What linear feedback does for the first layer in the network that an arm's run has trained."""
     trainer = Trainer(arm.task, range(config.seed, config.seed + config.seeds), config.loop)
     state = last_state(config.out / arm.name, trainer.init())
 
@@ -100,12 +100,12 @@ def linear(config: Config, arm: Arm) -> Linear:
         tiled = repeated(b)
         graph, kernel = nnx.split(model.conv1)
         pull = jax.vjp(lambda kernel: nnx.merge(graph, kernel)(x), kernel)[1]
-        true, best, by_tile = (
+        true, fitted, by_tile = (
             jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(pull(error))])
             for error in (delta, jnp.tensordot(e, b, 1), jnp.tensordot(e, tiled, 1))
         )
         share = (tiled**2).sum() / (b**2).sum()
-        return Linear(_angle(best, true), _angle(by_tile, true), share)
+        return Linear(_angle(fitted, true), _angle(by_tile, true), share)
 
     seeds = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(config.seeds)]
     found = jax.device_get([one(seed, *(array[:PROBE] for array in trainer.data)) for seed in seeds])
@@ -113,12 +113,10 @@ def linear(config: Config, arm: Arm) -> Linear:
 
 
 def repeated(b: jax.Array) -> jax.Array:
-    """The feedback ``(classes, H, W, C)`` closest to this one that repeats from tile to tile; a rest stays out."""
-    classes, height, width, channels = b.shape
-    rows, columns = height // TILE, width // TILE
-    whole = b[:, : rows * TILE, : columns * TILE].reshape(classes, rows, TILE, columns, TILE, channels)
-    mean = jnp.tile(whole.mean((1, 3)), (1, rows + 1, columns + 1, 1))
-    return mean[:, :height, :width]
+    """The feedback ``(classes, H, W, C)`` closest to this one that repeats from tile to tile of whole ones."""
+    classes, rows, columns, channels = b.shape[0], b.shape[1] // TILE, b.shape[2] // TILE, b.shape[3]
+    tiles = b.reshape(classes, rows, TILE, columns, TILE, channels)
+    return jnp.tile(tiles.mean((1, 3)), (1, rows, columns, 1))
 
 
 def _angle(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -127,7 +125,7 @@ def _angle(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def study(config: Config, histories: Histories) -> Study:
     """Each layer's angle, in each arm that was trained."""
-    every = [arm for arm in arms(config) if arm.name in histories]
+    every = finished(config, arms(config), histories)
     last = {arm.name: histories[arm.name][-1] for arm in every}
     layers = [layer for layer in last[every[0].name]["angle"] if layer != "head"]
     angles = {name: np.array([found["angle"][layer] for layer in layers], float) for name, found in last.items()}
@@ -137,24 +135,20 @@ def study(config: Config, histories: Histories) -> Study:
         rows.append([arm.group, *(f"{shown(angle, 0)}°" for angle in angles[arm.name]), shown(accuracy, 1)])
     titles = {arm.name: arm.group for arm in every}
     found = findings(layers[0], titles, {name: one[0] for name, one in angles.items()})
-    could = {arm.name: linear(config, arm) for arm in every}
-    tables = [Table("Angles by layer", rows), _could(titles, angles, could)]
-    return Study(
-        _figure(layers, titles, angles), CAPTION, tables, found, {"linear": jax.tree.map(np.ndarray.tolist, could)}
-    )
+    fits = {arm.name: linear(config, arm) for arm in every}
+    tables = [Table("Angles by layer", rows), _fits(titles, angles, fits)]
+    numbers = {"angles": angles, "linear": {name: one._asdict() for name, one in fits.items()}}
+    return Study(_figure(layers, titles, angles), CAPTION, tables, found, jax.tree.map(np.ndarray.tolist, numbers))
 
 
-def _could(titles: dict[str, str], angles: dict[str, np.ndarray], could: dict[str, Linear]) -> Table:
-    """What each form's network lets linear feedback do, without any noise."""
+def _fits(titles: dict[str, str], angles: dict[str, np.ndarray], fits: dict[str, Linear]) -> Table:
+    """What linear feedback does in each form's network without any noise."""
     rows = [["in the network that it trained", "its own", "least squares", "what repeats of it", "share of squares"]]
     for name, title in titles.items():
-        best, tiled, share = could[name]
-        turns = (f"{shown(angle, 0)}°" for angle in (angles[name][0], best, tiled))
+        fitted, tiled, share = fits[name]
+        turns = (f"{shown(angle, 0)}°" for angle in (angles[name][0], fitted, tiled))
         rows.append([title, *turns, shown(share)])
-    title = (
-        f"The first layer's angle by its own feedback, linear least squares, and what repeats of it in tiles of {TILE}"
-    )
-    return Table(title, rows)
+    return Table(f"The first layer's angle by its own feedback, by linear least squares, and by tiles of {TILE}", rows)
 
 
 def findings(layer: str, titles: dict[str, str], angles: dict[str, np.ndarray]) -> list[tuple[str, str]]:

@@ -17,8 +17,9 @@ steps ``Q`` comes to the weights as fast as both decay. Rate, decay and the larg
 validation split, in part for another decay at rank 4, which learned there and not here.
 
 Verdict: half of it. At full rank both factors learned and ``Q`` alone are level, and ahead of all others, though behind
-backpropagation. At low rank most variants learn for some epochs and then fall to chance, most likely since without
-normalisation activations grow before ``Q`` has followed.
+backpropagation. Nothing is shown of low rank: there all variants learn for some epochs and then fall towards chance,
+fixed factors first, so that it is no ``Q`` that follows too slowly; most likely steps along the same few directions
+make activations grow, which nothing normalises.
 """
 
 import dataclasses

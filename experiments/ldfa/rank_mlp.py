@@ -4,8 +4,8 @@ Claim (Hanut and Kadmon 2025): accuracy rises with the rank of one layer's feedb
 backpropagation's at about the number of classes; a network as narrow as the error is far worse; where P learns by Oja's
 rule, Q may stay random.
 
-Command: ``python -m experiments run ldfa_rank_mlp``, 17 minutes; ``--preset gpu15`` for its width and all images
-on one H100 in a quarter of an hour, ``--preset hour`` for the same, shorter, on a core, ``--preset paper`` for the
+Command: ``python -m experiments run ldfa_rank_mlp``, 17 minutes; ``--preset gpu15`` for its width and all images on one
+H100 in a quarter of an hour, ``--preset hours`` for some ranks in some hours of one core, ``--preset paper`` for the
 published set-up.
 
 ``B1``, ``B2`` and ``B3`` carry the error to the first, second and third hidden layer, past the weights of the next one:
@@ -29,15 +29,16 @@ whose images turn by 5 degrees; presets ``classes``, 7 minutes, and ``classes-pa
 paper's accuracy levels off at about rank 50, 75 and 100, in a figure without numbers.
 
 Verdict: holds for the direct rule from the last hidden layer at this size: at the rank of the number of classes it is
-level with backpropagation, as is one layer's feedback of low rank with the others exact; from the middle it is behind
-by hardly more than the error, from the output by more. Behind, too, is the layer-wise rule at that rank: by little on
-CIFAR-10, by more with as many classes of CIFAR-100, where a higher rank brings no more than the error, so that it is
-not rank that is missing, but most likely time: the feedback is still turning to the weights when training ends. With
-more classes accuracy rises on beyond ten. A network as narrow as the error is far worse. At the rank of the number of
-classes, behind a ``P`` that learns, a random ``Q`` is level with one that learns; where ``P`` is fixed, learning ``Q``
-helps no more than the error. Below that rank, directly from the last hidden layer, neither which factor learns nor a
-structure makes a difference beyond the error; from the output a ``P`` that learns is far behind one that does not, most
-likely since all layers then follow the same few classes.
+level with backpropagation, as is the head's alone, all other errors being exact; at lower ranks both are behind. Where
+all other feedback is learned, too, one layer's low rank leaves the network behind at that rank, by more than the error
+in two of three layers. From the middle it is behind by hardly more than the error, from the output by more. Behind,
+too, is the layer-wise rule at that rank: by little on CIFAR-10, by more with as many classes of CIFAR-100, where a
+higher rank brings no more than the error, so that it is not rank that is missing, but most likely time: the feedback is
+still turning to the weights when training ends. With more classes accuracy rises on beyond ten. A network as narrow as
+the error is far worse. At the rank of the number of classes, behind a ``P`` that learns, a random ``Q`` is level with
+one that learns; where ``P`` is fixed, learning ``Q`` helps no more than the error. Below that rank, directly from the
+last hidden layer, neither which factor learns nor a structure makes a difference beyond the error; from the output a
+``P`` that learns is far behind one that does not, most likely since all layers then follow the same few classes.
 """
 
 import dataclasses
@@ -175,8 +176,8 @@ EXPERIMENT = Experiment(
         "direct": Config(
             ranks=(4,), variants=("direct", "direct-local", "direct-output", *get_args(FactorName)), **SMALL
         ),
-        # The published width and all images, as many epochs as fit an hour or so of one core.
-        "hour": Config(
+        # The published width and all images, as many epochs as fit some hours of one core.
+        "hours": Config(
             ranks=(1, 10),
             variants=("both", "local", "hebbian", "fixed", "B3", "direct"),
             narrow=10,

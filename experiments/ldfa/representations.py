@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 import jaxfa.nn
 from experiments.common import plots
 from experiments.common.checkpoint import last_state
-from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, load
+from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, finished, load
 from experiments.common.metrics import shown
 from experiments.common.trainer import Trainer
 from experiments.ldfa.arms import VariantName, Varied, by_rank, mlp
@@ -52,7 +52,7 @@ def arms(config: Config) -> Iterator[Arm]:
 
 def study(config: Config, histories: Histories) -> Study:
     """How alike hidden layers are to backpropagation's of the same seed."""
-    chosen = [arm for arm in arms(config) if arm.name in histories]
+    chosen = finished(config, arms(config), histories)
     layers = {arm.name: representations(config, arm) for arm in chosen}
     layers["untrained"], bp = representations(config, chosen[0], trained=False), layers["bp"]
     # Backpropagation's own is with that of the next seed.

@@ -11,12 +11,11 @@ random weights. ``Q`` shares the weights' Adam and L2 penalty, as there.
 
 In the preset ``cpu`` all errors have half the width.
 
-Verdict: half of it. Both factors learned are ahead of both fixed at either rank, and a ``Q`` that is rebuilt is no
-better than one that learns. A higher rank brings more, though beyond the error only where ``P`` is fixed or ``Q``
-rebuilt, so that at the lower rank it matters most that ``P`` learns which few directions to carry: there it is worth
-more than a ``Q`` that learns, at the higher one no more. Behind backpropagation both factors learned are by no more
-than the error of seeds that lie far apart. At such widths no step costs less, most likely since products of so few
-channels fill no core.
+Verdict: half of it. Both factors learned are ahead of both fixed at either rank, and behind backpropagation at either,
+in every seed. A higher rank brings more, least where ``P`` learns and ``Q`` does not. At the lower rank it matters most
+that ``P`` learns which few directions to carry, more than that ``Q`` learns; at the higher one no more. A ``Q`` that is
+rebuilt is behind one that learns. At such widths no step costs less, most likely since products of so few channels fill
+no core.
 """
 
 import dataclasses

@@ -15,7 +15,7 @@ from .03, .01, .003, .001 (FA alone .01, .003, .001, .0003; with BN .1, .03, .01
 .2, .1, .05, .02). One choice came after looking: FA at BP's rate. ResNet-18's without normalisation are those of least
 validation loss in the thin network, one seed, at which no seed explodes: of BP's .1, .03, .01, .001, .0001 and of FA's
 .001 and .0003, at which one does, .0001, 3e-5, 1e-5. Its logits start so large that BP's loss falls to that of guessing
-at the first three, and FA's is closest at .0001.
+at the first three, and FA's is closest at .0001. Its other rates are guesses.
 
 Verdict: does not hold in the small network. At the rate at which it learns best feedback alignment's errors,
 activations and gradients span as many directions as backpropagation's, within their errors, but after the last epoch
@@ -24,8 +24,8 @@ loss, its gradients span more, its errors as many over channels and hardly fewer
 backpropagation's rate alone, where the loss explodes. Normalisation is worth much. On top of it Muon leaves gradients,
 before the optimizer changes them, and activations that span more directions, and costs some points, most likely since
 without a collapse there is none to undo; what it does alone is within the error. Updates of rank 1 cost backpropagation
-more. In a thin ResNet-18 without normalisation nothing learns, backpropagation neither; with it feedback alignment
-learns a little, and Muon costs here, too.
+more. In a thin ResNet-18 without normalisation, at rates of which only some were looked for, nothing learns,
+backpropagation neither; with it feedback alignment learns a little, and Muon costs here, too.
 """
 
 import dataclasses

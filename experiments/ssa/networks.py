@@ -24,11 +24,12 @@ keeps from step to step: weights, feedback, optimizer state, statistics, without
 Verdict: half of it, in short trainings of small networks. SVD training loses a little to backpropagation as ranks fall,
 in the VGG-like network within the error. The sequential reading whose alignment pulls the feedback, which is weight
 transport, is the best of SSA's: ahead of DFA in all networks, with angles half of DFA's in two of the three, and far
-behind SVD training. Pulled to random matrices, weights turn their updates by less, learn no more than by DFA, and in
-the VGG-like network less, most likely since weights that serve the pull serve the task less. A stronger pull of the
-weights does harm, of the feedback nothing. Inference takes the fewest operations in the fully connected network; in the
-convolutional ones ranks would have to fall further. A training step of the one reading that was counted takes more
-operations than backpropagation's in every network, several times as many in the fully connected one.
+behind SVD training. In the sequential reading weights that are pulled to random matrices turn their updates by less,
+and in either they learn no more than by DFA, and in the VGG-like network less, most likely since weights that serve the
+pull serve the task less. A stronger pull of the weights does harm, of the feedback nothing. Inference takes the fewest
+operations in the fully connected network; in the convolutional ones ranks would have to fall further. A training step
+of the one reading that was counted takes more operations than backpropagation's in every network, several times as many
+in the fully connected one.
 """
 
 import dataclasses

@@ -7,6 +7,7 @@ import re
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from experiments.__main__ import EXPERIMENTS, main
 from experiments.benchmarks import workloads
@@ -105,6 +106,16 @@ def small(shape, classes, *_, rngs=None, **__):
     return MLP(shape, classes, (4,), rngs=rngs or _[-1])
 
 
+class Mapped(nnx.Module):
+    """The smallest with a first layer over a map, of whole tiles."""
+
+    def __init__(self, shape, classes, rngs):
+        self.conv1, self.head = nnx.Conv(shape[-1], 2, (1, 1), rngs=rngs), nnx.Linear(2, classes, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.conv1(x).mean((1, 2)))
+
+
 @pytest.fixture
 def tiny(mock, play, monkeypatch):
     """Networks to match tiny data."""
@@ -173,6 +184,8 @@ def test_the_last_arm_of_every_sweep_trains_and_reports(name, tiny):
 
 @pytest.mark.parametrize("name", marked(SHOWN, LONG_STUDIES))
 def test_every_study_reports(name, tiny, monkeypatch, capsys):
+    if name == "grape_first_layer":
+        monkeypatch.setattr("experiments.grape.shallow.ShallowCNN", Mapped)
     config = configured(name, tiny, STUDIES.get(name, {}))
     text = sweep.run(EXPERIMENTS[name], config).read_text()
     assert text.count("<svg") == 1

@@ -30,7 +30,7 @@ def test_arms_of_one_title_are_all_told_and_each_with_its_group():
     arms["MNIST-own"] = arm("MNIST", "Own", 50.0, reference="MNIST-bp", angle=99.0)
     assert findings(arms) == [
         ("2 of 5", "end within 1 point of their reference's."),
-        ("25°", "from the true gradient: MNIST: DFA is the best aligned. Own is the least, at 99°."),
+        ("25°", "from the true gradient: MNIST: DFA is the best aligned. MNIST: Own is the least, at 99°."),
         (
             f"0.63{TIMES}",
             f"the reference's time per step: MNIST: DFA is the cheapest. MNIST: FA is the dearest, at 1.37{TIMES}.",

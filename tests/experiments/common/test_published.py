@@ -38,11 +38,11 @@ def test_no_run_on_a_cpu_is_the_published_set_up(name):
 
 def test_what_is_smaller_is_said_in_one_sentence():
     assert smaller(EXPERIMENTS["ldfa_cnn"], configured("ldfa_cnn", "cpu")).startswith(
-        "A smaller set-up than the published one, so that no number compares with its: images 8000, not all; test "
+        "Not the published set-up, so that numbers do not compare: images 8000, not all; test "
         "images 2000, not all; retina 16-16, not 32-32; cortex "
     )
     assert smaller(EXPERIMENTS["grape_shallow"], configured("grape_shallow", "paper", epochs=49)).endswith(
-        " its: epochs 49, not 50 or more."
+        " compare: epochs 49, not 50 or more."
     )
 
 

@@ -87,8 +87,8 @@ def test_a_smaller_set_ups_published_numbers_stand_apart_from_ours(tmp_path, mon
     text = results._section(EXPERIMENTS["grape_deep"], made)
     assert "fill='none'" not in made[path.with_suffix(".svg")]  # the hollow mark of a published number
     (line,) = (line for line in text.splitlines() if "31.4" in line)
-    assert line == "- Published at its own size (the paper's own; A paper): Ours: epochs 1 31.4."
-    assert "A smaller set-up than the published one, so that no number compares with its: epochs 2, not 50" in text
+    assert line == "- Published, in a set-up of its own (the paper's own; A paper): Ours: epochs 1 31.4."
+    assert "Not the published set-up, so that numbers do not compare: epochs 2, not 50 or more.\n" in text
     assert "once said" not in text
 
 
@@ -192,28 +192,27 @@ def test_one_seeds_accuracy_has_the_error_of_its_test_images():
 def test_one_seeds_perplexity_tells_no_order():
     for ours in (6.0, 8.0):
         found = result(known("bp", 30.0, 7.0), known("dfa", 52.0, ours), metric="perplexity")
-        *_, order, other = verdicts.verdict(experiment(), found)
-        assert order == "- **Order: 0 of 1 pairs of arms stand as published.**"
+        *_, other = lines = verdicts.verdict(experiment(), found)
         assert other == "- Not told by one seed: bp before dfa."
+        assert "Order" not in "\n".join(lines)
+        assert verdicts.glance(experiment(), [found]).endswith(". |  |")
 
 
 def test_of_a_smaller_set_up_the_order_alone_is_told_and_the_numbers_apart():
     found = result(known("bp", 80.0, 90.0, 90.0), known("dfa", 70.0, 60.0, 60.0), images=4000)
     small, _, stated, order = verdicts.verdict(experiment(), found)
-    assert (
-        small == "A smaller set-up than the published one, so that no number compares with its: images 4000, not all."
-    )
-    assert stated == "- Published at its own size (a third party's; A paper): bp 80.0; dfa 70.0."
-    assert order == "- **Order at this smaller size: 1 of 1 pairs of arms stand as published.**"
-    assert verdicts.glance(experiment(), [found]).endswith(". | 1 of 1 (smaller) |")
-    assert verdicts.glance(experiment(), [found | {"seeds": [0]}]).endswith(". | 1 of 1 (one seed, smaller) |")
-    assert verdicts.verdict(experiment(size=None), result()) == []
+    assert small == "Not the published set-up, so that numbers do not compare: images 4000, not all."
+    assert stated == "- Published, in a set-up of its own (a third party's; A paper): bp 80.0; dfa 70.0."
+    assert order == "- **Order of the last epochs here: 1 of 1 pairs of arms stand as published.**"
+    assert verdicts.glance(experiment(), [found]).endswith(". | 1 of 1 (another set-up) |")
+    assert verdicts.glance(experiment(), [found | {"seeds": [0]}]).endswith(". | 1 of 1 (one seed, another set-up) |")
+    assert verdicts.verdict(experiment(size=None), found) == []
 
 
 def test_one_seeds_accuracy_on_fewer_test_images_is_told_less_well():
-    arms = known("bp", 80.0, 52.0), known("dfa", 70.0, 50.0)
-    for images, stands in ((None, 1), (500, 0)):
-        lines = "\n".join(verdicts.verdict(experiment(), result(*arms, test_images=images)))
+    arms = known("bp", 80.0, 51.5), known("dfa", 70.0, 50.0)
+    for change, stands in (({}, 1), ({"test_images": 500}, 0), ({"split": "validation"}, 0)):
+        lines = "\n".join(verdicts.verdict(experiment(), result(*arms, **change)))
         assert f"{stands} of 1 pairs" in lines
 
 
@@ -307,11 +306,21 @@ def test_a_result_says_how_long_its_runs_took_unless_one_was_killed(tmp_path, mo
 def test_what_all_results_of_a_preset_took_is_said_with_what_is_missing():
     runs = [{"minutes": 60.0}, {"minutes": 30.0}]
     night = [{"name": "cpu", "runs": runs}, {"name": "paper", "runs": runs}]
-    assert spent.together(night) == "All 1 results of the preset `cpu` took 1.5 hours."
+    assert spent.together(night) == "Results of the preset `cpu`: 1, 1.5 hours."
     killed = {"name": "cpu", "runs": [{}], "arms": {"one": {"seconds": 1800.0}}}
-    assert spent.together([*night, killed]) == (
-        "All 2 results of the preset `cpu` took 2.0 hours, of which 1 tell no more than their arms' training."
+    older = {"name": "cpu", "runs": [{}]}
+    assert spent.together([*night, killed, older]) == (
+        "Results of the preset `cpu`: 3, 2.0 hours; of 1 only the training was timed; 1 tell no time."
     )
+
+
+def test_where_the_best_epoch_is_compared_the_table_shows_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    found = json.loads(results.write(folder(tmp_path, same=False), EXPERIMENTS, "cpu").read_text())
+    for epoch, there in (("best", True), ("last", False)):
+        text = results._result(experiment(epoch), found, tmp_path / "a.svg")
+        assert ("| step | true gradients | best epoch |\n" in text) == there
+        assert ("| 2.5 | 40.0 ± 14.1 |\n" in text) == there
 
 
 def test_what_a_preset_has_changed_since_a_result_is_said():

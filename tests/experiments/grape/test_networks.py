@@ -13,7 +13,9 @@ import jaxfa.nn
 from experiments.__main__ import EXPERIMENTS
 from experiments.common import data
 from experiments.common.data import Dataset
-from experiments.grape.first_layer import findings, repeated
+from experiments.common.experiment import Arm
+from experiments.grape import shallow
+from experiments.grape.first_layer import findings, linear, repeated
 from experiments.grape.networks import NETWORKS
 from experiments.grape.variants import BEST, TILED, VARIANTS, WATCHED
 
@@ -104,14 +106,44 @@ def test_shrinking_averages_squares():
 
 
 def test_what_repeats_of_a_feedback_is_its_projection():
-    b, other = np.random.default_rng(0).normal(size=(2, 3, 8, 10, 2))
+    b, other = np.random.default_rng(0).normal(size=(2, 3, 8, 12, 2))
     tiled = np.array(repeated(b))
     np.testing.assert_allclose(repeated(tiled), tiled, rtol=1e-6)
     np.testing.assert_array_equal(tiled[:, :4], tiled[:, 4:])
-    np.testing.assert_array_equal(tiled[:, :, :6], tiled[:, :, 4:])
-    # The last two columns are no whole tile.
-    left, anything = (b - tiled)[:, :, :8], np.array(repeated(other))[:, :, :8]
-    assert abs((left * anything).sum()) < 1e-4 < abs((b[:, :, :8] * anything).sum())
+    np.testing.assert_array_equal(tiled[:, :, :8], tiled[:, :, 4:])
+    left, anything = b - tiled, np.array(repeated(other))
+    assert abs((left * anything).sum()) < 1e-4 < abs((b * anything).sum())
+
+
+class Pooled(nnx.Module):
+    """Linear, so that one feedback gives every error; the mean of all positions, or one that knows each."""
+
+    def __init__(self, everywhere, rngs):
+        self.conv1, self.everywhere = nnx.Conv(3, 4, (3, 3), rngs=rngs), everywhere
+        self.head = nnx.Linear(4 if everywhere else 4 * 64, 3, rngs=rngs)
+
+    def __call__(self, x):
+        h = self.conv1(x)
+        return self.head(h.mean((1, 2)) if self.everywhere else h.reshape(len(h), -1))
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_linear_feedback_fits_a_linear_network_and_tiles_what_repeats_alone(everywhere, tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 255, (40, 8, 8, 3), np.uint8), rng.integers(0, 3, 40)
+    dataset = Dataset(images, labels, images, labels, 3)
+    config = dataclasses.replace(EXPERIMENTS["grape_first_layer"].presets["cpu"], seeds=2, out=tmp_path)
+    task = shallow.task(config, dataset, jaxfa.dfa(), 1e-3)._replace(
+        make=lambda rngs: Pooled(everywhere, rngs), batch=20
+    )
+    found = linear(config, Arm("dfa", "DFA", None, task))
+    np.testing.assert_allclose(found.fitted, 0, atol=0.1)
+    if everywhere:
+        np.testing.assert_allclose(found.tiled, 0, atol=0.1)
+        np.testing.assert_allclose(found.share, 1, rtol=1e-4)
+    else:
+        assert (np.array(found.tiled) > 10).all()
+        assert (np.array(found.share) < 0.6).all()
 
 
 def test_what_came_of_the_first_layer_is_how_far_the_options_turn_it():

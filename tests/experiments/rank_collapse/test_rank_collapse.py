@@ -235,6 +235,8 @@ def test_ranks_at_a_matched_loss_lie_between_epochs():
     controls = {"bp-norm-rank-1": history([2.3, 2.2], [1, 1]), "fa-muon": history([2.4, 2.5], [1, 1])}
     assert rank_report.matched_loss({"fa": slow, "bp": fast} | controls, 10) == 1.8
     assert np.isnan(rank_report.matched_loss({"fa": slow, "bp": fast}, 2))
+    # Hardly below the loss of guessing among ten, 2.303, nothing is learned.
+    assert rank_report.matched_loss({"fa": slow, "bp": history([2.4, 2.29], [1, 1])}, 10) == 1.8
 
     def at(one, level):
         return rank_report.at_loss(one, np.array([[10.0, 20.0, 30.0]]), level)[0]
