@@ -45,13 +45,15 @@ def by_magnitude(net, i, feedback, delta, e):
     return net.back(i, feedback.magnitude * np.sign(net.w[i]), delta), {}
 
 
+def learned(feedback, p, q):
+    """The signals of the factors that learn."""
+    return {"p": p if getattr(feedback, "learn_p", False) else 0, "q": q if getattr(feedback, "learn_q", False) else 0}
+
+
 def ldfa(net, i, feedback, delta, e):
     thin = delta @ feedback.p  # the layer's own operation with r outputs takes it to the input
-    signal = {
-        "p": -oja(feedback.p, delta) if getattr(feedback, "learn_p", False) else 0,
-        "q": net.layers[i].to_weights(net.xs[i], feedback.q, thin) if getattr(feedback, "learn_q", False) else 0,
-    }
-    return net.back(i, feedback.q, thin), signal
+    q = net.layers[i].to_weights(net.xs[i], feedback.q, thin)
+    return net.back(i, feedback.q, thin), learned(feedback, -oja(feedback.p, delta), q)
 
 
 def by_factors(net, i, feedback, delta, e):
@@ -88,7 +90,8 @@ def drtp(net, i, feedback, delta, e):
 
 def dldfa(net, i, feedback, delta, e):
     thin = e @ feedback.p
-    return direct(net.xs[i], feedback.q, thin), {"p": -oja(feedback.p, e), "q": np.tensordot(net.xs[i], thin, (0, 0))}
+    q = np.tensordot(net.xs[i], thin, (0, 0))
+    return direct(net.xs[i], feedback.q, thin), learned(feedback, -oja(feedback.p, e), q)
 
 
 def by_tile(net, i, feedback, delta, e):

@@ -20,6 +20,12 @@ from tests.twins import CLASSES, IMAGES, KEY, NETWORKS, close, create, operation
 # Their references, as independent, are in test_forward_gradient, test_pepita and, of the mirror, test_oracle_phases.
 ELSEWHERE = {"forward_gradient", "pepita", "pepita_mirrored"}
 ROWS = {method.name: method.rule for method in METHODS if method.name not in ELSEWHERE}
+# Of these rules one factor learns alone.
+ROWS |= {
+    f"{name}, {factor} alone": rule(8 if name == "dldfa" else 0.8, **{f"learn_{other}": False})
+    for name, rule in (("ldfa", jaxfa.ldfa), ("dldfa", jaxfa.dldfa))
+    for factor, other in ("pq", "qp")
+}
 grid = pytest.mark.parametrize("kind", NETWORKS)
 
 
@@ -47,7 +53,7 @@ def test_gradients_and_signals_are_the_equations(name, kind, x64):
     if name == "brsf":
         magnitudes = [np.abs(f.matrix(jnp.ones_like(p["w"]))) for f, p in zip(feedback[1:], params[1:], strict=True)]
         known = [None, *(SimpleNamespace(magnitude=np.asarray(one)) for one in magnitudes)]
-    grads, slots = net.learn(REFERENCES[name], known)
+    grads, slots = net.learn(REFERENCES[name.partition(",")[0]], known)
     got, slot = signals(layers, params, feedback, data)
     for expected, found in zip(grads, got, strict=True):
         close(found["b"], expected["b"])
@@ -125,12 +131,16 @@ STACKS = {"dense": (Dense(), (4,), (4, 4)), "conv": (Conv(1), (4, 4, 2), (3, 3, 
 @pytest.mark.parametrize("kind", STACKS)
 @pytest.mark.parametrize("unroll", [False, True], ids=["loop", "straight"])
 @pytest.mark.parametrize("schedule", ["stored", "parallel", "stream"])
-def test_stacks_of_blocks_are_the_equations(schedule, unroll, kind, x64):
+@pytest.mark.parametrize("name", ["dkp", "dldfa"])
+def test_stacks_of_blocks_are_the_equations(name, schedule, unroll, kind, x64):
     rng, (layer, inputs, shape) = np.random.default_rng(5), STACKS[kind]
     size = np.prod(inputs)
     w, x = jnp.asarray(rng.normal(size=(3, *shape)) / 2), jnp.asarray(rng.normal(size=(IMAGES, *inputs)))
     head, labels = jnp.asarray(rng.normal(size=(size, CLASSES))), rng.integers(CLASSES, size=IMAGES)
-    b = jnp.asarray(rng.normal(size=(3, *inputs, CLASSES)))
+    # Both rules' feedback learns.
+    rule = jaxfa.dkp() if name == "dkp" else jaxfa.dldfa(2)
+    one = rule.init(KEY, x, jnp.zeros((IMAGES, CLASSES)))
+    feedback = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=(3, *leaf.shape))), one)
 
     def loss(w, feedback, head):
         wire = jaxfa.error_wire(jnp.zeros((IMAGES, CLASSES)))
@@ -139,14 +149,14 @@ def test_stacks_of_blocks_are_the_equations(schedule, unroll, kind, x64):
         logits = jaxfa.with_wire(h.reshape(IMAGES, size) @ head, wire, feedback)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    # Direct Kolen-Pollack, whose feedback learns, too.
-    feedback = dataclasses.replace(jaxfa.dkp().init(KEY, x, jnp.zeros((IMAGES, CLASSES))), b=b)
     got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(w, feedback, head)
     params = [{"w": np.asarray(one), "b": np.zeros(one.shape[-1])} for one in (*w, head)]
     net = Network((layer, layer, layer, Dense()), params, np.asarray(x), labels)
-    grads, slots = net.learn(backwards.dkp, [None, *(SimpleNamespace(b=np.asarray(one)) for one in b)])
+    known = [plain(jax.tree.map(lambda leaf, i=i: leaf[i], feedback)) for i in range(3)]
+    grads, slots = net.learn(REFERENCES[name], [None, *known])
     close(got[0], np.stack([g["w"] for g in grads[:-1]]))
-    close(got[1].b, np.stack([one["b"].reshape(*inputs, CLASSES) for one in slots]))
+    for path, leaf in jax.tree.leaves_with_path(got[1]):
+        close(leaf, np.stack([backwards.at(one, path).reshape(leaf.shape[1:]) for one in slots]))
     close(got[2], grads[-1]["w"])
 
 
