@@ -35,7 +35,9 @@ def together(every: Iterable[Mapping[str, Any]], preset: str = "cpu") -> str:
     none = sum(whole is None and not trained for whole, trained in told)
     less = [f"of {part} only the training was timed"] if part else []
     less += [f"{none} tell no time"] if none else []
-    return f"Results of the preset `{preset}`: {len(told)}, {hours:.1f} hours{''.join(f'; {one}' for one in less)}."
+    return (
+        f"Results of the preset `{preset}` ({len(told)}) took {hours:.1f} hours{''.join(f'; {one}' for one in less)}."
+    )
 
 
 def _minutes(found: Mapping[str, Any]) -> tuple[float | None, float]:

@@ -4,9 +4,10 @@ Claim (Hanut and Kadmon 2025): accuracy rises with the rank of one layer's feedb
 backpropagation's at about the number of classes; a network as narrow as the error is far worse; where P learns by Oja's
 rule, Q may stay random.
 
-Command: ``python -m experiments run ldfa_rank_mlp``, 17 minutes; ``--preset gpu15`` for its width and all images on one
-H100 in a quarter of an hour, ``--preset hours`` for some ranks in some hours of one core, ``--preset paper`` for the
-published set-up.
+Command: ``python -m experiments run ldfa_rank_mlp``, 17 minutes; ``--preset direct``, 4 minutes, for which factor must
+learn at rank 4 where the error comes directly; ``--preset gpu15`` for the published width and all images on one H100 in
+a quarter of an hour, ``--preset hours`` for some ranks in some hours of one core, ``--preset paper`` for the published
+set-up.
 
 ``B1``, ``B2`` and ``B3`` carry the error to the first, second and third hidden layer, past the weights of the next one:
 each alone is of low rank. As in the authors' code the feedback of all other layers is learned, too, of full rank, and
@@ -18,8 +19,8 @@ moments of the training images used; in the direct rule the error at the last hi
 weights, theirs through a learned ``Q P`` of full rank, and their ``P`` learns from errors of which every unit has
 deviation 1. ``Q`` shares the weights' Adam and L2 penalty, as there.
 
-The preset ``direct``, 4 minutes, asks which factor must learn where the error comes directly, from two sources, and
-what a structure costs: units in a row whose ``P`` and ``Q`` reach neighbours alone, at first or for good, or by the
+The preset ``direct`` asks which factor must learn where the error comes directly, from two sources, and what a
+structure costs: units in a row whose ``P`` and ``Q`` reach neighbours alone, at first or for good, or by the
 same weights everywhere, a convolution. There is no direct ``Q`` by reconstruction: it rebuilds one linear layer's input
 from its output, and between a layer and a distant source lie others that are not linear. The factors of a convolutional
 network's feedback, as in ``ldfa_cnn``, are convolutions themselves.

@@ -306,11 +306,11 @@ def test_a_result_says_how_long_its_runs_took_unless_one_was_killed(tmp_path, mo
 def test_what_all_results_of_a_preset_took_is_said_with_what_is_missing():
     runs = [{"minutes": 60.0}, {"minutes": 30.0}]
     night = [{"name": "cpu", "runs": runs}, {"name": "paper", "runs": runs}]
-    assert spent.together(night) == "Results of the preset `cpu`: 1, 1.5 hours."
+    assert spent.together(night) == "Results of the preset `cpu` (1) took 1.5 hours."
     killed = {"name": "cpu", "runs": [{}], "arms": {"one": {"seconds": 1800.0}}}
     older = {"name": "cpu", "runs": [{}]}
     assert spent.together([*night, killed, older]) == (
-        "Results of the preset `cpu`: 3, 2.0 hours; of 1 only the training was timed; 1 tell no time."
+        "Results of the preset `cpu` (3) took 2.0 hours; of 1 only the training was timed; 1 tell no time."
     )
 
 
