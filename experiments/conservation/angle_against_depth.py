@@ -92,7 +92,8 @@ def arms(config: Config) -> Iterator[Arm]:
     for kind, rule, size in product(WIDTHS, RULES, config.sizes):
         make = partial(_network, kind, size[0], max(1, round(size[1] * WIDTHS[kind])))
         task = Task(make, RULES[rule][0](), optax.adam(config.learning_rate), dataset, config.batch)
-        yield Arm(_name(kind, rule, size), kind, None, task)
+        name = _name(kind, rule, size)
+        yield Arm(name, name, None, task)
 
 
 def _network(kind: str, depth: int, width: int, rngs: nnx.Rngs) -> nnx.Module:

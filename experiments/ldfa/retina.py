@@ -71,7 +71,7 @@ def arms(config: Config) -> Iterator[Arm]:
         task = bp._replace(rule=rule, at=("cortex/0",) if rank else None, allow=("*",) if rank else ())
         for seed in range(config.seed, config.seed + config.seeds):
             name = f"{_name(rank)}-seed-{seed}".replace(" ", "-")
-            yield Arm(name, _name(rank), rank, task, seeds=[seed])
+            yield Arm(name, _name(rank), rank, task, title=f"seed {seed}", seeds=[seed])
 
 
 def _name(rank: int | None) -> str:

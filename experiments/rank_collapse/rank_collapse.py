@@ -149,7 +149,7 @@ def arms(config: Config) -> list[Arm]:
     dataset = load(config, NETWORKS[config.network].data, config.shrink)
     known = rank_report.PUBLISHED
     return [
-        Arm(name, "trainings", None, task(config, name, dataset), known.get(name), origin=rank_report.ORIGIN)
+        Arm(name, name, None, task(config, name, dataset), known.get(name), origin=rank_report.ORIGIN)
         for name in config.trainings
     ]
 
