@@ -11,7 +11,7 @@ _SIDE, _NUMBERS, _TIMES = 2048, 2**26, 5
 
 
 class Ceilings(NamedTuple):
-    """Rates that no step is above.
+    """Rates beside which a step's are seen.
 
     Attributes:
       gigaflops: operations of a product of float32 matrices in a second, in units of 1e9.
@@ -21,9 +21,9 @@ class Ceilings(NamedTuple):
     gigaflops: float
     gigabytes: float
 
-    def least(self, gigaflops: float, gigabytes: float) -> float:
-        """The milliseconds that so many operations, or so many bytes, take at least."""
-        return 1e3 * max(gigaflops / self.gigaflops, gigabytes / self.gigabytes)
+    def times(self, gigaflops: float, gigabytes: float) -> dict[str, float]:
+        """The milliseconds that so many operations take as a product, and so many bytes as a copy."""
+        return {"product": 1e3 * gigaflops / self.gigaflops, "copy": 1e3 * gigabytes / self.gigabytes}
 
 
 def measure() -> Ceilings:
