@@ -13,8 +13,8 @@ learned direct feedback more in the decoder, where its forward mode comes on top
 blocks, and in the ResNet: XLA:CPU moves the reshapes of BatchNorm before it looks for what is computed twice, and so
 runs the forward pass once more. Starts under FA and DFA keep the promise, but for FA's in the decoder, learned feedback
 takes longer; without the model's making, most of a start, FA comes close, and one direct matrix for all layers keeps
-it. PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a CPU, whatever the rule; in dense networks it is
-level by backpropagation. BioTorch's DFA saves nothing beside its own FA.
+it. PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a CPU, whatever the rule; its decoder is ahead,
+too, and its dense network level by backpropagation. BioTorch's DFA saves nothing beside its own FA.
 """
 
 import dataclasses

@@ -10,6 +10,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
+from experiments.common import seeds
 from jaxfa.measure.conservation import half_square, imbalance, quantity
 from jaxfa.measure.diagnostics import entropy_rank
 
@@ -30,8 +31,8 @@ def measure(trainer: Any) -> Callable[[Any], dict[str, Any]]:
 
     def every(state: Any) -> dict[str, Any]:
         # One seed after the other: jaxlib 0.10.2's batched decompositions can hang.
-        seeds = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(len(trainer.seeds))]
-        found = jax.device_get([one(seed, *(array[:_EXAMPLES] for array in trainer.data)) for seed in seeds])
+        each = seeds.apart(state, len(trainer.seeds))
+        found = jax.device_get([one(seed, *(array[:_EXAMPLES] for array in trainer.data)) for seed in each])
         found = jax.tree.map(lambda *values: np.stack(values), *found)
         layers = [row.layer for row in trainer.coverage.rows]
         return {name: {layer: of[layer] for layer in layers if layer in of} for name, of in found.items()}

@@ -21,17 +21,16 @@ from experiments.common.verdicts import glance, not_run, verdict
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
 OLDER = "older measurement"
-_HEAD = (
-    """# Results
+_HEAD = """# Results
 
 What was run, by which command, with seeds, spread, versions and device. `make results` makes this page of the data in
 `experiments/*/results/`. The order counts the pairs of arms that stand as published, beyond their error, in each table
 in turn. Another set-up than the published one has fewer or other images, a smaller network or few epochs: numbers do
 not compare then, an order may. Where this page shows the table alone, each paper's own page is the README in its folder
-under `experiments/`.""",
-    """| question | does the claim hold here? | order |
-| --- | --- | --- |""",
-)
+under `experiments/`.
+"""
+_QUESTIONS = """| question | does the claim hold here? | order |
+| --- | --- | --- |"""
 # The results that the main README shows beside the rules.
 COLUMNS = {
     "400 digits, MLP": "compare/results/compare-cpu.json",
@@ -98,7 +97,7 @@ def pages(experiments: Iterable[Experiment]) -> dict[Path, str]:
 def _all(papers: Mapping[str, Sequence[Experiment]]) -> str:
     """The page of all results: every question with its answer, then the papers' own pages, the benchmarks' last."""
     every = [found for members in papers.values() for one in members for _, found in _results(one)]
-    lines = [f"{_HEAD[0]}\n\n{together(every)}\n\n{_HEAD[1]}"]
+    lines = [_HEAD, f"{together(every)}\n", _QUESTIONS]
     last = sorted(papers, key=lambda paper: paper == "benchmarks")
     for experiment in (one for paper in last for one in papers[paper] if one.verdict):
         lines.append(glance(experiment, (found for _, found in _results(experiment) if found["kind"] != OLDER)))

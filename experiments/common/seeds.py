@@ -10,6 +10,11 @@ import jax
 import jax.numpy as jnp
 
 
+def apart(state: Any, seeds: int) -> list[Any]:
+    """The state of each seed by itself, from that of all, whose first axis is theirs."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(seeds)]
+
+
 def take_turns(seeds: Sequence[int], program: Any) -> bool:
     """Whether the seeds of a program, a jaxpr, run one after the other."""
     return len(seeds) > 1 and jax.default_backend() == "cpu" and "conv_general_dilated" in str(program)

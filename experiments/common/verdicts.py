@@ -73,7 +73,7 @@ def _gaps(found: dict[str, Any], known: dict[str, Any], epoch: str) -> list[str]
     return lines + ([f"- Gaps to the reference that do not hold: {'; '.join(fails)}."] if fails else [])
 
 
-def _order(found: dict[str, Any], known: dict[str, Any], epoch: str, size: str = "") -> list[str]:
+def _order(found: dict[str, Any], known: dict[str, Any], epoch: str, where: str = "") -> list[str]:
     pairs = list(_pairs(known))
     if not pairs:
         return []
@@ -87,7 +87,7 @@ def _order(found: dict[str, Any], known: dict[str, Any], epoch: str, size: str =
     ]
     stand = sum(error is not None and lead > error for _, _, lead, error in leads)
     untold = all(error is None for *_, error in leads)
-    lines = [] if untold else [f"- **Order{size}: {stand} of {len(pairs)} pairs of arms stand as published.**"]
+    lines = [] if untold else [f"- **Order{where}: {stand} of {len(pairs)} pairs of arms stand as published.**"]
     for said, some in (
         (
             "Within twice the standard error",

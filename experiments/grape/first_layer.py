@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 
 import jaxfa
 import jaxfa.nn
-from experiments.common import experiment, plots
+from experiments.common import experiment, plots, seeds
 from experiments.common.bounds import among, between
 from experiments.common.checkpoint import last_state
 from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, finished, load
@@ -57,7 +57,7 @@ class Config(experiment.Config):
     )
     """The forms of GrAPE, beside backpropagation and DFA."""
     shrink: Annotated[int, between(1, 2)] = 2
-    """The side in pixels of the squares over which images are averaged: smaller ones have no place for the network."""
+    """The side in pixels of the squares over which images are averaged; the network needs more than 8 pixels a side."""
 
     arms = ("variants",)
 
@@ -108,8 +108,8 @@ def linear(config: Config, arm: Arm) -> Linear:
         share = (tiled**2).sum() / (b**2).sum()
         return Linear(_angle(fitted, true), _angle(by_tile, true), share)
 
-    seeds = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(config.seeds)]
-    found = jax.device_get([one(seed, *(array[:PROBE] for array in trainer.data)) for seed in seeds])
+    each = seeds.apart(state, config.seeds)
+    found = jax.device_get([one(seed, *(array[:PROBE] for array in trainer.data)) for seed in each])
     return jax.tree.map(lambda *values: np.stack(values), *found)
 
 

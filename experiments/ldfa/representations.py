@@ -19,13 +19,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
 import jaxfa.nn
-from experiments.common import plots
+from experiments.common import plots, seeds
 from experiments.common.checkpoint import last_state
 from experiments.common.experiment import Arm, Experiment, Histories, Page, Study, Table, finished, load
 from experiments.common.metrics import shown
@@ -89,10 +88,7 @@ def representations(config: Config, arm: Arm, *, trained: bool = True) -> list[l
     trainer = Trainer(arm.task, range(config.seed, config.seed + config.seeds), config.loop)
     start, x = trainer.init(), trainer.inputs(arm.task.data.test_images[:PROBES])
     state = last_state(config.out / arm.name, start) if trained else start
-    return [
-        hidden(jaxfa.nn.plain(trainer.model(jax.tree.map(lambda leaf, i=i: leaf[i], state))), x)
-        for i in range(config.seeds)
-    ]
+    return [hidden(jaxfa.nn.plain(trainer.model(one)), x) for one in seeds.apart(state, config.seeds)]
 
 
 def hidden(model: Any, x: Any) -> list[np.ndarray]:

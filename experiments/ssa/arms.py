@@ -13,7 +13,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
-from experiments.common import experiment
+from experiments.common import experiment, seeds
 from experiments.common.augment import crop_and_flip
 from experiments.common.bounds import FROM_ZERO, SHARE
 from experiments.common.data import Dataset
@@ -126,15 +126,15 @@ def top_five(trainer: Trainer) -> Callable[[State], dict[str, Any]]:
 
     @jax.jit
     def count(state: State, images: jax.Array, labels: jax.Array) -> jax.Array:
-        model = trainer.model(jax.tree.map(lambda leaf: leaf[0], state), copy=True)
+        model = trainer.model(state, copy=True)
         model.eval()
         logits = model(trainer.inputs(images))
         return ((logits > jnp.take_along_axis(logits, labels[:, None], 1)).sum(1) < 5).sum()
 
     def measure(state: State) -> dict[str, Any]:
-        seeds = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], state) for i in range(len(trainer.seeds))]
+        each = seeds.apart(state, len(trainer.seeds))
         chunks = [slice(i, i + 1000) for i in range(0, len(labels), 1000)]
-        found = [sum(int(count(seed, images[chunk], labels[chunk])) for chunk in chunks) for seed in seeds]
+        found = [sum(int(count(seed, images[chunk], labels[chunk])) for chunk in chunks) for seed in each]
         return {"top_five": np.array(found) / len(labels)}
 
     return measure
