@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfa.order import after
+from jaxfa.jaxprs.dependence import dependent
 
 # What keeps a copy of the parameters, or searches along its own step, would undo or overlook a step made after it.
 _NOT_INSIDE = (
@@ -63,36 +63,16 @@ def moved(step: jax.Array) -> jax.Array:
 
 
 def stepped(tx: Any, updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
-    """``tx.update``, and a tree of which leaves it takes a step on: those whose update depends on their gradient.
+    """``tx.update``, and a tree of which leaves it takes a step on: those whose update depends on the gradients.
 
-    A step may well be zero, and what is no step, such as a decay of frozen weights, may be not. So this asks ``tx``
-    once more, for the opposite gradient, large enough to be seen behind a momentum and as finite as the true one.
-
-    Compiled, it asks before ``tx`` takes the step: a state that is still to be read can't be written where it lies, and
-    would be copied.
+    A step may well be zero, and what is no step, such as a decay of frozen weights, may be not.
     """
 
-    def ask(g: Any) -> tuple[Any, Any]:
-        return tx.update(g, state, params, **extra)
+    def update(updates: Any, state: Any, params: Any) -> Any:
+        return tx.update(updates, state, params, **extra)
 
-    first, probe = ask(updates), ask(jax.tree.map(_opposite, updates))
-    steps = jax.tree.map(lambda a, b: jnp.any(a != b), first[0], probe[0])
-    is_traced = any(isinstance(step, jax.core.Tracer) for step in jax.tree.leaves(steps))
-    # The step is then computed anew, which is cheap but for products of matrices, as Muon's.
-    if is_traced and "dot_general" not in str(jax.make_jaxpr(ask)(updates)):
-        first = ask(_after(updates, steps))
-    return *first, steps
-
-
-def _after(updates: Any, steps: Any) -> Any:
-    """The gradients, bit for bit, but not before it is known which are stepped on."""
-    one = after(jnp.ones(()), [step.astype(jnp.float32) for step in jax.tree.leaves(steps)])
-    return jax.tree.map(lambda g: g * one.astype(g.dtype), updates)
-
-
-def _opposite(g: jax.Array) -> jax.Array:
-    sign = jnp.where(g > 0, 1, -1).astype(g.dtype)
-    return jnp.where(jnp.isfinite(g), -1024 * (g + sign), g)
+    (found, after), (steps, _) = dependent(update, updates, state, params)
+    return found, after, steps
 
 
 def own_state(state: Any, theirs: Any, paths: list[Any]) -> Any:
