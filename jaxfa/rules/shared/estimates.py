@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -50,10 +51,12 @@ def jacobian_estimates(
     if 0 in logits.shape:
         raise ValueError(f"An estimate needs one example or more, got logits {logits.shape}: leave empty batches out.")
     batches = [logits.shape[: logits.ndim - node.outputs] for node in nodes]
-    keys = jax.random.split(key, len(nodes))
+    first, *keys = jax.random.split(key, len(nodes) + 1)
     drawn = [
-        _draw(key, batch, node, perturbation) if p is None else (p.astype(node.b.dtype), None)
-        for key, batch, node, p in zip(keys, batches, nodes, given or [None] * len(nodes), strict=True)
+        _draw(key, batch, node, perturbation, powers) if p is None else (p.astype(node.b.dtype), None)
+        for key, batch, node, p, powers in zip(
+            keys, batches, nodes, given or [None] * len(nodes), _powers(first, batches, nodes), strict=True
+        )
     ]
     tiles = [p for p, _ in drawn]
     tangents = [
@@ -72,8 +75,23 @@ def jacobian_estimates(
     return [_correlate(*one, y, node) for one, y, node in zip(drawn, answers, nodes, strict=True)]
 
 
+def _powers(key: jax.Array, batches: Sequence[tuple[int, ...]], nodes: list[Any]) -> list[jax.Array | None]:
+    """By what the powers of a layer's examples differ from 1, for layers whose scales are learned.
+
+    One draw for all: each would take longer to compile than a layer.
+    """
+    shapes = [(*node.stack, *batch) for node, batch in zip(nodes, batches, strict=True)]
+    counts = [0 if node.log_scale is None else math.prod(shape) for node, shape in zip(nodes, shapes, strict=True)]
+    ends = list(accumulate(counts))
+    signs = random_signs(key, (sum(counts),))
+    return [
+        _DEPTH * signs[end - count : end].reshape(shape).astype(node.b.dtype) if count else None
+        for node, shape, count, end in zip(nodes, shapes, counts, ends, strict=True)
+    ]
+
+
 def _draw(
-    key: jax.Array, batch: tuple[int, ...], node: Any, perturbation: Initializer
+    key: jax.Array, batch: tuple[int, ...], node: Any, perturbation: Initializer, powers: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """A perturbation of variance 1 and, of a layer whose scale is learned, by what its examples' powers differ from it.
 
@@ -81,10 +99,7 @@ def _draw(
     derivative hides. They add ``_DEPTH^2`` times its own part to a layer's variance, nothing to that of others.
     """
     p = perturbation(key, (*node.stack, *batch, *node.tile), node.b.dtype)
-    if node.log_scale is None:
-        return p, None
-    powers = _DEPTH * random_signs(jax.random.fold_in(key, 1), (*node.stack, *batch), p.dtype)
-    return _along(jnp.sqrt(1 + powers), p), powers
+    return (p if powers is None else _along(jnp.sqrt(1 + powers), p)), powers
 
 
 def _correlate(p: jax.Array, powers: jax.Array | None, y: jax.Array, node: Any) -> Estimate:

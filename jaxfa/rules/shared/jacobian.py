@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable
 from dataclasses import field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfa.base import DirectFeedback, DirectRule, ForwardPass, Initializer, feedback_dataclass, is_feedback
 from jaxfa.rules.shared.estimates import Estimate, jacobian_estimates
@@ -118,7 +120,7 @@ def jacobian_rule(
         given = _moved(forward, key, perturbation) if weights else None
         found = estimate(lambda taps: forward(jax.tree.unflatten(structure, taps)), nodes, key, given=given)
         nodes = [_learn(turn, averaging, node, one) for node, one in zip(nodes, found, strict=True)]
-        return jax.tree.unflatten(structure, rescale(nodes, found, scaling) if scaling else nodes)
+        return jax.tree.unflatten(structure, rescale(nodes, found, scaling) if scaling and nodes else nodes)
 
     refine.__qualname__ = name  # as messages say
     return DirectRule(init, refine)
@@ -177,13 +179,23 @@ def rescale(nodes: list[Any], found: list[Estimate], rate: float) -> list[Any]:
     # units of <|J_l|^2> add up to sum_l n_l (1 + sum_m u_m / u_l) / N, m not l. A pair's n_l u_m / u_l + n_m u_l / u_m
     # is least where u_l : u_m = sqrt(n_l) : sqrt(n_m), which one u, sqrt(n), gives all pairs at once. Robbins and
     # Monro's steps rest there; the clipping is for small batches; the scales' product stays 1.
-    shares = [
-        jnp.where(one.whole > 0, jnp.clip(one.part / one.whole, -1, 1), 0) for one in found if one.part is not None
-    ]
-    sides = [math.sqrt(math.prod(node.tile)) for node in nodes]
-    whole = sum(side * math.prod(node.stack) for side, node in zip(sides, nodes, strict=True))
-    total = sum(jnp.sum(share) for share in shares)
+    # All layers at once: numbers of each layer alone would take longer to compile than the layer.
+    part, whole, log_scales = (
+        jnp.concatenate([jnp.ravel(one) for one in each])
+        for each in zip(
+            *((one.part, one.whole, node.log_scale) for node, one in zip(nodes, found, strict=True)), strict=True
+        )
+    )
+    counts = [math.prod(node.stack) for node in nodes]
+    sides = np.repeat([math.sqrt(math.prod(node.tile)) for node in nodes], counts).astype(log_scales.dtype)
+    shares = jnp.where(whole > 0, jnp.clip(part / whole, -1, 1), 0)
+    log_scales -= rate * (shares - sides / sides.sum() * shares.sum())
+    ends = list(accumulate(counts))
     return [
-        replace(node, log_scale=node.log_scale - rate * (share - side / whole * total))
-        for node, share, side in zip(nodes, shares, sides, strict=True)
+        replace(node, log_scale=log_scales[end - count : end].reshape(node.stack))
+        for node, count, end in zip(nodes, counts, ends, strict=True)
     ]
+
+
+def _flat(arrays: list[Any]) -> jax.Array:
+    return jnp.concatenate([jnp.ravel(one) for one in arrays])
