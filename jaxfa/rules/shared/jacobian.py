@@ -180,19 +180,15 @@ def rescale(nodes: list[Any], found: list[Estimate], rate: float) -> list[Any]:
     # is least where u_l : u_m = sqrt(n_l) : sqrt(n_m), which one u, sqrt(n), gives all pairs at once. Robbins and
     # Monro's steps rest there; the clipping is for small batches; the scales' product stays 1.
     # All layers at once: numbers of each layer alone would take longer to compile than the layer.
-    part, whole, log_scales = (
-        jnp.concatenate([jnp.ravel(one) for one in each])
-        for each in zip(
-            *((one.part, one.whole, node.log_scale) for node, one in zip(nodes, found, strict=True)), strict=True
-        )
-    )
+    part, whole = _flat([one.part for one in found]), _flat([one.whole for one in found])
+    log_scales = _flat([node.log_scale for node in nodes])
     counts = [math.prod(node.stack) for node in nodes]
     sides = np.repeat([math.sqrt(math.prod(node.tile)) for node in nodes], counts).astype(log_scales.dtype)
     shares = jnp.where(whole > 0, jnp.clip(part / whole, -1, 1), 0)
     log_scales -= rate * (shares - sides / sides.sum() * shares.sum())
     ends = list(accumulate(counts))
     return [
-        replace(node, log_scale=log_scales[end - count : end].reshape(node.stack))
+        replace(node, log_scale=log_scales[end - count : end].reshape(node.stack).astype(node.log_scale.dtype))
         for node, count, end in zip(nodes, counts, ends, strict=True)
     ]
 
