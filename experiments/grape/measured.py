@@ -103,13 +103,13 @@ def alone(h: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def by_output(h: jax.Array, logits: jax.Array) -> jax.Array:
-    """Besides, the probabilities of the classes but one: a map for what is seen."""
+    """One that is always 1, and the probabilities of all classes but one, scaled to a size like its."""
     spread = jax.nn.softmax(logits) - 1 / logits.shape[-1]
     return jnp.concatenate([alone(h, logits), 3 * spread[:, 1:]], -1)
 
 
 def by_activation(h: jax.Array, logits: jax.Array) -> jax.Array:
-    """Besides, the activation along random directions, each of deviation 1 over the batch."""
+    """One that is always 1, and the activation along random directions, each of deviation 1 over the batch."""
     flat = h.reshape(len(h), -1)
     along = flat @ jax.random.normal(jax.random.key(0), (flat.shape[-1], DIRECTIONS), h.dtype)
     along = (along - along.mean(0, keepdims=True)) / (along.std(0, keepdims=True) + 1e-6)

@@ -1,123 +1,84 @@
-"""Runs a program, and tells which of its results depend on some of its arguments, as far as its scalars decide it.
-
-A product with a scalar that is zero depends on nothing, nor does what a scalar has not chosen. Entries that are zero or
-chosen one by one are not looked at: what depends on an argument in one entry depends on it.
-"""
+"""Which results of a traced program depend on which of its arguments, whatever the values are."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from operator import and_, or_
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
-from jaxfa.jaxprs.versions import alone, opened
+from jaxfa.jaxprs.versions import opened
 
-Depends = Any  # False, True, or a boolean scalar
+# What has a result that depends on whatever an operand does.
+_PASSES = (
+    "abs", "add", "add_any", "broadcast_in_dim", "convert_element_type", "copy", "exp", "integer_pow", "log", "max",
+    "min", "neg", "reduce_max", "reduce_sum", "reshape", "rsqrt", "sign", "sqrt", "square", "squeeze", "sub", "tanh",
+    "transpose",
+)  # fmt: skip
+_SAME = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze")
 
 
-class Seen(NamedTuple):
-    """A value while its program runs.
+class Depends(NamedTuple):
+    """Sets of arguments, as bits.
 
     Attributes:
-      value: the array.
-      depends: whether it depends on the arguments that were asked for.
-      each: the scalar that all of its entries are; None if they may differ.
+      must: those on which a value depends, whatever the values are.
+      may: those on which it may depend.
+      number: the number that all of its entries are, if the program says so.
     """
 
-    value: Any
-    depends: Depends = False
-    each: Any = None
-
-    @property
-    def is_zero(self) -> Depends:
-        """Whether all entries are known to be zero."""
-        if self.each is None:
-            return False
-        return self.each == 0 if isinstance(self.each, jax.core.Tracer) else bool(self.each == 0)
-
-    def like(self, value: Any) -> "Seen":
-        """An array of the same entries in another shape or type."""
-        return _seen(
-            value, self.depends, None if self.each is None else lax.convert_element_type(self.each, value.dtype)
-        )
+    must: int = 0
+    may: int = 0
+    number: Any = None
 
 
-def dependent(function: Callable[..., Any], asked: Any, *others: Any) -> tuple[Any, Any]:
-    """``function(asked, *others)``, and of each array in it whether it depends on ``asked``, as boolean scalars."""
-    program, returned = jax.make_jaxpr(function, return_shape=True)(asked, *others)
-    values = [_seen(leaf, True) for leaf in jax.tree.leaves(asked)]
-    outs = _run(program, [*values, *map(_seen, jax.tree.leaves(others))])
-    structure = jax.tree.structure(returned)
-    found = jax.tree.unflatten(structure, [out.value for out in outs])
-    return found, jax.tree.unflatten(structure, [jnp.asarray(out.depends) for out in outs])
+def depend(function: Callable[..., Any], tree: Any) -> Any:
+    """Of each array that ``function(tree)`` returns, on which leaves of ``tree`` it depends."""
+    program, returned = jax.make_jaxpr(function, return_shape=True)(tree)
+    found = _run(program, [Depends(1 << i, 1 << i) for i in range(len(jax.tree.leaves(tree)))])
+    return jax.tree.unflatten(jax.tree.structure(returned), found)
 
 
-def _seen(value: Any, depends: Depends = False, each: Any = None) -> Seen:
-    return Seen(value, depends, value if jnp.ndim(value) == 0 else each)
-
-
-def _run(program: Any, values: Sequence[Seen]) -> list[Seen]:
+def _run(program: Any, values: Sequence[Depends]) -> list[Depends]:
     jaxpr = opened(program)
-    known = dict(zip(jaxpr.invars, values, strict=True))
-    known |= dict(zip(jaxpr.constvars, map(_seen, getattr(program, "consts", ())), strict=True))
+    known = dict.fromkeys(jaxpr.constvars, Depends()) | dict(zip(jaxpr.invars, values, strict=True))
 
-    def read(atom: Any) -> Seen:
-        return _seen(atom.val) if isinstance(atom, Literal) else known[atom]
+    def read(atom: Any) -> Depends:
+        if not isinstance(atom, Literal):
+            return known[atom]
+        return Depends(number=np.asarray(atom.val) if np.ndim(atom.val) == 0 else None)
 
     for eqn in jaxpr.eqns:
-        known |= dict(zip(eqn.outvars, _equation(jaxpr, eqn, [read(var) for var in eqn.invars]), strict=True))
+        known |= dict(zip(eqn.outvars, _equation(eqn, [read(var) for var in eqn.invars]), strict=True))
     return [read(var) for var in jaxpr.outvars]
 
 
-def _equation(jaxpr: Any, eqn: JaxprEqn, ins: list[Seen]) -> list[Seen]:
+def _equation(eqn: JaxprEqn, ins: list[Depends]) -> list[Depends]:
     name = eqn.primitive.name
+    if eqn.effects:  # on what was written to a ref, and by whom, is not followed
+        return [Depends(may=-1)] * len(eqn.outvars)
     if name in ("jit", "pjit", "closed_call"):
         return _run(eqn.params["jaxpr"], ins)
-    if name == "cond":
-        return _branch(eqn.params["branches"], *ins)
-    values = alone(jaxpr, eqn)(*(one.value for one in ins))
-    if name in ("broadcast_in_dim", "reshape", "squeeze", "convert_element_type"):
-        return [ins[0].like(values[0])]
-    depends = [one.depends for one in ins]
-    if name == "mul":
+    if name in ("cond", "select_n"):
+        branches = [_run(branch, ins[1:]) for branch in eqn.params.get("branches", ())]
+        return [_one_of(ins[0], outs) for outs in (zip(*branches, strict=True) if branches else [ins[1:]])]
+    if name in ("mul", "div"):
         a, b = ins
-        depends = [_unless(a.depends, b.is_zero), _unless(b.depends, a.is_zero)]
-    elif name == "select_n" and ins[0].each is not None:
-        depends = [_chosen(ins[0].each, depends[1:])]
-    return [_seen(value, _any(depends)) for value in values]
+        return [_product(a, b if name == "mul" else b._replace(number=1))]
+    must, may = (reduce(or_, each, 0) for each in zip(*(one[:2] for one in ins), strict=True)) if ins else (0, 0)
+    return [Depends(must if name in _PASSES else 0, may, ins[0].number if name in _SAME else None)] * len(eqn.outvars)
 
 
-def _branch(branches: Sequence[Any], index: Seen, *ins: Seen) -> list[Seen]:
-    """The values that one of several programs returns."""
-
-    def runner(branch: Any) -> Callable[..., Any]:
-        def run(values: list[Any], depends: list[Any]) -> Any:
-            outs = _run(branch, list(map(_seen, values, depends)))
-            return [out.value for out in outs], [jnp.asarray(out.depends) for out in outs]
-
-        return run
-
-    given = [one.value for one in ins], [jnp.asarray(one.depends) for one in ins]
-    return list(map(_seen, *lax.switch(index.value, [runner(branch) for branch in branches], *given)))
+def _one_of(which: Depends, cases: Sequence[Depends]) -> Depends:
+    """One of several values, as another one says, on which the choice depends."""
+    return Depends(reduce(and_, (one.must for one in cases)), reduce(or_, (one.may for one in cases), which.may))
 
 
-def _any(depends: Sequence[Depends]) -> Depends:
-    if any(one is True for one in depends):
-        return True
-    open_ = [one for one in depends if one is not False]
-    return reduce(jnp.logical_or, open_) if open_ else False
-
-
-def _unless(depends: Depends, zero: Depends) -> Depends:
-    if depends is False or zero is True:
-        return False
-    return depends if zero is False else jnp.logical_and(depends, jnp.logical_not(zero))
-
-
-def _chosen(which: Any, cases: Sequence[Depends]) -> Depends:
-    if all(case is cases[0] for case in cases):
-        return cases[0]
-    return jnp.stack([jnp.asarray(case) for case in cases])[jnp.asarray(which).astype(jnp.int32)]
+def _product(a: Depends, b: Depends) -> Depends:
+    """A product, which depends on a factor if the other is no zero: a number that is none, or what must depend, too."""
+    if any(one.number is not None and one.number == 0 for one in (a, b)):
+        return Depends()
+    first, second = (bool(one.must) or one.number is not None for one in (a, b))
+    return Depends((a.must if second else 0) | (b.must if first else 0), a.may | b.may)

@@ -4,9 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jaxfa.jaxprs.dependence import dependent
+from jaxfa.jaxprs.dependence import Depends, depend
+from jaxfa.order import after
 
 # What keeps a copy of the parameters, or searches along its own step, would undo or overlook a step made after it.
 _NOT_INSIDE = (
@@ -63,16 +65,51 @@ def moved(step: jax.Array) -> jax.Array:
 
 
 def stepped(tx: Any, updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
-    """``tx.update``, and a tree of which leaves it takes a step on: those whose update depends on the gradients.
+    """``tx.update``, and a tree of which leaves it takes a step on: those whose update depends on their gradient.
 
-    A step may well be zero, and what is no step, such as a decay of frozen weights, may be not.
+    A step may well be zero, and what is no step, such as a decay of frozen weights, may be not. Compiled, the program
+    tells, unless that is decided as it runs, such as by a rate of zero. Then this asks ``tx`` once more, for the
+    opposite gradient, large enough to be seen behind a momentum and as finite as the true one.
+
+    It asks before ``tx`` takes the step: a state that is still to be read can't be written where it lies, and would be
+    copied.
     """
 
-    def update(updates: Any, state: Any, params: Any) -> Any:
-        return tx.update(updates, state, params, **extra)
+    def ask(g: Any) -> tuple[Any, Any]:
+        return tx.update(g, state, params, **extra)
 
-    (found, after), (steps, _) = dependent(update, updates, state, params)
-    return found, after, steps
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((updates, state, params)))
+    known = _known(depend(ask, updates)[0], updates) if traced else None
+    if known is not None:
+        return *ask(updates), known
+    first, probe = ask(updates), ask(jax.tree.map(_opposite, updates))
+    steps = jax.tree.map(lambda a, b: jnp.any(a != b), first[0], probe[0])
+    # The step is then computed anew, which is cheap but for products of matrices, as Muon's.
+    if traced and "dot_general" not in str(jax.make_jaxpr(ask)(updates)):
+        first = ask(_after(updates, steps))
+    return *first, steps
+
+
+def _known(found: Any, updates: Any) -> Any:
+    """Which leaves depend on their own gradients; None if that is not decided before the program runs."""
+    each: list[Depends]
+    structure: Any
+    each, structure = jax.tree.flatten(found, is_leaf=lambda node: isinstance(node, Depends))
+    if structure != jax.tree.structure(updates):
+        return None
+    must, may = ([getattr(one, name) >> i & 1 for i, one in enumerate(each)] for name in ("must", "may"))
+    return jax.tree.unflatten(structure, [np.asarray(bool(one)) for one in must]) if must == may else None
+
+
+def _after(updates: Any, steps: Any) -> Any:
+    """The gradients, bit for bit, but not before it is known which are stepped on."""
+    one = after(jnp.ones(()), [step.astype(jnp.float32) for step in jax.tree.leaves(steps)])
+    return jax.tree.map(lambda g: g * one.astype(g.dtype), updates)
+
+
+def _opposite(g: jax.Array) -> jax.Array:
+    sign = jnp.where(g > 0, 1, -1).astype(g.dtype)
+    return jnp.where(jnp.isfinite(g), -1024 * (g + sign), g)
 
 
 def own_state(state: Any, theirs: Any, paths: list[Any]) -> Any:

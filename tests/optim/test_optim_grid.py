@@ -217,8 +217,8 @@ def theory(name, tx, steps=lambda t: True, frozen=None, searches=False):
             ]
         learned = jax.tree.map(jnp.zeros_like, s)
         if own:  # learns in the steps on the weights
-            # A search may find no step.
-            moves = steps(t) & (optax.tree.get(weights, "learning_rate") != 0 if searches else True)
+            found = sum(jnp.sum(leaf != 0) for leaf in jax.tree.leaves(u)) > 0
+            moves = steps(t) & (found if searches else True)  # a search may find no step
             present = [[node if has(node) else None for node in nodes] for nodes in (s, feedback)]
             steps_of, kept = own.update(present[0], others, present[1])
             steps_of = jax.tree.unflatten(jax.tree.structure(s), jax.tree.leaves(steps_of))

@@ -132,7 +132,8 @@ def test_only_the_stream_keeps_no_activations(name, schedule):
 
 
 def test_a_refine_phase_reaches_every_block(x64):
-    rule = jaxfa.grape(learning_rate=0.5, averaging=0.9, column_norm=False)
+    # In so small a batch scales that learn fast are as noisy as what they are to measure.
+    rule = jaxfa.grape(learning_rate=0.5, averaging=0.97, scaling=0.03, column_norm=False)
     block, params, feedback, h = create(rule)
 
     def forward(taps):
@@ -145,7 +146,7 @@ def test_a_refine_phase_reaches_every_block(x64):
     jacobian = jax.jit(jax.jacrev(lambda taps: forward([taps]).sum(0)))(jnp.zeros((LAYERS, *h.shape)))
     before = feedback
     refine = jax.jit(lambda feedback, key: rule.refine(forward, [feedback], key)[0])
-    for key in jax.random.split(jax.random.key(1), 60):
+    for key in jax.random.split(jax.random.key(1), 200):
         feedback = refine(feedback, key)
     for layer in range(LAYERS):
         true = jacobian[:, layer].mean(1).T

@@ -85,7 +85,7 @@ def _powers(key: jax.Array, batches: Sequence[tuple[int, ...]], nodes: list[Any]
     ends = list(accumulate(counts))
     signs = random_signs(key, (sum(counts),))
     return [
-        _DEPTH * signs[end - count : end].reshape(shape).astype(node.b.dtype) if count else None
+        None if node.log_scale is None else _DEPTH * signs[end - count : end].reshape(shape).astype(node.b.dtype)
         for node, shape, count, end in zip(nodes, shapes, counts, ends, strict=True)
     ]
 
