@@ -1,4 +1,8 @@
-"""Which results of a traced program depend on which of its arguments, whatever the values are."""
+"""Which results of a traced program depend on which of its arguments, as far as that is known before it runs.
+
+What depends on an argument in one entry depends on it. Of loops, products of matrices and others that are not named
+here it is only said what may depend.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -17,7 +21,7 @@ _PASSES = (
     "min", "neg", "reduce_max", "reduce_sum", "reshape", "rsqrt", "sign", "sqrt", "square", "squeeze", "sub", "tanh",
     "transpose",
 )  # fmt: skip
-_SAME = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze")
+_SAME = ("broadcast_in_dim", "reshape", "squeeze")
 
 
 class Depends(NamedTuple):
@@ -26,7 +30,7 @@ class Depends(NamedTuple):
     Attributes:
       must: those on which a value depends, whatever the values are.
       may: those on which it may depend.
-      number: the number that all of its entries are, if the program says so.
+      number: the number that all of its entries are, an array without axes, if the program says so.
     """
 
     must: int = 0
@@ -66,9 +70,13 @@ def _equation(eqn: JaxprEqn, ins: list[Depends]) -> list[Depends]:
         return [_one_of(ins[0], outs) for outs in (zip(*branches, strict=True) if branches else [ins[1:]])]
     if name in ("mul", "div"):
         a, b = ins
-        return [_product(a, b if name == "mul" else b._replace(number=1))]
+        return [_product(a, b if name == "mul" else b._replace(number=np.ones(())))]
     must, may = (reduce(or_, each, 0) for each in zip(*(one[:2] for one in ins), strict=True)) if ins else (0, 0)
-    return [Depends(must if name in _PASSES else 0, may, ins[0].number if name in _SAME else None)] * len(eqn.outvars)
+    number = ins[0].number if name in (*_SAME, "convert_element_type") else None
+    if number is not None:
+        aval: Any = eqn.outvars[0].aval
+        number = number.astype(aval.dtype)
+    return [Depends(must if name in _PASSES else 0, may, number)] * len(eqn.outvars)
 
 
 def _one_of(which: Depends, cases: Sequence[Depends]) -> Depends:
@@ -77,7 +85,7 @@ def _one_of(which: Depends, cases: Sequence[Depends]) -> Depends:
 
 
 def _product(a: Depends, b: Depends) -> Depends:
-    """A product, which depends on a factor if the other is no zero: a number that is none, or what must depend, too."""
+    """A product: it must depend on a factor if the other is not zero, which what depends itself is taken not to be."""
     if any(one.number is not None and one.number == 0 for one in (a, b)):
         return Depends()
     first, second = (bool(one.must) or one.number is not None for one in (a, b))

@@ -25,6 +25,7 @@ CASES = {
     "a sum": (lambda a, b: b + jnp.exp(-a), (1, 1), (1, 1)),
     "a factor": (lambda a, b: 0.1 * a, (1, 1), (0, 0)),
     "a factor of zero": (lambda a, b: b - 0.0 * a, (0, 0), (1, 1)),
+    "a factor that rounds to zero": (lambda a, b: b + a * jnp.full(2, 0.5).astype(int), (0, 0), (1, 1)),
     "a factor that is known as it runs": (lambda a, b: b - RATE * a, (0, 1), (1, 1)),
     "two factors": (lambda a, b: a * b, (1, 1), (1, 1)),
     "two factors, of which one may be zero": (lambda a, b: a * (RATE * b), (0, 1), (0, 1)),
