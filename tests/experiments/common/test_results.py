@@ -239,8 +239,8 @@ def test_presets_without_a_result_are_told_with_the_reason():
         "`paper` (the published size takes a GPU for hours or days)",
     )
     assert verdicts.not_run(experiment, ["cpu", "variants", "maps"]) == f"Presets not run: {gpu}, {paper}.\n"
-    assert verdicts.not_run(experiment, ["cpu", "variants", "gpu15-160-epochs"]) == f"Presets not run: {paper}.\n"
-    assert verdicts.not_run(experiment, ["cpu", "variants", "gpu15", "paper"]) == ""
+    assert verdicts.not_run(experiment, ["cpu", "variants", "maps", "gpu15-160-epochs"]) == f"Presets not run: {paper}.\n"
+    assert verdicts.not_run(experiment, ["cpu", "variants", "maps", "gpu15", "paper"]) == ""
 
 
 def test_a_verdict_is_of_the_docstring_and_repeats_no_measured_number():
