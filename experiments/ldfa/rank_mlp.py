@@ -6,8 +6,8 @@ rule, Q may stay random.
 
 Command: ``python -m experiments run ldfa_rank_mlp``, 17 minutes; ``--preset direct``, 4 minutes, for which factor must
 learn at rank 4 where the error comes directly; ``--preset gpu15`` for the published width and all images on one H100 in
-a quarter of an hour, ``--preset hours`` for some ranks in some hours of one core, ``--preset paper`` for the published
-set-up.
+a quarter of an hour, ``--preset hours`` for two ranks in five hours of one core, with ``--ranks 10`` for one in half of
+them, ``--preset paper`` for the published set-up.
 
 ``B1``, ``B2`` and ``B3`` carry the error to the first, second and third hidden layer, past the weights of the next one:
 each alone is of low rank. As in the authors' code the feedback of all other layers is learned, too, of full rank, and
@@ -40,6 +40,10 @@ the error is far worse. At the rank of the number of classes, behind a ``P`` tha
 one that learns; where ``P`` is fixed, learning ``Q`` helps no more than the error. Below that rank, directly from the
 last hidden layer, neither which factor learns nor a structure makes a difference beyond the error; from the output a
 ``P`` that learns is far behind one that does not, most likely since all layers then follow the same few classes.
+Otherwise at the published width, on all images, in an eighth of the epochs and at the rank of the number of classes:
+low rank in the last layer's feedback alone is level with backpropagation; in that of all layers it is behind by more
+than the error, further if it comes directly, or if ``Q`` is random; where ``P`` is fixed it is far behind, whether
+``Q`` learns or not, as is a network as narrow as the error.
 """
 
 import dataclasses

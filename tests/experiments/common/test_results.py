@@ -239,7 +239,9 @@ def test_presets_without_a_result_are_told_with_the_reason():
         "`paper` (the published size takes a GPU for hours or days)",
     )
     assert verdicts.not_run(experiment, ["cpu", "variants", "maps"]) == f"Presets not run: {gpu}, {paper}.\n"
-    assert verdicts.not_run(experiment, ["cpu", "variants", "maps", "gpu15-160-epochs"]) == f"Presets not run: {paper}.\n"
+    assert (
+        verdicts.not_run(experiment, ["cpu", "variants", "maps", "gpu15-160-epochs"]) == f"Presets not run: {paper}.\n"
+    )
     assert verdicts.not_run(experiment, ["cpu", "variants", "maps", "gpu15", "paper"]) == ""
 
 
