@@ -142,6 +142,19 @@ def test_kolen_pollacks_difference_falls_at_every_step_whatever_goes_by_names(tx
             np.testing.assert_allclose(apart[1], fall * apart[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("later", [optax.clip_by_global_norm(0.1), optax.normalize_by_update_norm()])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_frozen_weights_do_not_decay_though_others_gradients_scale_their_zero_step(later, compiled):
+    rule, params = jaxfa.kolen_pollack(weight_decay=0.1), {"frozen": jnp.ones((2, 2)), "learns": jnp.ones((2, 2))}
+    both = params, {name: rule.init(jax.random.key(0), w) for name, w in params.items()}
+    frozen = optax.masked(optax.set_to_zero(), lambda tree: {name: name == "frozen" for name in tree})
+    tx = jaxfa.optimizer(optax.chain(frozen, optax.adam(0.1), later), rule)
+    update = jax.jit(tx.update) if compiled else tx.update
+    (steps, _), _ = update(jax.tree.map(jnp.ones_like, both), tx.init(both), both)
+    assert not steps["frozen"].any()
+    assert steps["learns"].all()
+
+
 def test_an_injected_rate_is_one_for_weights_and_feedback(x64):
     rule = jaxfa.kolen_pollack(weight_decay=0.1)
     both = {"out": {"w": W}}, {"out": rule.init(KEY, W)}
