@@ -4,12 +4,11 @@ What depends on an argument in one entry depends on it. Of loops, products of ma
 here it is only said what may depend.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from operator import and_, or_
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
@@ -38,11 +37,9 @@ class Depends(NamedTuple):
     number: Any = None
 
 
-def depend(function: Callable[..., Any], tree: Any) -> Any:
-    """Of each array that ``function(tree)`` returns, on which leaves of ``tree`` it depends."""
-    program, returned = jax.make_jaxpr(function, return_shape=True)(tree)
-    found = _run(program, [Depends(1 << i, 1 << i) for i in range(len(jax.tree.leaves(tree)))])
-    return jax.tree.unflatten(jax.tree.structure(returned), found)
+def depend(program: Any) -> list[Depends]:
+    """Of each result of a program, on which of its arguments it depends."""
+    return _run(program, [Depends(1 << i, 1 << i) for i in range(len(opened(program).invars))])
 
 
 def _run(program: Any, values: Sequence[Depends]) -> list[Depends]:
@@ -66,8 +63,9 @@ def _equation(eqn: JaxprEqn, ins: list[Depends]) -> list[Depends]:
     if name in ("jit", "pjit", "closed_call"):
         return _run(eqn.params["jaxpr"], ins)
     if name in ("cond", "select_n"):
-        branches = [_run(branch, ins[1:]) for branch in eqn.params.get("branches", ())]
-        return [_one_of(ins[0], outs) for outs in (zip(*branches, strict=True) if branches else [ins[1:]])]
+        which, *ins = ins
+        cases = [_run(one, ins) for one in eqn.params["branches"]] if name == "cond" else [[one] for one in ins]
+        return [_one_of(which, each) for each in zip(*cases, strict=True)]
     if name in ("mul", "div"):
         a, b = ins
         return [_product(a, b if name == "mul" else b._replace(number=np.ones(())))]

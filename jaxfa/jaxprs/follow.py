@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from jaxfa.jaxprs.contractions import CONTRACTIONS, Contraction, contraction, is_covered, scaled_and_summed, weight_of
-from jaxfa.jaxprs.versions import alone, opened, scan_parts
+from jaxfa.jaxprs.versions import opened, scan_parts
 from jaxfa.jaxprs.weights import Value, base, is_float, over_stack
 from jaxfa.ops import LOCAL
 
@@ -90,7 +90,7 @@ class Follower:
             self.lost(name)
         elif eqn.primitive.name == "gather" and ins[0].weight is not None and ins[1].data:
             self.tables.add(ins[0].weight.name)
-        bind = alone(jaxpr, eqn)
+        bind = _alone(jaxpr, eqn)
         if self.live and values[0] is None:
             with jax.named_scope(LOCAL) if id(eqn) in self.local else nullcontext():
                 values = bind(*(value.here for value in ins))
@@ -235,3 +235,14 @@ def _entry(row: Value, array: Any) -> Value:
     if row.weight is None:
         return row._replace(here=array)
     return row._replace(here=array, weight=row.weight._replace(here=lambda: array))
+
+
+def _alone(jaxpr: Any, eqn: JaxprEqn) -> Callable[..., list[Any]]:
+    """One equation as a function of its operands."""
+
+    def bind(*values: Any) -> list[Any]:
+        given = {var: value for var, value in zip(eqn.invars, values, strict=True) if not isinstance(var, Literal)}
+        program = jaxpr.replace(constvars=[], invars=list(given), outvars=list(eqn.outvars), eqns=[eqn])
+        return jaxpr_as_fun(ClosedJaxpr(program, []))(*given.values())
+
+    return bind

@@ -4,10 +4,10 @@ JAX calls them an internal of its own and renames what is in them: ``ClosedJaxpr
 counts its operands by trees there that were numbers before. So what can be read off the shapes is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import Jaxpr, JaxprEqn
 
 
 def opened(program: Any) -> Any:
@@ -58,14 +58,3 @@ def while_parts(eqn: JaxprEqn) -> tuple[Jaxpr, int, int]:
     condition, body = (opened(eqn.params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
     carried = len(eqn.outvars)
     return body, len(condition.invars) - carried, len(body.invars) - carried
-
-
-def alone(jaxpr: Any, eqn: JaxprEqn) -> Callable[..., list[Any]]:
-    """One equation as a function of its operands."""
-
-    def bind(*values: Any) -> list[Any]:
-        given = {var: value for var, value in zip(eqn.invars, values, strict=True) if not isinstance(var, Literal)}
-        program = jaxpr.replace(constvars=[], invars=list(given), outvars=list(eqn.outvars), eqns=[eqn])
-        return jaxpr_as_fun(ClosedJaxpr(program, []))(*given.values())
-
-    return bind

@@ -78,27 +78,29 @@ def stepped(tx: Any, updates: Any, state: Any, params: Any, **extra: Any) -> tup
     def ask(g: Any) -> tuple[Any, Any]:
         return tx.update(g, state, params, **extra)
 
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((updates, state, params)))
-    known = _known(depend(ask, updates)[0], updates) if traced else None
-    if known is not None:
-        return *ask(updates), known
+    again = False
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((updates, state, params))):
+        program, (found, _) = jax.make_jaxpr(ask, return_shape=True)(updates)
+        known = _known(depend(program), found, updates)
+        if known is not None:
+            return *ask(updates), known
+        # The step is computed anew, which is cheap but for products of matrices, as Muon's.
+        again = "dot_general" not in str(program)
     first, probe = ask(updates), ask(jax.tree.map(_opposite, updates))
     steps = jax.tree.map(lambda a, b: jnp.any(a != b), first[0], probe[0])
-    # The step is then computed anew, which is cheap but for products of matrices, as Muon's.
-    if traced and "dot_general" not in str(jax.make_jaxpr(ask)(updates)):
+    if again:
         first = ask(_after(updates, steps))
     return *first, steps
 
 
-def _known(found: Any, updates: Any) -> Any:
-    """Which leaves depend on their own gradients; None if that is not decided before the program runs."""
-    each: list[Depends]
+def _known(results: list[Depends], steps: Any, updates: Any) -> Any:
+    """Of which leaves the steps, the first of the results, depend on their own gradients; None if it is not known."""
     structure: Any
-    each, structure = jax.tree.flatten(found, is_leaf=lambda node: isinstance(node, Depends))
-    if structure != jax.tree.structure(updates):
+    leaves, structure = jax.tree.flatten(steps)
+    own = [(one.must >> i & 1, one.may >> i & 1) for i, one in enumerate(results[: len(leaves)])]
+    if structure != jax.tree.structure(updates) or any(must != may for must, may in own):
         return None
-    must, may = ([getattr(one, name) >> i & 1 for i, one in enumerate(each)] for name in ("must", "may"))
-    return jax.tree.unflatten(structure, [np.asarray(bool(one)) for one in must]) if must == may else None
+    return jax.tree.unflatten(structure, [np.asarray(must == 1) for must, _ in own])
 
 
 def _after(updates: Any, steps: Any) -> Any:

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfa.base import Initializer
 from jaxfa.varying import refuse_shards
@@ -82,11 +82,10 @@ def _powers(key: jax.Array, batches: Sequence[tuple[int, ...]], nodes: list[Any]
     """
     shapes = [(*node.stack, *batch) for node, batch in zip(nodes, batches, strict=True)]
     counts = [0 if node.log_scale is None else math.prod(shape) for node, shape in zip(nodes, shapes, strict=True)]
-    ends = list(accumulate(counts))
-    signs = random_signs(key, (sum(counts),))
+    signs = jnp.split(random_signs(key, (sum(counts),)), np.cumsum(counts)[:-1])
     return [
-        None if node.log_scale is None else _DEPTH * signs[end - count : end].reshape(shape).astype(node.b.dtype)
-        for node, shape, count, end in zip(nodes, shapes, counts, ends, strict=True)
+        None if node.log_scale is None else _DEPTH * own.reshape(shape).astype(node.b.dtype)
+        for node, shape, own in zip(nodes, shapes, signs, strict=True)
     ]
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import field, replace
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import jax
@@ -186,10 +185,9 @@ def rescale(nodes: list[Any], found: list[Estimate], rate: float) -> list[Any]:
     sides = np.repeat([math.sqrt(math.prod(node.tile)) for node in nodes], counts).astype(log_scales.dtype)
     shares = jnp.where(whole > 0, jnp.clip(part / whole, -1, 1), 0)
     log_scales -= rate * (shares - sides / sides.sum() * shares.sum())
-    ends = list(accumulate(counts))
     return [
-        replace(node, log_scale=log_scales[end - count : end].reshape(node.stack).astype(node.log_scale.dtype))
-        for node, count, end in zip(nodes, counts, ends, strict=True)
+        replace(node, log_scale=own.reshape(node.stack).astype(node.log_scale.dtype))
+        for node, own in zip(nodes, jnp.split(log_scales, np.cumsum(counts)[:-1]), strict=True)
     ]
 
 
