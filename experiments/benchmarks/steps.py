@@ -11,10 +11,10 @@ dense networks and LeNet, and level in the ResNet and, within the error, in the 
 backward stays exact. Low-rank feedback costs more in wide dense layers, where the batch is as small as the rank, and
 learned direct feedback more in the decoder, where its forward mode comes on top of a backward that stays exact inside
 blocks, and in the ResNet: XLA:CPU moves the reshapes of BatchNorm before it looks for what is computed twice, and so
-runs the forward pass once more. Starts, of which there was one each, keep the promise under FA, under Kolen-Pollack and
-DFA everywhere but in the decoder; low-rank and learned direct feedback take longer. PyTorch's own convolutions and
-BatchNorm are far ahead of XLA's on a CPU, whatever the rule; its decoder is ahead, too, and its dense network level by
-backpropagation. BioTorch's DFA saves nothing beside its own FA.
+runs the forward pass once more. Starts, of which there was one each, keep the promise under FA, Kolen-Pollack and DFA
+everywhere but in the decoder, where FA misses it by a hair, and in streams; low-rank and learned direct feedback take
+longer. PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a CPU, whatever the rule; its decoder is
+ahead, too, and its dense network level by backpropagation. BioTorch's DFA saves nothing beside its own FA.
 """
 
 import dataclasses
