@@ -20,7 +20,7 @@ from experiments.common.experiment import Experiment, identity
 _FILES = {
     "compare": ("compare", "lenet"),
     "conservation": ("aligned_start", "angle_against_depth", "conservation"),
-    "grape": ("bound", "deep", "first_layer", "resnet20", "shallow", "transformer"),
+    "grape": ("bound", "deep", "first_layer", "gates", "resnet20", "shallow", "transformer"),
     "ldfa": ("autoencoder", "cnn", "cost", "linear", "rank_mlp", "representations", "retina", "rnn", "vgg", "vit"),
     "benchmarks": ("growth", "memory", "pipeline", "steps"),
     "rank_collapse": ("rank_collapse",),

@@ -16,7 +16,7 @@ from experiments.conservation import angle_against_depth, laws
 from experiments.grape import networks as grape_networks
 from experiments.ldfa import linear as ldfa_linear
 from experiments.ldfa import vgg as ldfa_vgg
-from experiments.models.networks import MLP
+from experiments.models.networks import MLP, ResNet
 from experiments.ssa import arms as ssa_arms
 
 # Most have the same network and data, so that most of what is compiled is compiled once. An experiment needs no row if
@@ -52,6 +52,7 @@ STUDIES = {
     "growth": {"depth": (1,), "width": (8,), "batch": (4,), "classes": (3,), "length": (4,), "rounds": 2},
     "grape_bound": {"steps": 4, "batch": 8, "seeds": 1},
     "grape_first_layer": {"shrink": 1, "variants": ("letter", "scaled")},
+    "grape_gates": {"shrink": 1},
     "ldfa_autoencoder": {"ranks": (2,), "hidden": (4,), "shrink": 4},
     "ldfa_cost": {
         "networks": ("mlp",),
@@ -104,6 +105,11 @@ LONG_STUDIES = {*STUDIES} - {"ldfa_linear"}
 def small(shape, classes, *_, rngs=None, **__):
     """The same network in the place of many."""
     return MLP(shape, classes, (4,), rngs=rngs or _[-1])
+
+
+def shallowest(shape, classes, scale, rngs):
+    """A ResNet of two blocks."""
+    return ResNet(shape, classes, (2, 2), repeats=1, rngs=rngs)
 
 
 class Mapped(nnx.Module):
@@ -186,6 +192,10 @@ def test_the_last_arm_of_every_sweep_trains_and_reports(name, tiny):
 def test_every_study_reports(name, tiny, monkeypatch, capsys):
     if name == "grape_first_layer":
         monkeypatch.setattr("experiments.grape.shallow.ShallowCNN", Mapped)
+    if name == "grape_gates":
+        monkeypatch.setattr("experiments.grape.forms.STEPS", 2)
+        network = grape_networks.NETWORKS["resnet20"]._replace(make=shallowest, taps=("stem", "blocks/*"))
+        monkeypatch.setitem(grape_networks.NETWORKS, "resnet20", network)
     config = configured(name, tiny, STUDIES.get(name, {}))
     text = sweep.run(EXPERIMENTS[name], config).read_text()
     assert text.count("<svg") == 1
