@@ -11,6 +11,7 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
+from experiments.common.programs import jit_step
 from experiments.common.task import cross_entropy
 from experiments.models.gpt import GPT
 from experiments.models.networks import MLP, LeNet, ResNet
@@ -126,7 +127,7 @@ def start(workload: Workload, name: str) -> Started | None:
     learned = nnx.Param if rule is None else (nnx.Param, jaxfa.nn.Feedback)
     optimizer = nnx.Optimizer(model, tx if rule is None else jaxfa.optimizer(tx, rule), wrt=learned)
     graph, arrays = nnx.split((model, optimizer))
-    step = jax.jit(partial(_step, graph, learned, rule is not None), donate_argnums=0)
+    step = jit_step(partial(_step, graph, learned, rule is not None))
     clock = time.perf_counter()
     batch = x, labels, jax.random.key(2)
     traced = step.trace(arrays, batch)

@@ -19,6 +19,7 @@ import jaxfa
 import jaxfa.nn
 from experiments.common import diagnosis
 from experiments.common.data import normalize
+from experiments.common.programs import jit_step
 from experiments.common.seeds import in_turn, side_by_side, take_turns
 from experiments.common.task import Task
 
@@ -77,8 +78,7 @@ class Trainer:
         self._turns = take_turns(seeds, jax.make_jaxpr(self._scores)(example, *(array[:1] for array in self._test)))
         self._shuffle = self.of_seeds(self._order)
         step = self._together(self._update, (0, 0, None))
-        self._step = jax.jit(step, donate_argnums=0)
-        self._scan = jax.jit(partial(_scan, step), static_argnums=3, donate_argnums=0)
+        self._step, self._scan = jit_step(step), jit_step(partial(_scan, step), static_argnums=3)
         self._advance = self._each(self._scan if self.scans else self._steps_of, (0, 0, None, None))
         self._score = self.of_seeds(self._scores, (0, None, None))
         self._align = self.of_seeds(self._alignment, (0, None))
