@@ -20,7 +20,6 @@ from experiments.common.verdicts import glance, not_run, verdict
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
-OLDER = "older measurement"
 _HEAD = """# Results
 
 What was run, by which command, with seeds, spread, versions and device. `make results` makes this page of the data in
@@ -100,7 +99,7 @@ def _all(papers: Mapping[str, Sequence[Experiment]]) -> str:
     lines = [_HEAD, f"{together(every)}\n", _QUESTIONS]
     last = sorted(papers, key=lambda paper: paper == "benchmarks")
     for experiment in (one for paper in last for one in papers[paper] if one.verdict):
-        lines.append(glance(experiment, (found for _, found in _results(experiment) if found["kind"] != OLDER)))
+        lines.append(glance(experiment, (found for _, found in _results(experiment))))
     for paper in last:
         include = f"{{include}} {os.path.relpath(FOLDER / paper / 'README.md', ROOT / 'docs')}"
         lines.append(f"\n```{include}\n:heading-offset: 1\n:relative-images:\n```")
@@ -108,11 +107,10 @@ def _all(papers: Mapping[str, Sequence[Experiment]]) -> str:
 
 
 def _results(experiment: Experiment) -> list[tuple[Path, dict[str, Any]]]:
-    """An experiment's files and what they hold, those of older measurements last."""
+    """An experiment's files and what they hold."""
     folder, stem = FOLDER / experiment.paper / "results", experiment.module.rpartition(".")[2]
     # A name may begin with another's: resnet20-cpu with none, so that the dash tells them apart.
-    found = [(path, records.read_json(path)) for path in sorted(folder.glob(f"{stem}-*.json"))]
-    return sorted(found, key=lambda one: one[1]["kind"] == OLDER)
+    return [(path, records.read_json(path)) for path in sorted(folder.glob(f"{stem}-*.json"))]
 
 
 def _fair(experiment: Experiment, found: dict[str, Any]) -> dict[str, Any]:
@@ -138,15 +136,12 @@ def _section(experiment: Experiment, made: dict[Path, str]) -> str:
     parts = [f"## {experiment.name}\n\n{first}\n\n{claim}\n\n{command}\n\n{said}".replace("``", "`")]
     every = _results(experiment)
     for path, found in every:
-        if found["kind"] == OLDER:
-            parts.append(_older(found))
-            continue
         parts.append(_result(experiment, found, path.with_suffix(".svg")))
         if found.get("arms") and "tables" not in found:
             made[path.with_suffix(".svg")] = strips.figure(_fair(experiment, found))
     if not every:
         parts.append("Not measured.\n")
-    parts.append(not_run(experiment, (found["name"] for _, found in every if found["kind"] != OLDER)))
+    parts.append(not_run(experiment, (found["name"] for _, found in every)))
     return "\n".join(parts)
 
 
@@ -174,15 +169,6 @@ def _findings(experiment: Experiment, found: dict[str, Any]) -> Sequence[Sequenc
     if "tables" in found:
         return found["findings"]
     return findings(found["arms"], METRICS[found["metric"]], experiment.page.epoch)
-
-
-def _older(found: dict[str, Any]) -> str:
-    """A measurement that was typed before results were data."""
-    lines = [f"### An older measurement (commit {found['commit']}, {found['date']})\n"]
-    for note in found["notes"]:
-        table = re.fullmatch(r"\[table (\d+)\]", note)
-        lines += [_cells(found["tables"][int(table[1]) - 1]) if table else note.replace("``", "`"), ""]
-    return "\n".join(lines)
 
 
 def _table(found: dict[str, Any], *, best: bool = False) -> str:

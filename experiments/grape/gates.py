@@ -3,7 +3,7 @@
 Claim (ours): a direct rule delivers errors by a map that is the same for all examples, while the Jacobian is each
 example's own; a map with gates that see the example is closer to it.
 
-Command: ``python -m experiments run grape_gates``, a quarter of an hour.
+Command: ``python -m experiments run grape_gates``, half an hour.
 
 The Jacobian of the logits by the activation is measured for every image, after the stem and every block of a ResNet-20
 that backpropagation or GrAPE has trained. Each form of the map is fitted to three quarters of the images, training
@@ -13,6 +13,12 @@ GrAPE's linear map. The gates that learn are fitted by Adam: a low rank, whose m
 products, and a small network with a hidden layer. Both see the 64 directions along which activations vary most.
 
 Errors and Jacobians are of the network as it is evaluated, and a form is fitted and judged on some of a layer's units.
+
+Verdict: holds at every tap and in every seed, most in the middle of the network, and yet does not come near the true
+error in its first blocks. The more directions of the activation gates see, the more they tell. The output's
+probabilities tell about as much as a quarter of these directions do; a unit's own ReLU hardly anything; gates of low
+rank less than full ones; a small network no more than linear gates. While the network learns none of it comes through:
+``grape_resnet20 --preset maps``, where gated maps must follow a network that moves, has them teach less than one map.
 """
 
 from collections.abc import Iterator

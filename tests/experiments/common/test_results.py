@@ -25,8 +25,7 @@ def test_every_committed_result_is_of_an_experiment_and_shown():
     for path in results.FOLDER.glob("*/results/*.json"):
         found = json.loads(path.read_text())
         assert EXPERIMENTS[found["experiment"]].paper == path.parents[1].name
-        shown = found["notes"][0].replace("``", "`") if found["kind"] == results.OLDER else found["runs"][0]["commit"]
-        assert shown in made
+        assert found["runs"][0]["commit"] in made
 
 
 FULL = {"images": None, "test_images": None, "split": "test", "dataset": "cifar100", "shrink": 1, "scale": 1.0}
@@ -106,19 +105,8 @@ def test_a_studys_file_keeps_every_seed_of_its_arms_and_its_page_its_tables(tmp_
     assert not made  # the figure is the study's
 
 
-def test_older_measurements_come_last_and_no_blank_line_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "FOLDER", tmp_path)
-    results.write(folder(tmp_path), EXPERIMENTS, "cpu")
-    older = {
-        "experiment": "grape_deep",
-        "kind": results.OLDER,
-        "commit": "abc",
-        "date": "then",
-        "notes": ["It was so."],
-    }
-    records.write_json(tmp_path / "grape" / "results" / "deep-ablation.json", older | {"tables": []})
-    text = results._section(EXPERIMENTS["grape_deep"], {})
-    assert text.index("(cpu)") < text.index("### An older measurement")
+def test_no_blank_line_comes_first(tmp_path):
+    folder(tmp_path)
     study = {"experiment": "grape_deep", "kind": "run", "name": "cpu", "findings": [], "tables": [], "diverged": {}}
     study |= {"cut": [], "config": FULL | {"epochs": 50}, "seeds": [0], "runs": found_runs(tmp_path)}
     text = results._result(EXPERIMENTS["grape_deep"], study, tmp_path / "a.svg")
