@@ -21,7 +21,7 @@ rank less than full ones; a small network no more than linear gates. While the n
 ``grape_resnet20 --preset maps``, where gated maps must follow a network that moves, has them teach less than one map.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -73,7 +73,7 @@ def study(config: Size, histories: Histories) -> Study:
 
 
 def findings(found: dict[str, np.ndarray]) -> list[tuple[str, str]]:
-    """In each network one map beside the best form, at the stem and over all taps."""
+    """In each network one map beside the best form, over all taps."""
     told = []
     for name, cosines in found.items():
         means = cosines.mean((0, 2))
@@ -112,27 +112,25 @@ def measured(model: Any, x: jax.Array, labels: jax.Array) -> list[Seen]:
 
     shapes = jax.eval_shape(partial(forward, [0.0] * (1 + len(model.blocks))), x[:1])[1]
     chosen = [np.random.default_rng(0).permutation(one.size)[:UNITS] for one in shapes]
-
-    @jax.jit
-    def some(x: jax.Array) -> Any:
-        logits, pull, hidden = jax.vjp(
-            partial(forward, x=x), [jnp.zeros((len(x), *h.shape[1:])) for h in shapes], has_aux=True
-        )
-        rows = jnp.broadcast_to(jnp.eye(logits.shape[-1])[:, None], (logits.shape[-1], *logits.shape))
-
-        def row(output: jax.Array) -> list[jax.Array]:
-            return [one.reshape(len(x), -1)[:, own] for one, own in zip(pull(output)[0], chosen, strict=True)]
-
-        # One output after the other: all at once hold as many batches' activations as there are classes.
-        found = lax.map(row, rows)
-        return logits, hidden, [jnp.moveaxis(one, 0, 1) for one in found]
-
-    chunks = [some(x[at : at + CHUNK]) for at in range(0, len(x), CHUNK)]
+    batch = jax.jit(partial(_jacobians, forward, [one.shape[1:] for one in shapes], chosen))
+    chunks = [batch(x[at : at + CHUNK]) for at in range(0, len(x), CHUNK)]
     logits, hidden, jacobians = jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
     probabilities = jax.nn.softmax(logits)
     error = probabilities - jax.nn.one_hot(labels, logits.shape[-1])
     parts = list(zip(hidden, chosen, jacobians, strict=True))[:-1]
     return [Seen(principal(h), h.reshape(len(h), -1)[:, own], probabilities, error, j) for h, own, j in parts]
+
+
+def _jacobians(forward: Callable[..., Any], shapes: Any, chosen: Any, x: jax.Array) -> tuple[Any, Any, list[jax.Array]]:
+    """Logits, every tap's activation, and the Jacobians by the chosen units."""
+    logits, pull, hidden = jax.vjp(partial(forward, x=x), [jnp.zeros((len(x), *own)) for own in shapes], has_aux=True)
+    rows = jnp.broadcast_to(jnp.eye(logits.shape[-1])[:, None], (logits.shape[-1], *logits.shape))
+
+    def row(output: jax.Array) -> list[jax.Array]:
+        return [one.reshape(len(x), -1)[:, own] for one, own in zip(pull(output)[0], chosen, strict=True)]
+
+    # One output after the other: all at once hold as many batches' activations as there are classes.
+    return logits, hidden, [jnp.moveaxis(one, 0, 1) for one in lax.map(row, rows)]
 
 
 def principal(h: jax.Array) -> jax.Array:
@@ -146,9 +144,8 @@ def principal(h: jax.Array) -> jax.Array:
 def figure(found: dict[str, np.ndarray]) -> Figure:
     """A panel for every network."""
     drawn = Figure(figsize=(9.0, 3.2), layout="constrained")
-    for axes, (name, cosines) in zip(
-        drawn.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(), strict=True
-    ):
+    panels = drawn.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axes, (name, cosines) in zip(panels, found.items(), strict=True):
         for i, ((title, _), color) in enumerate(zip(FORMS.values(), plots.COLORS, strict=False)):
             plots.lines(axes, np.arange(cosines.shape[-1]), cosines[:, i], color, title)
         axes.set(title=f"trained by {name}", xlabel="block", ylim=(0, 1))
