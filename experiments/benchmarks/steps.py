@@ -6,15 +6,15 @@ direct rule starts in 1.5 times and its steps cost less, since no error travels 
 Command: ``make bench``, or ``python -m experiments run steps`` for this one alone, on cores that nothing else uses;
 ``--preset gpu`` for networks that fill a large GPU. A network named by ``--deep`` is compiled and counted, not timed.
 
-Verdict: half of it on a core. Steps of feedback alignment are level with plain Flax's, of direct feedback ahead in
-dense networks and LeNet, and level in the ResNet and, within the error, in the decoder, inside whose blocks the
-backward stays exact. Low-rank feedback costs more in wide dense layers, where the batch is as small as the rank, and
-learned direct feedback more in the decoder, where its forward mode comes on top of a backward that stays exact inside
-blocks, and in the ResNet: XLA:CPU moves the reshapes of BatchNorm before it looks for what is computed twice, and so
-runs the forward pass once more. Starts, of which there was one each, keep the promise under FA, Kolen-Pollack and DFA
-everywhere but in the decoder, where FA misses it by a hair, and in streams; low-rank and learned direct feedback take
-longer. PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a CPU, whatever the rule; its decoder is
-ahead, too, and its dense network level by backpropagation. BioTorch's DFA saves nothing beside its own FA.
+Verdict: more than half of it on a core. Steps of feedback alignment are level with plain Flax's, of direct feedback
+ahead in dense networks and LeNet, and level in the ResNet and, within the error, in the decoder, inside whose blocks
+the backward stays exact. Low-rank feedback costs more in wide dense layers, where the batch is as small as the rank.
+Learned direct feedback has a forward mode on top: that is a little in the dense network, nothing in LeNet, within the
+error in the ResNet, and clearly more in the decoder, where the backward stays exact inside blocks. Starts, of which
+there was one each, keep the promise under FA and DFA everywhere, under Kolen-Pollack everywhere but in the decoder, and
+under learned direct feedback in ResNet-20 alone; low-rank feedback and, in the decoder, streams take longer, too.
+PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a CPU, whatever the rule; its decoder is ahead, too,
+and its dense network level by backpropagation. BioTorch's DFA saves nothing beside its own FA.
 """
 
 import dataclasses
