@@ -41,9 +41,9 @@ one that learns; where ``P`` is fixed, learning ``Q`` helps no more than the err
 last hidden layer, neither which factor learns nor a structure makes a difference beyond the error; from the output a
 ``P`` that learns is far behind one that does not, most likely since all layers then follow the same few classes.
 Otherwise at the published width, on all images, in an eighth of the epochs and at the rank of the number of classes:
-low rank in the last layer's feedback alone is level with backpropagation; in that of all layers it is behind by more
-than the error, further if it comes directly, or if ``Q`` is random; where ``P`` is fixed it is far behind, whether
-``Q`` learns or not, as is a network as narrow as the error.
+low rank in the last layer's feedback alone is level with backpropagation, and far behind at rank one; in that of all
+layers it is behind by more than the error, further if it comes directly, or if ``Q`` is random; where ``P`` is fixed it
+is far behind, whether ``Q`` learns or not, as is a network as narrow as the error.
 """
 
 import dataclasses
