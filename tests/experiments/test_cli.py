@@ -167,7 +167,8 @@ def untrained(monkeypatch):
     counted = {"arm": "backpropagation", "stages": 2, "microbatches": 2, "sent": {}, "kept": 0}
     connection = SimpleNamespace(recv=lambda: counted)
     monkeypatch.setattr(pipeline_worker, "process", lambda *_, **__: contextlib.nullcontext(connection))
-    monkeypatch.setattr(pipeline, "figure", lambda *_: None)
+    for name in ("figure", "findings"):
+        monkeypatch.setattr(pipeline, name, lambda *_: None)
     monkeypatch.setattr(jaxfa.nn, "attach", lambda model, *_, **__: model)
     monkeypatch.setattr(ldfa_linear, "VARIANTS", {"P and Q learned": ({}, "")})
     monkeypatch.setattr(ldfa_representations, "representations", lambda *_: [[np.eye(3)], [np.eye(3)]])
