@@ -26,7 +26,7 @@ ERROR = P - np.eye(CLASSES)[np.arange(IMAGES) % CLASSES]
 B, SLOPE, MAPS = normal(3, CLASSES, UNITS), normal(4, CLASSES, UNITS), normal(5, forms.SEEN, CLASSES, UNITS)
 LEFT, RIGHT = normal(6, 2, CLASSES), normal(7, 2, UNITS)
 RIDGES = np.maximum(H @ normal(8, forms.SEEN, 2) / 8, 0)
-# Every form that is told exactly by another, and Jacobians of that form.
+# By each form Jacobians that are of it.
 JACOBIANS = {
     "alone": np.broadcast_to(B, (IMAGES, CLASSES, UNITS)),
     "own": B + SLOPE * (OWN > 0)[:, None],
