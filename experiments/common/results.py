@@ -53,7 +53,6 @@ def write(folder: Path, experiments: Mapping[str, Experiment], name: str) -> Pat
     page, study = records.read_json(folder / "sweep.json"), folder / "study.json"
     found: dict[str, Any] = {
         "experiment": experiment.name,
-        "kind": "run",
         "name": name,
         "config": {key: value for key, value in config.items() if key != "experiment"},
         "seeds": list(range(config.get("seed", 0), config.get("seed", 0) + config.get("seeds", 1))),

@@ -108,7 +108,7 @@ def test_a_studys_file_keeps_every_seed_of_its_arms_and_its_page_its_tables(tmp_
 def test_no_blank_line_comes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     results.write(folder(tmp_path), EXPERIMENTS, "cpu")
-    study = {"experiment": "grape_deep", "kind": "run", "name": "cpu", "findings": [], "tables": [], "diverged": {}}
+    study = {"experiment": "grape_deep", "name": "cpu", "findings": [], "tables": [], "diverged": {}}
     study |= {"cut": [], "config": FULL | {"epochs": 50}, "seeds": [0], "runs": found_runs(tmp_path)}
     text = results._result(EXPERIMENTS["grape_deep"], study, tmp_path / "a.svg")
     assert "(cpu)\n\n![" in text
