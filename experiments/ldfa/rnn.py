@@ -57,7 +57,7 @@ EXPERIMENT = Experiment(
     __doc__,
     {
         "cpu": Config(
-            ranks=(10, 64), shrink=2, epochs=6, images=10_000, test_images=5000, batch=100, learning_rate=2e-3
+            ranks=(10, 64), shrink=2, epochs=20, images=10_000, test_images=5000, batch=100, learning_rate=2e-3
         ),
         "full": Config(ranks=(1, 2, 4, 8, 10, 16, 64), epochs=40, width=128, feedback_rate=FEEDBACK_RATE / 28),
     },
