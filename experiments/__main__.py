@@ -53,8 +53,9 @@ def main(args: list[str]) -> int:
 def _dispatch(args: list[str]) -> None:
     match args:
         case ["list"]:
+            width = max(map(len, EXPERIMENTS))
             for name, experiment in EXPERIMENTS.items():
-                print(f"{name:<18} {experiment.paragraphs()[0]}")
+                print(f"{name:<{width}} {experiment.paragraphs()[0]}")
         case ["run", name, *options] if name in EXPERIMENTS:
             _run(EXPERIMENTS[name], options)
         case ["run", "all", *options]:

@@ -2,7 +2,7 @@
 
 Claim: rules that carry the error back without the weights' transpose learn, and differ in how well they align.
 
-Command: ``python -m experiments run compare`` (``make demo``), 3 minutes on two cores; ``--preset paper`` for CIFAR-10.
+Command: ``python -m experiments run compare`` (``make demo``); ``--preset paper`` for CIFAR-10.
 
 Verdict: holds for most. All but DRTP and PEPITA learn in this deep and thin network; angles differ widely, and the best
 aligned rule is not always the most accurate.

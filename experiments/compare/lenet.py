@@ -3,7 +3,7 @@
 Claim (Sanfiz and Akrout 2021): in LeNet sign-symmetry, in all three forms, is level with backpropagation on MNIST and
 some two points below it on CIFAR-10, where feedback alignment and DFA, fixed and random, lose more than 30.
 
-Command: ``python -m experiments run compare_lenet``, 12 minutes on one core; ``--preset paper`` for all images.
+Command: ``python -m experiments run compare_lenet``; ``--preset paper`` for all images.
 
 The network is LeNet-5 with ReLU and max-pooling, theirs is not known to us to the letter; nor are their epochs. The
 optimizer is SGD with momentum, as their heading says. Fixed random feedback asks for a rate ten times smaller: at

@@ -3,7 +3,7 @@
 Claim (Robertson and Koyejo 2023): since alignment is bounded below by what is conserved, weights that start aligned
 stay aligned, and learn better.
 
-Command: ``python -m experiments run conservation_aligned_start``, 5 minutes.
+Command: ``python -m experiments run conservation_aligned_start``.
 
 An aligned start is :func:`jaxfa.nn.align`'s: ``W = B`` above the first layer, every unit scaled down until the law
 guarantees half of its alignment: weight transport, once. Its control has the same norms in random directions. The

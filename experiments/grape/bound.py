@@ -3,7 +3,7 @@
 Claim (Caillon et al. 2026): with ``a = cos(B, J^)`` and ``b = cos(J^, J)`` the feedback has ``cos(B, J) >= a b -
 sqrt(1 - a^2) sqrt(1 - b^2)``. It is tight, and says nothing where ``a^2 + b^2 < 1``.
 
-Command: ``python -m experiments run grape_bound``, a minute (no data needed).
+Command: ``python -m experiments run grape_bound`` (no data needed).
 
 Two convolutions (3x3, 8 channels, the second strided) and a linear layer learn scikit-learn's digits, with noise in
 activations. The Jacobian is exact: the mean over the batch of every example's own, by reverse mode. To the letter,

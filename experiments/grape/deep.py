@@ -4,8 +4,8 @@ Claim (Caillon et al. 2026, CIFAR-100): learned direct feedback is ahead of fixe
 per epoch lifts both by tens of points: ResNet-20 to 64.8 % (fixed: 59.8) of backpropagation's 68.7; accuracy falls
 steadily as they become rarer.
 
-Command: ``python -m experiments run grape_deep`` for ResNet-20, 22 minutes; ``--networks alexnet vgg16 resnet56`` for
-the others, ``--periods 1 2 4 8 16`` for a schedule.
+Command: ``python -m experiments run grape_deep`` for ResNet-20; ``--networks alexnet vgg16 resnet56`` for the others,
+``--periods 1 2 4 8 16`` for a schedule.
 
 Published numbers stand beside the paper's rule to the letter; ours, with scales and a Kalman mean, is another arm. It
 also calibrates on an event: at an epoch's end, where its own forward-mode estimates find the feedback's cosine with the

@@ -3,7 +3,7 @@
 Claim: none published. What lowers the estimate's noise should bring updates closer to the true gradient; with tiles,
 scales and a Kalman mean at once the first layer's came out farther from it than without.
 
-Command: ``python -m experiments run grape_first_layer``, 14 minutes; ``--preset whole`` for images of 32 x 32 pixels.
+Command: ``python -m experiments run grape_first_layer``; ``--preset whole`` for images of 32 x 32 pixels.
 
 One option at a time is turned on, in the network of ``grape_shallow`` on images averaged to 16 x 16 pixels. A tile
 repeats the feedback over the map. What that costs without any noise is computed in every trained network: of the linear

@@ -3,7 +3,7 @@
 Claim (ours): a direct rule delivers errors by a map that is the same for all examples, while the Jacobian is each
 example's own; a map with gates that see the example is closer to it.
 
-Command: ``python -m experiments run grape_gates``, half an hour.
+Command: ``python -m experiments run grape_gates``.
 
 The Jacobian of the logits by the activation is measured for every image, after the stem and every block of a ResNet-20
 that backpropagation or GrAPE has trained. Each form of the map is fitted to three quarters of the images, training

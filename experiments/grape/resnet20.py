@@ -3,9 +3,8 @@
 Claim (Caillon et al. 2026): learned direct feedback alone, 24.3 %, is ahead of fixed, 20.9, and far from
 backpropagation's 68.7. The estimate is noisy in early layers, so that what lowers its variance should help.
 
-Command: ``python -m experiments run grape_resnet20``, three quarters of an hour; ``--preset variants`` for every
-variant, one seed, as long; ``--preset maps`` for measured maps, an hour and a half; ``--preset gpu15`` for all images,
-arms side by side, some 10 minutes on one H100.
+Command: ``python -m experiments run grape_resnet20``; ``--preset variants`` for every variant, one seed; ``--preset
+maps`` for measured maps; ``--preset gpu15`` for all images, arms side by side, some 10 minutes on one H100.
 
 The paper's rule (normal noise, in weights where these are fewer, no tiles, no scales) is ``letter``; with noise in
 activations alone, ``activations``. Ours with a Kalman-weighted mean and scales is ``full``, that with feedback that

@@ -3,9 +3,8 @@
 Claim (Caillon et al. 2026): on MNIST, CIFAR-10 and CIFAR-100 learned direct feedback is ahead of fixed, direct or layer
 by layer, and .2, 1.6 and 6.2 points below backpropagation.
 
-Command: ``python -m experiments run grape_shallow``, half an hour a data set; ``--preset hours`` for all images of
-MNIST, some three hours of a core, ``--preset gpu15`` for those of both CIFARs in a quarter of an hour on one H100,
-``--preset paper`` for all.
+Command: ``python -m experiments run grape_shallow``; ``--preset hours`` for all images of MNIST, ``--preset gpu15`` for
+those of both CIFARs in a quarter of an hour on one H100, ``--preset paper`` for all.
 
 The paper states neither networks nor rates. The network is that of its ancestor, two convolutions and a hidden layer.
 Every rule may have a rate of its own; none was tuned.

@@ -3,8 +3,8 @@
 Claim (Caillon et al. 2026, WikiText-103): learned feedback is ahead of fixed (perplexity 42.3 against 52.0), one
 mini-batch of backpropagation per epoch helps both (33.1 and 42.7), and brings GrAPE close to backpropagation (29.8).
 
-Command: ``python -m experiments run grape_transformer``, an hour or two; ``--preset gpu15`` for a decoder of 11
-million weights on the same text, a quarter of an hour on one H100; ``--preset paper`` for the published text.
+Command: ``python -m experiments run grape_transformer``; ``--preset gpu15`` for a decoder of 11 million weights on the
+same text, a quarter of an hour on one H100; ``--preset paper`` for the published text.
 
 Inside a block the backward is exact; every block, and the embedding, gets its error from the output alone ("macro").
 The head has its true gradient under every rule. The control that the paper lacks stands beside: as many steps of

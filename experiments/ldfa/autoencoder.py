@@ -3,7 +3,7 @@
 Claim (ours; Hanut and Kadmon 2025 leave such outputs open): the rank that suffices follows the dimension of the error,
 here that of the digits' own variation and not of ten classes.
 
-Command: ``python -m experiments run ldfa_autoencoder``, 6 minutes.
+Command: ``python -m experiments run ldfa_autoencoder``.
 
 Accuracy is over pixels, 14 x 14 of them, binary at half the brightness; to call all dark is right for most. The narrow
 layer has ``hidden[1]`` units, which bounds what any rank can carry past it. The dimension of the output's error is its

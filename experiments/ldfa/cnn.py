@@ -3,7 +3,7 @@
 Claim (Hanut and Kadmon 2025): accuracy rises with the rank; where ``P`` learns, too, it is ahead of ``Q`` alone behind
 a random ``P``, and as good as backpropagation at the full rank, 32.
 
-Command: ``python -m experiments run ldfa_cnn``, 50 minutes; ``--preset paper`` for the published network.
+Command: ``python -m experiments run ldfa_cnn``; ``--preset paper`` for the published network.
 
 Five 9x9 convolutions of 32 channels and two fully connected layers, no normalisation, no pooling: also the network of
 ``ldfa_retina``. Its optimizer and epochs are ours, those of the published figure being unknown. Three differences from

@@ -4,10 +4,9 @@ Claim (Hanut and Kadmon 2025): accuracy rises with the rank of one layer's feedb
 backpropagation's at about the number of classes; a network as narrow as the error is far worse; where P learns by Oja's
 rule, Q may stay random.
 
-Command: ``python -m experiments run ldfa_rank_mlp``, 17 minutes; ``--preset direct``, 4 minutes, for which factor must
-learn at rank 4 where the error comes directly; ``--preset gpu15`` for the published width and all images on one H100 in
-a quarter of an hour, ``--preset hours`` for two ranks in five hours of one core, with ``--ranks 10`` for one in half of
-them, ``--preset paper`` for the published set-up.
+Command: ``python -m experiments run ldfa_rank_mlp``; ``--preset direct`` for which factor must learn at rank 4 where
+the error comes directly; ``--preset gpu15`` for the published width and all images on one H100 in a quarter of an hour,
+``--preset hours`` for two ranks at that width, in hours of one core, ``--preset paper`` for the published set-up.
 
 ``B1``, ``B2`` and ``B3`` carry the error to the first, second and third hidden layer, past the weights of the next one:
 each alone is of low rank. As in the authors' code the feedback of all other layers is learned, too, of full rank, and
@@ -26,8 +25,8 @@ from its output, and between a layer and a distant source lie others that are no
 network's feedback, as in ``ldfa_cnn``, are convolutions themselves.
 
 ``--classes`` asks whether it is the number of classes that says which rank suffices, on the first so many of CIFAR-100,
-whose images turn by 5 degrees; presets ``classes``, 7 minutes, and ``classes-paper``. With 50, 75 and 100 classes the
-paper's accuracy levels off at about rank 50, 75 and 100, in a figure without numbers.
+whose images turn by 5 degrees; presets ``classes`` and ``classes-paper``. With 50, 75 and 100 classes the paper's
+accuracy levels off at about rank 50, 75 and 100, in a figure without numbers.
 
 Verdict: holds for the direct rule from the last hidden layer at this size: at the rank of the number of classes it is
 level with backpropagation, as is the head's alone, all other errors being exact; at lower ranks both are behind. Where

@@ -3,7 +3,7 @@
 Claim (ours; Hanut and Kadmon 2025 show receptive fields alone): the higher the rank, the more alike are the hidden
 layers to those of backpropagation from the same start; a fixed feedback's are less so at the same rank.
 
-Command: ``python -m experiments run ldfa_representations``, 5 minutes.
+Command: ``python -m experiments run ldfa_representations``.
 
 Likeness is linear CKA on test images, layer by layer: 1 where one layer's activations are a rotation of the other's.
 Two backpropagations from other starts are the measure of what is alike by the task alone. The network is that of

@@ -3,7 +3,7 @@
 Claim (Hanut and Kadmon 2025, of feedforward networks; this one is ours): a rank of the number of classes suffices, and
 behind a learned P a random Q will do.
 
-Command: ``python -m experiments run ldfa_rnn``, 9 minutes.
+Command: ``python -m experiments run ldfa_rnn``.
 
 The state's layer is used once for every row, so that its ``P`` turns as often a step, and its rate is divided by how
 many rows there are: see :func:`jaxfa.ldfa` on stability.

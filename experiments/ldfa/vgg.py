@@ -3,7 +3,7 @@
 Claim (Hanut and Kadmon 2025): accuracy rises with the rank, and an eighth of the width is too little; a step costs
 less. No number could be read from their figure, whose axis starts at 85 %.
 
-Command: ``python -m experiments run ldfa_vgg``, 24 minutes; ``--preset paper`` for the published set-up.
+Command: ``python -m experiments run ldfa_vgg``; ``--preset paper`` for the published set-up.
 
 The classifier's two layers keep backpropagation, as in the paper's code. Three differences from it: errors are not
 clamped to [-1, 1]; ``P`` learns by plain steps, not by Adam; ``P`` starts orthonormal and ``Q`` as its product with

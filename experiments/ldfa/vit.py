@@ -4,7 +4,7 @@ Claim (Hanut and Kadmon 2025): rank 64 of 384 loses a quarter of a point to back
 tabulated runs fit the factors to the weights themselves, which is weight transport: ``normative`` here. The variants
 that learn from activity and error they do not tabulate; they are what the comparison is about.
 
-Command: ``python -m experiments run ldfa_vit``, half an hour; ``--preset paper`` for the published set-up.
+Command: ``python -m experiments run ldfa_vit``; ``--preset paper`` for the published set-up.
 
 Four differences from the paper's code: their queries, keys and values are one layer with three times the rank, ours
 three layers; no AutoAugment beside shifts and mirroring; the normative factors are fitted before every step by

@@ -3,9 +3,9 @@
 Claim (Boeshertz, Pascanu and Clopath 2026): errors that return through fixed random weights span fewer directions than
 backpropagation's; Muon, and normalised activations, give them back, and accuracy with them, best together.
 
-Command: ``python -m experiments run rank_collapse``, 8 minutes; ``--preset resnet`` for a thin ResNet-18, ``--preset
-gpu15`` for normalisation with and without Muon in ResNet-18 on all of CIFAR-100, a quarter of an hour on one H100,
-``--preset paper`` for all arms of it.
+Command: ``python -m experiments run rank_collapse``; ``--preset resnet`` for a thin ResNet-18, ``--preset gpu15`` for
+normalisation with and without Muon in ResNet-18 on all of CIFAR-100, a quarter of an hour on one H100, ``--preset
+paper`` for all arms of it.
 
 The paper's widths, learning rates, epochs and windows are not known to us. Ranks are Roy and Vetterli's. Feedback is
 drawn as weights are; every layer but the first gets it, 1x1 shortcuts included; without normalisation there is none at

@@ -3,7 +3,7 @@
 Claim (Roy, Apolinario, Das Biswas and Roy 2025, VGG-13, CIFAR-10): 92.7 with all; 27.1 without the cross-entropy's
 gradient, 83.1 without alignment, 85.4 without orthogonality.
 
-Command: ``python -m experiments run ssa_ablation``, 3 minutes; ``--preset paper`` for the published set-up.
+Command: ``python -m experiments run ssa_ablation``; ``--preset paper`` for the published set-up.
 
 The preset ``cpu`` is of a network without normalisation. Where ``gamma`` is small, the literal reading stays at chance
 in it: the factors drift from orthonormal ones, and the loss grows. Here it is 1, the one of two tried on the validation

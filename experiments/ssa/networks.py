@@ -4,9 +4,9 @@ Claim (Roy, Apolinario, Das Biswas and Roy 2025): SSA is within a point of SVD t
 four points below in ResNet-32, and about 13 points above DFA in a network of three convolutions; the alignment loss
 brings the angles to backpropagation 40 to 45 degrees below DFA's; inference takes the fewest operations.
 
-Command: ``python -m experiments run ssa_networks``, three small networks, 40 minutes; ``--preset betas`` for two
-weights of the alignment and none; ``--preset gpu15`` for VGG-13 in a quarter of an hour on one H100; ``--preset paper``
-for the published set-up, ``--preset imagenet`` for ImageNet at 64 x 64 pixels on one accelerator of 80 GB.
+Command: ``python -m experiments run ssa_networks`` for three small networks; ``--preset betas`` for two weights of the
+alignment and none; ``--preset gpu15`` for VGG-13 in a quarter of an hour on one H100; ``--preset paper`` for the
+published set-up, ``--preset imagenet`` for ImageNet at 64 x 64 pixels on one accelerator of 80 GB.
 
 The paper does not say how the output error reaches a layer, nor whether alignment moves the weights or the feedback:
 all four readings are arms. In residual networks the parallel one delivers to every convolution's input, and errors go

@@ -2,7 +2,7 @@
 
 Claim (Roy, Apolinario, Das Biswas and Roy 2025): none; transformers are the paper's future work.
 
-Command: ``python -m experiments run ssa_transformer``, 17 minutes.
+Command: ``python -m experiments run ssa_transformer``.
 
 Every linear layer of the blocks and the head are factors, and so are attention's four projections. Read sequentially,
 errors go from layer to layer through factored feedback, and through attention's own softmax and products exactly.
