@@ -18,10 +18,27 @@ def after(values: Any, known: Any) -> Any:
 
     An ``optimization_barrier`` says so on a GPU, where a ``cond`` would cost much. On a CPU XLA drops it before it
     looks for common subexpressions; elementwise operations it would fuse, with all that leads to them block by block.
+    Which it is depends on what the program is compiled for, which need not be the machine that compiles it.
     """
     floats = [leaf for leaf in jax.tree.leaves(known) if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    if jax.default_backend() != "cpu":
-        return lax.optimization_barrier((values, floats))[0]
+    return lax.platform_dependent(values, floats, cpu=_chosen, default=_barred)
+
+
+def _barred(values: Any, floats: list[jax.Array]) -> Any:
+    leaves, structure = jax.tree.flatten(values)
+    groups: dict[frozenset[Any], list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        groups.setdefault(varying_axes(jax.typeof(leaf)), []).append(i)
+    for axes, places in groups.items():
+        # What varies over more axes of a mesh would make all else behind the same barrier vary as it does.
+        known = [one for one in floats if varying_axes(jax.typeof(one)) <= axes]
+        held, _ = lax.optimization_barrier(([leaves[i] for i in places], known))
+        for i, leaf in zip(places, held, strict=True):
+            leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _chosen(values: Any, floats: list[jax.Array]) -> Any:
     first = sum(jnp.ravel(leaf)[0] for leaf in floats)
     # Never true, which the compiler does not see.
     return lax.cond(jnp.isnan(first) & (first == 0), partial(jax.tree.map, jnp.zeros_like), lambda tree: tree, values)
