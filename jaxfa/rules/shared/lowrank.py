@@ -124,7 +124,7 @@ def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
       errors: ``(N, ..., m)``; all but the last axis count examples.
 
     Returns:
-      The step, ``(m, r)``; zero if the errors do not vary.
+      The step, ``(m, r)``; zero if the errors do not vary, or their squares are too small for a number.
 
     Raises:
       ValueError: if there is one error alone, which has no covariance, or in a ``shard_map``.
@@ -140,19 +140,17 @@ def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
             "Oja's rule needs the covariance of a batch of errors, and got one error alone. Give the layer a batch; "
             "vmap over seeds or layers, not over examples; or choose learn_p=False."
         )
-    # Divided by their size, errors of any scale are squared without under- or overflow.
-    peak = jnp.max(jnp.abs(errors))
-    peak = jnp.where(peak > 0, peak, 1)
     mean = errors.mean(0, keepdims=True)
     # The product with p is the one that carries the error back, which the compiler then makes only once.
     thin = errors @ p
-    thin = (thin - thin.mean(0, keepdims=True)) / peak
-    # The errors centred, but not written down: what the thin side's own sum, zero but for rounding, takes of the mean.
-    moved = (thin.T @ errors - thin.sum(0, keepdims=True).T @ mean).T / peak
-    total = jnp.sum(((errors - mean) / peak) ** 2)
+    thin = thin - thin.mean(0, keepdims=True)
+    # p^T C: with the thin side centred, the other's mean drops out, and nothing of the errors' size is written. Of the
+    # two orders of this product, over many rows, compilers are faster at the one with the thin side first.
+    moved = thin.T @ errors
+    total = jnp.sum((errors - mean) ** 2)
     # p^T C p, from the shorter side: the batch's rows or the units.
-    step = moved - p @ (p.T @ moved if rows > errors.shape[1] else thin.T @ thin)
-    return jnp.where(total > 0, step / jnp.where(total > 0, total, 1), 0)
+    step = moved - (moved @ p if rows > errors.shape[1] else thin.T @ thin) @ p.T
+    return jnp.where(total > 0, step / jnp.where(total > 0, total, 1), 0).T
 
 
 def check_outputs_last(op: Operation, x: jax.Array, w: jax.Array, q: jax.Array, delta: jax.Array) -> None:
