@@ -8,7 +8,7 @@ from jax import lax
 from jaxfa.base import is_direct
 from tests.methods import METHODS
 
-OTHERS = "ssa", "auglocal"  # which are told of layers, or of what is above
+OTHERS = "ssa", "auglocal", "forward_gradient"  # which are told of layers, of what is above, or of one batch
 DIRECT = {m.name: m.rule for m in METHODS if is_direct(m.rule) and not m.name.startswith(OTHERS)}
 
 
