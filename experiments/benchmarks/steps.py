@@ -5,6 +5,9 @@ direct rule starts in 1.5 times and its steps cost less, since no error travels 
 
 Command: ``make bench``, or ``python -m experiments run steps`` for this one alone, on cores that nothing else uses;
 ``--preset gpu`` for networks that fill a large GPU. A network named by ``--deep`` is compiled and counted, not timed.
+With ``--preset h100`` steps of the large networks are compiled for an H100 on a machine that has none, and what their
+programs hold is counted: ``JAX_PLATFORMS=cpu python -m experiments run steps --preset h100``, after ``pip install
+'.[cuda]'``.
 
 Verdict: more than half of it on a core. Steps of feedback alignment are level with plain Flax's, of direct feedback
 ahead in dense networks and LeNet, and level in the ResNet and, within the error, in the decoder, inside whose blocks
@@ -24,15 +27,15 @@ from importlib.util import find_spec
 from typing import Annotated, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.benchmarks import ceilings
+from experiments.benchmarks import bars, ceilings, gpu_programs
 from experiments.benchmarks.workloads import EXACT, PLAIN, RULES, WORKLOADS, Started, start
-from experiments.common import plots, records, timing
+from experiments.common import records, timing
 from experiments.common.bounds import MAY_BE_EMPTY, among
 from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
 
+LARGE = "mlp-4096", "resnet20-256", "resnet18", "decoder-768"
 PARTS = ("make", "attach", "trace", "compile")
 Measured = dict[str, dict[str, Any]]
 
@@ -49,6 +52,8 @@ class Config(Options):
     """How many times each step is made from nothing."""
     rounds: int = 15
     """How many rounds of timing there are."""
+    h100: bool = False
+    """Whether steps are compiled for an H100, which need not be there, and counted, not timed."""
     keep_programs: bool = False
     """Compiled programs are kept in the user's cache folder, so that no later run measures how they are made."""
 
@@ -56,6 +61,8 @@ class Config(Options):
 def study(config: Config, histories: Histories) -> Study:
     """Measures each network that no earlier run has measured."""
     del histories
+    if config.h100:
+        return gpu_programs.study(config.networks, config.out)
     found = {}
     for name in (*config.networks, *config.deep):
         path = config.out / f"{name}.json"
@@ -106,9 +113,9 @@ def report(config: Config, found: dict[str, Measured]) -> Study:
     drawn = Figure(figsize=(10.4, 6.4), layout="constrained")
     above, below = drawn.subplots(2, len(config.networks), squeeze=False)
     for top, bottom, name in zip(above, below, config.networks, strict=True):
-        _bars(top, {rule: one["step"] for rule, one in found[name].items() if "step" in one}, f"{name}: a step")
+        bars.draw(top, {rule: one["step"] for rule, one in found[name].items() if "step" in one}, f"{name}: a step")
         begun = {rule: {"ratio": one["start"]} for rule, one in starts(found[name]).items()}
-        _bars(bottom, begun, f"{name}: from nothing to the first")
+        bars.draw(bottom, begun, f"{name}: from nothing to the first")
     caption = f"Times as multiples of {PLAIN}'s; of steps with the quartiles over {config.rounds} rounds."
     tables = [Table(f"{name}, a step", step_rows(one)) for name, one in found.items()]
     tables += [Table(f"{name}, from nothing to the first", start_rows(one)) for name, one in found.items()]
@@ -165,27 +172,14 @@ def start_rows(rules: Measured) -> list[list[str]]:
     return table
 
 
-def _bars(axes: Axes, ratios: dict[str, dict[str, float]], title: str) -> None:
-    for i, (name, one) in enumerate(ratios.items()):
-        bars = [[max(one["ratio"] - one.get("low", one["ratio"]), 0)], [max(one.get("high", 0) - one["ratio"], 0)]]
-        color = (
-            plots.GREY if name == PLAIN else plots.ORANGE if name.startswith(("PyTorch", "BioTorch")) else plots.BLUE
-        )
-        axes.barh(-i, one["ratio"], 0.4, xerr=bars, color=color, error_kw={"linewidth": 0.8})
-        axes.annotate(f"{name}: {one['ratio']:.2f}", (0, -i + 0.24), fontsize=6.6, va="bottom")
-    axes.set_yticks([])
-    axes.set_ylim(0.75 - len(ratios), 0.9)
-    axes.axvline(1, color=plots.GREY, linewidth=0.9)
-    axes.set_title(title)
-
-
 EXPERIMENT = Experiment(
     __name__,
     __doc__,
     {
         "cpu": Config(),
         "long": Config(rounds=50),
-        "gpu": Config(networks=("mlp-4096", "resnet20-256", "resnet18", "decoder-768"), deep=(), starts=1),
+        "gpu": Config(networks=LARGE, deep=(), starts=1),
+        "h100": Config(networks=LARGE, deep=(), h100=True),
     },
     Page("What does a step cost?"),
     study=study,

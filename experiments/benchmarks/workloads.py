@@ -108,28 +108,45 @@ class Started(NamedTuple):
     given: int
 
 
-def start(workload: Workload, name: str) -> Started | None:
-    """Makes a network and compiles one of its training steps, timed; None where a stream has no blocks to run."""
+def runs(workload: Workload, name: str) -> bool:
+    """Whether a network can have a rule: a stream needs blocks to run."""
+    return RULES[name][1] == jaxfa.stacks.stored or workload.at is not None
+
+
+def put(workload: Workload, name: str, model: nnx.Module) -> nnx.Module:
+    """A network with a rule on it; plain Flax's has none."""
     rule, schedule = RULES[name]
-    x, labels = workload.data()
-    direct = isinstance(rule, jaxfa.DirectRule)
-    if schedule != jaxfa.stacks.stored and workload.at is None:
-        return None
-    jax.clear_caches()  # from nothing
-    seconds, clock = {}, time.perf_counter()
-    model = workload.make(nnx.Rngs(0))
-    seconds["make"], clock = time.perf_counter() - clock, time.perf_counter()
-    if rule is not None:
-        at = workload.at if direct else None
-        model = jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=x, at=at, schedule=schedule)
-    seconds["attach"] = time.perf_counter() - clock
+    if rule is None:
+        return model
+    at = workload.at if isinstance(rule, jaxfa.DirectRule) else None
+    example, _ = workload.data()
+    return jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=example, at=at, schedule=schedule)
+
+
+def step_of(name: str, model: nnx.Module) -> tuple[Callable[..., Any], Any]:
+    """A training step ``(arrays, batch) -> arrays`` of a network with a rule on it, and its first arrays."""
+    rule, _ = RULES[name]
     tx = optax.adam(1e-3)
     learned = nnx.Param if rule is None else (nnx.Param, jaxfa.nn.Feedback)
     optimizer = nnx.Optimizer(model, tx if rule is None else jaxfa.optimizer(tx, rule), wrt=learned)
     graph, arrays = nnx.split((model, optimizer))
-    step = jit_step(partial(_step, graph, learned, rule is not None))
+    return partial(_step, graph, learned, rule is not None), arrays
+
+
+def start(workload: Workload, name: str) -> Started | None:
+    """Makes a network and compiles one of its training steps, timed; None where it can't have the rule."""
+    if not runs(workload, name):
+        return None
+    batch = *workload.data(), jax.random.key(2)
+    jax.clear_caches()  # from nothing
+    seconds, clock = {}, time.perf_counter()
+    model = workload.make(nnx.Rngs(0))
+    seconds["make"], clock = time.perf_counter() - clock, time.perf_counter()
+    model = put(workload, name, model)
+    seconds["attach"] = time.perf_counter() - clock
+    function, arrays = step_of(name, model)
+    step = jit_step(function)
     clock = time.perf_counter()
-    batch = x, labels, jax.random.key(2)
     traced = step.trace(arrays, batch)
     seconds["trace"], clock = time.perf_counter() - clock, time.perf_counter()
     compiled = traced.lower().compile()
