@@ -53,9 +53,12 @@ class Config(Options):
     rounds: int = 15
     """How many rounds of timing there are."""
     h100: bool = False
-    """Whether steps are compiled for an H100, which need not be there, and counted, not timed."""
+    """Steps are compiled for an H100, which need not be there, and counted, not timed."""
     keep_programs: bool = False
     """Compiled programs are kept in the user's cache folder, so that no later run measures how they are made."""
+
+    def unread(self) -> tuple[str, ...]:
+        return ("deep", "starts", "rounds") if self.h100 else ()
 
 
 def study(config: Config, histories: Histories) -> Study:
