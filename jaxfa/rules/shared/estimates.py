@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfa.base import Initializer
+from jaxfa.order import after
 from jaxfa.varying import refuse_shards
 
 # How much the square of an example's amplitude differs from its mean, 1.
@@ -52,13 +53,14 @@ def jacobian_estimates(
         raise ValueError(f"An estimate needs one example or more, got logits {logits.shape}: leave empty batches out.")
     batches = [logits.shape[: logits.ndim - node.outputs] for node in nodes]
     first, *keys = jax.random.split(key, len(nodes) + 1)
-    drawn = [
-        _draw(key, batch, node, perturbation, powers) if p is None else (p.astype(node.b.dtype), None)
-        for key, batch, node, p, powers in zip(
-            keys, batches, nodes, given or [None] * len(nodes), _powers(first, batches, nodes), strict=True
-        )
-    ]
-    tiles = [p for p, _ in drawn]
+    told = given or [None] * len(nodes)
+    powers = [None if p is not None else own for p, own in zip(told, _powers(first, batches, nodes), strict=True)]
+
+    def draw(i: int, key: jax.Array) -> jax.Array:
+        p = told[i]
+        return _draw(key, batches[i], nodes[i], perturbation, powers[i]) if p is None else p.astype(nodes[i].b.dtype)
+
+    tiles = [draw(i, key) for i, key in enumerate(keys)]
     tangents = [
         _along(node.scale, node.spread(p, len(node.stack) + len(batch)))
         for p, batch, node in zip(tiles, batches, nodes, strict=True)
@@ -72,7 +74,18 @@ def jacobian_estimates(
         answers = [jax.jvp(forward, (zeros,), (some,))[1] for some in alone]
     else:
         answers = [jax.jvp(forward, (zeros,), (tangents,))[1]] * len(nodes)
-    return [_correlate(*one, y, node) for one, y, node in zip(drawn, answers, nodes, strict=True)]
+    # Drawn again, from the same keys and one after the other: else all layers' are kept until the outputs' movement is
+    # known.
+    found: list[Estimate] = []
+    for i, (key, y) in enumerate(zip(keys, answers, strict=True)):
+        p = draw(i, _after(key, (y, [one.jacobian for one in found[-1:]])))
+        found.append(_correlate(p, powers[i], y, nodes[i]))
+    return found
+
+
+def _after(key: jax.Array, known: Any) -> jax.Array:
+    """The same key, but not before something is known, for all that the compiler can tell."""
+    return jax.random.wrap_key_data(after(jax.random.key_data(key), known), impl=jax.random.key_impl(key))
 
 
 def _powers(key: jax.Array, batches: Sequence[tuple[int, ...]], nodes: list[Any]) -> list[jax.Array | None]:
@@ -91,14 +104,14 @@ def _powers(key: jax.Array, batches: Sequence[tuple[int, ...]], nodes: list[Any]
 
 def _draw(
     key: jax.Array, batch: tuple[int, ...], node: Any, perturbation: Initializer, powers: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """A perturbation of variance 1 and, of a layer whose scale is learned, by what its examples' powers differ from it.
+) -> jax.Array:
+    """A perturbation of variance 1; the examples' powers of a layer whose scale is learned differ from it.
 
     What the outputs' movement has to do with those powers is the layer's part in it: the one number that a shared
     derivative hides. They add ``_DEPTH^2`` times its own part to a layer's variance, nothing to that of others.
     """
     p = perturbation(key, (*node.stack, *batch, *node.tile), node.b.dtype)
-    return (p if powers is None else _along(jnp.sqrt(1 + powers), p)), powers
+    return p if powers is None else _along(jnp.sqrt(1 + powers), p)
 
 
 def _correlate(p: jax.Array, powers: jax.Array | None, y: jax.Array, node: Any) -> Estimate:
