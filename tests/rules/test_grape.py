@@ -33,6 +33,27 @@ def test_one_pass_is_unbiased_for_every_layer_and_its_error_falls_as_the_root_of
         assert np.linalg.norm(estimates.mean(0) - true) < 0.12 * np.linalg.norm(true)
 
 
+def test_the_noise_of_one_layer_alone_is_in_memory():
+    # Kept until the outputs have moved, every layer would add a MiB, 30 in all.
+    rule, batch, width = jaxfa.grape(), 4096, 64
+    w = jnp.eye(width)
+
+    def allocated(layers):
+        def forward(taps):
+            h = jnp.ones((batch, width))
+            for tap in taps:
+                h = jnp.tanh(h @ w) + tap
+            return h[:, :2]
+
+        like = jax.ShapeDtypeStruct((batch, width), jnp.float32), jax.ShapeDtypeStruct((batch, 2), jnp.float32)
+        feedback = [rule.init(KEY, *like)] * layers
+        program = jax.jit(lambda feedback: rule.refine(forward, feedback, KEY)).lower(feedback)
+        return program.compile().memory_analysis().temp_size_in_bytes / 2**20
+
+    few, many = allocated(2), allocated(32)
+    assert many < few + 6
+
+
 @pytest.mark.parametrize(("perturbation", "own"), [(jax.random.normal, 1), (random_signs, -1)])
 @pytest.mark.parametrize("separate", [False, True])
 def test_the_variance_is_that_of_theory(separate, perturbation, own, x64):
