@@ -16,8 +16,8 @@ that end low.
 
 Verdict: half of it. A backward pass of low rank costs less. Operations to an accuracy make a U: the lowest ranks do not
 reach the target, and beyond the cheapest rank every seed takes as many steps, which cost more. But the bottom of the U
-saves nothing that shows: it is level with backpropagation within the error, steps being counted in whole epochs, a
-coarse grid.
+saves nothing: no rank gets there with fewer operations than backpropagation, which is there epochs earlier. Steps are
+counted in whole epochs, a coarse grid.
 """
 
 import dataclasses

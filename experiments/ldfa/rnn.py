@@ -8,10 +8,10 @@ Command: ``python -m experiments run ldfa_rnn``.
 The state's layer is used once for every row, so that its ``P`` turns as often a step, and its rate is divided by how
 many rows there are: see :func:`jaxfa.ldfa` on stability.
 
-Verdict: neither holds in these few steps. Every arm stays far behind backpropagation, at full rank, too, so that it is
-not rank that is missing, but most likely time: where ``Q`` learns and no error is left out, feedback is the best
-aligned, and still far from the weights when training ends. Behind a learned ``P``, at the number of classes, a random
-``Q`` is better than fixed factors by no more than the error, and behind a ``Q`` that learns.
+Verdict: neither holds. Where both factors learn, a rank of the number of classes stays behind full rank by more than
+the error, and full rank behind backpropagation, so that it is not rank alone that is missing. Behind a learned ``P``, a
+random ``Q`` is no better than fixed factors, at either rank, and far behind a ``Q`` that learns; with a fixed ``P``, a
+``Q`` that learns makes up for half of that at the number of classes.
 """
 
 import dataclasses
