@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxfa.order import after
+from jaxfa.varying import varying_axes
 
 
 def lowered(platform):
@@ -17,6 +18,28 @@ def test_a_program_for_an_accelerator_has_a_barrier_wherever_it_is_compiled(plat
     text = lowered(platform)
     assert "optimization_barrier" in text
     assert "compare" not in text  # nothing is computed to choose a branch by
+
+
+def test_in_a_shard_map_nothing_varies_over_more_devices_than_before():
+    # Joined in one barrier, what is the same everywhere would be taken to vary, and its gradient not be summed.
+    mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def function(x, y):
+        found = after({"x": x, "y": y}, {"z": jnp.sin(y)})
+        return {name: varying_axes(jax.typeof(one)) for name, one in found.items()}, found
+
+    kinds = []
+
+    def mapped(x, y):
+        kind, found = function(x, y)
+        kinds.append(kind)
+        return found
+
+    specs = {"x": jax.P(), "y": jax.P("a")}
+    program = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=(jax.P(), jax.P("a")), out_specs=specs))
+    text = program.trace(jnp.ones(3), jnp.ones(2)).lower(lowering_platforms=("cuda",)).as_text()
+    assert kinds[0] == {"x": frozenset(), "y": frozenset("a")}
+    assert text.count("optimization_barrier") == 2
 
 
 def test_a_program_for_a_cpu_has_a_branch_that_xla_keeps():

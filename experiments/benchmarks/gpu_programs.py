@@ -2,8 +2,8 @@
 
 Kernels are what the device starts, one after the other; operations are those of products, convolutions among them;
 bytes are what all kernels read and write, each array as often as it is read. Memory is what the program allocates
-beside its inputs and outputs. A step of many small kernels takes longer than its bytes tell. Which of its algorithms
-suits a product best is not tried, for which it takes the device.
+beside its inputs and outputs, the room that cuBLAS works in among it. A step of many small kernels takes longer than
+its bytes tell. Which of its algorithms suits a product best is not tried, for which it takes the device.
 """
 
 from collections.abc import Sequence

@@ -10,6 +10,8 @@ _LINE = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|branch_computations)=\{?%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_ROOM = re.compile(r", [su]8\[\d*\]\{0\}\)$")
 _BITS = re.compile(r"\d+")
 
 
@@ -34,7 +36,7 @@ class Counts(NamedTuple):
 
 
 class _Instruction(NamedTuple):
-    kind: str
+    shape: str
     code: str
     operands: tuple[str, ...]
     rest: str
@@ -69,10 +71,10 @@ def _parts(text: str) -> Iterator[tuple[str, dict[str, _Instruction]]]:
 
 def _instruction(text: str) -> _Instruction:
     end = _closed(text, 0) if text.startswith("(") else text.index(" ")
-    kind, rest = text[:end], text[end:].lstrip()
+    shape, rest = text[:end], text[end:].lstrip()
     start = rest.index("(")
     stop = _closed(rest, start)
-    return _Instruction(kind, rest[:start], tuple(re.findall(r"%([\w.\-]+)", rest[start:stop])), rest[stop:])
+    return _Instruction(shape, rest[:start], tuple(re.findall(r"%([\w.\-]+)", rest[start:stop])), rest[stop:])
 
 
 def _closed(text: str, start: int) -> int:
@@ -88,41 +90,65 @@ def _closed(text: str, start: int) -> int:
 def _run(part: dict[str, _Instruction], parts: dict[str, dict[str, _Instruction]]) -> Counts:
     total = Counts(0, 0, 0, 0)
     for one in part.values():
-        if one.code in _NOTHING:
+        if one.code in _NOTHING or one.code.endswith("-done"):
             continue
         called = [parts[name] for name in _CALLED.findall(one.rest) if name in parts]
         if one.code in ("while", "call", "conditional"):
-            trips = _TRIPS.search(one.rest)
-            total = total.plus(_run(called[0], parts), float(trips[1]) if trips else 1)
+            total = total.plus(_run(called[0], parts), _times(one))
             continue
-        moved = sum(map(_bytes, (one.kind, *(part[name].kind for name in one.operands if name in part))))
-        flops = _flops(one, part) + sum(_flops(inner, inside) for inside in called for inner in inside.values())
-        total = total.plus(Counts(1, flops > 0, flops, moved))
+        shapes = (_result(one), *(part[name].shape for name in one.operands if name in part))
+        flops = _all_flops({"": one}, parts, part)
+        total = total.plus(Counts(1, flops > 0, flops, sum(map(_bytes, shapes))))
     return total
 
 
-def _bytes(kind: str) -> float:
-    return sum(math.prod(shape) * bits / 8 for bits, shape in _arrays(kind))
+def _times(one: _Instruction) -> float:
+    trips = _TRIPS.search(one.rest)
+    if one.code == "while" and trips is None:
+        raise ValueError("A loop of this program does not tell how often it runs, so that it can't be counted.")
+    return float(trips[1]) if trips else 1
 
 
-def _arrays(kind: str) -> Iterator[tuple[int, list[int]]]:
-    for name, shape in _ARRAY.findall(kind):
+def _result(one: _Instruction) -> str:
+    """What a kernel returns, without the room that a library asks for to work in."""
+    return _ROOM.sub("", one.shape) if one.code == "custom-call" else one.shape
+
+
+def _bytes(shape: str) -> float:
+    return sum(math.prod(sizes) * bits / 8 for bits, sizes in _arrays(shape))
+
+
+def _arrays(shape: str) -> Iterator[tuple[int, list[int]]]:
+    for name, sizes in _ARRAY.findall(shape):
         bits = _BITS.search(name)
-        yield (int(bits[0]) if bits else 8), [int(size) for size in shape.split(",") if size]
+        yield (int(bits[0]) if bits else 8), [int(size) for size in sizes.split(",") if size]
+
+
+def _all_flops(
+    inner: dict[str, _Instruction], parts: dict[str, dict[str, _Instruction]], part: dict[str, _Instruction]
+) -> float:
+    """Operations of instructions, whose operands stand in ``part``, and of all that they call."""
+    total = 0.0
+    for one in inner.values():
+        called = [parts[name] for name in _CALLED.findall(one.rest) if name in parts]
+        total += _flops(one, part) + sum(_all_flops(each, parts, each) for each in called)
+    return total
 
 
 def _flops(one: _Instruction, part: dict[str, _Instruction]) -> float:
     """Operations of a product; none of anything else."""
-    if one.code == "dot" or "matmul" in one.rest or "$gemm" in one.rest:
+    target = _TARGET.search(one.rest)
+    library = target[1] if target else ""
+    if one.code == "dot" or "matmul" in library or "gemm" in library:
         contracted = re.search(r'lhs_contracting_dim(?:ension)?s[="]*:?[{\["]*([\d",]+)', one.rest)
-        left = next(_arrays(part[one.operands[0]].kind))[1]
+        left = next(_arrays(part[one.operands[0]].shape))[1]
         inner = math.prod(left[int(axis)] for axis in re.findall(r"\d+", contracted[1])) if contracted else 1
-        return 2.0 * math.prod(next(_arrays(one.kind))[1]) * inner
+        return 2.0 * math.prod(next(_arrays(one.shape))[1]) * inner
     window = re.search(r"dim_labels=\w+_(\w+)->", one.rest)
     if window is None:
         return 0.0
-    arrays = [next(_arrays(kind))[1] for kind in (one.kind, *(part[name].kind for name in one.operands[:2]))]
-    # Which of the result and the operands are the kernel and what its outputs are.
-    kernel, outputs = (0, 2) if "BackwardFilter" in one.rest else (2, 1) if "BackwardInput" in one.rest else (2, 0)
-    channels = arrays[kernel][window[1].index("o")]
-    return 2.0 * math.prod(arrays[kernel]) * math.prod(arrays[outputs]) / channels
+    arrays = [next(_arrays(shape))[1] for shape in (one.shape, *(part[name].shape for name in one.operands[:2]))]
+    # Which of the result and the operands are the filter and what its outputs are.
+    filters, outputs = (0, 2) if "BackwardFilter" in library else (2, 1) if "BackwardInput" in library else (2, 0)
+    channels = arrays[filters][window[1].index("o")]
+    return 2.0 * math.prod(arrays[filters]) * math.prod(arrays[outputs]) / channels

@@ -33,6 +33,29 @@ def test_one_pass_is_unbiased_for_every_layer_and_its_error_falls_as_the_root_of
         assert np.linalg.norm(estimates.mean(0) - true) < 0.12 * np.linalg.norm(true)
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+@pytest.mark.parametrize("keys", ["one", "own"])
+def test_networks_side_by_side_estimate_what_each_does_alone(keys, impl):
+    # Some generators draw other numbers for many keys at once: what is drawn again must be what was drawn.
+    rule, scales = jaxfa.grape(averaging=0.9), jnp.array([1.0, 2.0, 3.0])
+    feedback = [rule.init(KEY, jnp.ones((64, 4)), jnp.ones((64, 3)))]
+    j = jnp.arange(12.0).reshape(4, 3) / 12
+
+    def mean(key, scale):
+        return rule.refine(lambda taps: scale * (jnp.zeros((64, 4)) + taps[0]) @ j, feedback, key)[0].mean
+
+    key = jax.random.key(0, impl=impl)
+    if keys == "one":
+        found = jax.vmap(mean, (None, 0))(key, scales)
+        want = jnp.stack([mean(key, scale) for scale in scales])
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+    else:
+        found = jax.vmap(mean)(jax.random.split(key, 3), scales)
+    truth = jnp.stack([scale * j for scale in scales])
+    cosines = jnp.einsum("sij,sij->s", found, truth) / jnp.sqrt((found**2).sum((1, 2)) * (truth**2).sum((1, 2)))
+    assert float(cosines.min()) > 0.8
+
+
 def test_the_noise_of_one_layer_alone_is_in_memory():
     # Kept until the outputs have moved, every layer would add a MiB, 30 in all.
     rule, batch, width = jaxfa.grape(), 4096, 64

@@ -113,11 +113,35 @@ def test_ojas_step_survives_single_precision(scale, rng):
     np.testing.assert_array_equal(oja(jnp.asarray(p, jnp.float32), jnp.zeros((64, 6))), 0)
 
 
-def test_in_single_precision_errors_far_from_zero_are_centred_too(rng):
-    e, p = rng.normal(size=(64, 6)).astype(np.float32) + np.float32(100), rng.normal(size=(6, 2))
+@pytest.mark.parametrize(("offset", "atol"), [(10, 1e-5), (100, 1e-4), (1000, 1e-3)])
+def test_in_single_precision_errors_far_from_zero_are_centred_too(offset, atol, rng):
+    e, p = (
+        (rng.normal(size=(4096, 128)) * np.geomspace(1, 9, 128) + offset).astype(np.float32),
+        rng.normal(size=(128, 8)),
+    )
+    p = np.linalg.qr(p)[0]
     c = np.cov(e.T.astype(float), bias=True)
     expected = (c @ p - p @ p.T @ c @ p) / np.trace(c)
-    np.testing.assert_allclose(oja(jnp.asarray(p, jnp.float32), jnp.asarray(e)), expected, atol=1e-2)
+    assert np.abs(expected).max() > 2e-3
+    np.testing.assert_allclose(oja(jnp.asarray(p, jnp.float32), jnp.asarray(e)), expected, atol=atol)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-20, 9e-20, 1e18, 1e19])
+def test_where_squares_leave_the_numbers_there_is_no_step_or_the_right_one(size):
+    signs = np.where(np.arange(512)[:, None] % 7 == 0, 0.5, 1) * np.where(np.arange(512)[:, None] % 2, 1, -1)
+    e = jnp.asarray(size * signs * np.ones((1, 4096)), jnp.float32)
+    p = jnp.full((4096, 1), 1 / 64, jnp.float32)
+    step = oja(p, e)
+    right = oja(p, jnp.asarray(signs * np.ones((1, 4096)), jnp.float32))
+    assert bool(jnp.all(step == 0)) or float(jnp.abs(step - right).max()) < 1e-4
+
+
+def test_a_projection_in_half_precision_has_its_step_from_single(rng):
+    e, p = 30 * rng.normal(size=(512, 64)) * np.geomspace(1, 9, 64), np.linalg.qr(rng.normal(size=(64, 4)))[0]
+    half = jnp.asarray(p, jnp.float16)
+    step, whole = oja(half, jnp.asarray(e, jnp.float32)), oja(half.astype(jnp.float32), jnp.asarray(e, jnp.float32))
+    assert step.dtype == jnp.float16
+    np.testing.assert_allclose(step.astype(jnp.float32), whole, atol=1e-4)
 
 
 @pytest.mark.parametrize(("rate", "converges"), [(0.3, True), (0.95, True), (1.05, False), (1.5, False)])

@@ -337,9 +337,9 @@ def test_wrong_use_is_told_so():
         jaxfa.direct_stack(block, params, (h, h), wire, feedback, schedule=jaxfa.stacks.stream)
     with pytest.raises(ValueError, match="one leading axis for its blocks"):
         jaxfa.direct_stack(block, at(slice(0), params), h, wire, feedback, schedule=jaxfa.stacks.stream)
+    unbound = create(jaxfa.forward_gradient(), dtype=jnp.float32)[1:]
     with pytest.raises(ValueError, match="A forward gradient is of one batch"):
-        _, *args = create(jaxfa.forward_gradient(), dtype=jnp.float32)
-        gradients(objective(block, jaxfa.stacks.stream), *args)
+        gradients(objective(block, jaxfa.stacks.stream), *unbound)
     optimizer = optax.adam(1e-3)
     shared = create(jaxfa.dfa(shared=True), dtype=jnp.float32)[2]
     with pytest.raises(ValueError, match="got one shared by all"):

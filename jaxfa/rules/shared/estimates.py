@@ -77,15 +77,25 @@ def jacobian_estimates(
     # Drawn again, from the same keys and one after the other: else all layers' are kept until the outputs' movement is
     # known.
     found: list[Estimate] = []
-    for i, (key, y) in enumerate(zip(keys, answers, strict=True)):
-        p = draw(i, _after(key, (y, [one.jacobian for one in found[-1:]])))
+    for i, y in enumerate(answers):
+        p = draw(i, _after(keys[i], (y, [one.jacobian for one in found[-1:]])))
         found.append(_correlate(p, powers[i], y, nodes[i]))
     return found
 
 
+@jax.custom_batching.custom_vmap
 def _after(key: jax.Array, known: Any) -> jax.Array:
     """The same key, but not before something is known, for all that the compiler can tell."""
-    return jax.random.wrap_key_data(after(jax.random.key_data(key), known), impl=jax.random.key_impl(key))
+    return after(key, known)
+
+
+@_after.def_vmap
+def _after_each(size: int, batched: Any, key: jax.Array, known: Any) -> tuple[jax.Array, bool]:
+    del size
+    if batched[0]:
+        return jax.vmap(after, tuple(jax.tree.map(lambda one: 0 if one else None, batched)))(key, known), True
+    # One key for all stays one, and waits for the first of them: of many some generators would draw other numbers.
+    return _after(key, jax.tree.map(lambda leaf, one: leaf[0] if one else leaf, known, batched[1])), False
 
 
 def _powers(key: jax.Array, batches: Sequence[tuple[int, ...]], nodes: list[Any]) -> list[jax.Array | None]:

@@ -124,7 +124,7 @@ def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
       errors: ``(N, ..., m)``; all but the last axis count examples.
 
     Returns:
-      The step, ``(m, r)``; zero if the errors do not vary, or their squares are too small for a number.
+      The step, ``(m, r)``; zero if the errors do not vary, or their squares are too small or too large for numbers.
 
     Raises:
       ValueError: if there is one error alone, which has no covariance, or in a ``shard_map``.
@@ -133,7 +133,8 @@ def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
         "Oja's rule needs the covariance of the whole batch, of which a device sees its own part alone. Shard the "
         "arrays under jit instead, where they are one batch, or choose learn_p=False."
     )
-    errors = errors.reshape(-1, errors.shape[-1]).astype(p.dtype)
+    wide = jnp.promote_types(p.dtype, jnp.float32)
+    errors = errors.reshape(-1, errors.shape[-1]).astype(wide)
     rows = errors.shape[0]
     if rows < 2:
         raise ValueError(
@@ -142,15 +143,17 @@ def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
         )
     mean = errors.mean(0, keepdims=True)
     # The product with p is the one that carries the error back, which the compiler then makes only once.
-    thin = errors @ p
+    thin = errors @ p.astype(wide)
     thin = thin - thin.mean(0, keepdims=True)
-    # p^T C: with the thin side centred, the other's mean drops out, and nothing of the errors' size is written. Of the
-    # two orders of this product, over many rows, compilers are faster at the one with the thin side first.
-    moved = thin.T @ errors
+    # p^T C, with nothing written of the errors' size: where the thin side is centred, the other's mean drops out but
+    # for rounding. Of the two orders of this product compilers are faster at the one with the thin side first.
+    moved = thin.T @ errors - thin.sum(0)[:, None] * mean
     total = jnp.sum((errors - mean) ** 2)
     # p^T C p, from the shorter side: the batch's rows or the units.
-    step = moved - (moved @ p if rows > errors.shape[1] else thin.T @ thin) @ p.T
-    return jnp.where(total > 0, step / jnp.where(total > 0, total, 1), 0).T
+    step = moved - (moved @ p.astype(wide) if rows > errors.shape[1] else thin.T @ thin) @ p.T.astype(wide)
+    # Squares that are too small for a number, or too large, tell nothing.
+    tells = (total > errors.size * jnp.finfo(wide).tiny) & jnp.isfinite(total)
+    return jnp.where(tells, step / jnp.where(tells, total, 1), 0).T.astype(p.dtype)
 
 
 def check_outputs_last(op: Operation, x: jax.Array, w: jax.Array, q: jax.Array, delta: jax.Array) -> None:

@@ -62,8 +62,17 @@ def test_kernels_products_operations_and_bytes_are_those_of_the_text():
     assert found.products == 5
     assert found.flops == 2 * DOT + 3 * CONV
     h, k, y = 2 * 6 * 6 * 3, 5 * 3 * 3 * 3, 2 * 6 * 6 * 5
-    dots = 2 * 4 * (4 * 8 + 8 * 2 + 4 * 2) + 64
+    dots = 2 * 4 * (4 * 8 + 8 * 2 + 4 * 2)  # without the room that cuBLAS works in
     assert found.moved == dots + 3 * 4 * (h + k + y) + 7 * 2 * 4 * 4
+
+
+def test_a_name_makes_no_product_and_a_loop_of_unknown_length_is_refused():
+    named = TEXT.replace('op_name="jit(step)/dot_general"', 'op_name="jit(matmul)/gemm"').replace(
+        "dot(%a, %b)", "add(%a)"
+    )
+    assert kernels.counted(named).products == 4
+    with pytest.raises(ValueError, match="does not tell how often it runs"):
+        kernels.counted(TEXT.replace("known_trip_count", "unknown"))
 
 
 def test_a_compiled_product_has_the_operations_of_its_shapes():
