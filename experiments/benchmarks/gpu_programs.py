@@ -43,9 +43,10 @@ def count(workload: Workload, rule: str, device: Any) -> dict[str, float]:
     made = []
 
     def make() -> Any:
-        function, arrays = step_of(rule, put(workload, rule, workload.make(nnx.Rngs(0))))
+        x, labels = workload.data()
+        function, arrays = step_of(rule, put(workload, rule, workload.make(nnx.Rngs(0)), x))
         made.append(function)
-        return arrays, (*workload.data(), jax.random.key(2))
+        return arrays, (x, labels, jax.random.key(2))
 
     where = jax.sharding.SingleDeviceSharding(device)
     shapes = jax.tree.map(

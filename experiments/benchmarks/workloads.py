@@ -113,13 +113,12 @@ def runs(workload: Workload, name: str) -> bool:
     return RULES[name][1] == jaxfa.stacks.stored or workload.at is not None
 
 
-def put(workload: Workload, name: str, model: nnx.Module) -> nnx.Module:
-    """A network with a rule on it; plain Flax's has none."""
+def put(workload: Workload, name: str, model: nnx.Module, example: jax.Array) -> nnx.Module:
+    """A network with a rule on it, for such inputs; plain Flax's has none."""
     rule, schedule = RULES[name]
     if rule is None:
         return model
     at = workload.at if isinstance(rule, jaxfa.DirectRule) else None
-    example, _ = workload.data()
     return jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=example, at=at, schedule=schedule)
 
 
@@ -142,7 +141,7 @@ def start(workload: Workload, name: str) -> Started | None:
     seconds, clock = {}, time.perf_counter()
     model = workload.make(nnx.Rngs(0))
     seconds["make"], clock = time.perf_counter() - clock, time.perf_counter()
-    model = put(workload, name, model)
+    model = put(workload, name, model, batch[0])
     seconds["attach"] = time.perf_counter() - clock
     function, arrays = step_of(name, model)
     step = jit_step(function)
