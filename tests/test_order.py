@@ -21,7 +21,7 @@ def test_a_program_for_an_accelerator_has_a_barrier_wherever_it_is_compiled(plat
 
 
 def test_in_a_shard_map_nothing_varies_over_more_devices_than_before():
-    # Joined in one barrier, what is the same everywhere would be taken to vary, and its gradient not be summed.
+    # Joined in one barrier, what is the same everywhere would be taken to vary as the rest does.
     mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def function(x, y):
