@@ -9,15 +9,17 @@ With ``--preset h100`` steps of the large networks are compiled for an H100 on a
 programs hold is counted: ``JAX_PLATFORMS=cpu python -m experiments run steps --preset h100``, after ``pip install
 '.[cuda]'``.
 
-Verdict: more than half of it on a core. Steps of feedback alignment are level with plain Flax's, of direct feedback
-ahead in dense networks and LeNet, and level in the ResNet and, within the error, in the decoder, inside whose blocks
-the backward stays exact. Low-rank feedback costs more in wide dense layers, where the batch is as small as the rank.
-Learned direct feedback has a forward mode on top: that is a little in the dense network, nothing in LeNet, within the
-error in the ResNet, and clearly more in the decoder, where the backward stays exact inside blocks. Starts, of which
-there was one each, keep the promise under FA and DFA everywhere, under Kolen-Pollack everywhere but in the decoder, and
-under learned direct feedback in ResNet-20 alone; low-rank feedback and, in the decoder, streams take longer, too.
-PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a CPU, whatever the rule; its decoder is ahead, too,
-and its dense network level by backpropagation. BioTorch's DFA saves nothing beside its own FA.
+Verdict: most of it on a core. Steps of feedback alignment are level with plain Flax's, a little behind in the decoder;
+those of direct feedback are ahead in dense networks, LeNet and the ResNet, streamed in the ResNet by more, and level in
+the decoder, inside whose blocks the backward stays exact. Low-rank feedback is ahead in the convolutional networks; at
+a quarter of the outputs it costs more in dense layers. Learned direct feedback has a forward mode on top: that is a
+little in the dense network and the ResNet, nothing in LeNet, and clearly more in the decoder. Starts keep the promise
+under DFA everywhere, under FA and Kolen-Pollack everywhere but in the decoder; low-rank and learned feedback and, in
+the decoder, streams take longer. PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a CPU, whatever the
+rule; its decoder is ahead, too, and its dense network behind. BioTorch's DFA saves nothing beside its own FA. As a
+program for an H100, a step of direct feedback moves fewer bytes than backpropagation's and takes its memory, shared
+between layers somewhat more, and streamed a fraction of it for a quarter more bytes; low-rank feedback moves more
+bytes, in about twice as many kernels, and so does learned feedback, in half again as many or more.
 """
 
 import dataclasses
