@@ -59,8 +59,7 @@ def grape(
         :func:`jaxfa.rules.kalman`, by which each layer's noise says how much.
       tile: the side, in pixels, of a piece of ``B`` that repeats over the map, less noise for a bias; where it does not
         divide the map's, their greatest common divisor. None is the full ``B``; 1 is a matrix per channel.
-      perturbation: ``(key, shape, dtype) -> p``, of the key alone, since it is drawn twice, of mean 0 and variance 1;
-        the paper's is ``jax.random.normal``.
+      perturbation: ``(key, shape, dtype) -> p`` of its key, mean 0, variance 1; the paper's is ``jax.random.normal``.
       scaling: from 0 to 1, how fast the perturbations come to the scales of least variance,
         ``s_l ~ n_l^(1/4) / |J_l|``; 0, the paper's, is a scale of 1 for all. The estimates have no bias at any scale.
       column_norm: whether the columns get norm 1.

@@ -100,7 +100,7 @@ def test_taps_wait_for_each_other_only_where_a_gradient_is_run():
     def waiting(model):
         program = jax.make_jaxpr(lambda state: nnx.grad(loss)(nnx.merge(graph, state), inputs(9, 6)))
         graph, state = nnx.split(model)
-        return sum(eqn.primitive.name == "cond" for eqn in equations(opened(program(state))))
+        return sum(eqn.primitive.name == "optimization_barrier" for eqn in equations(opened(program(state))))
 
     looked_at = quiet(attached, jax.ShapeDtypeStruct((9, 3), "float32"))
     assert (waiting(attached), waiting(quiet(attached)), waiting(looked_at)) == (2, 2, 0)

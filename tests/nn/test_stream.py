@@ -80,7 +80,8 @@ def test_every_schedule_learns_what_the_stored_gradient_is(name, rule):
     want_value, want = gradient(stored, MODELS[name][2])
     for model in (stream, dispatch):
         value, got = gradient(model, MODELS[name][2])
-        assert value == want_value  # the forward pass is bit-identical
+        # The forward pass is the same; compilers may sum the loss together with what else reads the logits.
+        np.testing.assert_allclose(value, want_value, rtol=2e-7)
         chex.assert_trees_all_close(nnx.to_pure_dict(got), nnx.to_pure_dict(want), rtol=2e-5, atol=3e-7)
         # BatchNorm's means and dropout's counts are those of one pass.
         statistics, others = zip(*(nnx.state(m, nnx.BatchStat, ...) for m in (model, stored)), strict=True)
