@@ -17,9 +17,9 @@ def after(values: Any, known: Any) -> Any:
     """The values, bit for bit, but not before those in ``known`` are, for all that the compiler can tell.
 
     An ``optimization_barrier`` says so on a GPU or TPU, where a ``cond`` would cost much; in a ``shard_map`` a value
-    waits for what varies over no more axes of the mesh. On a CPU XLA drops it before it
-    looks for common subexpressions; elementwise operations it would fuse, with all that leads to them block by block.
-    Which it is depends on what the program is compiled for, which need not be the machine that compiles it.
+    waits there for what varies over no more axes of the mesh. On a CPU XLA drops it before it looks for common
+    subexpressions; elementwise operations it would fuse, with all that leads to them block by block. Which it is
+    depends on what the program is compiled for, which need not be the machine that compiles it.
     """
     floats = [leaf for leaf in jax.tree.leaves(known) if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return lax.platform_dependent(values, floats, cpu=_chosen, default=_barred)
