@@ -96,6 +96,11 @@ class DirectFeedback:
     reads: ClassVar[Any] = None
     learns: ClassVar[str] = ""
 
+    @property
+    def is_made_once(self) -> bool:
+        """Whether all layers' errors come of one product that is smaller than ``e``, so that none is made in turn."""
+        return False
+
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
         """The error at ``h``, of its shape; but for local losses only the shape and dtype of ``h`` may be used."""
         raise NotImplementedError(f"{type(self).__name__} must define deliver(h, e).")

@@ -42,6 +42,10 @@ class SharedMatrix(DirectFeedback):
     shared: ClassVar[bool] = True
     b: jax.Array
 
+    @property
+    def is_made_once(self) -> bool:
+        return self.b.shape[-2] < self.b.shape[-1]
+
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
         k = shared_axes(h, e)
         n = math.prod(h.shape[k:])
@@ -51,7 +55,8 @@ class SharedMatrix(DirectFeedback):
                 f"{h.shape[k:]}. Make it with rule.init(key, h, logits) for the largest h."
             )
         rows = self.b[:n].reshape(*h.shape[k:], *e.shape[k:])
-        return project(rows / math.sqrt(n), h, e)
+        # The smaller of the two is divided, not the matrix, which would have to be copied.
+        return project(rows, h, e) / math.sqrt(n) if self.is_made_once else project(rows, h, e / math.sqrt(n))
 
 
 @feedback_dataclass
@@ -69,6 +74,10 @@ class HashedMatrix(DirectFeedback):
     shared: ClassVar[bool] = True
     b: jax.Array
     signs: jax.Array
+
+    @property
+    def is_made_once(self) -> bool:
+        return self.b.shape[-2] < self.signs.shape[-1]
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:
         k, buckets = shared_axes(h, e), self.b.shape[1]
@@ -126,8 +135,9 @@ def dfa(
         if buckets is None:
             return SharedMatrix(scale * direct_matrix(key, draw, h, logits).reshape(-1, outputs))
         b_key, sign_key = jax.random.split(key)
-        few = jax.ShapeDtypeStruct((*logits.shape[:k], buckets), logits.dtype)
-        b = scale * direct_matrix(b_key, draw, h, few).reshape(-1, buckets)
+        columns = min(buckets, outputs)  # more would stay empty
+        few = jax.ShapeDtypeStruct((*logits.shape[:k], columns), logits.dtype)
+        b = scale * direct_matrix(b_key, draw, h, few).reshape(-1, columns)
         return HashedMatrix(b, jax.random.rademacher(sign_key, (outputs,), b.dtype))
 
     return DirectRule(init_shared if shared else init)

@@ -121,6 +121,13 @@ def test_a_hashed_matrix_is_never_formed(x64):
     assert abs(signs.mean()) < 0.1
 
 
+def test_more_buckets_than_outputs_would_stay_empty():
+    h, e = normal(2, 30), normal(2, 5)
+    feedback = jaxfa.dfa(shared=True, buckets=64).init(KEY, h, e)
+    assert feedback.b.shape == (30, 5)
+    np.testing.assert_allclose(feedback.deliver(h, e), e * feedback.signs[None] @ feedback.b.T / np.sqrt(30), rtol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{"buckets": 4}, {"buckets": 0, "shared": True}])
 def test_buckets_are_of_a_shared_matrix(options):
     with pytest.raises(ValueError, match="buckets is a number from 1, of the columns of a shared matrix"):

@@ -42,7 +42,7 @@ def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             return _zeros(channels[-1].source, attached.rule.source)  # the source will write it
         return output.of(kept, cotangents[0])
 
-    in_turn = attached.in_turn and not any(one.shared for one in output.feedbacks)
+    in_turn = attached.in_turn and not any(one.is_made_once for one in output.feedbacks)
     try:
         error = Error(lambda outputs: output.keep(outputs[0]), error_of, attached.error, in_turn)
         return program.finish(*with_error(run, error, tuple(program.states)))
