@@ -10,8 +10,9 @@ import numpy as np
 from jax import lax
 
 import jaxfa
-from jaxfa.rules.shared.estimates import jacobian_estimates, random_signs
+from jaxfa.rules.shared.estimates import jacobian_estimates
 from jaxfa.rules.shared.jacobian import JacobianFeedback
+from jaxfa.rules.shared.noise import random_signs
 
 KEY = jax.random.PRNGKey(3)
 SIZES = (6, 7, 5, 4)

@@ -7,8 +7,8 @@ https://arxiv.org/abs/2212.07282
 import jax
 
 from jaxfa.base import DirectRule, Initializer
-from jaxfa.rules.shared.estimates import random_signs
 from jaxfa.rules.shared.jacobian import JacobianFeedback, jacobian_rule
+from jaxfa.rules.shared.noise import random_signs
 
 
 def fdfa(

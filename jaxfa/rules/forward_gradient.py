@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass, is_feedback
-from jaxfa.rules.shared.estimates import random_signs
+from jaxfa.rules.shared.noise import random_signs
 from jaxfa.rules.shared.projection import shared_axes
 from jaxfa.rules.shared.redrawn import Redrawn, first_bytes, redraw
 from jaxfa.varying import refuse_shards

@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfa.base import DirectRule, Initializer
-from jaxfa.rules.shared.estimates import random_signs
 from jaxfa.rules.shared.jacobian import Gain, jacobian_rule
+from jaxfa.rules.shared.noise import random_signs
 
 
 def grape(

@@ -140,7 +140,7 @@ def test_a_derivative_along_other_draws_than_the_error_s_has_mean_zero(x64):
 def test_grape_s_estimate_is_their_linear_regression_on_the_error(x64):
     params, _ = create(jaxfa.dfa(), KEY)
     x, _ = batch(examples=16)
-    fixed = {n: jaxfa.rules.shared.estimates.random_signs(jax.random.key(n), (16, n), float) for n in (6, 5)}
+    fixed = {n: jaxfa.rules.shared.noise.random_signs(jax.random.key(n), (16, n), float) for n in (6, 5)}
 
     def same(key, shape, dtype):
         return fixed[shape[-1]]

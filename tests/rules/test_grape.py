@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 
 import jaxfa
-from jaxfa.rules.shared.estimates import random_signs
 from jaxfa.rules.shared.jacobian import JacobianFeedback
+from jaxfa.rules.shared.noise import random_signs
 from tests.jacobians import KEY, estimate, jacobians, literal, network, samples
 
 

@@ -12,7 +12,8 @@ from jax import lax
 
 import jaxfa
 from jaxfa.rules.shared.averaging import kalman
-from jaxfa.rules.shared.estimates import Estimate, random_signs
+from jaxfa.rules.shared.estimates import Estimate
+from jaxfa.rules.shared.noise import random_signs
 from tests.jacobians import KEY, estimates, jacobians, network, samples
 
 # One layer moves the outputs ten times as much as the others.

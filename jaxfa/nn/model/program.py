@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +32,8 @@ def at_once(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)  # JAX takes options at the outermost jit alone
     traced, returned = jax.make_jaxpr(function, return_shape=True)(*args)
     program = _Equations(str(traced), tuple(map(id, constants(opened(traced)))), opened(traced))
-    return jax.tree.unflatten(jax.tree.structure(returned), _run(program, traced.consts, jax.tree.leaves(args)))
+    run = _run[sum(leaf.size for leaf in jax.tree.leaves(returned)) > _LARGE]
+    return jax.tree.unflatten(jax.tree.structure(returned), run(program, traced.consts, jax.tree.leaves(args)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +51,16 @@ class _Equations:
     jaxpr: Any = dataclasses.field(compare=False)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 1})
-def _run(program: _Equations, consts: list[Any], values: list[Any]) -> list[Any]:
+def _evaluated(program: _Equations, consts: list[Any], values: list[Any]) -> list[Any]:
     return jaxpr_as_fun(ClosedJaxpr(program.jaxpr, consts))(*values)
+
+
+# By whether so many numbers are made that to make them takes longer than to compile.
+_LARGE = 2**16
+_run = {
+    large: jax.jit(_evaluated, static_argnums=0, compiler_options={"xla_backend_optimization_level": int(large)})
+    for large in (False, True)
+}
 
 
 def method_of(name: str) -> Callable[..., Any]:

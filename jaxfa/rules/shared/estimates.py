@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxfa.base import Initializer
 from jaxfa.order import after
+from jaxfa.rules.shared.noise import Noise, noise_of
 from jaxfa.varying import refuse_shards
 
-# How much the square of an example's amplitude differs from its mean, 1.
+# By how much the square of an example's amplitude differs from its mean, 1.
 _DEPTH = 0.5
 
 
@@ -51,19 +51,16 @@ def jacobian_estimates(
     logits = jax.eval_shape(forward, [jnp.zeros(node.stack) for node in nodes])
     if 0 in logits.shape:
         raise ValueError(f"An estimate needs one example or more, got logits {logits.shape}: leave empty batches out.")
-    batches = [logits.shape[: logits.ndim - node.outputs] for node in nodes]
-    first, *keys = jax.random.split(key, len(nodes) + 1)
     told = given or [None] * len(nodes)
-    powers = [None if p is not None else own for p, own in zip(told, _powers(first, batches, nodes), strict=True)]
-
-    def draw(i: int, key: jax.Array) -> jax.Array:
-        p = told[i]
-        return _draw(key, batches[i], nodes[i], perturbation, powers[i]) if p is None else p.astype(nodes[i].b.dtype)
-
-    tiles = [draw(i, key) for i, key in enumerate(keys)]
+    moves = [
+        _Perturbation(noise_of(perturbation), node, logits.shape[: logits.ndim - node.outputs], p)
+        for node, p in zip(nodes, told, strict=True)
+    ]
+    seeds = moves[0].noise.seeds(key, [shape for one in moves for shape in one.shapes]) if moves else []
+    held = [one.held(*own) for one, own in zip(moves, zip(seeds[::2], seeds[1::2], strict=True), strict=True)]
     tangents = [
-        _along(node.scale, node.spread(p, len(node.stack) + len(batch)))
-        for p, batch, node in zip(tiles, batches, nodes, strict=True)
+        _along(node.scale, node.spread(one.made(*own), len(node.stack) + len(one.batch)))
+        for node, one, own in zip(nodes, moves, held, strict=True)
     ]
     zeros = [jnp.zeros_like(tangent) for tangent in tangents]
     if separate:
@@ -74,57 +71,68 @@ def jacobian_estimates(
         answers = [jax.jvp(forward, (zeros,), (some,))[1] for some in alone]
     else:
         answers = [jax.jvp(forward, (zeros,), (tangents,))[1]] * len(nodes)
-    # Drawn again, from the same keys and one after the other: else all layers' are kept until the outputs' movement is
+    # Made again, from the same seeds and one after the other: else all layers' are kept until the outputs' movement is
     # known.
     found: list[Estimate] = []
-    for i, y in enumerate(answers):
-        p = draw(i, _after(keys[i], (y, [one.jacobian for one in found[-1:]])))
-        found.append(_correlate(p, powers[i], y, nodes[i]))
+    for node, one, own, y in zip(nodes, moves, held, answers, strict=True):
+        seed, amplitude = _after(own, (y, [last.jacobian for last in found[-1:]]))
+        found.append(_correlate(one.made(seed, amplitude), amplitude, y, node))
     return found
 
 
+class _Perturbation(NamedTuple):
+    """How one node's activation is perturbed, by variance 1.
+
+    The amplitudes of a layer whose scale is learned differ from example to example, and their squares' mean is 1. What
+    these have to do with the outputs' movement is the layer's part in it: the one number that a shared derivative
+    hides. They add ``_DEPTH^2`` times its own part to a layer's variance, nothing to that of others.
+    """
+
+    noise: Noise
+    node: Any
+    batch: tuple[int, ...]
+    told: jax.Array | None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of what is drawn: the noise, and the examples' amplitudes."""
+        if self.told is not None:
+            return (0,), (0,)
+        each = (*self.node.stack, *self.batch)
+        return (*each, *self.node.tile), (0,) if self.node.log_scale is None else each
+
+    def held(self, seed: jax.Array, signs: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """What is kept, of its two seeds: that of the noise, and the amplitudes."""
+        if self.told is not None or self.node.log_scale is None:
+            return seed, None
+        return seed, jnp.sqrt(1 + _DEPTH * self.noise.signs(signs, self.shapes[1], self.node.b.dtype))
+
+    def made(self, seed: jax.Array, amplitude: jax.Array | None) -> jax.Array:
+        """The perturbation."""
+        dtype = self.node.b.dtype
+        p = self.noise.made(seed, self.shapes[0], dtype) if self.told is None else self.told.astype(dtype)
+        return p if amplitude is None else _along(amplitude, p)
+
+
 @jax.custom_batching.custom_vmap
-def _after(key: jax.Array, known: Any) -> jax.Array:
-    """The same key, but not before something is known, for all that the compiler can tell."""
-    return after(key, known)
+def _after(held: Any, known: Any) -> Any:
+    """The same, but not before something is known, for all that the compiler can tell."""
+    return after(held, known)
 
 
 @_after.def_vmap
-def _after_each(size: int, batched: Any, key: jax.Array, known: Any) -> tuple[jax.Array, bool]:
+def _after_each(size: int, batched: Any, held: Any, known: Any) -> tuple[Any, Any]:
     del size
-    if batched[0]:
-        return jax.vmap(after, tuple(jax.tree.map(lambda one: 0 if one else None, batched)))(key, known), True
-    # One key for all stays one, and waits for the first of them: of many some generators would draw other numbers.
-    return _after(key, jax.tree.map(lambda leaf, one: leaf[0] if one else leaf, known, batched[1])), False
+    each = any(jax.tree.leaves(batched[0]))
+    if each:
+        found = jax.vmap(after, tuple(jax.tree.map(lambda one: 0 if one else None, batched)))(held, known)
+    else:
+        # One key for all stays one, and waits for the first of them: of many some generators would draw other numbers.
+        found = _after(held, jax.tree.map(lambda leaf, one: leaf[0] if one else leaf, known, batched[1]))
+    return found, jax.tree.map(lambda _: each, found)
 
 
-def _powers(key: jax.Array, batches: Sequence[tuple[int, ...]], nodes: list[Any]) -> list[jax.Array | None]:
-    """By what the powers of a layer's examples differ from 1, for layers whose scales are learned.
-
-    One draw for all: each would take longer to compile than a layer.
-    """
-    shapes = [(*node.stack, *batch) for node, batch in zip(nodes, batches, strict=True)]
-    counts = [0 if node.log_scale is None else math.prod(shape) for node, shape in zip(nodes, shapes, strict=True)]
-    signs = jnp.split(random_signs(key, (sum(counts),)), np.cumsum(counts)[:-1])
-    return [
-        None if node.log_scale is None else _DEPTH * own.reshape(shape).astype(node.b.dtype)
-        for node, shape, own in zip(nodes, shapes, signs, strict=True)
-    ]
-
-
-def _draw(
-    key: jax.Array, batch: tuple[int, ...], node: Any, perturbation: Initializer, powers: jax.Array | None
-) -> jax.Array:
-    """A perturbation of variance 1; the examples' powers of a layer whose scale is learned differ from it.
-
-    What the outputs' movement has to do with those powers is the layer's part in it: the one number that a shared
-    derivative hides. They add ``_DEPTH^2`` times its own part to a layer's variance, nothing to that of others.
-    """
-    p = perturbation(key, (*node.stack, *batch, *node.tile), node.b.dtype)
-    return p if powers is None else _along(jnp.sqrt(1 + powers), p)
-
-
-def _correlate(p: jax.Array, powers: jax.Array | None, y: jax.Array, node: Any) -> Estimate:
+def _correlate(p: jax.Array, amplitude: jax.Array | None, y: jax.Array, node: Any) -> Estimate:
     """What one derivative ``y`` along the perturbations ``scale p`` tells of one node's layers."""
     stack, batch = len(node.stack), y.ndim - node.outputs
     examples, y = math.prod(y.shape[:batch]), y.astype(p.dtype)
@@ -136,7 +144,7 @@ def _correlate(p: jax.Array, powers: jax.Array | None, y: jax.Array, node: Any) 
     return Estimate(
         jacobian=_along(unit, found),
         variance=jnp.square(unit) * (squares - _power(found, stack)) / (examples - 1) if examples > 1 else None,
-        part=None if powers is None else jnp.tensordot(powers, moved, over) / (examples * _DEPTH**2),
+        part=None if amplitude is None else jnp.tensordot(amplitude**2 - 1, moved, over) / (examples * _DEPTH**2),
         whole=jnp.full(node.stack, jnp.mean(moved)),
     )
 
@@ -148,11 +156,3 @@ def _along(factors: jax.Array, array: jax.Array) -> jax.Array:
 
 def _power(array: jax.Array, leading: int) -> jax.Array:
     return jnp.sum(jnp.square(array), tuple(range(leading, array.ndim)))
-
-
-def random_signs(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Independent draws of -1 and 1: white noise from one bit each, a twelfth of the time of normal draws on a CPU."""
-    count = math.prod(shape)
-    words = jax.random.bits(key, (-(-count // 32), 1), jnp.uint32)
-    bits = words >> jnp.arange(32, dtype=jnp.uint32)[None] & 1
-    return (1 - 2 * bits.astype(dtype)).ravel()[:count].reshape(shape)

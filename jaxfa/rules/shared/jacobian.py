@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxfa.base import DirectFeedback, DirectRule, ForwardPass, Initializer, feedback_dataclass, is_feedback
 from jaxfa.rules.shared.estimates import Estimate, jacobian_estimates
@@ -178,18 +177,14 @@ def rescale(nodes: list[Any], found: list[Estimate], rate: float) -> list[Any]:
     # units of <|J_l|^2> add up to sum_l n_l (1 + sum_m u_m / u_l) / N, m not l. A pair's n_l u_m / u_l + n_m u_l / u_m
     # is least where u_l : u_m = sqrt(n_l) : sqrt(n_m), which one u, sqrt(n), gives all pairs at once. Robbins and
     # Monro's steps rest there; the clipping is for small batches; the scales' product stays 1.
-    # All layers at once: numbers of each layer alone would take longer to compile than the layer.
-    part, whole = _flat([one.part for one in found]), _flat([one.whole for one in found])
-    log_scales = _flat([node.log_scale for node in nodes])
-    counts = [math.prod(node.stack) for node in nodes]
-    sides = np.repeat([math.sqrt(math.prod(node.tile)) for node in nodes], counts).astype(log_scales.dtype)
-    shares = jnp.where(whole > 0, jnp.clip(part / whole, -1, 1), 0)
-    log_scales -= rate * (shares - sides / sides.sum() * shares.sum())
+    both: list[Any] = [(one.part, one.whole) for one in found]
+    shares = [jnp.where(whole > 0, jnp.clip(part / whole, -1, 1), 0) for part, whole in both]
+    sides = [math.sqrt(math.prod(node.tile)) for node in nodes]
+    total = sum(math.prod(node.stack) * side for node, side in zip(nodes, sides, strict=True))
+    # A product, since a sum of many would be compiled anew into the step of each layer.
+    every = jnp.concatenate([jnp.ravel(share) for share in shares])
+    mean = jnp.vdot(every, jnp.full_like(every, 1 / total))
     return [
-        replace(node, log_scale=own.reshape(node.stack).astype(node.log_scale.dtype))
-        for node, own in zip(nodes, jnp.split(log_scales, np.cumsum(counts)[:-1]), strict=True)
+        replace(node, log_scale=node.log_scale - rate * (share - side * mean).astype(node.log_scale.dtype))
+        for node, share, side in zip(nodes, shares, sides, strict=True)
     ]
-
-
-def _flat(arrays: list[Any]) -> jax.Array:
-    return jnp.concatenate([jnp.ravel(one) for one in arrays])
