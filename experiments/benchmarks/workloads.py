@@ -77,6 +77,7 @@ RULES: dict[str, tuple[jaxfa.Rule | None, jaxfa.stacks.Schedule]] = {
     EXACT: (jaxfa.backprop(), jaxfa.stacks.stored),
     "FA": (jaxfa.fa(), jaxfa.stacks.stored),
     "Kolen-Pollack": (jaxfa.kolen_pollack(), jaxfa.stacks.stored),
+    "LDFA, 3n/4": (jaxfa.ldfa(0.75), jaxfa.stacks.stored),
     "LDFA, n/4": (jaxfa.ldfa(0.25), jaxfa.stacks.stored),
     "LDFA, n/16": (jaxfa.ldfa(0.0625), jaxfa.stacks.stored),
     "DFA": (jaxfa.dfa(), jaxfa.stacks.stored),

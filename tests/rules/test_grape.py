@@ -3,7 +3,9 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,10 @@ import pytest
 from jax import lax
 
 import jaxfa
+from jaxfa.jaxprs.versions import equations, opened
+from jaxfa.rules.shared.estimates import jacobian_estimates
 from jaxfa.rules.shared.jacobian import JacobianFeedback
-from jaxfa.rules.shared.noise import random_signs
+from jaxfa.rules.shared.noise import noise_of, random_signs
 from tests.jacobians import KEY, estimate, jacobians, literal, network, samples
 
 
@@ -77,7 +81,7 @@ def test_the_noise_of_one_layer_alone_is_in_memory():
     assert many < few + 6
 
 
-@pytest.mark.parametrize(("perturbation", "own"), [(jax.random.normal, 1), (random_signs, -1)])
+@pytest.mark.parametrize(("perturbation", "own"), [(jax.random.normal, 1), (random_signs, -1)], ids=("normal", "signs"))
 @pytest.mark.parametrize("separate", [False, True])
 def test_the_variance_is_that_of_theory(separate, perturbation, own, x64):
     # E |J^ - J|^2 = mean_b [(n_l + 1) |J_l|^2 + n_l sum_others |J_m|^2] / N, each example having Jacobians of its own;
@@ -251,6 +255,34 @@ def test_random_signs_are_white():
     for lag in (1, 2, 16, 31, 32, 33, 64):
         assert abs(np.mean(flat[lag:] * flat[:-lag])) < 0.04
     assert random_signs(KEY, (3,), jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("perturbation", [random_signs, jax.random.normal], ids=("signs", "normal"))
+def test_the_noise_of_many_layers_is_white_and_always_the_same_of_its_seeds(perturbation):
+    noise, shapes = noise_of(perturbation), [(70, 11), (0,), (3, 33), (1000,)]
+    seeds = noise.seeds(KEY, shapes)
+    found = [np.asarray(noise.made(seed, shape, jnp.float32)) for seed, shape in zip(seeds, shapes, strict=True)]
+    again = [noise.made(seed, shape, jnp.float32) for seed, shape in zip(seeds, shapes, strict=True)]
+    assert [one.shape for one in found] == shapes
+    chex.assert_trees_all_equal(found, again)
+    flat = np.concatenate([one.ravel() for one in found])
+    assert abs(np.mean(flat**2) - 1) < 0.1
+    # Neither within a layer nor from one to the next does a number repeat another.
+    for lag in (1, 32, 70, 770, 869):
+        assert abs(np.mean(flat[lag:] * flat[:-lag])) < 5 / np.sqrt(flat.size - lag)
+    assert set(np.unique(noise.signs(seeds[0], (40,), jnp.float32))) == {-1, 1}
+
+
+def test_signs_of_all_layers_come_of_one_draw():
+    # On a CPU a draw takes longer to compile than a layer.
+    forward, nodes = network("dense")
+
+    def draws(perturbation):
+        traced = jax.make_jaxpr(partial(jacobian_estimates, forward, nodes, perturbation=perturbation, separate=False))
+        return sum(eqn.primitive.name in ("random_bits", "random_split") for eqn in equations(opened(traced(KEY))))
+
+    assert draws(random_signs) == 1
+    assert draws(jax.random.normal) > len(nodes)
 
 
 def test_the_jacobian_as_feedback_is_backpropagation(x64):
