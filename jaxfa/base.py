@@ -98,7 +98,7 @@ class DirectFeedback:
 
     @property
     def is_made_once(self) -> bool:
-        """Whether all layers' errors come of one product that is smaller than ``e``, so that none is made in turn."""
+        """Whether layers share a product with the error that is smaller than ``e``: then they don't wait for each other."""
         return False
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:

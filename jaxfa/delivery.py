@@ -142,8 +142,8 @@ class Error(NamedTuple):
       keep: what of the outputs is kept until their cotangents come; None is nothing.
       of: the error, from what was kept and the cotangents.
       kind: its type, or None: then the run is traced once more for it.
-      in_turn: whether taps wait for each other, which saves memory; not where they share a product that is large to
-        make and small to keep.
+      in_turn: whether taps wait for each other, which saves memory; not where they share a product with the error that
+        is smaller than the error, which is made once.
     """
 
     keep: Callable[[Any], Any]

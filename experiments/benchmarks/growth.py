@@ -2,7 +2,7 @@
 
 Claim (ours): beside backpropagation's, direct feedback's step grows no faster in any of them but the classes: its
 matrices have as many columns as there are classes, for every layer. One matrix that all layers share has them once, and
-where the classes are hashed into 256 buckets it has 256.
+where the classes are hashed into 256 buckets it has no more than 256.
 
 Command: ``python -m experiments run growth``, on cores that nothing else uses.
 

@@ -55,16 +55,14 @@ class SharedMatrix(DirectFeedback):
                 f"{h.shape[k:]}. Make it with rule.init(key, h, logits) for the largest h."
             )
         rows = self.b[:n].reshape(*h.shape[k:], *e.shape[k:])
-        # The smaller of the two is divided, not the matrix, which would have to be copied.
-        return project(rows, h, e) / math.sqrt(n) if self.is_made_once else project(rows, h, e / math.sqrt(n))
+        return project(rows, h, e) / math.sqrt(n)  # the matrix itself would have to be copied
 
 
 @feedback_dataclass
 class HashedMatrix(DirectFeedback):
     """One matrix for all layers whose columns are equal up to signs: output ``c`` has column ``c mod r``.
 
-    So the error is added up in ``r`` buckets, once for all layers, and the matrix of as many columns as there are
-    outputs is never formed.
+    So the error is added up in ``r`` buckets, and the matrix of as many columns as there are outputs is never formed.
 
     Attributes:
       b: feedback weights, ``(largest n, r)``.
@@ -101,8 +99,8 @@ def dfa(
 
     Args:
       shared: one matrix for all layers, sliced (Launay 2020), instead of one per layer (Nokland 2016).
-      buckets: for many outputs, such as a vocabulary: the columns of the shared matrix, into which the outputs are
-        hashed, each with a random sign (Weinberger 2009); None is a column for each output.
+      buckets: for many outputs, such as a vocabulary: the columns of the shared matrix, at most one for each output,
+        into which the outputs are hashed, each with a random sign (Weinberger 2009); None is a column for each output.
       distribution: an initializer ``(key, shape, dtype) -> B`` for shape ``(n, C)``. The defaults are the papers':
         uniform on +-1/sqrt(n) per layer; uniform on +-1 for the shared matrix, whose slices are divided by sqrt(n).
       scale: factor on the drawn matrix.

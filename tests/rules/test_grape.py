@@ -39,9 +39,10 @@ def test_one_pass_is_unbiased_for_every_layer_and_its_error_falls_as_the_root_of
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
 @pytest.mark.parametrize("keys", ["one", "own"])
-def test_networks_side_by_side_estimate_what_each_does_alone(keys, impl):
+@pytest.mark.parametrize("perturbation", [random_signs, jax.random.normal], ids=("signs", "normal"))
+def test_networks_side_by_side_estimate_what_each_does_alone(perturbation, keys, impl):
     # Some generators draw other numbers for many keys at once: what is drawn again must be what was drawn.
-    rule, scales = jaxfa.grape(averaging=0.9), jnp.array([1.0, 2.0, 3.0])
+    rule, scales = jaxfa.grape(averaging=0.9, perturbation=perturbation), jnp.array([1.0, 2.0, 3.0])
     feedback = [rule.init(KEY, jnp.ones((64, 4)), jnp.ones((64, 3)))]
     j = jnp.arange(12.0).reshape(4, 3) / 12
 
@@ -261,14 +262,18 @@ def test_random_signs_are_white():
 def test_the_noise_of_many_layers_is_white_and_always_the_same_of_its_seeds(perturbation):
     noise, shapes = noise_of(perturbation), [(70, 11), (0,), (3, 33), (1000,)]
     seeds = noise.seeds(KEY, shapes)
-    found = [np.asarray(noise.made(seed, shape, jnp.float32)) for seed, shape in zip(seeds, shapes, strict=True)]
-    again = [noise.made(seed, shape, jnp.float32) for seed, shape in zip(seeds, shapes, strict=True)]
+
+    def made(seeds):
+        return [noise.made(seed, shape, jnp.float32) for seed, shape in zip(seeds, shapes, strict=True)]
+
+    found = made(seeds)
     assert [one.shape for one in found] == shapes
-    chex.assert_trees_all_equal(found, again)
-    flat = np.concatenate([one.ravel() for one in found])
+    chex.assert_trees_all_close(jax.jit(lambda: made(noise.seeds(KEY, shapes)))(), found, atol=1e-6)
+    signs = np.asarray(noise.signs(seeds[1], (1000,), jnp.float32)) if perturbation is jax.random.normal else []
+    flat = np.concatenate([np.ravel(one) for one in [*found, signs]])
     assert abs(np.mean(flat**2) - 1) < 0.1
     # Neither within a layer nor from one to the next does a number repeat another.
-    for lag in (1, 32, 70, 770, 869):
+    for lag in (1, 32, 70, 770, 869, 1000):
         assert abs(np.mean(flat[lag:] * flat[:-lag])) < 5 / np.sqrt(flat.size - lag)
     assert set(np.unique(noise.signs(seeds[0], (40,), jnp.float32))) == {-1, 1}
 
@@ -276,13 +281,20 @@ def test_the_noise_of_many_layers_is_white_and_always_the_same_of_its_seeds(pert
 def test_signs_of_all_layers_come_of_one_draw():
     # On a CPU a draw takes longer to compile than a layer.
     forward, nodes = network("dense")
+    nodes = [replace(node, log_scale=jnp.zeros(node.stack)) for node in nodes]
 
     def draws(perturbation):
         traced = jax.make_jaxpr(partial(jacobian_estimates, forward, nodes, perturbation=perturbation, separate=False))
         return sum(eqn.primitive.name in ("random_bits", "random_split") for eqn in equations(opened(traced(KEY))))
 
     assert draws(random_signs) == 1
-    assert draws(jax.random.normal) > len(nodes)
+    assert draws(jax.random.normal) > 2 * len(nodes)
+
+
+def test_feedback_without_the_scales_that_a_rule_learns_is_refused():
+    feedback = [jaxfa.fdfa().init(KEY, jnp.ones((4, 3)), jnp.ones((4, 2)))]
+    with pytest.raises(ValueError, match="grape learns the scales of its perturbations, and a feedback has none"):
+        jaxfa.grape().refine(lambda taps: (jnp.zeros((4, 3)) + taps[0])[:, :2], feedback, KEY)
 
 
 def test_the_jacobian_as_feedback_is_backpropagation(x64):

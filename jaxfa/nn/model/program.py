@@ -32,7 +32,7 @@ def at_once(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)  # JAX takes options at the outermost jit alone
     traced, returned = jax.make_jaxpr(function, return_shape=True)(*args)
     program = _Equations(str(traced), tuple(map(id, constants(opened(traced)))), opened(traced))
-    run = _run[sum(leaf.size for leaf in jax.tree.leaves(returned)) > _LARGE]
+    run = _run_quickly if jax.default_backend() == "cpu" else _run  # a GPU's compiler refuses such an option
     return jax.tree.unflatten(jax.tree.structure(returned), run(program, traced.consts, jax.tree.leaves(args)))
 
 
@@ -55,12 +55,8 @@ def _evaluated(program: _Equations, consts: list[Any], values: list[Any]) -> lis
     return jaxpr_as_fun(ClosedJaxpr(program.jaxpr, consts))(*values)
 
 
-# By whether so many numbers are made that to make them takes longer than to compile.
-_LARGE = 2**16
-_run = {
-    large: jax.jit(_evaluated, static_argnums=0, compiler_options={"xla_backend_optimization_level": int(large)})
-    for large in (False, True)
-}
+_run = jax.jit(_evaluated, static_argnums=0)
+_run_quickly = jax.jit(_evaluated, static_argnums=0, compiler_options={"xla_backend_optimization_level": 1})
 
 
 def method_of(name: str) -> Callable[..., Any]:

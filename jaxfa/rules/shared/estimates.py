@@ -51,13 +51,13 @@ def jacobian_estimates(
     logits = jax.eval_shape(forward, [jnp.zeros(node.stack) for node in nodes])
     if 0 in logits.shape:
         raise ValueError(f"An estimate needs one example or more, got logits {logits.shape}: leave empty batches out.")
-    told = given or [None] * len(nodes)
+    noise = noise_of(perturbation)
     moves = [
-        _Perturbation(noise_of(perturbation), node, logits.shape[: logits.ndim - node.outputs], p)
-        for node, p in zip(nodes, told, strict=True)
+        _Perturbation(noise, node, logits.shape[: logits.ndim - node.outputs], p)
+        for node, p in zip(nodes, given or [None] * len(nodes), strict=True)
     ]
-    seeds = moves[0].noise.seeds(key, [shape for one in moves for shape in one.shapes]) if moves else []
-    held = [one.held(*own) for one, own in zip(moves, zip(seeds[::2], seeds[1::2], strict=True), strict=True)]
+    seeds = iter(noise.seeds(key, [shape for one in moves for shape in one.shapes]) if moves else [])
+    held = [(next(seeds), one.amplitude(next(seeds))) for one in moves]
     tangents = [
         _along(node.scale, node.spread(one.made(*own), len(node.stack) + len(one.batch)))
         for node, one, own in zip(nodes, moves, held, strict=True)
@@ -95,17 +95,17 @@ class _Perturbation(NamedTuple):
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of what is drawn: the noise, and the examples' amplitudes."""
+        """Of what is drawn: the noise, and the signs of the examples' amplitudes."""
         if self.told is not None:
             return (0,), (0,)
         each = (*self.node.stack, *self.batch)
         return (*each, *self.node.tile), (0,) if self.node.log_scale is None else each
 
-    def held(self, seed: jax.Array, signs: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """What is kept, of its two seeds: that of the noise, and the amplitudes."""
+    def amplitude(self, seed: jax.Array) -> jax.Array | None:
+        """The examples' amplitudes; None are all 1."""
         if self.told is not None or self.node.log_scale is None:
-            return seed, None
-        return seed, jnp.sqrt(1 + _DEPTH * self.noise.signs(signs, self.shapes[1], self.node.b.dtype))
+            return None
+        return jnp.sqrt(1 + _DEPTH * self.noise.signs(seed, self.shapes[1], self.node.b.dtype))
 
     def made(self, seed: jax.Array, amplitude: jax.Array | None) -> jax.Array:
         """The perturbation."""

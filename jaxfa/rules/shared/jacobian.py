@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxfa.base import DirectFeedback, DirectRule, ForwardPass, Initializer, feedback_dataclass, is_feedback
 from jaxfa.rules.shared.estimates import Estimate, jacobian_estimates
@@ -115,7 +116,12 @@ def jacobian_rule(
 
     def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:
         nodes, structure = jax.tree.flatten(feedback, is_leaf=is_feedback)
-        given = _moved(forward, key, perturbation) if weights else None
+        if scaling and any(node.log_scale is None for node in nodes):
+            raise ValueError(
+                f"{name} learns the scales of its perturbations, and a feedback has none: make it with this rule's init."
+            )
+        key, weight_key = jax.random.split(key) if weights else (key, key)
+        given = _moved(forward, weight_key, perturbation) if weights else None
         found = estimate(lambda taps: forward(jax.tree.unflatten(structure, taps)), nodes, key, given=given)
         nodes = [_learn(turn, averaging, node, one) for node, one in zip(nodes, found, strict=True)]
         return jax.tree.unflatten(structure, rescale(nodes, found, scaling) if scaling and nodes else nodes)
@@ -131,7 +137,7 @@ def _moved(forward: Any, key: jax.Array, noise: Initializer) -> list[jax.Array |
             "The rule perturbs weights, which forward(taps) does not tell: attach it to a model (jaxfa.nn.attach), "
             "give refine a jaxfa.rules.ForwardPass, or perturb activations alone, by weights=False."
         )
-    return jax.tree.leaves(forward.moved(jax.random.fold_in(key, 1), noise), is_leaf=lambda one: one is None)
+    return jax.tree.leaves(forward.moved(key, noise), is_leaf=lambda one: one is None)
 
 
 def _learn(turn: Any, averaging: float | Gain, feedback: JacobianFeedback, estimate: Estimate) -> JacobianFeedback:
@@ -181,9 +187,9 @@ def rescale(nodes: list[Any], found: list[Estimate], rate: float) -> list[Any]:
     shares = [jnp.where(whole > 0, jnp.clip(part / whole, -1, 1), 0) for part, whole in both]
     sides = [math.sqrt(math.prod(node.tile)) for node in nodes]
     total = sum(math.prod(node.stack) * side for node, side in zip(nodes, sides, strict=True))
-    # A product, since a sum of many would be compiled anew into the step of each layer.
+    # A product, since the compiler would make a sum of many anew in the step of each layer.
     every = jnp.concatenate([jnp.ravel(share) for share in shares])
-    mean = jnp.vdot(every, jnp.full_like(every, 1 / total))
+    mean = jnp.vdot(every, jnp.full_like(every, 1 / total), precision=lax.Precision.HIGHEST)
     return [
         replace(node, log_scale=node.log_scale - rate * (share - side * mean).astype(node.log_scale.dtype))
         for node, share, side in zip(nodes, shares, sides, strict=True)

@@ -112,7 +112,7 @@ def orthonormal(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array
     rank = shape[1]
     if rank <= 2 * _BLOCK:
         return _made_orthonormal(drawn, 1, _unit)
-    # Columns alone would read all those before them from memory, each for itself; blocks read them once.
+    # Each column alone would read all those before it from memory; a block reads them once for all of its own.
     width = next(width for width in range(_BLOCK, 0, -1) if rank % width == 0)
     return _made_orthonormal(drawn, width, partial(_made_orthonormal, width=1, within=_unit))
 

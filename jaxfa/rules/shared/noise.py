@@ -1,5 +1,6 @@
 """White noise of many layers, from so little that it can be drawn again and need not be kept."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +15,7 @@ _BITS = 32
 
 
 class Noise(Protocol):
-    """What perturbs: arrays of variance 1, made of seeds that are small beside them."""
+    """What perturbs: arrays of variance 1, made of seeds that are small beside them. A seed is for one array."""
 
     def seeds(self, key: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
         """What arrays of these shapes are made of, independent of each other."""
@@ -23,9 +24,10 @@ class Noise(Protocol):
         """The array of a seed, always the same."""
 
     def signs(self, seed: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        """The same of -1 and 1, whatever the noise is."""
+        """Signs of a seed of which no noise is made; whatever the noise is."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Signs:
     """An initializer of -1 and 1: white noise from one bit each, a twelfth of the time of normal draws on a CPU."""
 
@@ -59,7 +61,7 @@ class Keyed(NamedTuple):
         return self.initializer(seed, shape, dtype)
 
     def signs(self, seed: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        """Signs of the same key, drawn in the place of the initializer's."""
+        """The key's signs."""
         return random_signs(seed, shape, dtype)
 
 
