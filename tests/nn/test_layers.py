@@ -154,7 +154,9 @@ def test_low_rank_feedback_follows_the_weights_of_every_layer(case):
     before = gap()
     gradients = nnx.grad(lambda m: jnp.sum(m(x) ** 2), argnums=nnx.DiffState(0, TRAINED))(aligned)
     optimizer.update(aligned, gradients)
-    np.testing.assert_allclose(gap() / before, 0.9, rtol=1e-5)
+    # In half precision the two products of a step are rounded apart.
+    tolerance = 1e-3 if getattr(model.layer, "dtype", None) == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(gap() / before, 0.9, rtol=tolerance)
 
 
 def lead(site, kernel, p):
