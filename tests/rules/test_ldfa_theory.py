@@ -92,8 +92,12 @@ def test_oja_turns_p_to_the_principal_subspace_and_only_the_papers_form_does(rng
     assert np.linalg.norm(projector(uncentred) - goal) > 0.3
 
 
-def test_ojas_step_knows_no_mean_no_scale_and_no_number_of_examples(rng, x64):
-    e, p = rng.normal(size=(12, 5)) @ rng.normal(size=(5, 5)), jnp.asarray(rng.normal(size=(5, 2)))
+# A high rank for few errors goes another way to the same.
+@pytest.mark.parametrize("rank", [2, 4])
+def test_ojas_step_knows_no_mean_no_scale_and_no_number_of_examples(rank, rng, x64):
+    e, p = rng.normal(size=(12, 5)) @ rng.normal(size=(5, 5)), jnp.asarray(rng.normal(size=(5, rank)))
+    c = np.cov(e.T, bias=True)
+    np.testing.assert_allclose(oja(p, jnp.asarray(e)), (c @ p - p @ p.T @ c @ p) / np.trace(c), atol=1e-12)
     step = oja(p, jnp.asarray(e))
     assert np.linalg.norm(step) > 0.1
     for same in (e + 7.0, 1000 * e, -e, np.concatenate([e, e, e]), e.reshape(3, 4, 5), 1e-100 * e, e[::-1]):
@@ -114,10 +118,11 @@ def test_ojas_step_survives_single_precision(scale, rng):
 
 
 @pytest.mark.parametrize(("offset", "atol"), [(10, 1e-5), (100, 1e-4), (1000, 1e-3)])
-def test_in_single_precision_errors_far_from_zero_are_centred_too(offset, atol, rng):
+@pytest.mark.parametrize(("rows", "rank"), [(4096, 8), (64, 60)])
+def test_in_single_precision_errors_far_from_zero_are_centred_too(rows, rank, offset, atol, rng):
     e, p = (
-        (rng.normal(size=(4096, 128)) * np.geomspace(1, 9, 128) + offset).astype(np.float32),
-        rng.normal(size=(128, 8)),
+        (rng.normal(size=(rows, 128)) * np.geomspace(1, 9, 128) + offset).astype(np.float32),
+        rng.normal(size=(128, rank)),
     )
     p = np.linalg.qr(p)[0]
     c = np.cov(e.T.astype(float), bias=True)

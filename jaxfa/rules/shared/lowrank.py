@@ -139,7 +139,8 @@ def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
     """Oja's subspace rule: ``(C p - p p^T C p) / tr C`` with the errors' centred covariance ``C``.
 
     Its fixed points are bases of principal subspaces, of which the top one is stable. ``C`` is never formed: ``N`` rows
-    cost ``4 N m r`` operations, half of which the transport of the same error shares.
+    cost ``4 N m r`` operations or, where the rank is high, ``6 N m r``, of which the transport of the same error shares
+    ``2 N m r``.
 
     Args:
       p: the projection, ``(m, r)``.
@@ -167,15 +168,24 @@ def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
     # The product with p is the one that carries the error back, which the compiler then makes only once.
     thin = errors @ p.astype(wide)
     thin = thin - thin.mean(0, keepdims=True)
-    # p^T C, with nothing written of the errors' size: where the thin side is centred, the other's mean drops out but
-    # for rounding. Of the two orders of this product compilers are faster at the one with the thin side first.
-    moved = thin.T @ errors - thin.sum(0)[:, None] * mean
     total = jnp.sum((errors - mean) ** 2)
-    # p^T C p, from the shorter side: the batch's rows or the units.
-    step = moved - (moved @ p.astype(wide) if rows > errors.shape[1] else thin.T @ thin) @ p.T.astype(wide)
     # Squares that are too small for a number, or too large, tell nothing.
     tells = (total > errors.size * jnp.finfo(wide).tiny) & jnp.isfinite(total)
+    step = _towards(p.astype(wide), thin, errors, mean)
     return jnp.where(tells, step / jnp.where(tells, total, 1), 0).T.astype(p.dtype)
+
+
+def _towards(p: jax.Array, thin: jax.Array, errors: jax.Array, mean: jax.Array) -> jax.Array:
+    """``p^T C (1 - p p^T)`` of ``(N, m)`` errors, of which ``thin`` is their product with ``p``, centred."""
+    (units, rank), rows = p.shape, len(errors)
+    if rows * units < rank * (rows + units):
+        # Where the rank is high for so few rows, what p misses of each error is the shorter way.
+        return thin.T @ (errors - mean - thin @ p.T)
+    # Nothing is written of the errors' size: where the thin side is centred, the other's mean drops out but for
+    # rounding. Of the two orders of this product compilers are faster at the one with the thin side first.
+    moved = thin.T @ errors - thin.sum(0)[:, None] * mean
+    # p^T C p, from the shorter side: the batch's rows or the units.
+    return moved - (moved @ p if rows > units else thin.T @ thin) @ p.T
 
 
 def check_outputs_last(op: Operation, x: jax.Array, w: jax.Array, q: jax.Array, delta: jax.Array) -> None:
