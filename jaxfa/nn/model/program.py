@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,8 +33,7 @@ def at_once(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)  # JAX takes options at the outermost jit alone
     traced, returned = jax.make_jaxpr(function, return_shape=True)(*args)
     program = _Equations(str(traced), tuple(map(id, constants(opened(traced)))), opened(traced))
-    run = _run_quickly if jax.default_backend() == "cpu" else _run  # a GPU's compiler refuses such an option
-    return jax.tree.unflatten(jax.tree.structure(returned), run(program, traced.consts, jax.tree.leaves(args)))
+    return jax.tree.unflatten(jax.tree.structure(returned), _run(program, traced.consts, jax.tree.leaves(args)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,9 @@ class _Equations:
     jaxpr: Any = dataclasses.field(compare=False)
 
 
-def _evaluated(program: _Equations, consts: list[Any], values: list[Any]) -> list[Any]:
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 1})
+def _run(program: _Equations, consts: list[Any], values: list[Any]) -> list[Any]:
     return jaxpr_as_fun(ClosedJaxpr(program.jaxpr, consts))(*values)
-
-
-_run = jax.jit(_evaluated, static_argnums=0)
-_run_quickly = jax.jit(_evaluated, static_argnums=0, compiler_options={"xla_backend_optimization_level": 1})
 
 
 def method_of(name: str) -> Callable[..., Any]:
