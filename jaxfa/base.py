@@ -168,8 +168,8 @@ class Rule:
     """What all learning rules have. A rule is made as a :class:`LayerRule` or a :class:`DirectRule`.
 
     Attributes:
-      init: makes one layer's feedback; None leaves the layer to backpropagation. It is compiled, so that it may ask for
-        shapes, not for values. With a keyword ``path`` it is told the layer's path.
+      init: makes one layer's feedback; if it returns None the layer is left to backpropagation. It is compiled, so that
+        it may compute with values, but not branch on them. With a keyword ``path`` it is told the layer's path.
       refine: ``(forward, feedback, key) -> feedback`` on the whole tree of feedbacks, before the gradient step.
       transform: the optax transformation of the feedback's signals, run in the steps that move the parameters, or None;
         for a rule whose weights and feedback learn together, :class:`Alike`, :class:`Local`, or a function ``tx -> ``

@@ -1,4 +1,4 @@
-"""The order of what does not depend on each other in a compiled program, and with it the memory that this takes."""
+"""The order of independent computations in a compiled program, and with it the memory that they take."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,10 +16,11 @@ from jaxfa.varying import varying_axes
 def after(values: Any, known: Any) -> Any:
     """The values, bit for bit, but not before those in ``known`` are, for all that the compiler can tell.
 
-    An ``optimization_barrier`` says so on a GPU or TPU, where a ``cond`` would cost much; in a ``shard_map`` a value
-    waits there for what varies over no more axes of the mesh. On a CPU XLA drops it before it looks for common
-    subexpressions; elementwise operations it would fuse, with all that leads to them block by block. Which it is
-    depends on what the program is compiled for, which need not be the machine that compiles it.
+    On a GPU or TPU an ``optimization_barrier`` says so, since a ``cond`` would cost much; in a ``shard_map`` a value
+    waits there for what varies over no more axes of the mesh. On a CPU a ``cond`` says so, whose other branch never
+    runs: XLA drops a barrier there before it looks for common subexpressions, and would fuse elementwise operations
+    with all that leads to them. Which it is depends on what the program is compiled for, which need not be the machine
+    that compiles it.
     """
     floats = [leaf for leaf in jax.tree.leaves(known) if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return lax.platform_dependent(values, floats, cpu=_chosen, default=_barred)
@@ -48,7 +49,7 @@ def _chosen(values: Any, floats: list[jax.Array]) -> Any:
 def one_by_one(function: Callable[[Any], Any], ref: Any) -> Any:
     """``function(ref)``, whose parts that read the ref each wait for the results that are made before them.
 
-    Errors are delivered in this way: no tap's gradient needs another's, so that the compiler would deliver to all of
+    Errors are delivered in this way because no tap's gradient needs another's: the compiler would deliver to all of
     them first, and keep all that is delivered.
     """
     program, shapes = jax.make_jaxpr(function, return_shape=True)(ref)

@@ -25,8 +25,8 @@ _HEAD = """# Results
 What was run, by which command, with seeds, spread, versions and device. `make results` makes this page of the data in
 `experiments/*/results/`. The order counts the pairs of arms that stand as published, beyond their error, in each table
 in turn. Another set-up than the published one has fewer or other images, a smaller network or few epochs: numbers do
-not compare then, an order may. Where this page shows the table alone, each paper's own page is the README in its folder
-under `experiments/`.
+not compare then, an order may. Read as plain Markdown, this page is the table alone; the rest is in the READMEs of the
+folders of `experiments/`.
 """
 _QUESTIONS = """| question | does the claim hold here? | order |
 | --- | --- | --- |"""

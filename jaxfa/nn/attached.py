@@ -58,7 +58,7 @@ class Attached(nnx.Module):
         self.own, self.left = nnx.Dict(by_parameter(own[0])), nnx.static(own[1])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward pass, bit for bit; its gradient is the rule's."""
+        """The model's own forward pass; its gradient is the rule's."""
         if not is_transformed():  # and so not differentiated
             return method_of(self.method)(self.model, *args, **kwargs)
         with backward_alone():

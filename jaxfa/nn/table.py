@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """One contraction with weights.
+    """One matrix of parameters that the forward pass contracts with, once or more often.
 
     Attributes:
       layer: the path of the layer.
@@ -28,7 +28,7 @@ class Coverage(NamedTuple):
     """A printable table.
 
     Attributes:
-      rows: a :class:`Row` for each weight contraction, in the order of the forward pass.
+      rows: a :class:`Row` for each matrix of parameters, in the order of the forward pass.
       violations: a sentence for each contraction that would stay backpropagation although nobody allowed it.
       note: where a direct rule taps that was not told, and why there.
     """

@@ -101,7 +101,7 @@ def ldfa(
     structured: bool = False,
     scale: float = 1.0,
 ) -> LayerRule:
-    """Low-dimensional feedback, layer by layer: ``dx = (delta p) q^T``, never more than ``r`` numbers wide.
+    """Low-dimensional feedback, layer by layer: ``dx = (delta p) q^T``, in which ``r`` numbers stand for an error.
 
     Oja's rule turns ``p`` to the error's principal subspace, ``dp = eta (1 - p p^T) C p`` with the batch's covariance
     ``C``. Hebb's rule makes ``q`` follow the weights, ``dq = u p - lambda q`` beside ``dw = u - lambda w`` with the

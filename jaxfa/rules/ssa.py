@@ -134,7 +134,7 @@ def ssa(
       A :class:`jaxfa.DirectRule` if ``parallel``, else a :class:`jaxfa.LayerRule`, for weights that are factors.
 
     Raises:
-      ValueError: if a number is out of range; by ``init``, if a layer is not factored, or starts at zero.
+      ValueError: if a number is out of range; by ``init``, if a layer is not factored or, as far as its values are known, starts at zero.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
@@ -163,7 +163,7 @@ def ssa(
         return (TransportedLift if pull_feedback else LiftedFeedback)(b, lift, layer.op)
 
     def weights(w: jax.Array | Factors, path: str) -> Factors:
-        return factorise(w, rank, name=path)
+        return _not_zero(factorise(w, rank, name=path))
 
     learn = _learn(alpha, beta, gamma, project=project, retract=retract, pull=(pull_weights, pull_feedback))
     rule, make = (DirectRule, init_parallel) if parallel else (LayerRule, init)
@@ -209,18 +209,23 @@ def _orthogonality(u: jax.Array) -> jax.Array:
     return 4 * u @ (u.mT @ u - jnp.eye(u.shape[-1], dtype=u.dtype))
 
 
+def _not_zero(w: Factors) -> Factors:
+    """The factors, refused if they are all zero, where their values are known."""
+    if not isinstance(w.s, jax.core.Tracer) and not np.any(np.asarray(w.s)):
+        raise ValueError(
+            f"The weights of {w.name!r} are all zero, so that its feedback would have no singular values, and nothing "
+            f"below would ever learn. Initialise the layer otherwise, such as by nnx.initializers.lecun_normal()."
+        )
+    return w
+
+
 def _turned(key: jax.Array, w: Factors, scale: float) -> Factors:
     """Weights of the same singular values with random singular vectors, each in the place of the weights' nearest."""
     if not is_factors(w):
         raise ValueError(
             f"ssa needs factored weights, jaxfa.factored.factorise(w), got {type(w).__name__} of shape {w.shape}."
         )
-    if not isinstance(w.s, jax.core.Tracer) and not np.any(np.asarray(w.s)):
-        raise ValueError(
-            f"The weights of {w.name!r} are all zero, so that its feedback would have no singular values, and nothing "
-            f"below would ever learn. Initialise the layer otherwise, such as by nnx.initializers.lecun_normal()."
-        )
-    wide = jnp.promote_types(w.dtype, jnp.float32)
+    wide, w = jnp.promote_types(w.dtype, jnp.float32), _not_zero(w)
     key_u, key_v = jax.random.split(key)
     drawn = jax.random.normal(key_u, w.u.shape, wide), jax.random.normal(key_v, w.v.shape, wide)
     u, v = (orthonormal(one).astype(w.dtype) for one in drawn)

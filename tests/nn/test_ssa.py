@@ -265,6 +265,16 @@ def test_what_has_no_factors_is_refused():
         jaxfa.nn.to_dense(Block(4, nnx.Rngs(0)))
 
 
+@every_reading
+def test_a_layer_that_starts_at_zero_is_refused_by_its_path(rule):
+    # Under it nothing would ever learn.
+    model = MLP(nnx.Rngs(0))
+    model.fc3.kernel[...] = jnp.zeros_like(model.fc3.kernel[...])
+    with pytest.raises(ValueError, match="weights of 'fc3' are all zero"):
+        jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=inputs(5, 6))
+    assert jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=inputs(5, 6), at=("fc1", "fc2"), allow="fc3")
+
+
 def test_a_layer_keeps_its_dtype_and_takes_any_batch():
     conv = nnx.Conv(2, 3, (3, 3), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     factored = jaxfa.nn.factorise(conv)
