@@ -11,15 +11,19 @@ programs hold is counted: ``JAX_PLATFORMS=cpu python -m experiments run steps --
 
 Verdict: most of it on a core. Steps of feedback alignment are level with plain Flax's, a little behind in the decoder;
 those of direct feedback are ahead in dense networks, LeNet and the ResNet, streamed in the ResNet by more, and level in
-the decoder, inside whose blocks the backward stays exact. Low-rank feedback is ahead in the convolutional networks; at
-a quarter of the outputs it costs more in dense layers. Learned direct feedback has a forward mode on top: that is a
-little in the dense network and the ResNet, nothing in LeNet, and clearly more in the decoder. Starts keep the promise
-under DFA everywhere, under FA and Kolen-Pollack everywhere but in the decoder; low-rank and learned feedback and, in
-the decoder, streams take longer. PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a CPU, whatever the
-rule; its decoder is ahead, too, and its dense network behind. BioTorch's DFA saves nothing beside its own FA. As a
+the decoder, inside whose blocks the backward stays exact; one matrix for all layers costs what a matrix for each does.
+Low-rank feedback is ahead in the convolutional networks up to a quarter of the outputs and a little behind at three
+quarters; in dense layers it costs more at a quarter already, and far more at three quarters where the batch is smaller
+than the rank. Learned direct feedback has a forward mode on top: that is a little in the dense network and the ResNet,
+nothing in LeNet, and clearly more in the decoder. Starts keep the promise under FA and DFA everywhere, under Kolen-
+Pollack everywhere but in the decoder, and by streams in the ResNets; learned direct feedback keeps it in ResNet-20
+alone, and low-rank feedback nowhere. PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a CPU, whatever
+the rule; its decoder is ahead, too, and its dense network behind. BioTorch's DFA saves nothing beside its own FA. As a
 program for an H100, a step of direct feedback moves fewer bytes than backpropagation's and takes its memory, shared
-between layers somewhat more, and streamed a fraction of it for a quarter more bytes; low-rank feedback moves more
-bytes, in about twice as many kernels, and so does learned feedback, in half again as many or more.
+between layers, too, and streamed a fraction of it for a quarter more bytes. Low-rank feedback moves more bytes, in
+about twice as many kernels; in the dense network nearly three times as many, where three quarters of the outputs take
+twice the memory. So does learned feedback, in a third more kernels in the decoder and half again as many or more
+elsewhere.
 """
 
 import dataclasses

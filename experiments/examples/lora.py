@@ -1,7 +1,7 @@
 """A pretrained transformer is fine-tuned through LoRA, by feedback alignment, DFA and GrAPE beside backpropagation.
 
 It learns to write as Shakespeare did, letter by letter and by backpropagation; then small adapters beside its frozen
-layers learn the English of an encyclopedia. ``python -m experiments.examples.lora`` takes three minutes on a CPU,
+layers learn the English of an encyclopedia. ``python -m experiments.examples.lora`` takes some minutes on a CPU,
 prints a table and writes it to ``lora.json``.
 """
 
