@@ -7,8 +7,8 @@ where the classes are hashed into 256 buckets it has no more than 256.
 Command: ``python -m experiments run growth``, on cores that nothing else uses.
 
 Verdict: holds on a core. With depth, width, batch and length direct feedback's step stays below backpropagation's or
-level with it. With many classes a matrix for each layer costs far more, one that all layers share a little more, and
-one into which the classes are hashed no more than backpropagation.
+level with it. With many classes a matrix for each layer costs far more, one that all layers share no more than
+backpropagation, and one into which the classes are hashed less.
 
 Steps are timed as those of ``steps`` are; memory is the compiled program's: what it allocates, and what it is given,
 which is the model, its optimizer's state and the feedback.

@@ -17,8 +17,8 @@ bubbles were lost.
 
 Verdict: holds. Direct feedback's pipeline sends three quarters of backpropagation's bytes with two stages, where
 dealing out the head's inputs weighs most, and half with many; what is left of its bubble is the forward pass's, and on
-two cores it comes to its bound, of which backpropagation's falls short. The model's bytes are the programs' to the last
-one, and its memory is close. Nothing was run on more than one machine.
+two cores it comes nearer to its bound than backpropagation's to its own. The model's bytes are the programs' to the
+last one, and its memory is close. Nothing was run on more than one machine.
 """
 
 import dataclasses
