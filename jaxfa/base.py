@@ -133,7 +133,7 @@ class Alike(NamedTuple):
     Attributes:
       name: the attribute of the feedback that learns so.
       weight_decay: how much of both decays in a step.
-      shape: ``feedback -> `` the shape of the weights that it stands for; None where it stands for none.
+      shape: the shape of the weights that a feedback stands for, by ``(feedback)``; None where it stands for none.
       learning_rate: the rate of what else the feedback learns, by plain steps.
     """
 
@@ -150,9 +150,9 @@ class Local(NamedTuple):
 
     Attributes:
       is_weights: whether a node of a tree is such weights.
-      gradient: ``(g, w, b) -> `` what the optimizer is given for a parameter ``w``; ``b`` is None where it has none.
-      step: ``(step, w) -> `` what is made of a step of weights.
-      pull: ``(b, w) -> `` the gradient of the feedback; None leaves it fixed.
+      gradient: what the optimizer is given for a parameter, by ``(g, w, b)``; ``b`` is None where it has none.
+      step: what is made of a step of weights, by ``(step, w)``.
+      pull: the gradient of the feedback, by ``(b, w)``; None leaves it fixed.
       aligns: whether ``gradient`` is given ``b`` at all.
     """
 
