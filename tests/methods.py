@@ -57,7 +57,7 @@ METHODS = (
     Method("weight_mirror", jaxfa.weight_mirror(learning_rate=0.02), fixed=False),
     Method("dfa", jaxfa.dfa(), fixed=True),
     Method("dfa_shared", jaxfa.dfa(shared=True), fixed=True),
-    Method("dfa_hashed", jaxfa.dfa(shared=True, buckets=2), fixed=True),
+    Method("dfa_hashed", jaxfa.dfa(shared=True, buckets=8), fixed=True),
     Method("dkp", jaxfa.dkp(learning_rate=1e-2), fixed=False),
     Method("drtp", jaxfa.drtp(), fixed=True),
     Method("ldfa", jaxfa.ldfa(0.8), fixed=False, batch=True),
