@@ -1,24 +1,20 @@
 """What the low-dimensional rules share: ranks, projections, and Oja's rule for many outputs at once."""
 
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from jaxfa.base import Alike, LayerFeedback, Operation, feedback_dataclass, is_feedback, transpose
+from jaxfa.factored import manifold
 from jaxfa.paths import matches
 from jaxfa.varying import refuse_shards
 
 Rank = int | float | Mapping[str, int | float]
-
-# How many columns of a projection are made orthogonal to those before them at once.
-_BLOCK = 64
 
 
 @feedback_dataclass
@@ -100,39 +96,12 @@ def rank_at(rank: Rank, path: str, n: int, m: int) -> int:
     return min(int(rank) if _is_count(rank) else max(1, round(rank * m)), n, m)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
 def orthonormal(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-    """A random projection ``(m, r)`` with orthonormal columns, by Gram and Schmidt, each column twice.
+    """A random projection ``(m, r)`` with orthonormal columns, the nearest ones to normal draws.
 
-    Never below single precision: in bfloat16 the small steps of a learned projection would round to nothing. And no
-    ``jnp.linalg.qr``: under ``vmap`` jaxlib's (0.10) waits on the pool of threads that it runs on, so that two layers'
-    at once hang a machine of two cores.
+    Never below single precision: in bfloat16 the small steps of a learned projection would round to nothing.
     """
-    drawn = jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32))
-    rank = shape[1]
-    if rank <= 2 * _BLOCK:
-        return _made_orthonormal(drawn, 1, _unit)
-    # Each column alone would read all those before it from memory; a block reads them once for all of its own.
-    width = next(width for width in range(_BLOCK, 0, -1) if rank % width == 0)
-    return _made_orthonormal(drawn, width, partial(_made_orthonormal, width=1, within=_unit))
-
-
-def _made_orthonormal(drawn: jax.Array, width: int, within: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """So many columns at a time, twice made orthogonal to all before them and then, by ``within``, to each other."""
-    product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-
-    def add(i: jax.Array, before: jax.Array) -> jax.Array:
-        def once(_: Any, own: jax.Array) -> jax.Array:
-            return within(own - product(before, product(before.T, own)))
-
-        own = lax.dynamic_slice_in_dim(drawn, i * width, width, 1)
-        return lax.dynamic_update_slice_in_dim(before, lax.fori_loop(0, 2, once, own), i * width, 1)
-
-    return lax.fori_loop(0, drawn.shape[1] // width, add, jnp.zeros_like(drawn))
-
-
-def _unit(column: jax.Array) -> jax.Array:
-    return column / jnp.linalg.norm(column)
+    return manifold.orthonormal(jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32)))
 
 
 def oja(p: jax.Array, errors: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ class Noise(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Signs:
-    """An initializer of -1 and 1: white noise from one bit each, a twelfth of the time of normal draws on a CPU."""
+    """An initializer of -1 and 1: white noise from one bit each, much cheaper than normal draws."""
 
     def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return self.made(self.seeds(key, [shape])[0], shape, dtype)
