@@ -293,7 +293,7 @@ def test_signs_of_all_layers_come_of_one_draw():
 
 def test_feedback_without_the_scales_that_a_rule_learns_is_refused():
     feedback = [jaxfa.fdfa().init(KEY, jnp.ones((4, 3)), jnp.ones((4, 2)))]
-    with pytest.raises(ValueError, match="grape learns the scales of its perturbations, and a feedback has none"):
+    with pytest.raises(ValueError, match="The rule learns the scales of its perturbations, and a feedback has none"):
         jaxfa.grape().refine(lambda taps: (jnp.zeros((4, 3)) + taps[0])[:, :2], feedback, KEY)
 
 

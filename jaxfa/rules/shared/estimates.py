@@ -62,15 +62,7 @@ def jacobian_estimates(
         _along(node.scale, node.spread(one.made(*own), len(node.stack) + len(one.batch)))
         for node, one, own in zip(nodes, moves, held, strict=True)
     ]
-    zeros = [jnp.zeros_like(tangent) for tangent in tangents]
-    if separate:
-        alone = (
-            [t if i == j else z for j, (t, z) in enumerate(zip(tangents, zeros, strict=True))]
-            for i in range(len(nodes))
-        )
-        answers = [jax.jvp(forward, (zeros,), (some,))[1] for some in alone]
-    else:
-        answers = [jax.jvp(forward, (zeros,), (tangents,))[1]] * len(nodes)
+    answers = _answers(forward, tangents, separate=separate)
     # Made again, from the same seeds and one after the other: else all layers' are kept until the outputs' movement is
     # known.
     found: list[Estimate] = []
@@ -78,6 +70,17 @@ def jacobian_estimates(
         seed, amplitude = _after(own, (y, [last.jacobian for last in found[-1:]]))
         found.append(_correlate(one.made(seed, amplitude), amplitude, y, node))
     return found
+
+
+def _answers(forward: Callable[..., jax.Array], tangents: list[jax.Array], *, separate: bool) -> list[jax.Array]:
+    """How the outputs move along the perturbations of each layer alone or, the same for each, of all at once."""
+    zeros = [jnp.zeros_like(tangent) for tangent in tangents]
+    if not separate:
+        return [jax.jvp(forward, (zeros,), (tangents,))[1]] * len(tangents)
+    alone = (
+        [t if i == j else z for j, (t, z) in enumerate(zip(tangents, zeros, strict=True))] for i in range(len(tangents))
+    )
+    return [jax.jvp(forward, (zeros,), (some,))[1] for some in alone]
 
 
 class _Perturbation(NamedTuple):

@@ -116,10 +116,6 @@ def jacobian_rule(
 
     def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:
         nodes, structure = jax.tree.flatten(feedback, is_leaf=is_feedback)
-        if scaling and any(node.log_scale is None for node in nodes):
-            raise ValueError(
-                f"{name} learns the scales of its perturbations, and a feedback has none: make it with this rule's init."
-            )
         key, weight_key = jax.random.split(key) if weights else (key, key)
         given = _moved(forward, weight_key, perturbation) if weights else None
         found = estimate(lambda taps: forward(jax.tree.unflatten(structure, taps)), nodes, key, given=given)
@@ -183,6 +179,10 @@ def rescale(nodes: list[Any], found: list[Estimate], rate: float) -> list[Any]:
     # units of <|J_l|^2> add up to sum_l n_l (1 + sum_m u_m / u_l) / N, m not l. A pair's n_l u_m / u_l + n_m u_l / u_m
     # is least where u_l : u_m = sqrt(n_l) : sqrt(n_m), which one u, sqrt(n), gives all pairs at once. Robbins and
     # Monro's steps rest there; the clipping is for small batches; the scales' product stays 1.
+    if any(node.log_scale is None for node in nodes):
+        raise ValueError(
+            "The rule learns the scales of its perturbations, and a feedback has none: make it with this rule's init."
+        )
     both: list[Any] = [(one.part, one.whole) for one in found]
     shares = [jnp.where(whole > 0, jnp.clip(part / whole, -1, 1), 0) for part, whole in both]
     sides = [math.sqrt(math.prod(node.tile)) for node in nodes]
