@@ -98,7 +98,7 @@ class DirectFeedback:
 
     @property
     def is_made_once(self) -> bool:
-        """Whether layers share a product with the error that is smaller than ``e``: then they don't wait for each other."""
+        """Whether layers share a product with the error that is smaller than ``e``: then none waits for another."""
         return False
 
     def deliver(self, h: jax.Array, e: jax.Array) -> jax.Array:

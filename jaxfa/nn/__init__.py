@@ -1,9 +1,9 @@
 """Puts a rule on a Flax NNX model: the only part of the library that knows Flax.
 
-What stays exact: biases, norms (BatchNorm included), embeddings and activations pass errors on by their own derivatives,
-and every parameter's gradient is the true one for the error that reaches its layer. The last layer's error is the true
-one. Two rules differ: ``forward_gradient(weights=True)`` estimates every parameter's gradient, and under ``pepita``
-weights meet the activities of a second pass. See :func:`attach`.
+What stays exact: biases, norms (BatchNorm included), embeddings and activations pass errors on by their own
+derivatives, and every parameter's gradient is the true one for the error that reaches its layer. The last layer's error
+is the true one. Two rules differ: ``forward_gradient(weights=True)`` estimates every parameter's gradient, and under
+``pepita`` weights meet the activities of a second pass. See :func:`attach`.
 """
 
 from jaxfa.nn.attach import attach as attach

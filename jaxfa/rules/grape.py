@@ -64,7 +64,7 @@ def grape(
         ``s_l ~ n_l^(1/4) / |J_l|``; 0, the paper's, is a scale of 1 for all. The estimates have no bias at any scale.
       column_norm: whether the columns get norm 1.
       norm_axis: what a column is: 0, what belongs to one output; 1, to one unit of the layer. The paper leaves it open.
-      separate: with ``scaling=0.0``, a derivative for each layer: ``L`` times the cost, about ``1 / L`` of the variance.
+      separate: with ``scaling=0.0``, a derivative for each layer: ``L`` times the cost, some ``1 / L`` of the variance.
       watch: whether the feedback measures its own cosine with the Jacobian, for ``calibrate(below=)``.
       epsilon: added to the norms.
 

@@ -36,8 +36,8 @@ def kolen_pollack(
     The difference obeys ``w - b <- (1 - lambda) (w - b)`` whatever the data, under SGD and, when both have the same
     optimizer state, under Adam. So the rule needs both to learn alike: :func:`jaxfa.optimizer` runs the parameters'
     own transformation on the feedback, in the places of its weights and under their paths, and decays both in the steps
-    that it takes. Arrays of one axis, such as biases and norms, do not decay; those of stacked layers have two, and do. A
-    transformation whose step depends on the parameters otherwise than linearly, such as LAMB's, breaks the law.
+    that it takes. Arrays of one axis, such as biases and norms, do not decay; those of stacked layers have two, and do.
+    A transformation whose step depends on the parameters otherwise than linearly, such as LAMB's, breaks the law.
 
     Args:
       weight_decay: ``lambda``, per step, not multiplied by the learning rate. The alignment takes about ``1 / lambda``

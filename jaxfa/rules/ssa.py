@@ -134,7 +134,8 @@ def ssa(
       A :class:`jaxfa.DirectRule` if ``parallel``, else a :class:`jaxfa.LayerRule`, for weights that are factors.
 
     Raises:
-      ValueError: if a number is out of range; by ``init``, if a layer is not factored or, as far as its values are known, starts at zero.
+      ValueError: if a number is out of range; by ``init``, if a layer is not factored or, as far as its values are
+        known, starts at zero.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxfa
