@@ -3,7 +3,7 @@
 Claim (Caillon et al. 2026): learned direct feedback alone, 24.3 %, is ahead of fixed, 20.9, and far from
 backpropagation's 68.7. The estimate is noisy in early layers, so that what lowers its variance should help.
 
-Command: ``python -m experiments run grape_resnet20``; ``--preset variants`` for every variant, one seed; ``--preset
+Command: ``python -m experiments run grape_resnet20``; ``--preset variants`` for every variant; ``--preset
 maps`` for measured maps; ``--preset gpu15`` for all images, arms side by side, some 10 minutes on one H100.
 
 The paper's rule (normal noise, in weights where these are fewer, no tiles, no scales) is ``letter``; with noise in
@@ -68,7 +68,7 @@ EXPERIMENT = Experiment(
     __doc__,
     {
         "cpu": Config(variants=("letter", "activations", "full", "tiled"), **CPU | {"seeds": 3}),
-        "variants": Config(**CPU),
+        "variants": Config(**CPU | {"seeds": 3}),
         "maps": Config(variants=tuple(MEASURED), **CPU | {"seeds": 3}),
         # 195 steps of some 4 ms on an H100 are .8 s, so that an epoch of the six arms, which share it, is 5 s: 70 are 6
         # minutes, compiling side by side 1 to 2 more.
