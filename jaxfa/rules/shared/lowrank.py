@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 from jaxfa.base import Alike, LayerFeedback, Operation, feedback_dataclass, is_feedback, transpose
-from jaxfa.factored import manifold
 from jaxfa.paths import matches
 from jaxfa.varying import refuse_shards
 
@@ -97,11 +96,16 @@ def rank_at(rank: Rank, path: str, n: int, m: int) -> int:
 
 
 def orthonormal(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-    """A random projection ``(m, r)`` with orthonormal columns, the nearest ones to normal draws.
+    """A random projection ``(m, r)`` with orthonormal columns, of normal draws.
 
     Never below single precision: in bfloat16 the small steps of a learned projection would round to nothing.
     """
-    return manifold.orthonormal(jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32)))
+    return _columns(jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32)))
+
+
+@jax.custom_batching.sequential_vmap  # jaxlib's batched one waits for threads of the pool that it runs on, and can hang
+def _columns(drawn: jax.Array) -> jax.Array:
+    return jnp.linalg.qr(drawn)[0]
 
 
 def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
