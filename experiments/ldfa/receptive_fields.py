@@ -17,7 +17,7 @@ class Result(NamedTuple):
 
     Attributes:
       fields: receptive fields, ``(seeds, channels, side, side)``.
-      selectivity: of every unit of every seed, ``(units,)``.
+      selectivity: of every unit, ``(seeds, channels)``.
       symmetry: likewise.
       accuracy: last-epoch test accuracy, ``(seeds,)``; empty before training.
     """
@@ -89,8 +89,14 @@ def radial_symmetry(fields: np.ndarray) -> np.ndarray:
 
 def describe(fields: Sequence[np.ndarray], accuracy: Sequence[float] = ()) -> Result:
     """The numbers of receptive fields ``(channels, side, side)``, one array per seed."""
-    units = np.concatenate(fields)
-    return Result(np.stack(fields), orientation_selectivity(units), radial_symmetry(units), np.asarray(accuracy))
+    selectivity, symmetry = ([of(one) for one in fields] for of in (orientation_selectivity, radial_symmetry))
+    return Result(np.stack(fields), np.stack(selectivity), np.stack(symmetry), np.asarray(accuracy))
+
+
+def by_seed(values: np.ndarray) -> np.ndarray:
+    """The mean over the units of each seed that have a field, of ``(seeds, channels)``; no number where none has."""
+    seen = [one[~np.isnan(one)] for one in values]
+    return np.array([one.mean() for one in seen if one.size])
 
 
 def _explained(field: np.ndarray) -> float:

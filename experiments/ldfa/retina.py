@@ -42,7 +42,7 @@ from experiments.ldfa.receptive_fields import Result
 PROBES = 256
 CAPTION = (
     "Receptive fields of the retina's first output channels, first seed, each to its own scale: blue excites, red "
-    "inhibits. The numbers are means and deviations over the units of all seeds; accuracy's are over seeds."
+    "inhibits. The numbers are means and deviations over seeds, each the mean of a retina's units."
 )
 
 
@@ -115,7 +115,7 @@ def _findings(results: dict[str, Result]) -> Iterator[tuple[str, str]]:
         return
     for what in ("selectivity", "symmetry"):
         pair = (getattr(results[name], what) for name in (least, whole))
-        ours, theirs = (shown(values[~np.isnan(values)]) for values in pair)
+        ours, theirs = (shown(receptive_fields.by_seed(values), 3) for values in pair)
         yield ours, f"is the {what} of fields at {least}, beside {theirs} by {whole}."
 
 
@@ -124,7 +124,7 @@ def _rows(results: dict[str, Result]) -> list[list[str]]:
     for name, one in results.items():
         seen = ~np.isnan(one.selectivity)
         accuracy = shown(100 * one.accuracy, 1) if len(one.accuracy) else ""
-        described = [shown(values[seen]) for values in (one.selectivity, one.symmetry)]
+        described = [shown(receptive_fields.by_seed(values), 3) for values in (one.selectivity, one.symmetry)]
         rows.append([name, *described, f"{seen.sum()} of {seen.size}", accuracy])
     return rows
 

@@ -208,18 +208,18 @@ def test_likeness_is_told_at_the_highest_rank_beside_the_lowest():
 
 def test_fields_are_told_at_the_least_rank_beside_backpropagations():
     def seen(*selectivity):
-        return receptive_fields.Result(np.zeros(0), np.array(selectivity), np.array([0.5, 0.5]), np.zeros(1))
+        return receptive_fields.Result(np.zeros(0), np.array(selectivity), np.full((2, 2), 0.5), np.zeros(1))
 
     results = {
-        "untrained": seen(0, 0),
-        "backpropagation": seen(0.2, 0.4),
-        "rank 4": seen(9, 9),
-        "rank 1": seen(0.1, np.nan),
+        "untrained": seen((0, 0), (0, 0)),
+        "backpropagation": seen((0.2, 0.4), (0.5, 0.5)),
+        "rank 4": seen((9, 9), (9, 9)),
+        "rank 1": seen((0.1, np.nan), (np.nan, np.nan)),
     }
     (number, said), (symmetry, _) = ldfa_retina._findings(results)
-    assert (number, symmetry) == ("0.10", "0.50 ± 0.00")
-    assert said == "is the selectivity of fields at rank 1, beside 0.30 ± 0.14 by backpropagation."
-    assert not list(ldfa_retina._findings({"untrained": seen(0, 0), "rank 4": seen(1, 1)}))
+    assert (number, symmetry) == ("0.100", "0.500 ± 0.000")
+    assert said == "is the selectivity of fields at rank 1, beside 0.400 ± 0.141 by backpropagation."
+    assert not list(ldfa_retina._findings({"untrained": seen((0, 0)), "rank 4": seen((1, 1))}))
 
 
 def test_operations_are_told_at_their_least():
