@@ -133,6 +133,20 @@ def _nearest(y: jax.Array) -> jax.Array:
         return closer(closer(state))[0]  # each squares what is left of the distance
 
 
+def random_orthonormal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Random orthonormal columns, ``(..., n, r)``: those that span what normal draws do.
+
+    Never below single precision: in bfloat16 the small steps of a learned projection would round to nothing.
+    """
+    drawn = jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32))
+    return jnp.vectorize(_columns, signature="(n,r)->(n,r)")(drawn)
+
+
+@jax.custom_batching.sequential_vmap  # jaxlib's batched one waits for threads of the pool that it runs on, and can hang
+def _columns(drawn: jax.Array) -> jax.Array:
+    return jnp.linalg.qr(drawn)[0]
+
+
 def _is_near(gram: jax.Array) -> jax.Array:
     return jnp.abs(gram - _identity(gram)).max() <= _NEAR
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from jaxfa.base import DirectFeedback, DirectRule, Initializer, feedback_dataclass
-from jaxfa.rules.shared.lowrank import Rank, check_rank, factors_learn, globs_of, oja, orthonormal, rank_at
+from jaxfa.factored.manifold import random_orthonormal
+from jaxfa.rules.shared.lowrank import Rank, check_rank, factors_learn, globs_of, oja, rank_at
 from jaxfa.rules.shared.projection import direct_matrix, project, shared_axes
 from jaxfa.rules.shared.topography import keep_zeros
 
@@ -121,7 +122,7 @@ def dldfa(
         r = rank_at(rank, path, math.prod(h.shape[k:]), math.prod(own))
         p_key, q_key = jax.random.split(key)
         kind = jnp.promote_types(h.dtype, jnp.float32)
-        p = (projection or orthonormal)(p_key, (math.prod(own), r), kind).reshape(*own, r)
+        p = (projection or random_orthonormal)(p_key, (math.prod(own), r), kind).reshape(*own, r)
         thin = jax.ShapeDtypeStruct((*logits.shape[:k], r), logits.dtype)
         q = scale * direct_matrix(q_key, draw, h, thin)
         return LowRankDirect(p, q, learn_p, learn_q, structured) if learn_p or learn_q else FixedLowRankDirect(p, q)

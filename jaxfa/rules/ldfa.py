@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from jaxfa.base import Initializer, LayerRule, Operation, feedback_dataclass, transpose
+from jaxfa.factored.manifold import random_orthonormal
 from jaxfa.rules.shared.lowrank import (
     LowRank,
     Rank,
@@ -36,7 +37,6 @@ from jaxfa.rules.shared.lowrank import (
     globs_of,
     is_at,
     oja,
-    orthonormal,
     rank_at,
 )
 from jaxfa.rules.shared.topography import keep_zeros
@@ -143,7 +143,9 @@ def ldfa(
     def init(key: jax.Array, w: jax.Array, *, path: str = "") -> LowRank:
         p_key, q_key = jax.random.split(key)
         n, m = w.size // w.shape[-1], w.shape[-1]
-        p = (projection or orthonormal)(p_key, (m, rank_at(rank, path, n, m)), jnp.promote_types(w.dtype, jnp.float32))
+        p = (projection or random_orthonormal)(
+            p_key, (m, rank_at(rank, path, n, m)), jnp.promote_types(w.dtype, jnp.float32)
+        )
         q = jnp.tensordot(scale * draw(q_key, w.shape, w.dtype), p.astype(w.dtype), 1)
         # A square orthonormal p spans all there is: Oja's step is zero, and none is taken.
         turns = learn_p and (projection is not None or p.shape[1] < m)

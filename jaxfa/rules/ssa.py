@@ -38,7 +38,7 @@ from jaxfa.base import (
     feedback_dataclass,
     transpose,
 )
-from jaxfa.factored.manifold import kept, orthonormal
+from jaxfa.factored.manifold import kept, random_orthonormal
 from jaxfa.factored.svd import Factors, factorise, is_factors, matched, rank_of
 from jaxfa.rules.shared.projection import direct_matrix, project
 
@@ -226,8 +226,8 @@ def _turned(key: jax.Array, w: Factors, scale: float) -> Factors:
         raise ValueError(
             f"ssa needs factored weights, jaxfa.factored.factorise(w), got {type(w).__name__} of shape {w.shape}."
         )
-    wide, w = jnp.promote_types(w.dtype, jnp.float32), _not_zero(w)
-    key_u, key_v = jax.random.split(key)
-    drawn = jax.random.normal(key_u, w.u.shape, wide), jax.random.normal(key_v, w.v.shape, wide)
-    u, v = (orthonormal(one).astype(w.dtype) for one in drawn)
+    w, keys = _not_zero(w), jax.random.split(key)
+    u, v = (
+        random_orthonormal(key, one.shape, w.dtype).astype(w.dtype) for key, one in zip(keys, (w.u, w.v), strict=True)
+    )
     return matched(replace(w, u=u, s=scale * -jnp.sort(-jnp.abs(w.s)), v=v), w)

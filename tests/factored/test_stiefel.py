@@ -9,7 +9,8 @@ import pytest
 from jax import lax
 
 import jaxfa
-from jaxfa.factored.manifold import orthonormal, polar, tangent
+from jaxfa.factored.manifold import orthonormal, polar, random_orthonormal, tangent
+from jaxfa.jaxprs.versions import equations, opened
 
 KEYS = jax.random.split(jax.random.PRNGKey(0), 2)
 
@@ -151,3 +152,22 @@ def test_what_is_no_tall_matrix_is_refused():
             tx.update(wrong, optax.EmptyState(), wrong)
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(jnp.eye(3), tx.init(jnp.eye(3)))
+
+
+@pytest.mark.parametrize("shape", [(150, 150), (300, 131), (20, 3)])
+def test_random_columns_span_what_normal_draws_do(shape, x64):
+    found = random_orthonormal(KEYS[0], shape, jnp.float64)
+    left = np.linalg.svd(jax.random.normal(KEYS[0], shape, jnp.float64), full_matrices=False)[0]
+    np.testing.assert_allclose(found @ found.T, left @ left.T, atol=1e-11)
+    np.testing.assert_allclose(found.T @ found, np.eye(shape[1]), atol=1e-13)
+
+
+def test_random_columns_of_several_are_drawn_one_after_the_other():
+    # jaxlib's decomposition of a batch waits for threads of the pool that it runs on: two of them can hang.
+    keys = jax.random.split(KEYS[0], 3)
+    together = jax.vmap(lambda key: random_orthonormal(key, (8, 3), jnp.float32))
+    for key, found in zip(keys, together(keys), strict=True):
+        np.testing.assert_array_equal(found, random_orthonormal(key, (8, 3), jnp.float32))
+    for one in (lambda: together(keys), lambda: random_orthonormal(KEYS[0], (3, 8, 3), jnp.float32)):
+        made = equations(opened(jax.make_jaxpr(one)()))
+        assert [eqn.invars[0].aval.ndim for eqn in made if eqn.primitive.name in ("qr", "geqrf")] == [2]

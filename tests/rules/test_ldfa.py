@@ -12,7 +12,6 @@ from jax import lax
 
 import jaxfa
 from jaxfa.jaxprs.versions import equations, opened
-from jaxfa.rules.shared.lowrank import orthonormal
 from tests.methods import batch, create, signals
 
 KEY = jax.random.key(7)
@@ -115,24 +114,6 @@ def test_a_square_p_that_was_drawn_orthonormal_takes_no_steps(normal, x64):
     assert not jnp.any(drawn.signal(None, w, errors, w).p)
     assert jnp.abs(given.signal(None, w, errors, w).p).max() > 1e-2
     assert jnp.abs(jaxfa.ldfa(3).init(KEY, w).signal(None, w, errors, w).p).max() > 1e-2
-
-
-@pytest.mark.parametrize("shape", [(150, 150), (300, 131), (20, 3)])
-def test_a_projection_spans_what_normal_draws_do(shape, x64):
-    found = orthonormal(KEY, shape, jnp.float64)
-    left = np.linalg.svd(jax.random.normal(KEY, shape, jnp.float64), full_matrices=False)[0]
-    np.testing.assert_allclose(found @ found.T, left @ left.T, atol=1e-11)
-    np.testing.assert_allclose(found.T @ found, np.eye(shape[1]), atol=1e-13)
-
-
-def test_projections_of_several_seeds_are_drawn_one_after_the_other():
-    # jaxlib's decomposition of a batch waits for threads of the pool that it runs on: two of them can hang.
-    keys = jax.random.split(KEY, 3)
-    together = jax.vmap(lambda key: orthonormal(key, (8, 3), jnp.float32))
-    for key, found in zip(keys, together(keys), strict=True):
-        np.testing.assert_array_equal(found, orthonormal(key, (8, 3), jnp.float32))
-    made = [eqn for eqn in equations(opened(jax.make_jaxpr(together)(keys))) if eqn.primitive.name in ("qr", "geqrf")]
-    assert [eqn.invars[0].aval.ndim for eqn in made] == [2]
 
 
 @every_operation

@@ -95,19 +95,6 @@ def rank_at(rank: Rank, path: str, n: int, m: int) -> int:
     return min(int(rank) if _is_count(rank) else max(1, round(rank * m)), n, m)
 
 
-def orthonormal(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-    """A random projection ``(m, r)`` with orthonormal columns, of normal draws.
-
-    Never below single precision: in bfloat16 the small steps of a learned projection would round to nothing.
-    """
-    return _columns(jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32)))
-
-
-@jax.custom_batching.sequential_vmap  # jaxlib's batched one waits for threads of the pool that it runs on, and can hang
-def _columns(drawn: jax.Array) -> jax.Array:
-    return jnp.linalg.qr(drawn)[0]
-
-
 def oja(p: jax.Array, errors: jax.Array) -> jax.Array:
     """Oja's subspace rule: ``(C p - p p^T C p) / tr C`` with the errors' centred covariance ``C``.
 
