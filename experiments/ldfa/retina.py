@@ -7,7 +7,8 @@ Command: ``python -m experiments run ldfa_retina``
 
 The network sees grey CIFAR-10: convolutions that are the retina, convolutions that are the visual cortex, and two fully
 connected layers. One layer alone has low-rank feedback with learned ``P`` and ``Q``: the first of the cortex, which
-sends the error to the retina; all others learn by backpropagation. The preset ``cpu`` halves images and widths.
+sends the error to the retina; all others learn by backpropagation. The preset ``cpu`` halves images and widths, its
+kernels are 5x5.
 
 A receptive field is the mean gradient over test images, in the image, of the middle unit of a retinal output channel
 before its ReLU. Two numbers describe it, see ``receptive_fields``: its orientation selectivity, 0 if it
@@ -134,13 +135,12 @@ EXPERIMENT = Experiment(
     __doc__,
     {
         "cpu": Config(
-            ranks=(16, 4, 2, 1),
+            ranks=(16, 4, 1),
             retina=(16, 16),
             cortex=(16,),
             hidden=256,
-            window=7,
+            window=5,
             shrink=2,
-            images=10_000,
             test_images=2_000,
             epochs=6,
             seeds=3,
