@@ -20,10 +20,11 @@ a measured map, by the probabilities of the classes or by the activation along 1
 Verdict: the order holds at the published size, in one seed: learned feedback is far ahead of fixed, and backpropagation
 ahead of both. With activations perturbed it learns more than the paper's letter is said to, without one true gradient;
 the letter itself was not run at that size. Tiles align better and learn less there. In short runs on a CPU the letter
-is ahead of fixed feedback, too, and behind the same with activations perturbed, whose feedback is better aligned. Noise
-is not what holds learning back there: measured maps, over one batch or many, end where learned feedback does. Nor does
-it help that a map sees the example: by the activation it teaches less than one map for all, and is no better aligned
-beyond the error.
+is ahead of fixed feedback, too, and behind the same with activations perturbed, whose feedback is better aligned. No
+other variant is ahead of that one by more than the error, however well it is aligned, not even where each layer has a
+derivative of its own. Noise is not what holds learning back there: measured maps, over one batch or many, end where
+learned feedback does. Nor does it help that a map sees the example: by the activation it teaches less than one map for
+all, and is no better aligned beyond the error.
 """
 
 import dataclasses
