@@ -9,9 +9,9 @@ the feedback's are those nearest to the weights', which where these are decompos
 The paper does not say how an output error of ``C`` numbers reaches a layer whose feedback has the shape of its weights.
 Lifted to the layer's outputs by a fixed random matrix, no layer waits for another; alignment then makes ``b`` that
 layer's own, but not the lift those of the layers above. Handed on from layer to layer, alignment leads to
-backpropagation. Nor does it say what alignment moves. Literally that is the weights, whose rest is then at ``b - g / 2
-beta``, and on the manifold a square factor of the other determinant stops with one column turned around. Moved towards
-the weights instead, the feedback is weight transport, and ``coverage()`` says so.
+backpropagation. Nor does it say what alignment moves. Literally that is the weights, which then rest at
+``b - g / 2 beta``, and on the manifold a square factor of the other determinant stops with one column turned around.
+Moved towards the weights instead, the feedback is weight transport, and ``coverage()`` says so.
 
 "Project the updates on the Stiefel manifold" can mean their tangent part alone, beside which ``L_ortho`` keeps the
 drift small, or the way back onto the manifold, where ``L_ortho`` is zero. Gradients are projected before the optimizer
