@@ -128,8 +128,8 @@ def matched(b: Factors, w: Factors) -> Factors:
 
     A decomposition leaves both open: ``(u_i, s_i, v_i)`` may stand anywhere, and two of the three may be negated. The
     columns of ``w`` choose one after the other, that of the largest ``s`` first, among what is left: each the ``i`` and
-    the signs of the least ``|w.u - u_i|^2 + |w.s - s_i|^2 + |w.v - v_i|^2``. (The least sum of all takes minutes to
-    find for a wide layer on a GPU.)
+    the signs of the least ``|w.u - u_i|^2 + |w.s - s_i|^2 + |w.v - v_i|^2``. (The least sum of all would take some
+    ``r^2`` steps one after the other, slow for a wide layer and more so on a GPU.)
     """
     own, to = wide(b), wide(w)
     of_u, of_v, of_s = to.u.mT @ own.u, to.v.mT @ own.v, jnp.expand_dims(to.s, -1) * jnp.expand_dims(own.s, -2)
