@@ -23,14 +23,15 @@ keeps from step to step: weights, feedback, optimizer state, statistics, without
 
 Verdict: half of it, in short trainings of small networks. SVD training loses a little to backpropagation as ranks fall,
 in the VGG-like network within the error. The sequential reading whose alignment pulls the feedback, which is weight
-transport, is the best of SSA's: ahead of DFA in all networks, with angles half of DFA's in two of the three, and far
-behind SVD training. In the sequential reading weights that are pulled to random matrices turn their updates by less,
-and in either they learn no more than by DFA, and in the VGG-like network less, most likely since weights that serve the
-pull serve the task less. A stronger pull of the weights does harm, of the feedback nothing. Where ranks fall most, in
-SVD training and in the sequential transport, inference takes fewer operations than the dense networks'; in the parallel
-reading whose weights are pulled it does so in the fully connected network alone. A training step of SSA takes more
-operations than backpropagation's in every network, by the transport in the residual one hardly more, and several times
-as many in the fully connected one.
+transport, is the best of SSA's in the convolutional networks and level with the parallel one in the fully connected
+network: ahead of DFA in all, with angles half of DFA's in two of the three, and far behind SVD training. In the
+sequential reading weights that are pulled to random matrices turn their updates by less, and in either they learn no
+more than by DFA, and in the VGG-like network sequentially less, most likely since weights that serve the pull serve the
+task less. A stronger pull of the weights does harm, of the feedback nothing. Where ranks fall most, in SVD training and
+in the sequential transport, inference takes fewer operations than the dense networks'; in the parallel reading whose
+weights are pulled it does so in the fully connected network alone. A training step of SSA takes more operations than
+backpropagation's in every network, by the transport in the residual one hardly more, and several times as many in the
+fully connected one.
 """
 
 import dataclasses
