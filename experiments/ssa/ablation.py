@@ -18,7 +18,7 @@ are ours: a retraction in the place of ``L_ortho``, and alignment that pulls the
 Verdict: half of it. Without the cross-entropy's gradient hardly anything is learned, without orthogonality accuracy is
 lost beyond its error. Alignment turns updates by more than its error, most of all in the last hidden layer, and is
 worth no more than the error here, most likely since weights that follow random matrices pay for it; feedback that
-follows the weights, which is transport, gains no more than the error. A retraction does what the loss does.
+follows the weights, which is transport, gains a little, by more than the error. A retraction does what the loss does.
 """
 
 import dataclasses
