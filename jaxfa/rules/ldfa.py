@@ -142,10 +142,8 @@ def ldfa(
 
     def init(key: jax.Array, w: jax.Array, *, path: str = "") -> LowRank:
         p_key, q_key = jax.random.split(key)
-        n, m = w.size // w.shape[-1], w.shape[-1]
-        p = (projection or random_orthonormal)(
-            p_key, (m, rank_at(rank, path, n, m)), jnp.promote_types(w.dtype, jnp.float32)
-        )
+        n, m, kind = w.size // w.shape[-1], w.shape[-1], jnp.promote_types(w.dtype, jnp.float32)
+        p = (projection or random_orthonormal)(p_key, (m, rank_at(rank, path, n, m)), kind)
         q = jnp.tensordot(scale * draw(q_key, w.shape, w.dtype), p.astype(w.dtype), 1)
         # A square orthonormal p spans all there is: Oja's step is zero, and none is taken.
         turns = learn_p and (projection is not None or p.shape[1] < m)

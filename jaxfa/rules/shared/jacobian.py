@@ -175,14 +175,14 @@ def _check(averaging: float | Gain, tile: int | None, separate: bool, scaling: f
 
 def rescale(nodes: list[Any], found: list[Estimate], rate: float) -> list[Any]:
     """Moves every layer's scale towards the one of least variance, ``s_l ~ n_l^(1/4) / |J_l|``."""
-    # All layers move the outputs at once, so that with u_l = s_l^2 <|J_l|^2>, how much of it is l's, the variances in
-    # units of <|J_l|^2> add up to sum_l n_l (1 + sum_m u_m / u_l) / N, m not l. A pair's n_l u_m / u_l + n_m u_l / u_m
-    # is least where u_l : u_m = sqrt(n_l) : sqrt(n_m), which one u, sqrt(n), gives all pairs at once. Robbins and
-    # Monro's steps rest there; the clipping is for small batches; the scales' product stays 1.
     if any(node.log_scale is None for node in nodes):
         raise ValueError(
             "The rule learns the scales of its perturbations, and a feedback has none: make it with this rule's init."
         )
+    # All layers move the outputs at once, so that with u_l = s_l^2 <|J_l|^2>, how much of it is l's, the variances in
+    # units of <|J_l|^2> add up to sum_l n_l (1 + sum_m u_m / u_l) / N, m not l. A pair's n_l u_m / u_l + n_m u_l / u_m
+    # is least where u_l : u_m = sqrt(n_l) : sqrt(n_m), which one u, sqrt(n), gives all pairs at once. Robbins and
+    # Monro's steps rest there; the clipping is for small batches; the scales' product stays 1.
     both: list[Any] = [(one.part, one.whole) for one in found]
     shares = [jnp.where(whole > 0, jnp.clip(part / whole, -1, 1), 0) for part, whole in both]
     sides = [math.sqrt(math.prod(node.tile)) for node in nodes]
