@@ -135,17 +135,16 @@ def _turn(
     rate: float, feedback: Any, estimate: jax.Array, *, normed: bool = True, axis: int = 0, epsilon: float = 1e-8
 ) -> jax.Array:
     """One gradient step on the columns' cosines with an estimate."""
-
-    def unit(columns: jax.Array) -> jax.Array:
-        return columns / (_norm(columns, axis) + epsilon)
-
     # In the layer's own space an output's column goes on over all the pixels that share a matrix; a unit's does not.
     size = math.sqrt(feedback.repeats) if axis == 0 else 1.0
     b, j = (size * array.reshape(math.prod(feedback.tile), -1) for array in (feedback.b, estimate))
-    norm = _norm(b, axis) + epsilon
-    cosine = jnp.sum(b * unit(j), axis, keepdims=True) / norm
-    b = b + rate * (unit(j) - cosine * b / norm) / norm
-    return (unit(b) if normed else b).reshape(feedback.b.shape) / size
+    bb, jj, bj = (jnp.sum(one * other, axis, keepdims=True) for one, other in ((b, b), (j, j), (b, j)))
+    norm, length = jnp.sqrt(bb) + epsilon, jnp.sqrt(jj) + epsilon
+    # With the cosine's gradient the new columns are sums of the old ones and the estimate's, and so are their norms.
+    old, new = 1 - rate * bj / (norm**3 * length), rate / (norm * length)
+    if normed:
+        size *= jnp.sqrt(old**2 * bb + 2 * old * new * bj + new**2 * jj) + epsilon
+    return ((old * b + new * j) / size).reshape(feedback.b.shape)
 
 
 def _unit_columns(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
