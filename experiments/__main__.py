@@ -22,7 +22,7 @@ _FILES = {
     "conservation": ("aligned_start", "angle_against_depth", "conservation"),
     "grape": ("bound", "deep", "first_layer", "gates", "resnet20", "shallow", "transformer"),
     "ldfa": ("autoencoder", "cnn", "cost", "linear", "rank_mlp", "representations", "retina", "rnn", "vgg", "vit"),
-    "benchmarks": ("growth", "memory", "pipeline", "steps"),
+    "benchmarks": ("growth", "memory", "pipeline", "starts", "steps"),
     "rank_collapse": ("rank_collapse",),
     "ssa": ("ablation", "networks", "transformer"),
 }

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from experiments.benchmarks import bars, h100
 from experiments.benchmarks.kernels import counted
-from experiments.benchmarks.workloads import PLAIN, RULES, WORKLOADS, Workload, put, runs, step_of
+from experiments.benchmarks.workloads import PLAIN, RULES, WORKLOADS, Setting, Workload, put, runs, step_of
 from experiments.common import records
 from experiments.common.experiment import Study, Table
 
@@ -32,19 +32,19 @@ def study(networks: Sequence[str], folder: Path) -> Study:
     for name in networks:
         path = folder / f"{name}.json"
         if not path.exists():
-            chosen = [rule for rule in RULES if runs(WORKLOADS[name], rule)]
-            records.write_json(path, {rule: count(WORKLOADS[name], rule, device) for rule in chosen})
+            chosen = {rule: one for rule, one in RULES.items() if runs(WORKLOADS[name], one)}
+            records.write_json(path, {rule: count(WORKLOADS[name], one, device) for rule, one in chosen.items()})
         found[name] = records.read_json(path)
     return report(found)
 
 
-def count(workload: Workload, rule: str, device: Any) -> dict[str, float]:
+def count(workload: Workload, setting: Setting, device: Any) -> dict[str, float]:
     """What is in the program of one step; no array is made."""
     made = []
 
     def make() -> Any:
         x, labels = workload.data()
-        function, arrays = step_of(rule, put(workload, rule, workload.make(nnx.Rngs(0)), x))
+        function, arrays = step_of(setting.rule, put(workload, setting, workload.make(nnx.Rngs(0)), x))
         made.append(function)
         return arrays, (x, labels, jax.random.key(2))
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.benchmarks.workloads import CLASSES, EXACT, VOCABULARY, Workload, start
+from experiments.benchmarks.workloads import CLASSES, EXACT, RULES, VOCABULARY, Workload, start
 from experiments.common import plots, records, timing
 from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
 from experiments.models.gpt import GPT
@@ -84,7 +84,7 @@ def study(config: Config, histories: Histories) -> Study:
 
 def measure(workload: Workload, rounds: int) -> dict[str, dict[str, float]]:
     """Every rule's step at one size."""
-    begun = {name: one for name in NAMES if (one := start(workload, name))}
+    begun = {name: one for name in NAMES if (one := start(workload, RULES[name]))}
     for one in begun.values():
         one.run()
     times = timing.interleaved({name: one.run for name, one in begun.items()}, rounds, EXACT)

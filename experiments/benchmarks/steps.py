@@ -85,8 +85,8 @@ def measure(network: str, starts: int, rounds: int) -> Measured:
     """Everything of one network: for each rule its start, its program and its step."""
     begun: dict[str, list[Started]] = {}
     for _ in range(starts):
-        for name in RULES:
-            if one := start(WORKLOADS[network], name):
+        for name, setting in RULES.items():
+            if one := start(WORKLOADS[network], setting):
                 # Only the last program is kept.
                 begun[name] = [*(old._replace(run=one.run) for old in begun.get(name, [])), one]
     limit = ceilings.measure()

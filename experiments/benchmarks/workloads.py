@@ -1,4 +1,4 @@
-"""The networks, rules and training steps that ``steps`` times."""
+"""The networks, rules and training steps that ``steps`` and ``starts`` time."""
 
 import time
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from experiments.common.programs import jit_step
 from experiments.common.task import cross_entropy
 from experiments.models.gpt import GPT
 from experiments.models.networks import MLP, LeNet, ResNet
+from experiments.models.vgg import VGG
 
 CLASSES, VOCABULARY, CONTEXT = 10, 65, 64
 PLAIN, EXACT = "plain Flax", "backpropagation"
@@ -55,6 +56,11 @@ def _resnet(repeats: int, batch: int = 128, **sizes: Any) -> Workload:
     return Workload(lambda rngs: ResNet(shape, CLASSES, repeats=repeats, **sizes, rngs=rngs), shape, batch, BLOCKS)
 
 
+def _vgg(widths: tuple[int, ...]) -> Workload:
+    shape = (32, 32, 3)
+    return Workload(lambda rngs: VGG(shape, CLASSES, widths=widths, rngs=rngs), shape, 128, ("blocks/*",))
+
+
 def _decoder(width: int, heads: int, context: int) -> Workload:
     sizes = {"context": context, "width": width, "depth": 12, "heads": heads}
     return Workload(lambda rngs: GPT(VOCABULARY, **sizes, rngs=rngs), (context,), 16, ("embedding", "blocks/*"))
@@ -66,26 +72,36 @@ WORKLOADS = {
     "resnet20": _resnet(3),
     "resnet56": _resnet(9),
     "decoder": _decoder(128, 4, CONTEXT),
+    "vgg13": _vgg((64, 128, 256, 512, 512)),
     # What fills a large GPU.
     "mlp-4096": _mlp(4096, 8, batch=4096),
     "resnet20-256": _resnet(3, batch=256),
     "resnet18": _resnet(2, batch=256, widths=(64, 128, 256, 512)),
     "decoder-768": _decoder(768, 12, 256),
 }
-RULES: dict[str, tuple[jaxfa.Rule | None, jaxfa.stacks.Schedule]] = {
-    PLAIN: (None, jaxfa.stacks.stored),
-    EXACT: (jaxfa.backprop(), jaxfa.stacks.stored),
-    "FA": (jaxfa.fa(), jaxfa.stacks.stored),
-    "Kolen-Pollack": (jaxfa.kolen_pollack(), jaxfa.stacks.stored),
-    "LDFA, 3n/4": (jaxfa.ldfa(0.75), jaxfa.stacks.stored),
-    "LDFA, n/4": (jaxfa.ldfa(0.25), jaxfa.stacks.stored),
-    "LDFA, n/16": (jaxfa.ldfa(0.0625), jaxfa.stacks.stored),
-    "DFA": (jaxfa.dfa(), jaxfa.stacks.stored),
-    "DFA, shared": (jaxfa.dfa(shared=True), jaxfa.stacks.stored),
-    "DFA, hashed": (jaxfa.dfa(shared=True, buckets=256), jaxfa.stacks.stored),
-    "DFA, streamed": (jaxfa.dfa(), jaxfa.stacks.stream),
-    "GrAPE": (jaxfa.grape(), jaxfa.stacks.stored),
-    "GrAPE, Kalman": (jaxfa.grape(averaging=jaxfa.rules.kalman()), jaxfa.stacks.stored),
+
+
+class Setting(NamedTuple):
+    """A rule, None for plain Flax, and the schedule by which it runs."""
+
+    rule: jaxfa.Rule | None
+    schedule: jaxfa.stacks.Schedule = jaxfa.stacks.stored
+
+
+RULES = {
+    PLAIN: Setting(None),
+    EXACT: Setting(jaxfa.backprop()),
+    "FA": Setting(jaxfa.fa()),
+    "Kolen-Pollack": Setting(jaxfa.kolen_pollack()),
+    "LDFA, 3n/4": Setting(jaxfa.ldfa(0.75)),
+    "LDFA, n/4": Setting(jaxfa.ldfa(0.25)),
+    "LDFA, n/16": Setting(jaxfa.ldfa(0.0625)),
+    "DFA": Setting(jaxfa.dfa()),
+    "DFA, shared": Setting(jaxfa.dfa(shared=True)),
+    "DFA, hashed": Setting(jaxfa.dfa(shared=True, buckets=256)),
+    "DFA, streamed": Setting(jaxfa.dfa(), jaxfa.stacks.stream),
+    "GrAPE": Setting(jaxfa.grape()),
+    "GrAPE, Kalman": Setting(jaxfa.grape(averaging=jaxfa.rules.kalman())),
 }
 
 
@@ -109,23 +125,22 @@ class Started(NamedTuple):
     given: int
 
 
-def runs(workload: Workload, name: str) -> bool:
+def runs(workload: Workload, setting: Setting) -> bool:
     """Whether a network can have a rule: a stream needs blocks to run."""
-    return RULES[name][1] == jaxfa.stacks.stored or workload.at is not None
+    return setting.schedule == jaxfa.stacks.stored or workload.at is not None
 
 
-def put(workload: Workload, name: str, model: nnx.Module, example: jax.Array) -> nnx.Module:
+def put(workload: Workload, setting: Setting, model: nnx.Module, example: jax.Array) -> nnx.Module:
     """A network with a rule on it, for such inputs; plain Flax's has none."""
-    rule, schedule = RULES[name]
+    rule, schedule = setting
     if rule is None:
         return model
     at = workload.at if isinstance(rule, jaxfa.DirectRule) else None
     return jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=example, at=at, schedule=schedule)
 
 
-def step_of(name: str, model: nnx.Module) -> tuple[Callable[..., Any], Any]:
+def step_of(rule: jaxfa.Rule | None, model: nnx.Module) -> tuple[Callable[..., Any], Any]:
     """A training step ``(arrays, batch) -> arrays`` of a network with a rule on it, and its first arrays."""
-    rule, _ = RULES[name]
     tx = optax.adam(1e-3)
     learned = nnx.Param if rule is None else (nnx.Param, jaxfa.nn.Feedback)
     optimizer = nnx.Optimizer(model, tx if rule is None else jaxfa.optimizer(tx, rule), wrt=learned)
@@ -133,18 +148,27 @@ def step_of(name: str, model: nnx.Module) -> tuple[Callable[..., Any], Any]:
     return partial(_step, graph, learned, rule is not None), arrays
 
 
-def start(workload: Workload, name: str) -> Started | None:
+def start(workload: Workload, setting: Setting) -> Started | None:
     """Makes a network and compiles one of its training steps, timed; None where it can't have the rule."""
-    if not runs(workload, name):
+    if not runs(workload, setting):
         return None
-    batch = *workload.data(), jax.random.key(2)
     jax.clear_caches()  # from nothing
-    seconds, clock = {}, time.perf_counter()
+    clock = time.perf_counter()
     model = workload.make(nnx.Rngs(0))
-    seconds["make"], clock = time.perf_counter() - clock, time.perf_counter()
-    model = put(workload, name, model, batch[0])
+    return begin(workload, setting, model, {"make": time.perf_counter() - clock})
+
+
+def begin(workload: Workload, setting: Setting, model: nnx.Module, seconds: dict[str, float]) -> Started:
+    """Puts the rule on a network that took so many seconds, and compiles a training step, timed, too.
+
+    Raises:
+      ValueError: if the network can't have the rule.
+    """
+    batch = *workload.data(), jax.random.key(2)
+    clock = time.perf_counter()
+    model = put(workload, setting, model, batch[0])
     seconds["attach"] = time.perf_counter() - clock
-    function, arrays = step_of(name, model)
+    function, arrays = step_of(setting.rule, model)
     step = jit_step(function)
     clock = time.perf_counter()
     traced = step.trace(arrays, batch)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.benchmarks import gpu_programs, h100, kernels
-from experiments.benchmarks.workloads import PLAIN, Workload
+from experiments.benchmarks.workloads import PLAIN, RULES, Workload
 from experiments.models.networks import MLP
 
 # As XLA writes it: fused computations, a loop of known length, a branch, a convolution's three calls, a cuBLAS call.
@@ -82,7 +82,7 @@ def test_a_compiled_product_has_the_operations_of_its_shapes():
 
 def test_a_step_is_counted_on_a_device_that_it_never_runs_on():
     workload = Workload(lambda rngs: MLP((4, 4, 1), 10, (32,), rngs=rngs), (4, 4, 1), batch=8)
-    found = {rule: gpu_programs.count(workload, rule, jax.devices()[0]) for rule in (PLAIN, "FA", "DFA")}
+    found = {rule: gpu_programs.count(workload, RULES[rule], jax.devices()[0]) for rule in (PLAIN, "FA", "DFA")}
     forward = 2 * 8 * (16 * 32 + 32 * 10)
     assert found[PLAIN]["flops"] == found["FA"]["flops"] == 2 * forward + 2 * 8 * 32 * 10
     assert found["FA"]["given"] - found[PLAIN]["given"] >= 4 * 32 * 10

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.benchmarks.workloads import Workload, start
+from experiments.benchmarks.workloads import RULES, Workload, start
 
 
 class Normalised(nnx.Module):
@@ -26,6 +26,6 @@ def test_refine_adds_one_forward_pass_to_the_step_and_not_two():
     graph, arrays = nnx.split(Normalised(nnx.Rngs(0)))
     once = jax.jit(lambda arrays, x: nnx.merge(graph, arrays)(x)).lower(arrays, jnp.ones((4, 8, 8, 3)))
     forward = once.compile().cost_analysis()["flops"]
-    grape, dfa = (start(workload, name).flops for name in ("GrAPE", "DFA"))
+    grape, dfa = (start(workload, RULES[name]).flops for name in ("GrAPE", "DFA"))
     # Its own is the forward mode's; the first convolution, below all taps, has none. Learning counts for the rest.
     assert grape - dfa < 1.5 * forward

@@ -123,6 +123,6 @@ def test_the_sweep_hands_the_flag_to_its_trainings(tmp_path, monkeypatch):
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
 def test_no_experiment_that_trains_lacks_the_flag(experiment):
     trains = isinstance(experiment.presets["cpu"], Training)
-    others = ("conservation", "grape_bound", "growth", "ldfa_linear", "memory", "pipeline", "steps")
+    others = ("conservation", "grape_bound", "growth", "ldfa_linear", "memory", "pipeline", "starts", "steps")
     assert trains == (experiment.name not in others)
     assert trains == (experiment.arms is not None)
