@@ -136,7 +136,7 @@ def _turn(
 ) -> jax.Array:
     """One gradient step on the columns' cosines with an estimate."""
     # In the layer's own space an output's column goes on over all the pixels that share a matrix; a unit's does not.
-    size = math.sqrt(feedback.repeats) if axis == 0 else 1.0
+    size: Any = math.sqrt(feedback.repeats) if axis == 0 else 1.0
     b, j = (size * array.reshape(math.prod(feedback.tile), -1) for array in (feedback.b, estimate))
     bb, jj, bj = (jnp.sum(one * other, axis, keepdims=True) for one, other in ((b, b), (j, j), (b, j)))
     norm, length = jnp.sqrt(bb) + epsilon, jnp.sqrt(jj) + epsilon
