@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from jaxfa.base import FixedFeedback, Initializer, Layer, LayerRule, is_layer, transpose
+from jaxfa.rules.shared.noise import random_signs
+from jaxfa.rules.shared.outputs import counts_outputs_last
 
 
 def weight_mirror(
@@ -22,9 +24,9 @@ def weight_mirror(
 ) -> LayerRule:
     """Weight mirror: ``b <- (1 - lambda) b + eta <x y^T>`` with noise ``x`` and the layer's answer ``y = op(x, w)``.
 
-    Standard normal noise gives ``E[x y^T] = w`` (any other size would cancel: the layer is linear). The mean is over
-    every use of a weight, so it holds for convolutions too: one step moves ``b`` by ``eta`` times an unbiased estimate
-    of ``w``. The noise phase is the rule's ``refine`` and sees one layer at a time, without bias or
+    White noise of variance 1 gives ``E[x y^T] = w`` (any other size would cancel: the layer is linear); ours are signs,
+    of all such noises the one that is least in error. The mean is over every use of a weight, so it holds for
+    convolutions too: one step moves ``b`` by ``eta`` times an unbiased estimate of ``w``. The noise phase is the rule's ``refine`` and sees one layer at a time, without bias or
     nonlinearity, as in the paper (its code keeps a sigmoid and rescales ``b`` instead of letting it decay).
 
     Args:
@@ -47,23 +49,32 @@ def weight_mirror(
     draw = distribution or initializers.glorot_uniform()
     decay = learning_rate if weight_decay is None else weight_decay
 
-    def reflect(layer: Layer, feedback: FixedFeedback, key: jax.Array) -> FixedFeedback:
-        x = jax.random.normal(key, layer.x.shape, layer.x.dtype)
-        w = layer.w.astype(x.dtype)
-        correlation = _outer(layer, x, layer.op(x, w))
-        # With ones for x and y the same sum counts how often each weight is used: border taps of a kernel less often,
-        # on a map smaller than the kernel some never.
-        uses = _outer(layer, jnp.ones_like(x), jnp.ones_like(layer.op(x, w)))
-        estimate = (correlation / jnp.maximum(uses, 1)).astype(feedback.b.dtype)
+    def reflect(layer: Layer, feedback: FixedFeedback, seed: jax.Array) -> FixedFeedback:
+        x = random_signs.made(seed, layer.x.shape, layer.x.dtype)
+        correlation = _outer(layer, x, layer.op(x, layer.w.astype(x.dtype)), layer.w.shape)
+        estimate = (correlation / jnp.maximum(_uses(layer), 1)).astype(feedback.b.dtype)
         return FixedFeedback((1 - decay) * feedback.b + learning_rate * estimate)
 
     def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:
-        keys = iter(jax.random.split(key, len(jax.tree.leaves(forward, is_leaf=is_layer))))
-        return jax.tree.map(lambda layer, b: reflect(layer, b, next(keys)), forward, feedback, is_leaf=is_layer)
+        layers = jax.tree.leaves(forward, is_leaf=is_layer)
+        seeds = iter(random_signs.seeds(key, [layer.x.shape for layer in layers]))
+        return jax.tree.map(lambda layer, b: reflect(layer, b, next(seeds)), forward, feedback, is_leaf=is_layer)
 
     return LayerRule(lambda key, w: FixedFeedback(scale * draw(key, w.shape, w.dtype)), refine)
 
 
-def _outer(layer: Layer, x: jax.Array, y: jax.Array) -> jax.Array:
-    """``x y^T`` summed over every use of each weight, in the weights' shape."""
-    return transpose(lambda w: layer.op(x, w), layer.w.astype(x.dtype), y)
+def _uses(layer: Layer) -> jax.Array:
+    """How often each weight is used: border taps of a kernel less often, on a map smaller than the kernel some never.
+
+    It is the correlation of ones. All outputs use their weights alike, so that one tells of all where ``op`` takes one:
+    the compiler works this out, which for all of them takes it long.
+    """
+    y, shape = jax.eval_shape(layer.op, layer.x, layer.w), layer.w.shape
+    if counts_outputs_last(layer.op, layer.x, layer.w, y.shape):
+        y, shape = y.update(shape=(*y.shape[:-1], 1)), (*shape[:-1], 1)
+    return _outer(layer, *(jnp.ones(one.shape, one.dtype) for one in (layer.x, y)), shape)
+
+
+def _outer(layer: Layer, x: jax.Array, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """``x y^T`` summed over every use of each of the weights of a shape."""
+    return transpose(lambda w: layer.op(x, w), jax.ShapeDtypeStruct(shape, x.dtype), y)

@@ -19,7 +19,7 @@ from flax import nnx
 import jaxfa
 import jaxfa.nn
 from experiments.__main__ import EXPERIMENTS, main, run_all
-from experiments.benchmarks import growth, memory, pipeline, pipeline_worker, steps
+from experiments.benchmarks import growth, memory, pipeline, pipeline_worker, starts, steps
 from experiments.common import bounds, data, operations, plots, records, results, sweep, text, timing
 from experiments.common.experiment import identity
 from experiments.common.programs import keep_programs
@@ -155,8 +155,9 @@ def untrained(monkeypatch):
     count = operations.Count(1.0, 2.0, 0.5)
     monkeypatch.setattr(operations, "count", lambda task: look(Trees(), task) or count)
     monkeypatch.setattr(memory, "_measure", lambda *_: [])
-    monkeypatch.setattr(steps, "measure", lambda *_: {})
-    monkeypatch.setattr(steps, "report", lambda *_: None)
+    for benchmark in (starts, steps):
+        monkeypatch.setattr(benchmark, "measure", lambda *_: {})
+        monkeypatch.setattr(benchmark, "report", lambda *_: None)
     for name in ("measure", "rows", "draw", "findings"):
         monkeypatch.setattr(growth, name, lambda *_: [])
     monkeypatch.setattr(memory, "findings", lambda _: [])
@@ -223,7 +224,7 @@ CASES = {
     "growth": [{"depth": (1,), "width": (8,), "batch": (4,), "classes": (3,), "length": (4,), "rounds": 2}],
     "memory": [{"depths": (2,), "timed": 2, "repeats": (1,), "timed_repeats": 1, "batch": 4, "images": 2}],
     "pipeline": [{"rounds": 0}],
-    "starts": [{"networks": ("mlp",), "methods": (name,)} for name in ("usf", "ssa")],
+    "starts": [{"networks": ("mlp",), "methods": ("fa",)}],
     "steps": [{"networks": ("mlp",), "deep": (), "starts": 1, "rounds": 2}],
     "rank_collapse": [SMALL | {"trainings": (arm,), "batch": 16} for arm in ("fa", "bp-norm-rank-1", "fa-muon")],
     "ssa_networks": [SMALL | {"batch": 16, "networks": (name,)} for name in ("smallconv", "vgg13")],

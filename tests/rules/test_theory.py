@@ -8,6 +8,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import jaxfa
+from jaxfa.jaxprs.versions import equations, opened
 from tests.methods import batch, create, forward, loss, signals, train
 
 RNG = np.random.default_rng(2)
@@ -79,6 +80,24 @@ def test_the_mirror_estimates_the_weights_without_bias(op, x_shape, w_shape):
     w, mean, error = mirrored(op, x_shape, w_shape, 300)
     assert np.max(np.abs(mean - w) / error) < 4.5
     assert np.linalg.norm(mean - w) < 0.25 * np.linalg.norm(w)
+
+
+def test_the_mirrors_error_is_of_the_other_weights_alone():
+    # An input's square tells its own weight, and signs have no other square than 1: noise of any other law errs more.
+    w, _, error = mirrored(jaxfa.linear, (8, 4), (4, 3), 3000)
+    expected = np.sqrt((np.sum(w**2, 0) - w**2) / 8)
+    np.testing.assert_allclose(error * np.sqrt(3000), expected, rtol=0.06)
+
+
+def test_the_noise_of_all_mirrors_comes_of_one_draw():
+    # On a CPU a draw takes longer to compile than a layer.
+    rule, w = jaxfa.weight_mirror(), normal(4, 4)
+    layers = [jaxfa.Layer(jaxfa.linear, jax.ShapeDtypeStruct((n, 4), w.dtype), w) for n in (8, 9, 64)]
+    feedback = [rule.init(KEY, w) for _ in layers]
+    traced = jax.make_jaxpr(lambda key: rule.refine(layers, feedback, key))(KEY)
+    assert sum(eqn.primitive.name in ("random_bits", "random_split") for eqn in equations(opened(traced))) == 1
+    one, two, _ = rule.refine(layers, feedback, KEY)
+    assert not np.allclose(one.b - 0.9 * feedback[0].b, two.b - 0.9 * feedback[1].b)
 
 
 def test_the_mirror_is_finite_where_a_map_is_smaller_than_the_kernel():

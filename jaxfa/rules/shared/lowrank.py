@@ -11,6 +11,7 @@ import optax
 
 from jaxfa.base import Alike, LayerFeedback, Operation, feedback_dataclass, is_feedback, transpose
 from jaxfa.paths import matches
+from jaxfa.rules.shared.outputs import counts_outputs_last
 from jaxfa.varying import refuse_shards
 
 Rank = int | float | Mapping[str, int | float]
@@ -149,19 +150,8 @@ def _towards(p: jax.Array, thin: jax.Array, errors: jax.Array, mean: jax.Array) 
 
 
 def check_outputs_last(op: Operation, x: jax.Array, w: jax.Array, q: jax.Array, delta: jax.Array) -> None:
-    """Refuses an operation whose weights do not count its outputs on their last axis, and the result on its last.
-
-    Only then is ``op(x, q)`` with ``r`` outputs the same operation. One output more tells it apart even for a square.
-    """
-    wider = jax.ShapeDtypeStruct((*w.shape[:-1], w.shape[-1] + 1), w.dtype)
-    try:
-        fits = jax.eval_shape(op, jax.ShapeDtypeStruct(x.shape, x.dtype), wider).shape == (
-            *delta.shape[:-1],
-            delta.shape[-1] + 1,
-        )
-    except (TypeError, ValueError):
-        fits = False
-    if not fits or q.shape[:-1] != w.shape[:-1]:
+    """Refuses an operation of which ``op(x, q)`` with ``r`` outputs is not the same operation."""
+    if not counts_outputs_last(op, x, w, delta.shape) or q.shape[:-1] != w.shape[:-1]:
         raise ValueError(
             f"A low-rank feedback needs weights (n, m) or (window..., n, m) whose last axis counts the outputs, as the "
             f"result's last axis does, and factors made for them by rule.init(key, w); got weights {w.shape}, an "
