@@ -25,9 +25,10 @@ def weight_mirror(
     """Weight mirror: ``b <- (1 - lambda) b + eta <x y^T>`` with noise ``x`` and the layer's answer ``y = op(x, w)``.
 
     White noise of variance 1 gives ``E[x y^T] = w`` (any other size would cancel: the layer is linear); ours are signs,
-    of all such noises the one that is least in error. The mean is over every use of a weight, so it holds for
-    convolutions too: one step moves ``b`` by ``eta`` times an unbiased estimate of ``w``. The noise phase is the rule's ``refine`` and sees one layer at a time, without bias or
-    nonlinearity, as in the paper (its code keeps a sigmoid and rescales ``b`` instead of letting it decay).
+    which err least of all. The mean is over every use of a weight, so it holds for convolutions too: one step moves
+    ``b`` by ``eta`` times an unbiased estimate of ``w``. The noise phase is the rule's ``refine`` and sees one layer at
+    a time, without bias or nonlinearity, as in the paper (its code keeps a sigmoid and rescales ``b`` instead of
+    letting it decay).
 
     Args:
       learning_rate: ``eta``, how far one noise batch moves ``b``. The default is ours.
@@ -51,9 +52,9 @@ def weight_mirror(
 
     def reflect(layer: Layer, feedback: FixedFeedback, seed: jax.Array) -> FixedFeedback:
         x = random_signs.made(seed, layer.x.shape, layer.x.dtype)
-        correlation = _outer(layer, x, layer.op(x, layer.w.astype(x.dtype)), layer.w.shape)
-        estimate = (correlation / jnp.maximum(_uses(layer), 1)).astype(feedback.b.dtype)
-        return FixedFeedback((1 - decay) * feedback.b + learning_rate * estimate)
+        w = layer.w.astype(x.dtype)
+        estimate = _outer(layer, x, layer.op(x, w), w) / jnp.maximum(_uses(layer, x, w), 1)
+        return FixedFeedback((1 - decay) * feedback.b + learning_rate * estimate.astype(feedback.b.dtype))
 
     def refine(forward: Any, feedback: Any, key: jax.Array) -> Any:
         layers = jax.tree.leaves(forward, is_leaf=is_layer)
@@ -63,18 +64,18 @@ def weight_mirror(
     return LayerRule(lambda key, w: FixedFeedback(scale * draw(key, w.shape, w.dtype)), refine)
 
 
-def _uses(layer: Layer) -> jax.Array:
+def _uses(layer: Layer, x: jax.Array, w: jax.Array) -> jax.Array:
     """How often each weight is used: border taps of a kernel less often, on a map smaller than the kernel some never.
 
     It is the correlation of ones. All outputs use their weights alike, so that one tells of all where ``op`` takes one:
     the compiler works this out, which for all of them takes it long.
     """
-    y, shape = jax.eval_shape(layer.op, layer.x, layer.w), layer.w.shape
-    if counts_outputs_last(layer.op, layer.x, layer.w, y.shape):
-        y, shape = y.update(shape=(*y.shape[:-1], 1)), (*shape[:-1], 1)
-    return _outer(layer, *(jnp.ones(one.shape, one.dtype) for one in (layer.x, y)), shape)
+    y = jax.eval_shape(layer.op, x, w)
+    if counts_outputs_last(layer.op, x, w, y.shape):
+        w, y = w[..., :1], jax.eval_shape(layer.op, x, w[..., :1])
+    return _outer(layer, jnp.ones_like(x), jnp.ones(y.shape, y.dtype), w)
 
 
-def _outer(layer: Layer, x: jax.Array, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """``x y^T`` summed over every use of each of the weights of a shape."""
-    return transpose(lambda w: layer.op(x, w), jax.ShapeDtypeStruct(shape, x.dtype), y)
+def _outer(layer: Layer, x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
+    """``x y^T`` summed over every use of each weight, in the weights' shape."""
+    return transpose(lambda w: layer.op(x, w), w, y)
