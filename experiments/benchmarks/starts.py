@@ -61,8 +61,12 @@ def measure(network: str, methods: tuple[str, ...]) -> Measured:
         try:
             found[name] = _row(begin(workload, Setting(METHODS[name].rule()), model, dict(first.seconds)))
         except ValueError as error:
-            found[name] = {"refused": str(error).splitlines()[0]}
+            found[name] = {"refused": _reason(str(error).splitlines())}
     return found
+
+
+def _reason(lines: list[str]) -> str:
+    return next((line for line in lines if line.startswith("- ")), lines[0]).removeprefix("- ")
 
 
 def _row(one: Any) -> dict[str, Any]:

@@ -135,7 +135,8 @@ def put(workload: Workload, setting: Setting, model: nnx.Module, example: jax.Ar
     rule, schedule = setting
     if rule is None:
         return model
-    at = workload.at if isinstance(rule, jaxfa.DirectRule) else None
+    # What makes factors of weights taps the layers that have them.
+    at = workload.at if isinstance(rule, jaxfa.DirectRule) and rule.weights is None else None
     return jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(1), example=example, at=at, schedule=schedule)
 
 
