@@ -18,7 +18,7 @@ demo: setup
 
 # On cores that nothing else uses. What is measured stays: delete runs/NAME-cpu to measure it again.
 bench: setup
-	for name in steps growth memory pipeline; do $(RUN) -m experiments run $$name || exit 1; done
+	for name in steps starts growth memory pipeline; do $(RUN) -m experiments run $$name || exit 1; done
 
 results: setup
 	$(RUN) -m experiments results

@@ -138,19 +138,16 @@ def _after_each(size: int, batched: Any, held: Any, known: Any) -> tuple[Any, An
 def _correlate(p: jax.Array, amplitude: jax.Array | None, y: jax.Array, node: Any) -> Estimate:
     """What one derivative ``y`` along the perturbations ``scale p`` tells of one node's layers."""
     stack, batch = len(node.stack), y.ndim - node.outputs
-    examples = math.prod(y.shape[:batch])
-    # One axis of examples, since the compiler copies all of p where it counts them over several.
-    p = p.reshape(*node.stack, examples, -1)
-    y = y.astype(p.dtype).reshape(examples, -1)
-    found = jnp.tensordot(p, y, ([stack], [0])) / examples
+    examples, y = math.prod(y.shape[:batch]), y.astype(p.dtype)
+    over = (list(range(stack, stack + batch)), list(range(batch)))
+    found = jnp.tensordot(p, y, over) / examples
     unit = 1 / (node.scale * node.repeats)
-    moved = _power(y, 1)
-    squares = _power(p, stack + 1) @ moved / examples
-    signs = None if amplitude is None else amplitude.reshape(*node.stack, examples) ** 2 - 1
+    moved = _power(y, batch)
+    squares = jnp.tensordot(_power(p, stack + batch), moved, over) / examples
     return Estimate(
-        jacobian=_along(unit, found).reshape(node.b.shape),
+        jacobian=_along(unit, found),
         variance=jnp.square(unit) * (squares - _power(found, stack)) / (examples - 1) if examples > 1 else None,
-        part=None if signs is None else signs @ moved / (examples * _DEPTH**2),
+        part=None if amplitude is None else jnp.tensordot(amplitude**2 - 1, moved, over) / (examples * _DEPTH**2),
         whole=jnp.full(node.stack, jnp.mean(moved)),
     )
 
