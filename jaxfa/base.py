@@ -210,8 +210,8 @@ class ForwardPass(NamedTuple):
     Attributes:
       run: ``taps -> logits`` with ``taps[l]`` added to ``h_l``; the object is called as this is.
       moved: ``(key, noise) -> `` how each ``h_l`` moves, to first order, if the parameters since the taps before it
-        move by ``noise(key, shape, dtype)``, as a tree of the feedback's shape; None where they have no fewer entries
-        than an example's ``h_l``; axes that the logits share count as examples.
+        move by their parts of one ``noise(key, shape, dtype)``, as a tree of the feedback's shape; None where they have
+        no fewer entries than an example's ``h_l``; axes that the logits share count as examples.
     """
 
     run: Callable[[Any], jax.Array]

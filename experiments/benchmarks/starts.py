@@ -52,14 +52,14 @@ def study(config: Config, histories: Histories) -> Study:
 def measure(network: str, methods: tuple[str, ...]) -> Measured:
     """What each rule's start takes on one network, or why the network can't have the rule."""
     workload = WORKLOADS[network]
-    first = start(workload, Setting(None))
+    first = start(workload, Setting(None))  # a process compiles its first program more slowly than all others
     assert first is not None
-    found: Measured = {PLAIN: _row(first)}
-    model = workload.make(nnx.Rngs(0))
-    for name in methods:
+    model, found = workload.make(nnx.Rngs(0)), {}
+    rules = {PLAIN: None} | {name: METHODS[name].rule() for name in methods}
+    for name, rule in rules.items():
         jax.clear_caches()  # from nothing, but that all have one network
         try:
-            found[name] = _row(begin(workload, Setting(METHODS[name].rule()), model, dict(first.seconds)))
+            found[name] = _row(begin(workload, Setting(rule), model, dict(first.seconds)))
         except ValueError as error:
             found[name] = {"refused": _reason(str(error).splitlines())}
     return found

@@ -61,8 +61,8 @@ def test_weights_are_perturbed_where_they_are_fewer_and_by_themselves_alone():
     model, x = Net(nnx.Rngs(0)), images()
     bias = jnp.asarray([0.3, -0.2, 0.1])
 
-    def noise(key, shape, dtype):
-        return bias.astype(dtype) if shape == bias.shape else jnp.ones(shape, dtype)
+    def noise(key, shape, dtype):  # one for all weights that are perturbed, bias first
+        return jnp.concatenate([bias.astype(dtype), jnp.ones(shape[0] - 3, dtype)])
 
     found = moved(model, x, noise)
     assert found.pop("head") is None  # the second kernel and its bias, 140, are more than a map of 45

@@ -84,9 +84,13 @@ def test_weights_noise_is_drawn_where_these_are_fewer_and_moves_activations_to_f
     net, _, _, drawn, shifts = phase
     sizes = [math.prod(p["w"].shape) + len(p["b"]) for p in net.params[:-1]]
     assert [size < math.prod(x.shape[1:]) for size, x in zip(sizes, net.xs[1:-1], strict=True)] == FEWER
-    assert drawn.keys() == {p[name].shape for p in net.params[:2] for name in ("w", "b")}
-    for i, shift in enumerate(shifts[:2]):
-        close(shift, phases.moved_by(net, i, drawn[SHAPES[i]], drawn[SHAPES[i][-1:]]))
+    shapes = [p[name].shape for p in net.params[:2] for name in ("b", "w")]
+    (noise,) = drawn.values()
+    each = np.split(noise, np.cumsum([math.prod(shape) for shape in shapes]))
+    assert not each.pop().size  # all of it is some weight's
+    b0, w0, b1, w1 = (one.reshape(shape) for one, shape in zip(each, shapes, strict=True))
+    for i, (shift, w, b) in enumerate(zip(shifts, (w0, w1), (b0, b1), strict=False)):
+        close(shift, phases.moved_by(net, i, w, b))
     # The second's own weights alone move it, not what the first layer's noise does there.
     together = shifts[1] + net.slope(1) * net.layers[1](shifts[0], net.w[1])
     assert np.abs(together - shifts[1]).max() > 0.1

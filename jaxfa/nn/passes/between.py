@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.interpreters.partial_eval import dce_jaxpr
@@ -70,10 +71,12 @@ def moved_by_weights(
     seen, logits = jax.eval_shape(run, structs(weights))
     sizes = jax.tree.map(lambda h: math.prod(h.shape[shared_axes(h, logits) :]), seen)
     fewer, perturbed = _fewer(moved, sizes, structs(weights))
-    keys = jax.random.split(key, len(leaves))
+    # One draw for all: each of so small ones would take longer to compile than a layer.
+    counts = [leaf.size if moves else 0 for leaf, moves in zip(leaves, perturbed, strict=True)]
+    parts = jnp.split(noise(key, (sum(counts),), jnp.result_type(*leaves)), np.cumsum(counts)[:-1])
     changes = [
-        noise(one, leaf.shape, leaf.dtype) if moves else jnp.zeros_like(leaf)
-        for one, leaf, moves in zip(keys, leaves, perturbed, strict=True)
+        part.reshape(leaf.shape).astype(leaf.dtype) if moves else jnp.zeros_like(leaf)
+        for part, leaf, moves in zip(parts, leaves, perturbed, strict=True)
     ]
     all_moved = moved(weights, jax.tree.unflatten(structure, changes))
     found = jax.tree.map(lambda h, chosen: h if chosen else None, all_moved, fewer)
