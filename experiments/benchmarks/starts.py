@@ -31,7 +31,7 @@ Measured = dict[str, dict[str, Any]]
 class Config(Options):
     """The networks and the rules."""
 
-    networks: Annotated[tuple[str, ...], among(WORKLOADS)] = ("resnet20", "resnet56", "decoder", "vgg13")
+    networks: Annotated[tuple[str, ...], among(WORKLOADS)] = ("resnet20", "decoder", "vgg13", "resnet56")
     """The networks on which rules are put."""
     methods: Annotated[tuple[str, ...], among(METHODS)] = tuple(METHODS)
     """The rules that are put on each of them."""

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.nn import initializers
@@ -110,12 +111,11 @@ def auglocal(*, depth: int = 3, pyramid: float = 0.5, learning_rate: float = 1e-
                 "or tell init(key, h, logits, above=layers, below=how many taps come before)."
             )
         layers = [above[i] for i in sampled(len(above), below, depth, pyramid)]
-        key, *keys = jax.random.split(key, 1 + len(layers))
+        key, params_key, *keys = jax.random.split(key, 2 + len(layers))
         leading, made = logits.ndim - 1, []
-        for layer, one in zip(layers, keys, strict=True):
-            adapter_key, params_key = jax.random.split(one)
-            sides, adapter = _adapter(adapter_key, h, layer.x, leading)
-            params, state = redrawn(params_key, layer.w[0]), jax.tree.map(jnp.copy, layer.w[1])
+        for layer, one, params in zip(layers, keys, redrawn(params_key, [layer.w[0] for layer in layers]), strict=True):
+            sides, adapter = _adapter(one, h, layer.x, leading)
+            state = jax.tree.map(jnp.copy, layer.w[1])
             made.append((adapter, params, state, layer.op, sides))
             h = jax.eval_shape(lambda x, *p, op=layer.op: op(x, p), layer.x, params, state)
         columns: Any = zip(*made, strict=True) if made else [()] * 5
@@ -140,14 +140,17 @@ def sampled(above: int, below: int, depth: int, pyramid: float) -> list[int]:
 def redrawn(key: jax.Array, params: Any) -> Any:
     """Parameters with the entries of every array in another order."""
     leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    return jax.tree.unflatten(
-        structure,
-        [
-            jax.random.permutation(one, leaf.reshape(-1)).reshape(leaf.shape)
-            for one, leaf in zip(keys, leaves, strict=False)
-        ],
-    )
+    sizes = [leaf.size for leaf in leaves]
+    words = jnp.split(jax.random.bits(key, (sum(sizes),), jnp.uint32), np.cumsum(sizes)[:-1])
+    alike: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        alike.setdefault((leaf.size, leaf.dtype), []).append(i)
+    # One draw, and arrays of one size side by side: each draw and each sort takes longer to compile than a layer.
+    for places in alike.values():
+        both = [jnp.stack([arrays[i].reshape(-1) for i in places]) for arrays in (words, leaves)]
+        for i, one in zip(places, lax.sort(both, num_keys=1)[1], strict=True):
+            leaves[i] = one.reshape(leaves[i].shape)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _adapter(key: jax.Array, h: Any, expected: Any, leading: int) -> tuple[tuple[int, ...], jax.Array | None]:
