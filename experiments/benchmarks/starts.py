@@ -35,6 +35,8 @@ class Config(Options):
     """The networks on which rules are put."""
     methods: Annotated[tuple[str, ...], among(METHODS)] = tuple(METHODS)
     """The rules that are put on each of them."""
+    keep_programs: bool = False
+    """Compiled programs are kept in the user's cache folder, so that no later run measures how they are made."""
 
 
 def study(config: Config, histories: Histories) -> Study:
