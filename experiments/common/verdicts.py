@@ -20,6 +20,7 @@ WHY = {
     "hours": "it takes some hours of one core",
     "long": "more rounds of the same",
     "large": "it takes a large machine",
+    "deep": "the same in a deeper network",
 }
 _MANY = 8
 _TESTS = {"test": 10_000, "validation": 5_000}  # images of both CIFARs, and hardly more or less of MNIST
