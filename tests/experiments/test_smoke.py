@@ -82,7 +82,7 @@ STUDIES = {
         "sketch": 64,
         "probe": 8,
     },
-    "starts": {"networks": ("mlp",), "methods": ("fa", "dfa")},
+    "starts": {"networks": ("mlp",), "methods": ("fa", "dfa"), "rounds": 1},
     "steps": {"networks": ("mlp",), "deep": ("lenet",), "starts": 1, "rounds": 2},
     "ssa_networks": {"networks": ("mlp",), "energy": 0.7, "multiple": 2, "shrink": 1},
 }
