@@ -6,7 +6,7 @@ from jaxfa.base import Operation
 
 
 def counts_outputs_last(op: Operation, x: jax.Array, w: jax.Array, shape: tuple[int, ...]) -> bool:
-    """Whether ``w``'s last axis counts the outputs, as does the result's, of a shape, on its own.
+    """Whether the last axes of ``w`` and of the result, of this shape, count the outputs and nothing else does.
 
     Only then is ``op`` the same operation with more or fewer of them. One output more tells it apart even for a square.
     """
