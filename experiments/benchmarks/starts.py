@@ -19,16 +19,13 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from experiments.benchmarks import bars
-from experiments.benchmarks.steps import starts
-from experiments.benchmarks.workloads import PLAIN, WORKLOADS, Setting, Started, begin, start
+from experiments.benchmarks.workloads import PARTS, PLAIN, WORKLOADS, Measured, Setting, Started, begin, start, starts
 from experiments.common import records
 from experiments.common.bounds import among
 from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
 from experiments.common.methods import METHODS
 
 PROMISED = {False: 1.3, True: 1.5}  # of layer-wise rules, of direct ones
-PARTS = ("attach", "trace", "compile")
-Measured = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,10 +126,10 @@ def findings(found: dict[str, Measured]) -> list[tuple[str, str]]:
 
 def rows(rules: Measured) -> list[list[str]]:
     """One network's table."""
-    table = [["", "start", "without making", *(f"{part}, s" for part in PARTS), "GFLOP", "MiB"]]
+    table = [["", "start", "without making", *(f"{part}, s" for part in PARTS[1:]), "GFLOP", "MiB"]]
     for name, ratios in starts(rules).items():
         one = rules[name]
-        parts = (f"{one['seconds'][part]:.2f}" for part in PARTS)
+        parts = (f"{one['seconds'][part]:.2f}" for part in PARTS[1:])
         counts = f"{one['gigaflops']:.2f}", f"{one['mebibytes']:.1f}"
         table.append([title(name), *(f"{ratio:.2f}" for ratio in ratios.values()), *parts, *counts])
     return table

@@ -37,14 +37,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.benchmarks import bars, ceilings, gpu_programs
-from experiments.benchmarks.workloads import EXACT, PLAIN, RULES, WORKLOADS, Started, start
+from experiments.benchmarks.workloads import EXACT, PARTS, PLAIN, RULES, WORKLOADS, Measured, Started, start, starts
 from experiments.common import records, timing
 from experiments.common.bounds import MAY_BE_EMPTY, among
 from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
 
 LARGE = "mlp-4096", "resnet20-256", "resnet18", "decoder-768"
-PARTS = ("make", "attach", "trace", "compile")
-Measured = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,18 +129,6 @@ def report(config: Config, found: dict[str, Measured]) -> Study:
     tables = [Table(f"{name}, a step", step_rows(one)) for name, one in found.items()]
     tables += [Table(f"{name}, from nothing to the first", start_rows(one)) for name, one in found.items()]
     return Study(drawn, caption, tables, findings(found), found)
-
-
-def starts(rules: Measured) -> dict[str, dict[str, float]]:
-    """How long each rule's first step takes to come, and without the model's making, as multiples of plain Flax's."""
-    seconds = {name: one["seconds"] for name, one in rules.items() if "seconds" in one}
-    # No rule has a part in the model's making.
-    making = statistics.median(one["make"] for one in seconds.values())
-    rest = {name: sum(one[part] for part in PARTS[1:]) for name, one in seconds.items()}
-    return {
-        name: {"start": (making + one) / (making + rest[PLAIN]), "without making": one / rest[PLAIN]}
-        for name, one in rest.items()
-    }
 
 
 def findings(found: dict[str, Measured]) -> list[tuple[str, str]]:
