@@ -151,14 +151,14 @@ class Local(NamedTuple):
     Attributes:
       is_weights: whether a node of a tree is such weights.
       gradient: what the optimizer is given for a parameter, by ``(g, w, b)``; ``b`` is None where it has none.
-      step: what is made of a step of weights, by ``(step, w)``.
+      step: what is made of the steps of all such weights, by ``(steps, weights)``, two lists.
       pull: the gradient of the feedback, by ``(b, w)``; None leaves it fixed.
       aligns: whether ``gradient`` is given ``b`` at all.
     """
 
     is_weights: Callable[[Any], bool]
     gradient: Callable[[Any, Any, Any], Any]
-    step: Callable[[Any, Any], Any]
+    step: Callable[[list[Any], list[Any]], list[Any]]
     pull: Callable[[Any, Any], Any] | None
     aligns: bool
 

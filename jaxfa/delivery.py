@@ -141,7 +141,7 @@ class Error(NamedTuple):
     Attributes:
       keep: what of the outputs is kept until their cotangents come; None is nothing.
       of: the error, from what was kept and the cotangents.
-      kind: its type, or None: then the run is traced once more for it.
+      kind: its likely type, or None: for that, or where it is another one, the run is traced once more.
       in_turn: whether taps wait for each other, which saves memory; not where they share a product with the error that
         is smaller than the error, which is made once.
     """
@@ -169,20 +169,27 @@ def with_error(run: Run, error: Error, tree: Any) -> Any:
 
 
 def _forward(run: Run, error: Error, tree: Any) -> tuple[Any, Any]:
-    values = jax.tree.map(lambda leaf: leaf.value, tree)
     kinds = [error.kind]
     if error.kind is None:
+        values = jax.tree.map(lambda leaf: leaf.value, tree)
         jax.eval_shape(lambda tree: kinds.append(_kind(error, run(tree, None))), values)
-    ref = jax.new_ref(zeros_of(kinds[-1]))
+    outputs, pullback = _linearised(run, kinds[-1], tree)
+    found = _kind(error, outputs)
+    if found != kinds[-1]:
+        outputs, pullback = _linearised(run, found, tree)
+    return outputs, (pullback, error.keep(outputs))
+
+
+def _linearised(run: Run, kind: Any, tree: Any) -> tuple[Any, Any]:
+    """The outputs, and a pullback with a hole for a ref of that type."""
+    ref = jax.new_ref(zeros_of(kind))
 
     def moving(learning: Any) -> Any:
-        return run(
-            jax.tree.map(lambda own, value: value if own is None else own, learning, values, is_leaf=_is_none), ref
-        )
+        return run(jax.tree.map(lambda leaf, own: leaf.value if own is None else own, tree, learning), ref)
 
     # None of what is not differentiated is, such as the model's input.
     outputs, pullback = jax.vjp(moving, jax.tree.map(lambda leaf: leaf.value if leaf.perturbed else None, tree))
-    return outputs, (jax.tree.map(lambda leaf: Hole() if leaf is ref else leaf, pullback), error.keep(outputs))
+    return outputs, jax.tree.map(lambda leaf: Hole() if leaf is ref else leaf, pullback)
 
 
 def _kind(error: Error, outputs: Any) -> Any:
@@ -193,8 +200,11 @@ def _backward(run: Run, error: Error, residuals: Any, cotangents: Any) -> Any:
     del run
     (pullback, kept), cotangents = residuals, filled(cotangents)
 
+    def is_hole(leaf: Any) -> bool:
+        return isinstance(leaf, Hole)
+
     def pull(ref: Any) -> Any:
-        return jax.tree.map(lambda leaf: ref if _is_hole(leaf) else leaf, pullback, is_leaf=_is_hole)(cotangents)
+        return jax.tree.map(lambda leaf: ref if is_hole(leaf) else leaf, pullback, is_leaf=is_hole)(cotangents)
 
     e = error.of(kept, cotangents)
     undifferentiated(_SECOND, e)
@@ -222,14 +232,6 @@ def filled(cotangents: Any) -> Any:
         return np.zeros(one.shape, one.dtype) if one.dtype == jax.dtypes.float0 else zeros_of(one.aval)
 
     return jax.tree.map(fill, cotangents)
-
-
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
-
-
-def _is_hole(leaf: Any) -> bool:
-    return isinstance(leaf, Hole)
 
 
 with_error.defvjp(_forward, _backward, symbolic_zeros=True)

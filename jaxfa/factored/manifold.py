@@ -3,7 +3,6 @@
 Absil, Mahony, Sepulchre, "Optimization Algorithms on Matrix Manifolds", 2008, https://press.princeton.edu/absil
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,15 +12,17 @@ from jax import lax
 
 # The distance from which two of Newton and Schulz's steps, which square it, end at rounding.
 _NEAR = 1e-4
+# The distance up to which columns have a tangent space, of what rounds to half precision, too.
+_ROUGHLY = 0.1
 
 
 def stiefel(*, retract: bool = True, project: bool = True) -> optax.GradientTransformation:
     """Keeps matrices orthonormal: ``d <- d - u sym(u^T d)``, then ``u <- polar(u + d)``; the last link of a chain.
 
-    Orthonormal columns stay so. Any others, dependent or zero, become so at the first step, which sets out from the
-    nearest orthonormal ones; columns too large for the sum ``u + d`` to be exact, at the second. An optimizer that
-    changes a gradient's direction, such as Adam, should be given the projected one, or it rests elsewhere than at the
-    optimum: ``optax.chain(stiefel(retract=False), optax.adam(...), stiefel())``.
+    Orthonormal columns stay so. Any others, dependent or zero, become so at the first step, which is not projected;
+    columns too large for the sum ``u + d`` to be exact, at the second. An optimizer that changes a gradient's
+    direction, such as Adam, should be given the projected one, or it rests elsewhere than at the optimum:
+    ``optax.chain(stiefel(retract=False), optax.adam(...), stiefel())``.
 
     Args:
       retract: whether the step ends on the manifold; else it is taken as it is, so that ``u^T u`` drifts by ``d^T d``.
@@ -53,20 +54,24 @@ def stiefel(*, retract: bool = True, project: bool = True) -> optax.GradientTran
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("stiefel needs the parameters: call update(updates, state, params).")
-        return jax.tree.map(partial(kept, retract=retract, project=project), updates, params), state
+        jax.tree.map(_check, params)
+        return kept(updates, params, retract=retract, project=project), state
 
     return optax.GradientTransformation(init, update)
 
 
-def kept(d: jax.Array, u: jax.Array, *, retract: bool, project: bool = True) -> jax.Array:
-    """A step ``d`` of ``u`` as :func:`stiefel` takes it."""
-    _check(u)
-    wide = jnp.promote_types(u.dtype, jnp.float32)
-    d, own = d.astype(wide), u.astype(wide)
+def kept(steps: Any, params: Any, *, retract: bool, project: bool = True) -> Any:
+    """Steps of matrices as :func:`stiefel` takes them, in one loop for all: a loop takes long to compile."""
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+
+    d, own = wide(steps), wide(params)
     with jax.default_matmul_precision("highest"):
-        base = orthonormal(own) if retract else own
-        d = tangent(base, d) if project else d
-        return (polar(base, d) - own if retract else d).astype(u.dtype)
+        if project:
+            d = jax.tree.map(_tangent_if_any if retract else tangent, own, d)
+        d = jax.tree.map(jnp.subtract, polar(own, d), own) if retract else d
+    return jax.tree.map(lambda d, u: d.astype(u.dtype), d, params)
 
 
 def _check(u: Any) -> None:
@@ -82,29 +87,18 @@ def tangent(u: jax.Array, step: jax.Array) -> jax.Array:
     return step - u @ (inner + inner.mT) / 2
 
 
-def polar(u: jax.Array, step: jax.Array) -> jax.Array:
-    """The polar retraction: the nearest orthonormal columns to ``u + d``, of orthonormal ``u`` and any ``d``."""
-    return _nearest(u + step)
+def _tangent_if_any(u: jax.Array, step: jax.Array) -> jax.Array:
+    """The same; of columns that are not orthonormal the step itself."""
+    return jnp.where(_distance(u.mT @ u) < _ROUGHLY, tangent(u, step), step)
+
+
+def polar(u: Any, step: Any) -> Any:
+    """The polar retraction: the nearest orthonormal columns to ``u + d``, for arrays or trees of them."""
+    return _nearest(jax.tree.map(jnp.add, u, step))
 
 
 @jax.jit
-def orthonormal(u: jax.Array) -> jax.Array:
-    """The nearest orthonormal columns to ``u``; ``u`` itself, bit for bit, if its own are orthonormal to 1e-4.
-
-    Args:
-      u: any columns, ``(..., n, r)`` with ``r <= n``; they may be dependent, or zero.
-    """
-
-    def is_off(state: tuple[jax.Array, jax.Array]) -> jax.Array:
-        u, is_first = state
-        return is_first & ~_is_near(u.mT @ u)
-
-    # A loop of one round at most: under vmap a cond would run it for all, though none needs it.
-    return lax.while_loop(is_off, lambda state: (_nearest(state[0]), jnp.array(False)), (u, jnp.array(True)))[0]
-
-
-@jax.jit
-def _nearest(y: jax.Array) -> jax.Array:
+def _nearest(tree: Any) -> Any:
     """The nearest orthonormal columns, ``y (y^T y)^(-1/2)``, by Newton and Schulz's iteration.
 
     ``y <- y (3 - y^T y) / 2``, matrix products alone, once the largest singular value is at most one. A ``y`` that has
@@ -112,25 +106,32 @@ def _nearest(y: jax.Array) -> jax.Array:
     (Higham, "Functions of Matrices", 2008, https://epubs.siam.org/doi/book/10.1137/1.9780898717778)
     """
 
-    def is_far(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        _, gram, count = state
-        return (count < 200) & ~_is_near(gram)
+    def is_far(state: tuple[Any, Any, jax.Array]) -> jax.Array:
+        _, grams, count = state
+        far = [_distance(gram).max() > _NEAR for gram in grams]
+        return (count < 200) & jnp.array(far).any()
 
-    def closer(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        y, gram, count = state
-        y = y @ (3 * _identity(gram) - gram) / 2
-        return y, y.mT @ y, count + 1
+    def closer(state: tuple[Any, Any, jax.Array]) -> tuple[Any, Any, jax.Array]:
+        ys, grams, count = state
+        ys = [y @ (3 * _identity(gram) - gram) / 2 for y, gram in zip(ys, grams, strict=True)]
+        return ys, [y.mT @ y for y in ys], count + 1
 
+    ys, structure = jax.tree.flatten(tree)
+    with jax.default_matmul_precision("highest"):
+        ys = list(map(_bounded, ys))
+        state = lax.while_loop(is_far, closer, (ys, [y.mT @ y for y in ys], jnp.zeros((), int)))
+        return jax.tree.unflatten(structure, closer(closer(state))[0])  # each squares what is left of the distance
+
+
+def _bounded(y: jax.Array) -> jax.Array:
+    """Columns of the same direction whose largest singular value is at most one."""
     # A hash of the place, which does as well as random numbers: of the size of rounding, it parts dependent columns.
     place = lax.iota(jnp.uint32, y.size).reshape(y.shape)
     noise = (place * place * jnp.uint32(2654435761) >> 8).astype(y.dtype) / 2**23 - 1
-    with jax.default_matmul_precision("highest"):
-        # Divided by its size, nothing is squared to zero or infinity.
-        y = _divided(y, jnp.abs(y).max((-2, -1), keepdims=True)) + 2 * jnp.finfo(y.dtype).eps * noise
-        # The largest row sum bounds the largest eigenvalue of y^T y.
-        y = _divided(y, jnp.sqrt(jnp.abs(y.mT @ y).sum(-1, keepdims=True).max(-2, keepdims=True)))
-        state = lax.while_loop(is_far, closer, (y, y.mT @ y, jnp.zeros((), int)))
-        return closer(closer(state))[0]  # each squares what is left of the distance
+    # Divided by its size, nothing is squared to zero or infinity.
+    y = _divided(y, jnp.abs(y).max((-2, -1), keepdims=True)) + 2 * jnp.finfo(y.dtype).eps * noise
+    # The largest row sum bounds the largest eigenvalue of y^T y.
+    return _divided(y, jnp.sqrt(jnp.abs(y.mT @ y).sum(-1, keepdims=True).max(-2, keepdims=True)))
 
 
 def random_orthonormal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -147,8 +148,9 @@ def _columns(drawn: jax.Array) -> jax.Array:
     return jnp.linalg.qr(drawn)[0]
 
 
-def _is_near(gram: jax.Array) -> jax.Array:
-    return jnp.abs(gram - _identity(gram)).max() <= _NEAR
+def _distance(gram: jax.Array) -> jax.Array:
+    """How far columns of these inner products are from orthonormal ones, ``(..., 1, 1)``."""
+    return jnp.abs(gram - _identity(gram)).max((-2, -1), keepdims=True)
 
 
 def _identity(gram: jax.Array) -> jax.Array:

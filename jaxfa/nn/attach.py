@@ -97,7 +97,7 @@ def attach(
     advice = Advice(model, rule, call, lambda at: _refusal(model, rule, at, call, schedule))
     refuse_at_end(found.at_end, found.rest, advice)
     if call.example is not None:
-        table = cover(quiet(attached, found.error), call.example, found.seen)
+        table = cover(quiet(attached, is_run=False), call.example, found.seen)
         table.refuse(advice.for_all() if table.violations and schedule is stored else "")
     return attached
 
@@ -112,7 +112,7 @@ def _attach(
         model = factorise_chosen(model, rule.weights, _chooser(at))
     put: Any = put_direct if is_direct(rule) else _put_layerwise
     found = put(model, rule, rngs, at, call)
-    options = call._asdict() | {"allow": (*call.allow, *found.backprop), "note": found.note}
+    options = call._asdict() | {"allow": (*call.allow, *found.backprop), "note": found.note, "error": found.error}
     return Attached(model, rule, own=found.own, forward=forward_by(schedule, model, rule), **options), found
 
 
@@ -122,7 +122,7 @@ def _refusal(model: Any, rule: Rule, at: tuple[str, ...], call: Call, schedule: 
         attached, found = _attach(model, rule, nnx.Rngs(0), at, call, schedule=schedule)
         refuse_at_end(found.at_end)
         if call.example is not None:
-            cover(quiet(attached, found.error), call.example, found.seen).refuse()
+            cover(quiet(attached, is_run=False), call.example, found.seen).refuse()
     except (TypeError, ValueError) as error:
         lines = str(error).splitlines()
         return next((line for line in lines if line.startswith("- ")), lines[0]).removeprefix("- ")

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
@@ -51,7 +52,8 @@ class Attached(nnx.Module):
         self.forward = nnx.static(options.get("forward"))
         self.note: str = options.get("note", "")
         self.phase = nnx.static(Phase())
-        self.error = nnx.static(None)  # the error's type, where it is known before a call
+        error = options.get("error")  # of the example
+        self.error = nnx.static(error and jax.typeof(jnp.zeros(error.shape, error.dtype)))
         self.in_turn = True  # whether a direct rule's taps wait for each other, which saves memory
         self.is_local = False  # whether a direct rule's audit tells products of parameters from layers
         # By the path of the parameter, so that an optimizer sees whose weights a feedback stands for.

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxfa.base import Rule, keep
@@ -47,15 +46,15 @@ def how_it_learns(rule: Rule, feedback: Any) -> str:
     return "from the batch" if learns_from_gradients(feedback) else "at every update"
 
 
-def quiet(attached: Any, error: Any = None) -> Any:
-    """A copy that says nothing when it is differentiated: what is measured is no step.
+def quiet(attached: Any, *, is_run: bool = True) -> Any:
+    """A copy that says nothing when it is differentiated: what is measured is no step; what is never run, in no order.
 
-    A call whose error has a known shape need not be traced for that; it is looked at and never run, in any order.
+    Args:
+      attached: the model.
+      is_run: whether the copy's gradient will be run, or looked at alone.
     """
     copy = nnx.clone(attached)
-    copy.phase = nnx.static(None)
-    copy.in_turn = error is None
-    copy.error = nnx.static(error and jax.typeof(jnp.zeros(error.shape, error.dtype)))
+    copy.phase, copy.in_turn = nnx.static(None), is_run
     return copy
 
 

@@ -42,7 +42,7 @@ def local(tx: optax.GradientTransformation, rule: Local) -> optax.GradientTransf
             raise ValueError("This rule's weights learn locally: call update(updates, state, (params, feedback)).")
         gradients = _gradients(rule, updates[0], params, feedback)
         found, weights = tx.update(gradients, state.params, params, **extra)
-        found = jax.tree.map(lambda step, w: _stepped(rule, step, w), found, params, is_leaf=rule.is_weights)
+        found = _stepped(rule, found, params)
         still = jax.tree.map(jnp.zeros_like, updates[1])
         if rule.pull is None:
             return (found, still), OptimizerState(weights, state.feedback)
@@ -68,11 +68,15 @@ def _gradients(rule: Local, gradients: Any, params: Any, feedback: Any) -> Any:
     return jax.tree.map(learn, gradients, params, is_leaf=rule.is_weights)
 
 
-def _stepped(rule: Local, step: Any, w: Any) -> Any:
-    """A step of zero, such as of frozen or accumulating weights, ends where it began."""
-    if not rule.is_weights(w):
-        return step
-    return jax.tree.map(lambda step, after: jnp.where(moved(step), after, step), step, rule.step(step, w))
+def _stepped(rule: Local, steps: Any, params: Any) -> Any:
+    """The weights' steps by the rule. One of zero, such as of frozen or accumulating weights, ends where it began."""
+    structure: Any
+    weights, structure = jax.tree.flatten(params, is_leaf=rule.is_weights)
+    found = structure.flatten_up_to(steps)
+    own = [i for i, w in enumerate(weights) if rule.is_weights(w)]
+    for i, after in zip(own, rule.step([found[i] for i in own], [weights[i] for i in own]), strict=True):
+        found[i] = jax.tree.map(lambda step, after: jnp.where(moved(step), after, step), found[i], after)
+    return jax.tree.unflatten(structure, found)
 
 
 def _beside(params: Any, feedback: Any, is_weights: Callable[[Any], bool], make: Callable[[Any, Any], Any]) -> Any:

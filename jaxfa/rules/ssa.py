@@ -192,8 +192,11 @@ def _learn(alpha: float, beta: float, gamma: float, *, project: bool, retract: b
             g = _columns(lambda d, u: kept(d, u, retract=False), g, w)
         return _columns(lambda d, u: d + gamma * _orthogonality(u), g, w) if gamma else g
 
-    def step(d: Factors, w: Factors) -> Factors:
-        return _columns(lambda d, u: kept(d, u, retract=True, project=project), d, w) if retract else d
+    def step(steps: list[Factors], weights: list[Factors]) -> list[Factors]:
+        if not retract:
+            return steps
+        columns = kept(*([(one.u, one.v) for one in ones] for ones in (steps, weights)), retract=True, project=project)
+        return [replace(d, u=u, v=v) for d, (u, v) in zip(steps, columns, strict=True)]
 
     def towards(w: Factors, to: Factors) -> Factors:
         return jax.tree.map(lambda a, b: 2 * beta * (a - b.astype(a.dtype)), w, to)
@@ -227,7 +230,13 @@ def _turned(key: jax.Array, w: Factors, scale: float) -> Factors:
         raise ValueError(
             f"ssa needs factored weights, jaxfa.factored.factorise(w), got {type(w).__name__} of shape {w.shape}."
         )
-    w, keys = _not_zero(w), jax.random.split(key)
+    # Layers of one shape are traced once: their names differ.
+    return replace(_turned_alike(key, replace(_not_zero(w), name=""), scale), name=w.name)
+
+
+@jax.jit
+def _turned_alike(key: jax.Array, w: Factors, scale: float) -> Factors:
+    keys = jax.random.split(key)
     u, v = (
         random_orthonormal(key, one.shape, w.dtype).astype(w.dtype) for key, one in zip(keys, (w.u, w.v), strict=True)
     )

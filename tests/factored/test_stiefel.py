@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import jaxfa
-from jaxfa.factored.manifold import orthonormal, polar, random_orthonormal, tangent
+from jaxfa.factored.manifold import polar, random_orthonormal, tangent
 from jaxfa.jaxprs.versions import equations, opened
 
 KEYS = jax.random.split(jax.random.PRNGKey(0), 2)
@@ -77,12 +77,40 @@ def test_from_any_start_columns_are_orthonormal_after_the_first_step(first):
 def test_the_nearest_orthonormal_columns_to_dependent_ones_keep_what_these_say(x64):
     u, d = start()
     left, sizes, right = jnp.linalg.svd(d, full_matrices=False)
-    got = orthonormal(left @ jnp.diag(sizes.at[2:].set(0)) @ right)
+    dependent = left @ jnp.diag(sizes.at[2:].set(0)) @ right
+    got = polar(dependent, 0 * d)
     assert off(got) < 1e-13
     chex.assert_trees_all_close(got @ right[:2].T, left[:, :2], atol=1e-13)
-    assert orthonormal(u).tobytes() == u.tobytes()
     stacked = jnp.stack([u, jnp.zeros_like(u)])
-    assert max(off(jax.vmap(orthonormal)(stacked)[1]), off(orthonormal(stacked)[1])) < 1e-13
+    for found in (jax.vmap(polar)(stacked, 0 * stacked), polar(stacked, 0 * stacked)):
+        chex.assert_trees_all_close(found[0], u, atol=1e-14)
+        assert off(found[1]).max() < 1e-13
+
+
+def test_matrices_of_several_shapes_step_in_one_loop_each_as_if_alone(x64):
+    (u, d), tx = start(), jaxfa.factored.stiefel()
+    alone = {"near": (u, 1e-3 * d), "far": (u[:, :2], 100 * d[:, :2]), "off": (2 * d, u)}
+    steps, params = ({name: pair[i] for name, pair in alone.items()} for i in (1, 0))
+    updates, _ = tx.update(steps, tx.init(params), params)
+    for name, (own, step) in alone.items():
+        along = tangent(own, step) if name != "off" else step
+        left, _, right = jnp.linalg.svd(own + along, full_matrices=False)
+        chex.assert_trees_all_close(own + updates[name], left @ right, atol=1e-12)
+    made = equations(opened(jax.make_jaxpr(lambda: tx.update(steps, tx.init(params), params))()))
+    assert sum(eqn.primitive.name == "while" for eqn in made) == 1
+
+
+def test_columns_rounded_to_half_precision_still_step_along_the_manifold():
+    u, d = (array.astype(jnp.bfloat16) for array in start())
+    assert off(u.astype(jnp.float32)) > 1e-4
+    along, across = (
+        jaxfa.factored.stiefel(retract=True, project=project).update(d, optax.EmptyState(), u)[0].astype(jnp.float32)
+        for project in (True, False)
+    )
+    wide = [array.astype(jnp.float32) for array in (u, d)]
+    expected = polar(wide[0], tangent(*wide)) - wide[0]
+    chex.assert_trees_all_close(along, expected, atol=1e-2)
+    assert jnp.abs(across - expected).max() > 0.1
 
 
 def test_outside_of_jit_a_second_step_compiles_nothing(caplog):

@@ -9,7 +9,9 @@ from flax import nnx
 
 import jaxfa
 import jaxfa.nn
+from jaxfa.base import feedback_dataclass
 from jaxfa.nn.weights.contraction import sites_of
+from jaxfa.nn.weights.views import Whole
 from jaxfa.rules.shared.lowrank import LowRank
 from tests.networks import TRAINED
 
@@ -221,3 +223,46 @@ def test_a_glob_of_a_rule_that_matches_nothing_is_refused(rule):
     model = Pair(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), 4, nnx.Rngs(1))
     with pytest.raises(ValueError, match=r"the rule's globs=\['haed'\] matches nothing"):
         jaxfa.nn.attach(model, rule, rngs=nnx.Rngs(3), example=jnp.ones((3, 4)))
+
+
+class Tower(nnx.Module):
+    """Four layers of one shape."""
+
+    def __init__(self, **options):
+        self.layers = nnx.List([nnx.Linear(4, 4, **options, rngs=nnx.Rngs(i)) for i in range(4)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = jnp.tanh(layer(x))
+        return x
+
+
+def test_layers_that_are_alike_are_traced_once(monkeypatch):
+    @feedback_dataclass
+    class Own(jaxfa.FixedFeedback):
+        """Of no other test, so that nothing is known of it."""
+
+    bound, bind = [], Whole.bind
+    monkeypatch.setattr(Whole, "bind", lambda *args: bound.append(args) or bind(*args))
+    model, x = Tower(), jnp.ones((3, 4))
+    attached = jaxfa.nn.attach(model, jaxfa.LayerRule(lambda key, w: Own(w)), rngs=nnx.Rngs(1), example=x)
+    found = nnx.grad(lambda model: model(x).sum())(attached)
+    assert len(bound) == 1
+    true = nnx.grad(lambda model: model(x).sum())(model)
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(found)["model"], nnx.to_pure_dict(true))
+
+
+def test_an_operation_of_the_users_own_may_change_from_call_to_call():
+    def dot_general(*args, **kwargs):
+        return scales[-1] * jax.lax.dot_general(*args, **kwargs)
+
+    scales, x = [1.0], jnp.ones((3, 4))
+    attached = jaxfa.nn.attach(Tower(dot_general=dot_general), jaxfa.fa(), rngs=nnx.Rngs(1), example=x)
+    for scale in (1.0, 0.5):
+        scales.append(scale)
+        found, true = (
+            nnx.value_and_grad(lambda model: model(x).sum())(model) for model in (attached, jaxfa.nn.plain(attached))
+        )
+        np.testing.assert_array_equal(found[0], true[0])
+        last = [grads["layers"][3]["kernel"][...] for grads in (found[1]["model"], true[1])]
+        np.testing.assert_array_equal(*last)

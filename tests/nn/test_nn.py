@@ -102,7 +102,7 @@ def test_taps_wait_for_each_other_only_where_a_gradient_is_run():
         graph, state = nnx.split(model)
         return sum(eqn.primitive.name == "optimization_barrier" for eqn in equations(opened(program(state))))
 
-    looked_at = quiet(attached, jax.ShapeDtypeStruct((9, 3), "float32"))
+    looked_at = quiet(attached, is_run=False)
     assert (waiting(attached), waiting(quiet(attached)), waiting(looked_at)) == (2, 2, 0)
 
 
@@ -129,6 +129,25 @@ def test_nothing_is_traced_again_from_step_to_step():
         params, feedback, rest = step(params, feedback, rest, x)
     assert len(traces) == 1
     assert not np.array_equal(mean, rest["model"]["norm"]["mean"][...])  # BatchNorm's statistics moved
+
+
+def test_a_direct_rules_gradient_traces_the_model_once_where_its_example_tells_the_error():
+    runs = []
+
+    class Counted(MLP):
+        def __call__(self, x):
+            runs.append(x.shape)
+            return super().__call__(x)
+
+    attached = attach(Counted(nnx.Rngs(0)), jaxfa.dfa(), inputs(9, 6))
+    last = attached.model.fc3
+    for x, dtype, count in ((inputs(9, 6), None, 1), (inputs(4, 6), None, 2), (inputs(9, 6), jnp.bfloat16, 2)):
+        last.dtype = dtype  # what the example says of the error is not so: the model is traced again
+        runs.clear()
+        found = nnx.grad(loss)(attached, x)["model"]["fc3"]["kernel"]
+        assert len(runs) == count
+        true = nnx.grad(loss)(jaxfa.nn.plain(attached), x)["fc3"]["kernel"]
+        np.testing.assert_array_equal(found[...], true[...])
 
 
 def test_seeds_by_vmap_are_the_seeds_one_by_one():

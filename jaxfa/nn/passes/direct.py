@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxfa.delivery import Error, with_error
 from jaxfa.jaxprs.follow import with_local_products
-from jaxfa.nn.model.program import Program, method_of
+from jaxfa.nn.model.program import Example, Program, method_of
 from jaxfa.nn.passes.output import OutputError
 from jaxfa.nn.passes.refined import bound
 from jaxfa.nn.taps.tap import Channel, set_taps
@@ -44,7 +44,8 @@ def call_direct(attached: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
     in_turn = attached.in_turn and not any(one.is_made_once for one in output.feedbacks)
     try:
-        error = Error(lambda outputs: output.keep(outputs[0]), error_of, attached.error, in_turn)
+        likely = attached.error if Example.of(args, kwargs) == attached.example else None
+        error = Error(lambda outputs: output.keep(outputs[0]), error_of, likely, in_turn)
         return program.finish(*with_error(run, error, tuple(program.states)))
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(

@@ -15,7 +15,7 @@ from jaxfa.jaxprs.contractions import layer_scope
 from jaxfa.nn.model.program import is_transformed
 from jaxfa.nn.model.variables import REFUSAL, Feedback, Recorder, intercept, modules_of, release
 from jaxfa.nn.weights.factored import Factored
-from jaxfa.nn.weights.views import Call, Factorised, Groups, Matrices, Whole, of_einsum, roles
+from jaxfa.nn.weights.views import Call, Factorised, Groups, Matrices, View, Whole, of_einsum, roles
 from jaxfa.ops import with_feedback
 
 
@@ -28,7 +28,7 @@ class Site(NamedTuple):
     attribute: str
     operation: Callable[..., jax.Array]
     shape: tuple[int, ...]
-    view: Whole | Groups | Matrices | Factorised
+    view: View
 
     def stack(self, kernel: jax.Array) -> tuple[int, ...]:
         """The leading axes of a kernel that count the layers of a stack; ``()`` for a single layer."""
@@ -123,18 +123,18 @@ class Contraction(nnx.Module):
                 return self.site.operation(*args, **kwargs)
         lead = int(isinstance(args[0], str))
         before, (x, kernel), after = args[:lead], args[lead : lead + 2], args[lead + 2 :]
-        call = Call(self.site.operation, before, after, kwargs)
-        bound = self._view(*before or [None]).bind(call, x)
-        inputs, run = bound.split(x), with_feedback(bound.op)
-        for _ in range(self.site.view.batch):
-            run = jax.vmap(run)
+        call = Call(self.site.operation, before, tuple(map(_frozen, after)), tuple(sorted(kwargs.items())))
+        view, feedback = self._view(*before or [None]), self.feedback.get_value()
         if self.recorder is not None:
-            one = jax.ShapeDtypeStruct(inputs.shape[self.site.view.batch :], inputs.dtype)
+            bound = view.bind(call, x)
+            inputs = bound.split(x)
+            one = jax.ShapeDtypeStruct(inputs.shape[view.batch :], inputs.dtype)
             self.recorder.record(self.path, (bound.op, one))
-        y = bound.join(run(inputs, self.site.view.matrices(kernel), self.feedback.get_value()))
+        contract = _contract_once if is_transformed() and _is_shared(view, call, feedback) else _contract
+        y = contract(view, call, x, kernel, feedback)
         return y if self.is_audited or not is_transformed() else undifferentiated(REFUSAL.format(repr(self.path)), y)
 
-    def _view(self, subscripts: str | None) -> Whole | Groups | Matrices | Factorised:
+    def _view(self, subscripts: str | None) -> View:
         """The kernel's view by the subscripts of this call, which may be others than the layer was made with."""
         made = self.site.view
         if subscripts is None:
@@ -146,6 +146,33 @@ class Contraction(nnx.Module):
                 f"than in the subscripts that it was made with, for which its feedback is. Make the layer with these."
             )
         return asked
+
+
+def _contract(view: View, call: Call, x: jax.Array, kernel: Any, feedback: LayerFeedback) -> jax.Array:
+    """A layer's operation with the rule's backward."""
+    bound = view.bind(call, x)
+    run = with_feedback(bound.op)
+    for _ in range(view.batch):
+        run = jax.vmap(run)
+    return bound.join(run(bound.split(x), view.matrices(kernel), feedback))
+
+
+# Layers that are alike, in one network and from trace to trace, are traced once: half of the time of a rule's backward.
+_contract_once = jax.jit(_contract, static_argnums=(0, 1), inline=True)
+
+
+def _is_shared(view: View, call: Call, feedback: LayerFeedback) -> bool:
+    """Whether equal calls are one program: an operation of the user's own may read what changes between them."""
+    try:
+        hash((call, jax.tree.structure(feedback)))
+    except TypeError:
+        return False
+    return isinstance(view, Factorised) or call.operation in (lax.dot_general, lax.conv_general_dilated, jnp.einsum)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, as Flax's of a convolution's padding, as tuples, which have a hash."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def contractions_of(model: nnx.Module) -> dict[str, Contraction]:

@@ -30,7 +30,7 @@ class Product:
 
     def bound(self, x: jax.Array) -> Bound:
         """The einsum in a rule's terms."""
-        return self.view.bind(Call(jnp.einsum, (self.view.subscripts,), (), {}), x)
+        return self.view.bind(Call(jnp.einsum, (self.view.subscripts,)), x)
 
     def __call__(self, x: jax.Array, w: Any) -> jax.Array:
         """``(..., m)``."""

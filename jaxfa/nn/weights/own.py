@@ -149,7 +149,7 @@ def _bound(found: Contraction, site: OwnSite, x: Any, constants: list[Any]) -> B
         return jax.vmap(run, (None, -1), -1)(x, kernel)
 
     view = of_einsum(*_einsum(found)) if found.eqn.primitive.name == "dot_general" else site.view
-    return view.bind(Call(operation, (), (), {}), x)
+    return view.bind(Call(operation), x)
 
 
 def _last(found: Contraction) -> int:

@@ -19,13 +19,13 @@ class Call(NamedTuple):
     """One call of a layer's operation on ``(x, kernel)``, with what stands around these two."""
 
     operation: Callable[..., jax.Array]
-    before: tuple[Any, ...]
-    after: tuple[Any, ...]
-    options: dict[str, Any]
+    before: tuple[Any, ...] = ()
+    after: tuple[Any, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The layer's own operation."""
-        return self.operation(*self.before, x, kernel, *self.after, **self.options)
+        return self.operation(*self.before, x, kernel, *self.after, **dict(self.options))
 
 
 class Bound(NamedTuple):
@@ -69,7 +69,7 @@ class Groups(NamedTuple):
 
     def bind(self, call: Call, x: jax.Array) -> Bound:
         del x
-        one = call._replace(options=call.options | {"feature_group_count": 1})
+        one = call._replace(options=(*call.options, ("feature_group_count", 1)))  # in the place of the layer's own
 
         def split(x: jax.Array) -> jax.Array:
             return jnp.moveaxis(x.reshape(*x.shape[:-1], self.groups, -1), -2, 0)
@@ -141,7 +141,7 @@ class Matrices(NamedTuple):
     def _axes(self, call: Call, ndim: int) -> tuple[tuple[int, ...], Callable[[int], tuple[int, ...]]]:
         """The batch axes of ``x``; and the axes of ``y`` with the batch first and the outputs last."""
         if self.subscripts is None:
-            dimension_numbers = call.after[0] if call.after else call.options["dimension_numbers"]
+            dimension_numbers = call.after[0] if call.after else dict(call.options)["dimension_numbers"]
             return tuple(dimension_numbers[1][0]), lambda ndim: tuple(range(ndim))
         operands, _, result = self.subscripts.partition("->")
         lhs, kernel = operands.split(",")
@@ -154,6 +154,9 @@ class Matrices(NamedTuple):
             return (*batch, *rest, *outputs)
 
         return _positions(lhs, first, ndim), y_axes
+
+
+View = Whole | Groups | Matrices | Factorised
 
 
 def of_einsum(subscripts: str, shape: tuple[int, ...]) -> Whole | Matrices:
