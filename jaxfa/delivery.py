@@ -14,12 +14,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from jaxfa.base import DirectFeedback
-from jaxfa.ops import check_family, deliver
+from jaxfa.ops import check_family, deliver, deliver_for_all
 from jaxfa.order import one_by_one
 from jaxfa.varying import vary_alike, zeros_of
 
@@ -91,20 +90,6 @@ def _receive_backward(how: Callable[..., Any], residuals: Any, _: jax.Array) -> 
 _receive.defvjp(_receive_forward, _receive_backward)
 
 
-def for_each(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
-    """The shape of an activation that ``n`` examples have in common, as if each had its own."""
-    leading = next((axis for axis, size in enumerate(shape) if size != 1), len(shape))
-    return (n, *shape[leading:])
-
-
-def deliver_for_all(tree: tuple[jax.Array, DirectFeedback], e: jax.Array) -> Any:
-    """What an activation that all examples have in common and its feedback learn from the output error."""
-    p, feedback = tree
-    shape = for_each(p.shape, e.shape[0])
-    delta, signal = deliver((jnp.broadcast_to(p.reshape(shape[1:]), shape), feedback), e)
-    return delta.sum(0).reshape(p.shape), signal
-
-
 @jax.custom_vjp
 def send(h: jax.Array, ref: Any) -> jax.Array:
     """``h``; its backward writes the error that arrives at it into the ref."""
@@ -164,13 +149,12 @@ def with_error(run: Run, error: Error, tree: Any) -> Any:
 
 
 def _forward(run: Run, error: Error, tree: Any) -> tuple[Any, Any]:
-    kinds = [error.kind]
-    if error.kind is None:
+    kind = error.kind
+    if kind is None:
         values = jax.tree.map(lambda leaf: leaf.value, tree)
-        jax.eval_shape(lambda tree: kinds.append(_kind(error, run(tree, None))), values)
-    outputs, pullback = _linearised(run, kinds[-1], tree)
-    found = _kind(error, outputs)
-    if found != kinds[-1]:
+        kind = _kind(error, lambda tree: run(tree, None), values)
+    outputs, pullback = _linearised(run, kind, tree)
+    if (found := _kind(error, lambda outputs: outputs, outputs)) != kind:
         outputs, pullback = _linearised(run, found, tree)
     return outputs, (pullback, error.keep(outputs))
 
@@ -187,8 +171,16 @@ def _linearised(run: Run, kind: Any, tree: Any) -> tuple[Any, Any]:
     return outputs, jax.tree.map(lambda leaf: Hole() if leaf is ref else leaf, pullback)
 
 
-def _kind(error: Error, outputs: Any) -> Any:
-    return jax.typeof(error.of(error.keep(outputs), outputs))
+def _kind(error: Error, run: Callable[[Any], Any], tree: Any) -> Any:
+    """The type of the error that a run's outputs would have; of what is not computed, no rule can refuse the values."""
+    kinds = []
+
+    def look(tree: Any) -> None:
+        outputs = run(tree)
+        kinds.append(jax.typeof(error.of(error.keep(outputs), outputs)))
+
+    jax.eval_shape(look, tree)
+    return kinds[0]
 
 
 def _backward(run: Run, error: Error, residuals: Any, cotangents: Any) -> Any:

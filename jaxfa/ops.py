@@ -104,6 +104,20 @@ def deliver(tree: tuple[jax.Array, DirectFeedback], e: jax.Array) -> Any:
     return _cotangent(dh, h, feedback), _cotangent(signal, feedback, feedback)
 
 
+def for_each(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
+    """The shape of an activation that ``n`` examples have in common, as if each had its own."""
+    leading = next((axis for axis, size in enumerate(shape) if size != 1), len(shape))
+    return (n, *shape[leading:])
+
+
+def deliver_for_all(tree: tuple[jax.Array, DirectFeedback], e: jax.Array) -> Any:
+    """What an activation that all examples have in common and its feedback learn from the output error."""
+    p, feedback = tree
+    shape = for_each(p.shape, e.shape[0])
+    delta, signal = deliver((jnp.broadcast_to(p.reshape(shape[1:]), shape), feedback), e)
+    return delta.sum(0).reshape(p.shape), signal
+
+
 def _cotangent(tree: Any, primal: Any, feedback: Any) -> Any:
     """Casts a cotangent to its primal's dtype; a rule that returns another shape is told so."""
 

@@ -16,7 +16,7 @@ from flax.errors import TraceContextError
 from jax import lax
 
 from jaxfa.base import DirectRule, Rule
-from jaxfa.delivery import deliver_for_all, filled, is_zero
+from jaxfa.delivery import filled, is_zero
 from jaxfa.nn.model.cotangents import floats_of, is_float, products, relearned, split_floats
 from jaxfa.nn.model.leaves import at_leaves, named_floats
 from jaxfa.nn.model.program import Program, method_of
@@ -25,7 +25,7 @@ from jaxfa.nn.passes.pieces import gradient_by_pieces
 from jaxfa.nn.passes.refined import bound
 from jaxfa.nn.taps.tap import Tap, held_taps, set_taps, taps_of
 from jaxfa.nn.taps.taps import stacks_of
-from jaxfa.ops import deliver
+from jaxfa.ops import deliver, deliver_for_all
 from jaxfa.order import after
 from jaxfa.stacks.schedules import Dispatch, Schedule
 from jaxfa.varying import zeros_of

@@ -7,13 +7,13 @@ import jax
 from flax import nnx
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from jaxfa.delivery import for_each
 from jaxfa.jaxprs.versions import opened
 from jaxfa.nn.model.leaves import error_in
 from jaxfa.nn.model.program import Program, method_of
 from jaxfa.nn.model.variables import structs
 from jaxfa.nn.taps.places import true_size
 from jaxfa.nn.taps.tap import Held, Tap, set_taps
+from jaxfa.ops import for_each
 
 
 def tappable(
