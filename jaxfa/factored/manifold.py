@@ -12,14 +12,12 @@ from jax import lax
 
 # The distance from which two of Newton and Schulz's steps, which square it, end at rounding.
 _NEAR = 1e-4
-# The distance up to which columns have a tangent space, of what rounds to half precision, too.
-_ROUGHLY = 0.1
 
 
 def stiefel(*, retract: bool = True, project: bool = True) -> optax.GradientTransformation:
     """Keeps matrices orthonormal: ``d <- d - u sym(u^T d)``, then ``u <- polar(u + d)``; the last link of a chain.
 
-    Orthonormal columns stay so. Any others, dependent or zero, become so at the first step, which is not projected;
+    Orthonormal columns stay so. Any others, dependent or zero, become so at the first step by the same equations;
     columns too large for the sum ``u + d`` to be exact, at the second. An optimizer that changes a gradient's
     direction, such as Adam, should be given the projected one, or it rests elsewhere than at the optimum:
     ``optax.chain(stiefel(retract=False), optax.adam(...), stiefel())``.
@@ -69,7 +67,7 @@ def kept(steps: Any, params: Any, *, retract: bool, project: bool = True) -> Any
     d, own = wide(steps), wide(params)
     with jax.default_matmul_precision("highest"):
         if project:
-            d = jax.tree.map(_tangent_if_any if retract else tangent, own, d)
+            d = jax.tree.map(_finite_tangent if retract else tangent, own, d)
         d = jax.tree.map(jnp.subtract, polar(own, d), own) if retract else d
     return jax.tree.map(lambda d, u: d.astype(u.dtype), d, params)
 
@@ -87,9 +85,10 @@ def tangent(u: jax.Array, step: jax.Array) -> jax.Array:
     return step - u @ (inner + inner.mT) / 2
 
 
-def _tangent_if_any(u: jax.Array, step: jax.Array) -> jax.Array:
-    """The same; of columns that are not orthonormal the step itself."""
-    return jnp.where(_distance(u.mT @ u) < _ROUGHLY, tangent(u, step), step)
+def _finite_tangent(u: jax.Array, step: jax.Array) -> jax.Array:
+    """The same; the step itself where columns are so large that their squares leave the numbers."""
+    along = tangent(u, step)
+    return jnp.where(jnp.isfinite(along).all((-2, -1), keepdims=True), along, step)
 
 
 def polar(u: Any, step: Any) -> Any:

@@ -31,11 +31,10 @@ def gradient(g, w, b, *, alpha, beta, gamma, project):
 
 
 def step(d, w, *, project, retract):
-    """Steps of ``u`` and ``v`` end on the manifold; they set out from its point nearest to these."""
+    """Steps of ``u`` and ``v`` end on the manifold, wherever they set out from."""
     found = dict(d)
     for name in ("u", "v") if retract else ():
         own = getattr(w, name)
-        base = polar(own)
-        along = tangent(base, d[name]) if project else d[name]
-        found[name] = polar(base + along) - own
+        along = tangent(own, d[name]) if project else d[name]
+        found[name] = polar(own + along) - own
     return found
