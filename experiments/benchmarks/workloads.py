@@ -61,7 +61,7 @@ def _resnet(repeats: int, batch: int = 128, **sizes: Any) -> Workload:
 
 def _vgg(widths: tuple[int, ...]) -> Workload:
     shape = (32, 32, 3)
-    return Workload(lambda rngs: VGG(shape, CLASSES, widths=widths, rngs=rngs), shape, 128, ("blocks/*",))
+    return Workload(lambda rngs: VGG(shape, CLASSES, widths=widths, rngs=rngs), shape, 128, ("blocks/*", "classifier"))
 
 
 def _decoder(width: int, heads: int, context: int) -> Workload:
