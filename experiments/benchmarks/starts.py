@@ -6,9 +6,13 @@ too, where feedback is drawn for layers of millions of weights.
 Command: ``python -m experiments run starts``, on cores that nothing else uses; ``--preset deep`` for ResNet-56. Times
 are the least of several rounds over all rules, since what else a machine does can only add to them.
 
-Verdict: not kept in the decoder, whose own start is short: hardly any rule is within the promise, those with fixed
-feedback are near it, and factors of weights and the letter of GrAPE far from it. Backpropagation's program is plain
-Flax's own, so that what its start has beyond attach tells how far such times can be trusted.
+Verdict: kept by most rules in the convolutional networks and by few in the decoder, whose own start is short. In the
+former fixed feedback, signs and Kolen-Pollack are within the promise; so are the direct rules but for GrAPE, which is
+at its edge, and for parallel SSA; and of the local ones the classifiers. In the decoder backpropagation and uSF are,
+and direct matrices, whether fixed, shared, learned or low-rank; feedback alignment is a little behind. Low-rank
+feedback of layers is nowhere, for its draws, and in the decoder nothing is that learns by a forward mode. What learns
+by factors, by copies of layers or by the letter of GrAPE takes two to four times plain Flax's start. Backpropagation's
+program is plain Flax's own, so that what its start has beyond attach tells how far such times can be trusted.
 """
 
 import dataclasses
