@@ -11,7 +11,7 @@ former fixed feedback, signs and Kolen-Pollack are within the promise; so are th
 at its edge, and for parallel SSA; and of the local ones the classifiers. In the decoder backpropagation and uSF are,
 and direct matrices, whether fixed, shared, learned or low-rank; feedback alignment is a little behind. Low-rank
 feedback of layers is nowhere, for its draws, and in the decoder nothing is that learns by a forward mode. What learns
-by factors, by copies of layers or by the letter of GrAPE takes two to four times plain Flax's start. Backpropagation's
+by factors, by copies of layers or by the letter of GrAPE takes more than twice plain Flax's start. Backpropagation's
 program is plain Flax's own, so that what its start has beyond attach tells how far such times can be trusted.
 """
 

@@ -107,7 +107,7 @@ def _nearest(tree: Any) -> Any:
 
     def is_far(state: tuple[Any, Any, jax.Array]) -> jax.Array:
         _, grams, count = state
-        far = [_distance(gram).max() > _NEAR for gram in grams]
+        far = [jnp.abs(gram - _identity(gram)).max() > _NEAR for gram in grams]
         return (count < 200) & jnp.array(far).any()
 
     def closer(state: tuple[Any, Any, jax.Array]) -> tuple[Any, Any, jax.Array]:
@@ -145,11 +145,6 @@ def random_orthonormal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> ja
 @jax.custom_batching.sequential_vmap  # jaxlib's batched one waits for threads of the pool that it runs on, and can hang
 def _columns(drawn: jax.Array) -> jax.Array:
     return jnp.linalg.qr(drawn)[0]
-
-
-def _distance(gram: jax.Array) -> jax.Array:
-    """How far columns of these inner products are from orthonormal ones, ``(..., 1, 1)``."""
-    return jnp.abs(gram - _identity(gram)).max((-2, -1), keepdims=True)
 
 
 def _identity(gram: jax.Array) -> jax.Array:

@@ -52,8 +52,9 @@ class Attached(nnx.Module):
         self.forward = nnx.static(options.get("forward"))
         self.note: str = options.get("note", "")
         self.phase = nnx.static(Phase())
-        error = options.get("error")  # of the example
-        self.error = nnx.static(error and jax.typeof(jnp.zeros(error.shape, error.dtype)))
+        error = options.get("error")  # of the example; its type alone, of which no array is made
+        kinds = jax.make_jaxpr(partial(jnp.zeros, error.shape, error.dtype))().out_avals if error else [None]
+        self.error = nnx.static(kinds[0])
         self.in_turn = True  # whether a direct rule's taps wait for each other, which saves memory
         self.is_local = False  # whether a direct rule's audit tells products of parameters from layers
         # By the path of the parameter, so that an optimizer sees whose weights a feedback stands for.

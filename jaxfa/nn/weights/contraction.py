@@ -157,7 +157,7 @@ def _contract(view: View, call: Call, x: jax.Array, kernel: Any, feedback: Layer
     return bound.join(run(bound.split(x), view.matrices(kernel), feedback))
 
 
-# Layers that are alike, in one network and from trace to trace, are traced once: half of the time of a rule's backward.
+# Layers that are alike are traced once, in one network and from trace to trace.
 _contract_once = jax.jit(_contract, static_argnums=(0, 1), inline=True)
 
 
