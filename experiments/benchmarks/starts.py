@@ -40,7 +40,7 @@ class Config(Options):
     """The networks on which rules are put."""
     methods: Annotated[tuple[str, ...], among(METHODS)] = tuple(METHODS)
     """The rules that are put on each of them."""
-    rounds: int = 2
+    rounds: int = 3
     """How many times each rule starts."""
     keep_programs: bool = False
     """Compiled programs are kept in the user's cache folder, so that no later run measures how they are made."""
@@ -142,7 +142,7 @@ def rows(rules: Measured) -> list[list[str]]:
 EXPERIMENT = Experiment(
     __name__,
     __doc__,
-    {"cpu": Config(), "deep": Config(networks=("resnet56",))},
+    {"cpu": Config(), "deep": Config(networks=("resnet56",), rounds=2)},
     Page("How long until the first step?"),
     study=study,
 )

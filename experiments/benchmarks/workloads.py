@@ -1,5 +1,6 @@
 """The networks, rules and training steps that ``steps`` and ``starts`` time."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -169,6 +170,7 @@ def begin(workload: Workload, setting: Setting, model: nnx.Module, seconds: dict
       ValueError: if the network can't have the rule.
     """
     batch = *workload.data(), jax.random.key(2)
+    gc.collect()  # what is left of an earlier start
     clock = time.perf_counter()
     model = put(workload, setting, model, batch[0])
     seconds["attach"] = time.perf_counter() - clock

@@ -23,7 +23,7 @@ from jaxfa.nn.attached import Attached
 from jaxfa.nn.coverage import cover
 from jaxfa.nn.learning import quiet
 from jaxfa.nn.model.program import Example, at_once, method_of
-from jaxfa.nn.model.variables import init_at, init_stack, modules_of
+from jaxfa.nn.model.variables import drawing, modules_of
 from jaxfa.nn.passes.schedules import forward_by
 from jaxfa.nn.taps.advice import Advice, refuse_at_end
 from jaxfa.nn.taps.put import Call, Placed, put_direct
@@ -191,13 +191,10 @@ def _put_layerwise(model: Any, rule: Rule, rngs: nnx.Rngs, at: Any, call: Call) 
         if (rule.weights is None or isinstance(module, Factored)) and path not in first and _chooser(at)(path)
     }
 
-    backprop, placed = [], []
+    backprop, placed, draw = [], [], drawing(rule)
     for path, (module, site) in chosen.items():
-
-        def draw(key: jax.Array, kernel: jax.Array, path: str = path, site: Any = site) -> Any:
-            return init_stack(init_at(rule, path=path), key, site.layers(kernel), site.matrices(kernel))
-
-        feedback = at_once(draw, rngs.feedback(), module.kernel.get_value())
+        kernel = module.kernel.get_value()
+        feedback = at_once(draw(path, site.layers(kernel)), rngs.feedback(), site.matrices(kernel))
         if feedback is None:
             backprop.append(path)
         else:

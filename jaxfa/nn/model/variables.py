@@ -43,6 +43,19 @@ def init_stack(init: Callable[..., Any], key: jax.Array, stack: tuple[int, ...],
     return init(jax.random.split(key, stack) if stack else key, *args)
 
 
+def drawing(rule: Rule) -> Callable[[str, tuple[int, ...]], Callable[..., Any]]:
+    """Of a layer's path and its leading axes what draws its feedback, ``(key, w) -> feedback``.
+
+    Layers that are alike have one such function in common, which JAX traces once.
+    """
+
+    @functools.cache
+    def known(path: str, layers: tuple[int, ...]) -> Callable[..., Any]:
+        return lambda key, w: init_stack(init_at(rule, path=path), key, layers, w)
+
+    return lambda path, layers: known(path if asks(rule, "path") else "", layers)
+
+
 class Recorder:
     """Collects what modules see during one abstract forward pass. Hashable, so that it may be a static attribute."""
 

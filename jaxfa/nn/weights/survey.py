@@ -14,8 +14,8 @@ from jaxfa.jaxprs.flows import Use
 from jaxfa.jaxprs.follow import Follower
 from jaxfa.jaxprs.versions import opened
 from jaxfa.jaxprs.weights import Value, base, is_float
-from jaxfa.nn.model.program import Example, Program
-from jaxfa.nn.model.variables import Feedback, init_at, init_stack, leaf_name, structs
+from jaxfa.nn.model.program import Example, Program, at_once
+from jaxfa.nn.model.variables import Feedback, drawing, leaf_name, structs
 from jaxfa.nn.weights.contraction import Contraction as OfLayer
 from jaxfa.nn.weights.contraction import audited, place, sites_of
 from jaxfa.nn.weights.own import OwnSite, contract, site_of, weights_of
@@ -154,11 +154,11 @@ def _same(leaf: Any) -> Any:
 
 def put_own(rule: Rule, rngs: nnx.Rngs, sites: dict[OwnSite, Contraction]) -> tuple[list[OwnContraction], list[str]]:
     """Feedback for a model's own contractions; the parameters that the rule itself leaves to backpropagation."""
-    own, backprop = [], []
+    own, backprop, draw = [], [], drawing(rule)
     for site, one in sites.items():
         w = weights_of(one, site)
         layers = w.shape[: len(site.levels) + site.view.batch]
-        feedback = init_stack(init_at(rule, path=site.name), rngs.feedback(), layers, w)
+        feedback = at_once(draw(site.name, layers), rngs.feedback(), w)
         if feedback is None:
             backprop.append(site.name)
         # A matrix alone can be masked and chosen from as the weights are; noise cannot be sent through what data chose.
