@@ -1,13 +1,12 @@
-"""What a training step costs under each rule, the first and every other, beside plain Flax's and PyTorch's.
+"""What a training step costs under each rule, beside plain Flax's and PyTorch's.
 
-Claim (ours): a layer-wise rule starts in 1.3 times plain Flax's time and its steps cost what backpropagation's do; a
-direct rule starts in 1.5 times and its steps cost less, since no error travels through the layers.
+Claim (ours): a layer-wise rule's steps cost what backpropagation's do; a direct rule's cost less, since no error
+travels through the layers. What the first one takes is told by ``starts``.
 
 Command: ``make bench``, or ``python -m experiments run steps`` for this one alone, on cores that nothing else uses;
-``--preset gpu`` for networks that fill a large GPU. A network named by ``--deep`` is compiled and counted, not timed.
-With ``--preset h100`` steps of the large networks are compiled for an H100 on a machine that has none, and what their
-programs hold is counted: ``JAX_PLATFORMS=cpu python -m experiments run steps --preset h100``, after ``pip install
-'.[cuda]'``.
+``--preset gpu`` for networks that fill a large GPU. With ``--preset h100`` steps of the large networks are compiled for
+an H100 on a machine that has none, and what their programs hold is counted: ``JAX_PLATFORMS=cpu python -m experiments
+run steps --preset h100``, after ``pip install '.[cuda]'``.
 
 Verdict: most of it on a core. Steps of feedback alignment are level with plain Flax's, a little behind in the decoder;
 those of direct feedback are ahead in dense networks, LeNet and the ResNet, streamed in the ResNet by more, and level in
@@ -15,10 +14,7 @@ the decoder, inside whose blocks the backward stays exact; one matrix for all la
 Low-rank feedback is ahead in the convolutional networks up to a quarter of the outputs and a little behind at three
 quarters; in dense layers it costs more at a quarter already, and far more at three quarters where the batch is smaller
 than the rank. Learned direct feedback has a forward mode on top: that is a little in the dense network and the ResNet,
-nothing in LeNet, and clearly more in the decoder. Starts keep the promise under FA and DFA everywhere, under
-Kolen-Pollack everywhere but in the decoder, and by streams in the ResNets; learned direct feedback keeps it in
-ResNet-20 alone, and low-rank feedback nowhere. In these results plain Flax's program was the first of its process,
-which flatters all others: ``starts`` finds less kept in the decoder. PyTorch's own convolutions and BatchNorm are far
+nothing in LeNet, and clearly more in the decoder. PyTorch's own convolutions and BatchNorm are far
 ahead of XLA's on a CPU, whatever the rule; its decoder is ahead, too, and its dense network behind. BioTorch's DFA
 saves nothing beside its own FA. As a program for an H100, a step of direct feedback moves fewer bytes than
 backpropagation's and takes its memory, shared between layers, too, and streamed a fraction of it for a quarter more
@@ -28,7 +24,6 @@ the decoder and half again as many or more elsewhere.
 """
 
 import dataclasses
-import statistics
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -37,9 +32,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.benchmarks import bars, ceilings, gpu_programs
-from experiments.benchmarks.workloads import EXACT, PARTS, PLAIN, RULES, WORKLOADS, Measured, Started, start, starts
+from experiments.benchmarks.workloads import PLAIN, RULES, WORKLOADS, Measured, Started, start
 from experiments.common import records, timing
-from experiments.common.bounds import MAY_BE_EMPTY, among
+from experiments.common.bounds import among
 from experiments.common.experiment import Experiment, Histories, Options, Page, Study, Table
 
 LARGE = "mlp-4096", "resnet20-256", "resnet18", "decoder-768"
@@ -51,19 +46,13 @@ class Config(Options):
 
     networks: Annotated[tuple[str, ...], among(WORKLOADS)] = ("mlp", "lenet", "resnet20", "decoder")
     """The networks whose steps are timed."""
-    deep: Annotated[tuple[str, ...], among(WORKLOADS), MAY_BE_EMPTY] = ("resnet56",)
-    """The networks of which the start alone is timed."""
-    starts: int = 3
-    """How many times each step is made from nothing."""
     rounds: int = 15
     """How many rounds of timing there are."""
     h100: bool = False
     """Steps are compiled for an H100, which need not be there, and counted, not timed."""
-    keep_programs: bool = False
-    """Compiled programs are kept in the user's cache folder, so that no later run measures how they are made."""
 
     def unread(self) -> tuple[str, ...]:
-        return ("deep", "starts", "rounds") if self.h100 else ()
+        return ("rounds",) if self.h100 else ()
 
 
 def study(config: Config, histories: Histories) -> Study:
@@ -72,41 +61,31 @@ def study(config: Config, histories: Histories) -> Study:
     if config.h100:
         return gpu_programs.study(config.networks, config.out)
     found = {}
-    for name in (*config.networks, *config.deep):
+    for name in config.networks:
         path = config.out / f"{name}.json"
         if not path.exists():
-            records.write_json(path, measure(name, config.starts, config.rounds if name in config.networks else 0))
+            records.write_json(path, measure(name, config.rounds))
         found[name] = records.read_json(path)
     return report(config, found)
 
 
-def measure(network: str, starts: int, rounds: int) -> Measured:
-    """Everything of one network: for each rule its start, its program and its step."""
-    begun: dict[str, list[Started]] = {}
-    start(WORKLOADS[network], RULES[PLAIN])  # a process compiles its first program more slowly than all others
-    for _ in range(starts):
-        for name, setting in RULES.items():
-            if one := start(WORKLOADS[network], setting):
-                # Only the last program is kept.
-                begun[name] = [*(old._replace(run=one.run) for old in begun.get(name, [])), one]
+def measure(network: str, rounds: int) -> Measured:
+    """Everything of one network: for each rule its program and its step."""
+    begun = {name: one for name, setting in RULES.items() if (one := start(WORKLOADS[network], setting))}
     limit = ceilings.measure()
-    found: Measured = {
-        name: {
-            "seconds": {part: statistics.median(one.seconds[part] for one in each) for part in PARTS},
-            "gigaflops": each[0].flops / 1e9,
-            "gigabytes": each[0].moved / 1e9,
-            "mebibytes": each[0].temporary / 2**20,
-            **limit.times(each[0].flops / 1e9, each[0].moved / 1e9),
-        }
-        for name, each in begun.items()
-    }
-    if rounds:
-        runs = {name: each[-1].run for name, each in begun.items()} | _peers(network)
-        for run in runs.values():
-            run()
-        for name, times in timing.interleaved(runs, rounds, PLAIN).items():
-            found.setdefault(name, {})["step"] = times
+    found: Measured = {name: _counted(one, limit) for name, one in begun.items()}
+    runs = {name: one.run for name, one in begun.items()} | _peers(network)
+    for run in runs.values():
+        run()
+    for name, times in timing.interleaved(runs, rounds, PLAIN).items():
+        found.setdefault(name, {})["step"] = times
     return found
+
+
+def _counted(one: Started, limit: ceilings.Ceilings) -> dict[str, float]:
+    gigaflops, gigabytes = one.flops / 1e9, one.moved / 1e9
+    counts = {"gigaflops": gigaflops, "gigabytes": gigabytes, "mebibytes": one.temporary / 2**20}
+    return counts | limit.times(gigaflops, gigabytes)
 
 
 def _peers(network: str) -> dict[str, Any]:
@@ -119,53 +98,33 @@ def _peers(network: str) -> dict[str, Any]:
 
 def report(config: Config, found: dict[str, Measured]) -> Study:
     """The figure of times, and a table for each network."""
-    drawn = Figure(figsize=(10.4, 6.4), layout="constrained")
-    above, below = drawn.subplots(2, len(config.networks), squeeze=False)
-    for top, bottom, name in zip(above, below, config.networks, strict=True):
-        bars.draw(top, {rule: one["step"] for rule, one in found[name].items() if "step" in one}, f"{name}: a step")
-        begun = {rule: {"ratio": one["start"]} for rule, one in starts(found[name]).items()}
-        bars.draw(bottom, begun, f"{name}: from nothing to the first")
-    caption = f"Times as multiples of {PLAIN}'s; of steps with the quartiles over {config.rounds} rounds."
+    drawn = Figure(figsize=(10.4, 3.8), layout="constrained")
+    for axes, name in zip(drawn.subplots(1, len(config.networks), squeeze=False)[0], config.networks, strict=True):
+        bars.draw(axes, {rule: one["step"] for rule, one in found[name].items()}, f"{name}: a step")
+    caption = f"Times as multiples of {PLAIN}'s, with the quartiles over {config.rounds} rounds."
     tables = [Table(f"{name}, a step", step_rows(one)) for name, one in found.items()]
-    tables += [Table(f"{name}, from nothing to the first", start_rows(one)) for name, one in found.items()]
     return Study(drawn, caption, tables, findings(found), found)
 
 
 def findings(found: dict[str, Measured]) -> list[tuple[str, str]]:
     """What came of it, for every network."""
-    told = []
-    for network, rules in found.items():
-        if "step" in rules[EXACT]:
-            for rule in ("FA", "DFA"):
-                told.append(
-                    (f"{rules[rule]['step']['ratio']:.2f}x", f"the time of plain Flax: a step of {rule}, {network}.")
-                )
-        for rule in ("FA", "DFA"):
-            ratio = starts(rules)[rule]["start"]
-            told.append((f"{ratio:.2f}x", f"the time of plain Flax: {rule} from nothing to the first step, {network}."))
-    return told
+    said = "the time of plain Flax: a step of"
+    return [
+        (f"{rules[rule]['step']['ratio']:.2f}x", f"{said} {rule}, {network}.")
+        for network, rules in found.items()
+        for rule in ("FA", "DFA")
+    ]
 
 
 def step_rows(rules: Measured) -> list[list[str]]:
     """One network's table of steps: ratios, and what the compiled program takes."""
     table = [["", "step", "quartiles", "milliseconds", "as a product", "as a copy", "GFLOP", "GB", "MiB"]]
     for name, one in rules.items():
-        step, row = one.get("step"), [name, "", "", ""]
-        if step:
-            spread = f"{step['low']:.2f} to {step['high']:.2f}"
-            row = [name, f"{step['ratio']:.2f}", spread, f"{step['milliseconds']:.1f}"]
+        step = one["step"]
+        spread = f"{step['low']:.2f} to {step['high']:.2f}"
+        row = [name, f"{step['ratio']:.2f}", spread, f"{step['milliseconds']:.1f}"]
         counts = (("product", 1), ("copy", 1), ("gigaflops", 2), ("gigabytes", 2), ("mebibytes", 1))
         table.append([*row, *(f"{one[key]:.{digits}f}" if key in one else "" for key, digits in counts)])
-    filled = [i for i, column in enumerate(zip(*table[1:], strict=True)) if any(column)]
-    return [[row[i] for i in filled] for row in table]
-
-
-def start_rows(rules: Measured) -> list[list[str]]:
-    """One network's table of starts: ratios, and the seconds of every part."""
-    table = [["", "start", "without making", *(f"{part}, s" for part in PARTS)]]
-    for name, ratios in starts(rules).items():
-        parts = (f"{rules[name]['seconds'][part]:.2f}" for part in PARTS)
-        table.append([name, *(f"{one:.2f}" for one in ratios.values()), *parts])
     return table
 
 
@@ -175,8 +134,8 @@ EXPERIMENT = Experiment(
     {
         "cpu": Config(),
         "long": Config(rounds=50),
-        "gpu": Config(networks=LARGE, deep=(), starts=1),
-        "h100": Config(networks=LARGE, deep=(), h100=True),
+        "gpu": Config(networks=LARGE),
+        "h100": Config(networks=LARGE, h100=True),
     },
     Page("What does a step cost?"),
     study=study,

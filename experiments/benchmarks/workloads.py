@@ -1,7 +1,6 @@
 """The networks, rules and training steps that ``steps`` and ``starts`` time."""
 
 import gc
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +21,6 @@ from experiments.models.vgg import VGG
 CLASSES, VOCABULARY, CONTEXT = 10, 65, 64
 PLAIN, EXACT = "plain Flax", "backpropagation"
 BLOCKS = ("stem", "blocks/*")
-PARTS = ("make", "attach", "trace", "compile")
 Measured = dict[str, dict[str, Any]]
 
 
@@ -192,18 +190,6 @@ def begin(workload: Workload, setting: Setting, model: nnx.Module, seconds: dict
     memory = compiled.memory_analysis()
     counted = cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)
     return Started(run, seconds, *counted, memory.temp_size_in_bytes, memory.argument_size_in_bytes)
-
-
-def starts(rules: Measured) -> dict[str, dict[str, float]]:
-    """How long each rule's first step takes to come, and without the model's making, as multiples of plain Flax's."""
-    seconds = {name: one["seconds"] for name, one in rules.items() if "seconds" in one}
-    # No rule has a part in the model's making.
-    making = statistics.median(one["make"] for one in seconds.values())
-    rest = {name: sum(one[part] for part in PARTS[1:]) for name, one in seconds.items()}
-    return {
-        name: {"start": (making + one) / (making + rest[PLAIN]), "without making": one / rest[PLAIN]}
-        for name, one in rest.items()
-    }
 
 
 def _step(graph: Any, learned: Any, refines: bool, arrays: Any, batch: Any) -> Any:

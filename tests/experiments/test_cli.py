@@ -225,7 +225,7 @@ CASES = {
     "memory": [{"depths": (2,), "timed": 2, "repeats": (1,), "timed_repeats": 1, "batch": 4, "images": 2}],
     "pipeline": [{"rounds": 0}],
     "starts": [{"networks": ("mlp",), "methods": ("fa",), "rounds": 1}],
-    "steps": [{"networks": ("mlp",), "deep": (), "starts": 1, "rounds": 2}],
+    "steps": [{"networks": ("mlp",), "rounds": 2}],
     "rank_collapse": [SMALL | {"trainings": (arm,), "batch": 16} for arm in ("fa", "bp-norm-rank-1", "fa-muon")],
     "ssa_networks": [SMALL | {"batch": 16, "networks": (name,)} for name in ("smallconv", "vgg13")],
     "ssa_transformer": [GPT | {"steps": 2}],

@@ -82,8 +82,8 @@ STUDIES = {
         "sketch": 64,
         "probe": 8,
     },
-    "starts": {"networks": ("mlp",), "methods": ("fa", "dfa"), "rounds": 1},
-    "steps": {"networks": ("mlp",), "deep": ("lenet",), "starts": 1, "rounds": 2},
+    "starts": {"networks": ("mlp",), "methods": ("dfa",), "rounds": 1},
+    "steps": {"networks": ("mlp",), "rounds": 2},
     "ssa_networks": {"networks": ("mlp",), "energy": 0.7, "multiple": 2, "shrink": 1},
 }
 # The presets for a quarter of an hour on a GPU, with their own arms; every one in this process, one after the other.
