@@ -8,12 +8,15 @@ rule starts in turns with plain Flax in a process of its own, since a process co
 compiled. Times are the least of the rounds, since what else a machine does can only add to them.
 
 Verdict: kept by most rules in the convolutional networks and by few in the decoder, whose own start is short. In the
-former fixed feedback, signs and Kolen-Pollack are within the promise; so are the direct rules but for GrAPE, which is
-at its edge, and for parallel SSA; and of the local ones the classifiers. In the decoder backpropagation and uSF are,
-and direct matrices, whether fixed, shared, learned or low-rank; feedback alignment is a little behind. Low-rank
-feedback of layers is nowhere, for its draws, and in the decoder nothing is that learns by a forward mode. What learns
-by factors, by copies of layers or by the letter of GrAPE takes more than twice plain Flax's start. Backpropagation's
-program is plain Flax's own, so that what its start has beyond attach tells how far such times can be trusted.
+former fixed feedback, signs and Kolen-Pollack are within the promise, and the weight mirror is at its edge in the
+smaller two; so are direct matrices, whether fixed, shared, learned or of low rank, and FDFA, DRTP and PEPITA, and, but
+for ResNet-56, forward gradients and local classifiers; GrAPE and PredSim are in ResNet-20 alone. In the decoder
+backpropagation and uSF are, and feedback alignment and frSF at its edge; so are direct matrices, whether fixed, shared
+or learned, and DRTP, while low-rank direct feedback and local classifiers are a little behind. Low-rank feedback of
+layers is nowhere, for its draws, unless it is fitted, in ResNet-20. Nothing that learns by a forward mode keeps the
+promise in the decoder. What learns by factors, by copies of layers or by the letter of GrAPE takes about twice plain
+Flax's start or more. Backpropagation's program is plain Flax's own, so that what its start has beyond attach tells how
+far such times can be trusted.
 """
 
 import dataclasses

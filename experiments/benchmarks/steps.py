@@ -14,13 +14,14 @@ the decoder, inside whose blocks the backward stays exact; one matrix for all la
 Low-rank feedback is ahead in the convolutional networks up to a quarter of the outputs and a little behind at three
 quarters; in dense layers it costs more at a quarter already, and far more at three quarters where the batch is smaller
 than the rank. Learned direct feedback has a forward mode on top: that is a little in the dense network and the ResNet,
-nothing in LeNet, and clearly more in the decoder. PyTorch's own convolutions and BatchNorm are far
-ahead of XLA's on a CPU, whatever the rule; its decoder is ahead, too, and its dense network behind. BioTorch's DFA
-saves nothing beside its own FA. As a program for an H100, a step of direct feedback moves fewer bytes than
-backpropagation's and takes its memory, shared between layers, too, and streamed a fraction of it for a quarter more
-bytes. Low-rank feedback moves more bytes, in about twice as many kernels; in the dense network nearly three times as
-many, where three quarters of the outputs take twice the memory. So does learned feedback, in a third more kernels in
-the decoder and half again as many or more elsewhere.
+nothing in LeNet, and clearly more in the decoder. PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a
+CPU, whatever the rule; its decoder is ahead, too, and its dense network behind. BioTorch's DFA saves nothing beside its
+own FA. As a program for an H100, a step of direct feedback moves fewer bytes than backpropagation's and takes its
+memory, shared between layers, too, and streamed a fraction of it for a quarter more bytes. Low-rank feedback moves more
+bytes, in about twice as many kernels; in the dense network nearly three times as many, where three quarters of the
+outputs take twice the memory. So does learned feedback, in a third more kernels in the decoder and half again as many
+or more elsewhere. The starts among the results of the CPU are of an earlier version of this benchmark: ``starts`` has
+taken their place.
 """
 
 import dataclasses

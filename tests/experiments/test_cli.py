@@ -373,4 +373,4 @@ def test_compiled_programs_are_kept_where_nobody_said_otherwise(tmp_path, monkey
     assert told == {"jax_compilation_cache_dir": str(tmp_path / "jaxfa")}
     monkeypatch.setattr(jax, "config", SimpleNamespace(jax_compilation_cache_dir="elsewhere"))
     keep_programs()  # and tells JAX nothing
-    assert not steps.Config().keep_programs
+    assert not starts.Config().keep_programs
