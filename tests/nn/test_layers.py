@@ -266,3 +266,44 @@ def test_an_operation_of_the_users_own_may_change_from_call_to_call():
         np.testing.assert_array_equal(found[0], true[0])
         last = [grads["layers"][3]["kernel"][...] for grads in (found[1]["model"], true[1])]
         np.testing.assert_array_equal(*last)
+
+
+class Alike(nnx.Module):
+    """Matrices of one shape: two layers of one class, one of another, and two of the model's own."""
+
+    def __init__(self, rngs):
+        self.lower, self.upper = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+        self.merge = nnx.LinearGeneral((2, 2), 4, axis=(-2, -1), rngs=rngs)
+        self.own = nnx.List([nnx.Param(jnp.eye(4)), nnx.Param(jnp.eye(4))])
+
+    def __call__(self, x):
+        x = self.upper(nnx.tanh(self.lower(x)))
+        x = self.merge(x.reshape(-1, 2, 2))
+        return jnp.tanh(x @ self.own[0]) @ self.own[1]
+
+
+def test_layers_alike_have_one_draw_that_is_traced_once_and_keys_of_their_own():
+    traced = []
+
+    def distribution(key, shape, dtype):
+        traced.append(shape)
+        return jax.random.normal(key, shape, dtype)
+
+    rule, x = jaxfa.fa(distribution=distribution), jnp.ones((2, 4))
+    attached = jaxfa.nn.attach(Alike(nnx.Rngs(0)), rule, rngs=nnx.Rngs(1), example=x)
+    assert len(traced) == 2, traced  # one for layers, one for what the model contracts by itself
+    drawn = [np.asarray(one).reshape(4, 4) for one in jax.tree.leaves(nnx.state(attached, jaxfa.nn.Feedback))]
+    assert len(drawn) == 4
+    assert len({one.tobytes() for one in drawn}) == 4
+
+
+def test_a_draw_that_asks_for_its_layer_is_told():
+    asked = []
+
+    def init(key, w, *, path):
+        asked.append(path)
+        return jaxfa.fa().init(key, w)
+
+    rule = jaxfa.LayerRule(init)
+    jaxfa.nn.attach(Alike(nnx.Rngs(0)), rule, rngs=nnx.Rngs(1), example=jnp.ones((2, 4)))
+    assert asked == ["merge", "upper", "own/0", "own/1"]
