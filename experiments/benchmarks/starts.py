@@ -10,13 +10,13 @@ compiled. Times are the least of the rounds, since what else a machine does can 
 Verdict: kept by most rules in the convolutional networks and by few in the decoder, whose own start is short. In the
 former fixed feedback, signs and Kolen-Pollack are within the promise, and the weight mirror is at its edge in the
 smaller two; so are direct matrices, whether fixed, shared, learned or of low rank, and FDFA, DRTP and PEPITA, and, but
-for ResNet-56, forward gradients and local classifiers; GrAPE and PredSim are in ResNet-20 alone. In the decoder
-backpropagation and uSF are, and feedback alignment and frSF at its edge; so are direct matrices, whether fixed, shared
-or learned, and DRTP, while low-rank direct feedback and local classifiers are a little behind. Low-rank feedback of
-layers is nowhere, for its draws, unless it is fitted, in ResNet-20. Nothing that learns by a forward mode keeps the
-promise in the decoder. What learns by factors, by copies of layers or by the letter of GrAPE takes about twice plain
-Flax's start or more. Backpropagation's program is plain Flax's own, so that what its start has beyond attach tells how
-far such times can be trusted.
+for ResNet-56, forward gradients, mirrored PEPITA and local classifiers; GrAPE and PredSim are in ResNet-20 alone. In
+the decoder backpropagation and uSF are, and feedback alignment and frSF at its edge; so are direct matrices, whether
+fixed, shared or learned, and DRTP, while low-rank direct feedback and local classifiers are a little behind. Low-rank
+feedback of layers is nowhere, for its draws, unless it is fitted, in ResNet-20. Nothing that learns by a forward mode
+keeps the promise in the decoder. What learns by factors, by copies of layers or by the letter of GrAPE takes about
+twice plain Flax's start or more. Backpropagation's program is plain Flax's own, so that what its start has beyond
+attach tells how far such times can be trusted.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def started(network: str, method: str, rounds: int) -> dict[str, Any]:
     for name in [*settings] * rounds:  # plain Flax first: a process compiles its first program more slowly
         jax.clear_caches()  # from nothing, but that both have one network
         try:
-            one = begin(workload, settings[name], model, {})
+            one = begin(workload, settings[name], model)
         except ValueError as error:
             return {"refused": _reason(str(error).splitlines())}
         seconds[name].append(one.seconds)

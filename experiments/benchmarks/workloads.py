@@ -112,7 +112,7 @@ class Started(NamedTuple):
 
     Attributes:
       run: takes one step and returns its seconds.
-      seconds: of ``make``, ``attach``, ``trace`` and ``compile``.
+      seconds: of ``attach``, ``trace`` and ``compile``.
       flops: operations of a step, by XLA's count.
       moved: bytes that a step reads and writes, by XLA's count.
       temporary: bytes that the program allocates beside inputs and outputs.
@@ -152,17 +152,12 @@ def step_of(rule: jaxfa.Rule | None, model: nnx.Module) -> tuple[Callable[..., A
 
 
 def start(workload: Workload, setting: Setting) -> Started | None:
-    """Makes a network and compiles one of its training steps, timed; None where it can't have the rule."""
-    if not runs(workload, setting):
-        return None
-    jax.clear_caches()  # from nothing
-    clock = time.perf_counter()
-    model = workload.make(nnx.Rngs(0))
-    return begin(workload, setting, model, {"make": time.perf_counter() - clock})
+    """Makes a network and compiles one of its training steps; None where it can't have the rule."""
+    return begin(workload, setting, workload.make(nnx.Rngs(0))) if runs(workload, setting) else None
 
 
-def begin(workload: Workload, setting: Setting, model: nnx.Module, seconds: dict[str, float]) -> Started:
-    """Puts the rule on a network that took so many seconds, and compiles a training step, timed, too.
+def begin(workload: Workload, setting: Setting, model: nnx.Module) -> Started:
+    """Puts the rule on a network and compiles one of its training steps, timed.
 
     Raises:
       ValueError: if the network can't have the rule.
@@ -171,7 +166,7 @@ def begin(workload: Workload, setting: Setting, model: nnx.Module, seconds: dict
     gc.collect()  # what is left of an earlier start
     clock = time.perf_counter()
     model = put(workload, setting, model, batch[0])
-    seconds["attach"] = time.perf_counter() - clock
+    seconds = {"attach": time.perf_counter() - clock}
     function, arrays = step_of(setting.rule, model)
     step = jit_step(function)
     clock = time.perf_counter()

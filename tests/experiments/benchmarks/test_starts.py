@@ -1,5 +1,7 @@
 """What is told of starts: who keeps the promise of its family, and who is refused."""
 
+import pytest
+
 from experiments.benchmarks import starts
 from experiments.benchmarks.workloads import WORKLOADS, Started, Workload
 from experiments.models.gpt import GPT
@@ -51,7 +53,7 @@ def test_what_a_network_can_not_have_is_told_with_the_reason():
 def test_times_are_the_least_of_all_rounds(monkeypatch):
     times = iter([9.0, 5.0, 3.0, 4.0])  # two rounds of plain Flax, the first to warm up, and a rule
 
-    def begin(workload, setting, model, seconds):
+    def begin(workload, setting, model):
         del workload, model
         counts = {"flops": 3e9 if setting.rule else 0.0, "moved": 0.0, "temporary": 0, "given": 0}
         return Started(run=None, seconds=dict.fromkeys(starts.PARTS, next(times)), **counts)
@@ -62,6 +64,23 @@ def test_times_are_the_least_of_all_rounds(monkeypatch):
     assert found["plain"] == dict.fromkeys(starts.PARTS, 3.0)
     assert found["seconds"] == dict.fromkeys(starts.PARTS, 4.0)
     assert found["gigaflops"] == 3.0
+
+
+def test_what_was_measured_before_a_cut_is_not_measured_again(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(network, method, rounds):
+        asked.append((network, method, rounds))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return rule(2.9)
+
+    monkeypatch.setattr(starts, "measure", measure)
+    config = starts.Config(out=tmp_path, networks=("mlp",), methods=("fa", "dfa"))
+    with pytest.raises(KeyboardInterrupt):
+        starts.study(config, {})
+    assert starts.study(config, {}).findings[0][0] == "1 of 1"
+    assert [method for _, method, _ in asked] == ["fa", "dfa", "dfa"]
 
 
 def test_rules_start_on_a_decoder_or_are_refused(monkeypatch):
