@@ -46,6 +46,7 @@ ROWS = {
     "test_a_layer_keeps_its_dtype_and_takes_any_batch": (),
     "test_at_full_rank_the_model_is_the_dense_one_and_so_is_what_comes_back": (),
     "test_layers_factored_before_obey_at_and_refuse_a_rank": ("parallel",),
+    "test_a_network_twice_as_deep_takes_attach_twice_the_work": ("backprop", "fa", "dfa"),
     "test_attention_and_einsums_are_factored_and_come_back": (),
     "test_residual_networks_take_errors_by_the_shortcut_if_allowed": (),
     "test_the_table_says_how_each_feedback_learns": (

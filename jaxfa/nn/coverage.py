@@ -57,6 +57,7 @@ class _Cover:
         # The gradient of numbers that a model writes or returns beside its logits ends where a tap is.
         terms = terms_beside(attached, example) if self.delivering and result.beside else set()
         self.stopped = {name for name in terms if not result.beside[name]}
+        self.contracting = {_owner(name) for use in result.uses for name in use.weights}
         self.first = {name for use in result.uses if use.first for name in use.weights}
         # Where weights are made of a parameter and other state, such as a mask, the parameter has the row.
         uses = [self.params & use.weights or use.weights for use in result.uses]
@@ -209,8 +210,7 @@ class _Cover:
 
     def is_atop(self, name: str) -> bool:
         """Whether a parameter is above all taps and of no contraction, as a norm's: it learns exactly there."""
-        contracting = {_owner(used) for use in self.result.uses for used in use.weights}
-        return bool(self.taps) and self.starts(name) == ["the output"] and _owner(name) not in contracting
+        return bool(self.taps) and self.starts(name) == ["the output"] and _owner(name) not in self.contracting
 
     def impure(self, name: str) -> str:
         starts = max(map(self.starts_of, self.result.ways[name]), key=len, default=[])
