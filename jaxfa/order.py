@@ -46,6 +46,15 @@ def _chosen(values: Any, floats: list[jax.Array]) -> Any:
     return lax.cond(jnp.isnan(first) & (first == 0), partial(jax.tree.map, jnp.zeros_like), lambda tree: tree, values)
 
 
+def stored(x: jax.Array) -> jax.Array:
+    """The activation, bit for bit, read from where the forward pass has left it.
+
+    On a CPU XLA would compute it again inside of what reads it, from all that leads to it without a contraction: in a
+    residual network from every layer below. A GPU's kernels don't.
+    """
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
 def one_by_one(function: Callable[[Any], Any], ref: Any) -> Any:
     """``function(ref)``, whose parts that read the ref each wait for the results that are made before them.
 

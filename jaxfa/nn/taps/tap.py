@@ -14,6 +14,7 @@ from jaxfa.nn.model.leaves import at_leaves, first_input
 from jaxfa.nn.model.program import is_transformed
 from jaxfa.nn.model.variables import REFUSAL, intercept, modules_of, release
 from jaxfa.nn.weights.contraction import restore
+from jaxfa.nn.weights.convolution import restore_convolution
 from jaxfa.ops import ACTIVATION
 
 
@@ -236,6 +237,7 @@ def plain_of(model: nnx.Module) -> Any:
     model = nnx.clone(model, variables=False)
     for _, module in list(modules_of(model)):
         restore(module)
+        restore_convolution(module)
         if hasattr(module, "unseen_path"):
             del module.unseen_path
             release(module)
