@@ -15,7 +15,7 @@ the decoder backpropagation and uSF are, and feedback alignment and frSF at its 
 fixed, shared or learned, and DRTP, while low-rank direct feedback and local classifiers are a little behind. Low-rank
 feedback of layers is nowhere, for its draws, unless it is fitted, in ResNet-20. Nothing that learns by a forward mode
 keeps the promise in the decoder. What learns by factors, by copies of layers or by the letter of GrAPE takes about
-twice plain Flax's start or more. Backpropagation's program is plain Flax's own, so that what its start has beyond
+twice plain Flax's start or more. Backpropagation's program was plain Flax's own, so that what its start had beyond
 attach tells how far such times can be trusted.
 """
 

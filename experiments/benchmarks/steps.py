@@ -8,20 +8,22 @@ Command: ``make bench``, or ``python -m experiments run steps`` for this one alo
 an H100 on a machine that has none, and what their programs hold is counted: ``JAX_PLATFORMS=cpu python -m experiments
 run steps --preset h100``, after ``pip install '.[cuda]'``.
 
-Verdict: most of it on a core. Steps of feedback alignment are level with plain Flax's, a little behind in the decoder;
-those of direct feedback are ahead in dense networks, LeNet and the ResNet, streamed in the ResNet by more, and level in
-the decoder, inside whose blocks the backward stays exact; one matrix for all layers costs what a matrix for each does.
-Low-rank feedback is ahead in the convolutional networks up to a quarter of the outputs and a little behind at three
-quarters; in dense layers it costs more at a quarter already, and far more at three quarters where the batch is smaller
-than the rank. Learned direct feedback has a forward mode on top: that is a little in the dense network and the ResNet,
-nothing in LeNet, and clearly more in the decoder. PyTorch's own convolutions and BatchNorm are far ahead of XLA's on a
-CPU, whatever the rule; its decoder is ahead, too, and its dense network behind. BioTorch's DFA saves nothing beside its
-own FA. As a program for an H100, a step of direct feedback moves fewer bytes than backpropagation's and takes its
-memory, shared between layers, too, and streamed a fraction of it for a quarter more bytes. Low-rank feedback moves more
-bytes, in about twice as many kernels; in the dense network nearly three times as many, where three quarters of the
-outputs take twice the memory. So does learned feedback, in a third more kernels in the decoder and half again as many
-or more elsewhere. The starts among the results of the CPU are of an earlier version of this benchmark: ``starts`` has
-taken their place.
+Verdict: most of it on a core. Where a convolution's weights learn from an activation, XLA's kernels for a CPU compute
+it once more from every layer below that leads to it by norms and additions, and in the ResNet that is a fifth of plain
+Flax's step; attached models read what the forward pass has left, so that there every rule is ahead of plain Flax,
+backpropagation's own included. Beside that one feedback alignment is level, low-rank feedback ahead up to a quarter of
+the outputs, and direct feedback further ahead; so is direct feedback in dense networks and LeNet, while in the decoder,
+inside whose blocks the backward stays exact, it is level. Steps of feedback alignment are level with backpropagation's
+everywhere. One matrix for all layers costs what a matrix for each does. Low-rank feedback in dense layers costs more at
+a quarter of the outputs already, and far more at three quarters where the batch is smaller than the rank. Learned
+direct feedback has a forward mode on top: that is little or nothing beside backpropagation in the dense network and
+LeNet, a fifth of its step in the ResNet, and a quarter in the decoder. PyTorch's own convolutions and BatchNorm are
+still far ahead of XLA's on a CPU, whatever the rule; its decoder is ahead, too, and its dense network level. BioTorch's
+DFA saves nothing beside its own FA. As a program for an H100, a step of direct feedback moves fewer bytes than
+backpropagation's and takes its memory, shared between layers, too, and streamed a fraction of it for a quarter more
+bytes. Low-rank feedback moves more bytes, in about twice as many kernels; in the dense network nearly three times as
+many, where three quarters of the outputs take twice the memory. So does learned feedback, in a third more kernels in
+the decoder and half again as many or more elsewhere.
 """
 
 import dataclasses
@@ -47,7 +49,7 @@ class Config(Options):
 
     networks: Annotated[tuple[str, ...], among(WORKLOADS)] = ("mlp", "lenet", "resnet20", "decoder")
     """The networks whose steps are timed."""
-    rounds: int = 15
+    rounds: int = 25
     """How many rounds of timing there are."""
     h100: bool = False
     """Steps are compiled for an H100, which need not be there, and counted, not timed."""
