@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfa.base import DirectFeedback, LayerFeedback, Operation, transpose
-from jaxfa.order import stored
+from jaxfa.order import from_memory
 from jaxfa.varying import vary_alike
 
 # The names under which these operations appear in a jaxpr, where the audit finds them, and in a profile.
@@ -65,7 +65,7 @@ def with_feedback(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     def backward(residuals: Any, delta: jax.Array) -> Any:
         x, w, feedback, constants = residuals
-        x = stored(x)
+        x = from_memory(x)
 
         def bound(x: jax.Array, w: jax.Array) -> jax.Array:
             return op(x, w, *constants)

@@ -46,11 +46,13 @@ def _chosen(values: Any, floats: list[jax.Array]) -> Any:
     return lax.cond(jnp.isnan(first) & (first == 0), partial(jax.tree.map, jnp.zeros_like), lambda tree: tree, values)
 
 
-def stored(x: jax.Array) -> jax.Array:
+def from_memory(x: jax.Array) -> jax.Array:
     """The activation, bit for bit, read from where the forward pass has left it.
 
-    On a CPU XLA would compute it again inside of what reads it, from all that leads to it without a contraction: in a
-    residual network from every layer below. A GPU's kernels don't.
+    On a CPU XLA computes it again inside of what reads it, from all that leads to it without a contraction: in a
+    residual network from every layer below. Programs for other devices are left as they are, since there convolutions
+    and products are calls of a library, whose operands are in memory. With jaxlib 0.10 that for a CPU stays as it is,
+    too: XLA drops the barrier before it fuses.
     """
     return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfa.order import after, stored
+from jaxfa.order import after, from_memory
 from jaxfa.varying import varying_axes
 
 
@@ -50,13 +50,13 @@ def test_a_program_for_a_cpu_has_a_branch_that_xla_keeps():
 
 
 @pytest.mark.parametrize(("platform", "barriers"), [("cpu", 1), ("cuda", 0)])
-def test_a_program_for_a_cpu_reads_a_stored_activation_behind_a_barrier(platform, barriers):
-    program = jax.jit(lambda x: stored(jnp.sin(x)) + 1).trace(jnp.ones(3)).lower(lowering_platforms=(platform,))
+def test_a_program_for_a_cpu_reads_an_activation_behind_a_barrier(platform, barriers):
+    program = jax.jit(lambda x: from_memory(jnp.sin(x)) + 1).trace(jnp.ones(3)).lower(lowering_platforms=(platform,))
     assert program.as_text().count("optimization_barrier") == barriers
 
 
-def test_what_is_stored_is_the_same_in_value_and_derivatives():
+def test_what_is_read_from_memory_is_the_same_in_value_and_derivatives():
     x = jnp.arange(6.0).reshape(2, 3)
-    found = jax.jvp(jax.vmap(jax.grad(lambda x: jnp.sum(stored(x) ** 3))), (x,), (x,))
+    found = jax.jvp(jax.vmap(jax.grad(lambda x: jnp.sum(from_memory(x) ** 3))), (x,), (x,))
     np.testing.assert_array_equal(found[0], 3 * x**2)
     np.testing.assert_array_equal(found[1], 6 * x**2)

@@ -30,7 +30,7 @@ from jaxfa.nn.taps.put import Call, Placed, put_direct
 from jaxfa.nn.taps.tap import Tap
 from jaxfa.nn.taps.wanted import refuse_unmatched
 from jaxfa.nn.weights.contraction import Contraction, place, sites_of
-from jaxfa.nn.weights.convolution import read_stored
+from jaxfa.nn.weights.convolution import read_from_memory
 from jaxfa.nn.weights.factored import Factored, factorise_chosen
 from jaxfa.nn.weights.survey import Survey, look_at_layers, look_through, put_own, uses_in
 from jaxfa.paths import matches, path_name
@@ -113,7 +113,7 @@ def _attach(
         model = factorise_chosen(model, rule.weights, _chooser(at))
     put: Any = put_direct if is_direct(rule) else _put_layerwise
     found = put(model, rule, rngs, at, call)
-    read_stored(model)
+    read_from_memory(model)
     options = call._asdict() | {"allow": (*call.allow, *found.backprop), "note": found.note, "error": found.error}
     return Attached(model, rule, own=found.own, forward=forward_by(schedule, model, rule), **options), found
 

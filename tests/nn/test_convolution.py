@@ -66,7 +66,7 @@ def test_a_plain_model_has_its_operations_back_and_the_users_own_stay():
     assert jaxfa.nn.plain(model).lower.conv_general_dilated is lax.conv_general_dilated
 
 
-def test_a_program_for_a_cpu_reads_the_inputs_of_all_convolutions_where_they_are_stored():
+def test_a_program_for_a_cpu_reads_the_inputs_of_all_convolutions_from_memory():
     model, x = attached(Net()), jnp.ones((2, 5, 5, 2))
     graph, arrays = nnx.split(model)
     program = jax.jit(jax.grad(lambda arrays: nnx.merge(graph, arrays)(x).sum(), allow_int=True)).trace(arrays)

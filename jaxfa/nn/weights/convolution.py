@@ -9,13 +9,13 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxfa.nn.model.variables import modules_of
-from jaxfa.order import stored
+from jaxfa.order import from_memory
 
 
-def read_stored(model: nnx.Module) -> None:
-    """Gives every layer whose operation is JAX's convolution one that learns from :func:`jaxfa.order.stored` inputs.
+def read_from_memory(model: nnx.Module) -> None:
+    """Gives every layer whose operation is JAX's convolution one that learns from an input in memory.
 
-    A layer with a mask is left alone: rules find its contraction in the traced program, and go into no derivative.
+    A layer with a mask is left alone, since rules look for its contraction in the traced program.
     """
     for _, module in modules_of(model):
         is_plain = isinstance(module, nnx.Conv) and module.mask is None
@@ -24,13 +24,12 @@ def read_stored(model: nnx.Module) -> None:
 
 
 def restore_convolution(module: Any) -> None:
-    """Undoes :func:`read_stored`."""
+    """Undoes :func:`read_from_memory`."""
     if getattr(module, "conv_general_dilated", None) is _convolution:
         module.conv_general_dilated = lax.conv_general_dilated
 
 
 def _convolution(x: jax.Array, w: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-
     @jax.custom_jvp
     def run(x: jax.Array, w: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(x, w, *args, **kwargs)
@@ -39,7 +38,7 @@ def _convolution(x: jax.Array, w: jax.Array, *args: Any, **kwargs: Any) -> jax.A
     def differentiate(primals: Any, tangents: Any) -> Any:
         (x, w), (dx, dw) = primals, tangents
         parts = [] if isinstance(dx, SymbolicZero) else [run(dx, w)]
-        parts += [] if isinstance(dw, SymbolicZero) else [run(stored(x), dw)]
+        parts += [] if isinstance(dw, SymbolicZero) else [run(from_memory(x), dw)]
         return run(x, w), sum(parts[1:], parts[0])
 
     return run(x, w)
