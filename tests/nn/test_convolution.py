@@ -43,7 +43,8 @@ def test_every_derivative_is_that_of_jaxs_convolution(name, x64):
 
     def derivatives(convolution):
         def energy(x, w):
-            return jnp.sum(jnp.sin(convolution(x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)))
+            y = convolution(lhs=x, rhs=w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
+            return jnp.sum(jnp.sin(y))
 
         both = jax.grad(energy, (0, 1))
         one = [jax.jvp(lambda x: energy(x, primals[1]), primals[:1], tangents[:1])]

@@ -29,7 +29,7 @@ def restore_convolution(module: Any) -> None:
         module.conv_general_dilated = lax.conv_general_dilated
 
 
-def _convolution(x: jax.Array, w: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+def _convolution(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     @jax.custom_jvp
     def run(x: jax.Array, w: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(x, w, *args, **kwargs)
@@ -41,4 +41,4 @@ def _convolution(x: jax.Array, w: jax.Array, *args: Any, **kwargs: Any) -> jax.A
         parts += [] if isinstance(dw, SymbolicZero) else [run(from_memory(x), dw)]
         return run(x, w), sum(parts[1:], parts[0])
 
-    return run(x, w)
+    return run(lhs, rhs)
