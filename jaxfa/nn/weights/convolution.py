@@ -1,6 +1,5 @@
 """What a model's convolutions without feedback learn from: their inputs where the forward pass has left them."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -30,15 +29,15 @@ def restore_convolution(module: Any) -> None:
 
 
 def _convolution(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    @jax.custom_jvp
     def run(x: jax.Array, w: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(x, w, *args, **kwargs)
 
-    @partial(run.defjvp, symbolic_zeros=True)
     def differentiate(primals: Any, tangents: Any) -> Any:
         (x, w), (dx, dw) = primals, tangents
         parts = [] if isinstance(dx, SymbolicZero) else [run(dx, w)]
         parts += [] if isinstance(dw, SymbolicZero) else [run(from_memory(x), dw)]
         return run(x, w), sum(parts[1:], parts[0])
 
-    return run(lhs, rhs)
+    convolution = jax.custom_jvp(run)
+    convolution.defjvp(differentiate, symbolic_zeros=True)
+    return convolution(lhs, rhs)
