@@ -15,6 +15,7 @@ from rich.console import Console
 
 from experiments.common import apart, page, records, results, rows, sweep
 from experiments.common.experiment import Experiment, identity
+from experiments.common.programs import keep_memory
 
 # Every experiment, the names of its file and of its folder: a new one is one more.
 _FILES = {
@@ -157,4 +158,5 @@ def _report(folder: tyro.conf.Positional[Path], save: str | None = None) -> None
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(main(sys.argv[1:]))

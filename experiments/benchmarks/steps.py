@@ -6,7 +6,8 @@ travels through the layers. What the first one takes is told by ``starts``.
 Command: ``make bench``, or ``python -m experiments run steps`` for this one alone, on cores that nothing else uses;
 ``--preset gpu`` for networks that fill a large GPU. With ``--preset h100`` steps of the large networks are compiled for
 an H100 on a machine that has none, and what their programs hold is counted: ``JAX_PLATFORMS=cpu python -m experiments
-run steps --preset h100``, after ``pip install '.[cuda]'``.
+run steps --preset h100``, after ``pip install '.[cuda]'``. All steps, PyTorch's too, are taken in one process, which
+keeps the memory that it frees.
 
 Verdict: most of it on a core. Where a convolution's weights learn from an activation, XLA's kernels for a CPU compute
 it once more from every layer below that leads to it by norms and additions, and in the ResNet that is a fifth of plain

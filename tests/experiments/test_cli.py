@@ -3,10 +3,14 @@
 import ast
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import inspect
 import itertools
 import json
+import resource
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +24,7 @@ import jaxfa
 import jaxfa.nn
 from experiments.__main__ import EXPERIMENTS, main, run_all
 from experiments.benchmarks import growth, memory, pipeline, pipeline_worker, starts, steps
-from experiments.common import bounds, data, operations, plots, records, results, sweep, text, timing
+from experiments.common import bounds, data, operations, plots, programs, records, results, sweep, text, timing
 from experiments.common.experiment import identity
 from experiments.common.programs import keep_programs
 from experiments.common.train import DivergenceError
@@ -374,3 +378,44 @@ def test_compiled_programs_are_kept_where_nobody_said_otherwise(tmp_path, monkey
     monkeypatch.setattr(jax, "config", SimpleNamespace(jax_compilation_cache_dir="elsewhere"))
     keep_programs()  # and tells JAX nothing
     assert not starts.Config().keep_programs
+
+
+_FAULTS = """
+import resource, sys, threading
+from experiments.common.programs import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"1" * 2**26  # more than any threshold below which memory is kept anyway
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+if sys.argv[1] == "kept":
+    keep_memory()
+found = []
+for _ in range(2):  # each in a thread of its own, as XLA allocates
+    thread = threading.Thread(target=faults)
+    thread.start()
+    thread.join()
+print(found[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not GNU's")
+def test_a_kept_process_asks_for_its_memory_once():
+    found = {}
+    for how in ("kept", "as it is"):
+        run = subprocess.run([sys.executable, "-c", _FAULTS, how], check=True, capture_output=True, text=True)
+        found[how] = int(run.stdout)
+    pages = 2**26 // resource.getpagesize()
+    assert found["kept"] < pages / 100
+    assert found["as it is"] > pages / 2
+
+
+def test_the_command_line_keeps_its_memory(monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(programs, "keep_memory", lambda: called.append(True))
+    monkeypatch.setattr(sys, "argv", ["experiments", "list"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(inspect.getfile(main), run_name="__main__")
+    assert called
+    assert "compare" in capsys.readouterr().out
