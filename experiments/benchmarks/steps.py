@@ -10,20 +10,22 @@ run steps --preset h100``, after ``pip install '.[cuda]'``. All steps, PyTorch's
 keeps the memory that it frees.
 
 Verdict: most of it on a core. Where a convolution's weights learn from an activation, XLA's kernels for a CPU compute
-it once more from every layer below that leads to it by norms and additions, and in the ResNet that is a fifth of plain
-Flax's step; attached models read what the forward pass has left, so that there every rule is ahead of plain Flax,
-backpropagation's own included. Beside that one feedback alignment is level, low-rank feedback ahead up to a quarter of
-the outputs, and direct feedback further ahead; so is direct feedback in dense networks and LeNet, while in the decoder,
-inside whose blocks the backward stays exact, it is level. Steps of feedback alignment are level with backpropagation's
-everywhere. One matrix for all layers costs what a matrix for each does. Low-rank feedback in dense layers costs more at
-a quarter of the outputs already, and far more at three quarters where the batch is smaller than the rank. Learned
-direct feedback has a forward mode on top: that is little or nothing beside backpropagation in the dense network and
-LeNet, a fifth of its step in the ResNet, and a quarter in the decoder. PyTorch's own convolutions and BatchNorm are
-still far ahead of XLA's on a CPU, whatever the rule; its decoder is ahead, too, and its dense network level. BioTorch's
-DFA saves nothing beside its own FA. As a program for an H100, a step of direct feedback moves fewer bytes than
-backpropagation's and takes its memory, shared between layers, too, and streamed a fraction of it for a quarter more
-bytes. Low-rank feedback moves more bytes, in about twice as many kernels; in the dense network nearly three times as
-many, where three quarters of the outputs take twice the memory. So does learned feedback, in a third more kernels in
+it once more from every layer below that leads to it by norms and additions, and in the ResNet that is more than a
+quarter of plain Flax's step; attached models read what the forward pass has left, so that there every rule is ahead of
+plain Flax, backpropagation's own included. Beside that one feedback alignment is level, low-rank feedback ahead up to a
+quarter of the outputs, and direct feedback further ahead; so is direct feedback in dense networks and LeNet, while in
+the decoder, inside whose blocks the backward stays exact, it is a little ahead. Steps of feedback alignment are level
+with backpropagation's everywhere. One matrix for all layers costs what a matrix for each does. Low-rank feedback in
+dense layers costs more at a quarter of the outputs already, and far more at three quarters where the batch is smaller
+than the rank. Learned direct feedback has a forward mode on top: that is little or nothing beside backpropagation in
+the dense network and LeNet, and a quarter of its step in the ResNet and the decoder. Streamed, direct feedback runs the
+forward pass once more, which takes longer than what it saves. PyTorch's backpropagation is far ahead in LeNet, whatever
+the rule, since its convolutions are faster on a CPU than XLA's; in the ResNet it is ahead of every rule but stored
+direct and thin low-rank feedback, in the decoder hardly ahead of backpropagation, and in the dense network behind.
+BioTorch's DFA saves nothing beside its own FA. As a program for an H100, a step of direct feedback moves fewer bytes
+than backpropagation's and takes its memory, shared between layers, too, and streamed a fraction of it for a quarter
+more bytes. Low-rank feedback moves more bytes, in about twice as many kernels; in the dense network nearly three times
+as many, where three quarters of the outputs take twice the memory. So does learned feedback, in a third more kernels in
 the decoder and half again as many or more elsewhere.
 """
 

@@ -24,7 +24,7 @@ def keep_memory() -> None:
     """Lets this process keep the memory that it frees, where the C library is GNU's; before JAX's threads begin.
 
     XLA allocates what a step needs at every call, and GNU's library asks the system for what is large and gives it back
-    at once. The system clears every page that it hands out: in a ResNet on a CPU that is a fifth of a step.
+    at once. The system clears every page that it hands out, which on a CPU can take a good part of a step.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if set_option:
