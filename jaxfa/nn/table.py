@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+# A deep model breaks the same law in each of its layers.
+_TOLD = 8
+
 
 class Row(NamedTuple):
     """One matrix of parameters that the forward pass contracts with, once or more often.
@@ -38,10 +41,11 @@ class Coverage(NamedTuple):
     note: str = ""
 
     def refuse(self, advice: str = "") -> None:
-        """Raises a ``ValueError`` if there are violations; the advice is what to do about all of them."""
+        """Raises a ``ValueError`` that tells the first violations; the advice is what to do about all of them."""
         if self.violations:
-            head = "This model would not learn by the rule alone."
-            raise ValueError("\n".join([head, *self.violations, *filter(None, [advice]), "", str(self)]))
+            head, rest = "This model would not learn by the rule alone.", self.violations[_TOLD:]
+            more = f"- and {len(rest)} more." if rest else ""
+            raise ValueError("\n".join([head, *self.violations[:_TOLD], *filter(None, [more, advice]), "", str(self)]))
 
     def __str__(self) -> str:
         """The table as text."""

@@ -47,6 +47,16 @@ def test_coverage_tells_how_every_error_travels():
     assert table.count("SharedMatrix (8, 3) 96 B") == 2
 
 
+def test_a_refusal_tells_eight_violations_and_how_many_there_are():
+    for depth, rest in ((9, []), (12, ["- and 3 more."])):
+        model = nnx.Sequential(*[nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(depth + 1)])
+        with pytest.raises(ValueError, match="would not learn by the rule alone") as refused:
+            attach(model, jaxfa.dfa(), inputs(9, 4), f"layers/{depth - 1}")
+        told = [line for line in str(refused.value).splitlines() if line.startswith("- ")]
+        assert told[8:] == rest
+        assert str(refused.value).count("then backpropagation") == depth - 1
+
+
 def test_attention_is_covered_projection_by_projection():
     rows = attach(Transformer(nnx.Rngs(0)), jaxfa.fa(), MODELS["transformer"][1]).coverage().rows
     assert {row.layer: row.feedback for row in rows if row.leaves == "through its feedback"} == {
