@@ -84,8 +84,8 @@ def started(network: str, method: str, rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in settings}
     counts: dict[str, float] = {}
     for name in [*settings] * rounds:  # plain Flax first: a process compiles its first program more slowly
-        jax.clear_caches()  # from nothing, but that both have one network,
-        nnx.Rngs(0)()  # whose making has compiled how keys are drawn
+        jax.clear_caches()
+        nnx.Rngs(0)()  # as making a network does, so that attach finds compiled how keys are drawn
         try:
             one = begin(workload, settings[name], model)
         except ValueError as error:

@@ -41,7 +41,7 @@ class Coverage(NamedTuple):
     note: str = ""
 
     def refuse(self, advice: str = "") -> None:
-        """Raises a ``ValueError`` that tells the first violations; the advice is what to do about all of them."""
+        """Raises a ``ValueError`` of the first violations, if there are any; the advice is what to do about all."""
         if self.violations:
             head, rest = "This model would not learn by the rule alone.", self.violations[_TOLD:]
             more = f"- and {len(rest)} more." if rest else ""
